@@ -1,0 +1,28 @@
+"""Fused operations. Each runs Triton kernels on a GPU and torch code elsewhere."""
+
+from liger_kernels.ops.cross_entropy import cross_entropy
+from liger_kernels.ops.fused_linear_cross_entropy import (
+    LabelCount,
+    Stats,
+    count_labels,
+    fused_linear_cross_entropy,
+    fused_linear_logprobs,
+)
+from liger_kernels.ops.glu import geglu, swiglu
+from liger_kernels.ops.layer_norm import layer_norm
+from liger_kernels.ops.rms_norm import rms_norm
+from liger_kernels.ops.rope import rope
+
+__all__ = [
+    "LabelCount",
+    "Stats",
+    "count_labels",
+    "cross_entropy",
+    "fused_linear_cross_entropy",
+    "fused_linear_logprobs",
+    "geglu",
+    "layer_norm",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]

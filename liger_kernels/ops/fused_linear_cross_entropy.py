@@ -1,0 +1,363 @@
+"""Cross entropy of a linear layer's outputs, and log-probabilities, without ever making all logits.
+
+    z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), then as in loss_kernel.py
+
+Legend: N tokens, H hidden width, V vocabulary.
+Compute dtype: autocast's under autocast, else the weight's. Hidden (chunk by chunk), weight and
+bias are cast to it; gradients come back in each tensor's own dtype.
+Rounding: logits are rounded to the compute dtype, as a linear layer's are, and widened to fp32 from
+there on; the loss is fp32. The logits' gradient is rounded once, to the compute dtype. The weight
+gradient is summed over chunks in fp32, or in bf16 over at most four.
+Memory: one chunk of logits, and the gradients, made in forward; eager code keeps three copies of
+all logits. Tokens without a label are left out before the product. reduction="none" and the
+log-probabilities keep no logits and compute them again in backward.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from liger_kernels.ops.chunked_linear import (
+    HeadCall,
+    LabelCount,
+    count_labels,
+    is_capturing,
+    rows_with_labels,
+)
+from liger_kernels.ops.cross_entropy import cross_entropy_ref, random_target
+from liger_kernels.ops.head_loss import PerTokenLoss, TotalLoss, compiled
+from liger_kernels.ops.loss_kernel import wide_dtype
+from liger_kernels.ops.loss_options import (
+    LossOptions,
+    check_normalizer,
+    check_options,
+    check_target,
+    inverse_of_mean,
+)
+from liger_kernels.ops.op import Case, Op, Sample, randn, upcast
+
+__all__ = [
+    "LOGPROBS",
+    "OP",
+    "LabelCount",
+    "Stats",
+    "count_labels",
+    "fused_linear_cross_entropy",
+    "fused_linear_logprobs",
+]
+
+
+def _linear_ref(hidden, weight, bias):
+    bias = None if bias is None else bias.to(weight.dtype)
+    return F.linear(hidden.to(weight.dtype), weight, bias)
+
+
+def fused_linear_cross_entropy_ref(hidden, weight, target, *, bias=None, class_weight=None, **rest):
+    """The definition, in plain torch."""
+    return cross_entropy_ref(_linear_ref(hidden, weight, bias), target, weight=class_weight, **rest)
+
+
+def fused_linear_logprobs_ref(hidden, weight, ids, *, bias=None, temperature=1.0):
+    """The definition, in plain torch."""
+    log_p = (upcast(_linear_ref(hidden, weight, bias)) / temperature).log_softmax(-1)
+    logprob = log_p.gather(-1, ids.long()[..., None])[..., 0]
+    return logprob, -(log_p.exp() * log_p).sum(-1)
+
+
+class Stats(NamedTuple):
+    """What is known of each token, in target's shape, 0 where ignored; not differentiable."""
+
+    # -log p of the label: without smoothing, class weight or z-loss.
+    nll: torch.Tensor
+    logprob: torch.Tensor
+    # Entropy of the distribution, in nats.
+    entropy: torch.Tensor
+    # Whether the label has the largest logit; of equal logits the first counts.
+    correct: torch.Tensor
+
+
+def _check_linear(hidden, weight, bias):
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight must be floating (V, H), got {weight.dtype} {tuple(weight.shape)}"
+        )
+    vocab, width = weight.shape
+    if hidden.dim() == 0 or hidden.shape[-1] != width or not hidden.is_floating_point():
+        raise ValueError(
+            f"hidden must be floating (..., {width}) as weight's width, "
+            f"got {hidden.dtype} {tuple(hidden.shape)}"
+        )
+    if bias is not None and (bias.shape != (vocab,) or not bias.is_floating_point()):
+        raise ValueError(f"bias must be floating ({vocab},), got {bias.dtype} {tuple(bias.shape)}")
+
+
+def _compute_dtype(weight):
+    device_type = weight.device.type
+    if torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return weight.dtype
+
+
+def _needs(*tensors):
+    return tuple(t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors)
+
+
+def fused_linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    reduction: str = "mean",
+    normalizer: int | torch.Tensor | None = None,
+    return_stats: bool = False,
+    label_count: LabelCount | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, Stats]:
+    """Return the cross entropy of softcap * tanh(scale * (hidden @ weight.T + bias) / softcap).
+
+    Args:
+        hidden: (..., H) fp32, bf16 or fp16. Moved to weight's device and, chunk by chunk, cast to
+            the compute dtype: autocast's under autocast, else weight's.
+        weight: (V, H). If it does not require grad, its gradient is neither computed nor allocated;
+            the same holds for hidden and bias.
+        target: (...) int32 or int64 labels, not shifted here.
+        bias: (V,) or None.
+        class_weight: (V,) floating; a mean divides by the sum of the labels' weights.
+        ignore_index: Tokens with this label give 0 and are left out before the product; any int.
+        label_smoothing: Share of the loss that goes to all classes alike, 0 to 1, as in torch.
+        z_loss: Adds z_loss * lse^2 to each token that has a label, under the same denominator.
+        softcap: Cap of the logits, or None.
+        scale: Multiplies the logits before the cap.
+        reduction: "mean", "sum", or "none" for the loss of each token, 0 where ignored.
+        normalizer: Divides the sum of a mean in place of the count; a number, or a tensor with
+            one on any device. 0 counts as 1.
+        return_stats: Also return a Stats with a value per token.
+        label_count: From count_labels, started earlier, so that nothing is waited for here. An
+            upper bound; if target has more labels, the loss and its gradients are NaN.
+
+    Returns:
+        The loss, or (loss, Stats). A scalar, or target's shape for "none"; fp32 (fp64 for fp64
+        weights). If every label is ignored, 0 with gradients of 0, where torch gives NaN. A label
+        out of range gives NaN on a GPU. The gradients are made in forward: a second backward over
+        a retained graph raises RuntimeError, except with "none". Differentiable once. On a GPU
+        the host waits for the count of labels and for nothing else; while a CUDA graph is
+        captured it does not wait, and no token is left out.
+
+    Raises:
+        ValueError: a shape, dtype or option is off, or, on a CPU, a label is out of range.
+    """
+    _check_linear(hidden, weight, bias)
+    vocab = weight.shape[0]
+    check_target(target, hidden.shape[:-1], vocab, ignore_index, "target")
+    options = LossOptions.of(ignore_index, label_smoothing, z_loss, softcap, scale)
+    check_options(options, reduction, vocab, class_weight, "class_weight")
+    check_normalizer(normalizer, reduction)
+    dtype, device = _compute_dtype(weight), weight.device
+    label = target.reshape(-1).to(device, non_blocking=True)
+    if class_weight is not None:
+        class_weight = class_weight.to(device, wide_dtype(dtype)).contiguous()
+    if reduction == "mean":
+        inverse = inverse_of_mean(label, ignore_index, class_weight, wide_dtype(dtype), normalizer)
+    else:
+        inverse = torch.ones((), dtype=wide_dtype(dtype), device=device)
+    rows = None
+    # Compiled code counts the labels inside its operator.
+    if not torch.compiler.is_compiling() and not is_capturing(label):
+        promised = (label_count or count_labels(target, ignore_index)).wait()
+        rows = rows_with_labels(label, ignore_index, promised)
+        if label_count is not None:
+            is_broken = (label != ignore_index).sum() > promised
+            inverse = inverse.masked_fill(is_broken, float("nan"))
+    call = HeadCall(
+        label=label,
+        options=options,
+        compute_dtype=dtype,
+        outputs=("loss", "nll", "entropy", "best") if return_stats else ("loss",),
+        differentiable=("loss",),
+        needs=_needs(hidden, weight, bias),
+        class_weight=class_weight,
+        rows=rows,
+    )
+    x = hidden.reshape(-1, hidden.shape[-1]).to(device)
+    if torch.compiler.is_compiling():
+        found = compiled(x, weight, bias, call, None if reduction == "none" else inverse)
+    elif reduction == "none":
+        found = PerTokenLoss.apply(x, weight, bias, call)
+    else:
+        found = TotalLoss.apply(x, weight, bias, call, inverse)
+    loss, *stats = found
+    if reduction == "none":
+        # Times 1, or NaN where label_count was too small.
+        loss = (loss if label_count is None else loss * inverse).view(target.shape)
+    if not return_stats:
+        return loss
+    nll, entropy, best = (value.view(target.shape) for value in stats)
+    # An ignored token has no best class, -1, which may also be ignore_index.
+    correct = (best == label.view(target.shape)) & (best >= 0)
+    return loss, Stats(nll, -nll, entropy, correct)
+
+
+def fused_linear_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each token's (logprob, entropy) in softmax((hidden @ weight.T + bias) / temperature).
+
+    Args:
+        hidden: (..., H) fp32, bf16 or fp16; cast as in fused_linear_cross_entropy.
+        weight: (V, H).
+        ids: (...) int32 or int64, each from 0 to V - 1; nothing is ignored.
+        bias: (V,) or None.
+        temperature: Divides the logits; positive.
+
+    Returns:
+        Two tensors of ids' shape, fp32 (fp64 for fp64 weights): log p of the id, and the
+        distribution's entropy in nats. Both are differentiable, once; backward computes the
+        logits again, so that memory is that of a chunk, and may run again over a retained graph.
+        An id out of range gives NaN on a GPU.
+
+    Raises:
+        ValueError: a shape, dtype or the temperature is off, or, on a CPU, an id is out of range.
+    """
+    _check_linear(hidden, weight, bias)
+    check_target(ids, hidden.shape[:-1], weight.shape[0], None, "ids")
+    if not temperature > 0.0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    call = HeadCall(
+        label=ids.reshape(-1).to(weight.device, non_blocking=True),
+        options=LossOptions(scale=1.0 / temperature),
+        compute_dtype=_compute_dtype(weight),
+        outputs=("loss", "entropy"),
+        differentiable=("loss", "entropy"),
+        needs=_needs(hidden, weight, bias),
+    )
+    x = hidden.reshape(-1, hidden.shape[-1]).to(weight.device)
+    if torch.compiler.is_compiling():
+        nll, entropy = compiled(x, weight, bias, call, None)
+    else:
+        nll, entropy = PerTokenLoss.apply(x, weight, bias, call)
+    return -nll.view(ids.shape), entropy.view(ids.shape)
+
+
+def _linear_sample(case: Case, dtype, device, generator, options):
+    *lead, width, vocab = case.shape
+    hidden = randn((*lead, width), dtype, device, generator)
+    # Logits of about one unit, as a freshly made head gives.
+    size = options.pop("spread", 1.0) * width**-0.5
+    weight = randn((vocab, width), dtype, device, generator, scale=size)
+    if options.pop("has_bias", False):
+        options["bias"] = randn((vocab,), dtype, device, generator)
+    return hidden, weight
+
+
+def _sample(case: Case, dtype, device, generator) -> Sample:
+    *lead, _, vocab = case.shape
+    options = dict(case.options)
+    ignored = options.pop("ignored", 0.3)
+    if options.pop("has_class_weight", False):
+        options["class_weight"] = (torch.rand(vocab, generator=generator) + 0.5).to(device)
+    hidden, weight = _linear_sample(case, dtype, device, generator, options)
+    target = random_target(tuple(lead), vocab, device, generator, ignored)
+    if options.get("ignore_index", -100) != -100:
+        target = target.masked_fill(target == -100, options["ignore_index"])
+    return Sample((hidden, weight, target), options)
+
+
+def _logprobs_sample(case: Case, dtype, device, generator) -> Sample:
+    *lead, _, vocab = case.shape
+    options = dict(case.options)
+    hidden, weight = _linear_sample(case, dtype, device, generator, options)
+    return Sample(
+        (hidden, weight, random_target(tuple(lead), vocab, device, generator, 0.0)), options
+    )
+
+
+def _num_bytes(case: Case, dtype: torch.dtype) -> tuple[int, int]:
+    *lead, width, vocab = case.shape
+    size = (torch.Size(lead).numel() + vocab) * width * dtype.itemsize
+    return size, size
+
+
+def _num_flops(case: Case) -> int:
+    return 6 * torch.Size(case.shape).numel()
+
+
+_ALL = {
+    "has_bias": True,
+    "has_class_weight": True,
+    "label_smoothing": 0.1,
+    "z_loss": 1e-2,
+    "softcap": 3.0,
+    "scale": 0.5,
+}
+
+OP = Op(
+    name="fused_linear_cross_entropy",
+    aliases=("flce",),
+    summary="Linear layer and cross entropy in chunks: never all logits, none for ignored tokens.",
+    function=fused_linear_cross_entropy,
+    reference=fused_linear_cross_entropy_ref,
+    # Each option alone, then all. The op's own tests run them again in chunks of few tokens.
+    cases=(
+        Case("tiny", (4, 8, 16)),
+        Case("odd", (7, 33, 127)),
+        Case("rank-1", (16, 40), {"ignored": 0.0}),
+        Case("rank-3", (2, 5, 16, 40), {"ignored": 0.0}),
+        Case("bias", (6, 16, 50), {"has_bias": True}),
+        Case("class-weight", (6, 16, 50), {"has_class_weight": True}),
+        Case("smoothing", (6, 16, 50), {"label_smoothing": 0.1}),
+        Case("z-loss", (6, 16, 50), {"z_loss": 1e-2}),
+        Case("softcap", (6, 16, 50), {"softcap": 3.0, "spread": 3.0}),
+        Case("scale", (6, 16, 50), {"scale": 0.125, "spread": 8.0}),
+        Case("sum", (6, 16, 50), {"reduction": "sum"}),
+        Case("none", (2, 5, 16, 50), {"reduction": "none"}),
+        Case("normalizer", (6, 16, 50), {"normalizer": 11}),
+        Case("all", (9, 24, 129), _ALL),
+        Case("all-none", (9, 24, 129), {**_ALL, "reduction": "none"}),
+        Case("ignore-a-class", (8, 16, 20), {"ignore_index": 0}),
+        Case("ignore-past-the-end", (8, 16, 20), {"ignore_index": 20}),
+        Case("mostly-ignored", (40, 16, 30), {"ignored": 0.9}),
+        Case("all-ignored", (4, 16, 20), {"ignored": 1.0}),
+        Case("no-rows", (0, 16, 20)),
+        Case("one-block", (3, 4, 8192)),
+        Case("two-blocks", (3, 4, 8193), {"has_bias": True}),
+        Case("real", (4096, 2048, 32000), {"ignored": 0.5}, needs_gpu=True),
+        Case("real-wide", (1024, 2304, 256000), {"softcap": 30.0}, needs_gpu=True),
+    ),
+    sample=_sample,
+    num_bytes=_num_bytes,
+    num_flops=_num_flops,
+)
+
+LOGPROBS = Op(
+    name="fused_linear_logprobs",
+    aliases=("logprobs",),
+    summary="Log-probability and entropy of each token from a linear layer, in chunks; no logits.",
+    function=fused_linear_logprobs,
+    reference=fused_linear_logprobs_ref,
+    cases=(
+        Case("tiny", (4, 8, 16)),
+        Case("odd", (7, 33, 127), {"has_bias": True}),
+        Case("rank-3", (2, 5, 16, 40), {"temperature": 0.7}),
+        Case("two-blocks", (3, 4, 4097)),
+        Case("no-rows", (0, 16, 20)),
+        Case("real", (2048, 2048, 32000), needs_gpu=True),
+    ),
+    sample=_logprobs_sample,
+    num_bytes=_num_bytes,
+    # Backward makes the logits again: 2 + 6.
+    num_flops=lambda case: 8 * torch.Size(case.shape).numel(),
+)

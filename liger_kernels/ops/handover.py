@@ -1,0 +1,61 @@
+"""Gradients that a loss makes in forward and hands over in backward."""
+
+import torch
+
+from liger_kernels.ops.launch import cdiv, device_guard, num_sms, runs_triton, tl, triton
+
+# Elements a program takes at a time.
+_BLOCK = 4096
+
+
+@triton.jit
+def _scale_kernel(
+    x_ptr,  # (N,)
+    out_ptr,  # (N,), may be x_ptr
+    factor_ptr,  # () fp32
+    N,
+    IN_PLACE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    factor = tl.load(factor_ptr)
+    stop = tl.cast(N, tl.int64)
+    if IN_PLACE:
+        # The usual gradient of a loss is 1: nothing to read or write.
+        stop = tl.where(factor == 1.0, 0, stop)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_N
+    for start in tl.range(first, stop, tl.num_programs(0) * BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        mask = cols < N
+        x = tl.load(x_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + cols, (x * factor).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def scaled(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return contiguous x * factor in dtype, using up x: in its memory, untouched by a factor of 1.
+
+    factor is a 0-dim tensor on x's device, which the host reads on a CPU only.
+    """
+    if not runs_triton(x) or x.dtype == torch.float64 or x.numel() == 0:
+        if x.device.type == "cpu" and factor.item() == 1.0:
+            return x.to(dtype)
+        return x.to(torch.promote_types(x.dtype, dtype)).mul_(factor).to(dtype)
+    out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
+    with device_guard(x):
+        _scale_kernel[(min(cdiv(x.numel(), _BLOCK), 8 * num_sms(x.device)),)](
+            x_ptr=x,
+            out_ptr=out,
+            factor_ptr=factor,
+            N=x.numel(),
+            IN_PLACE=out is x,
+            BLOCK_N=_BLOCK,
+            num_warps=8,
+        )
+    return out
+
+
+def handed_over(name: str) -> RuntimeError:
+    """Return the error of a second backward, whose gradients the first one gave away."""
+    return RuntimeError(
+        f"{name} makes its gradients in forward and gave them away in the first backward; a second "
+        "backward over the retained graph needs another forward, or reduction='none'"
+    )

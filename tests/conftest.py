@@ -1,0 +1,33 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device; run make test-gpu on one")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The device under test: the GPU where there is one, unless kernels are interpreted."""
+    from liger_kernels.ops.launch import INTERPRETED
+
+    return torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def freed_gpu() -> Iterator[None]:
+    """Give cached GPU memory back after each test: several processes share the card."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
