@@ -1,0 +1,56 @@
+"""Patching Hugging Face models. Names are resolved when first used: importing this is free."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from liger_kernels.transformers.api import (
+        AutoLigerKernelForCausalLM,
+        apply_liger_kernel,
+        inspect_model,
+        patched,
+    )
+    from liger_kernels.transformers.engine import PatchRecord, restore
+    from liger_kernels.transformers.plan import Patch, PatchPlan, Skip
+
+_HOMES = {
+    "AutoLigerKernelForCausalLM": "api",
+    "Patch": "plan",
+    "PatchPlan": "plan",
+    "PatchRecord": "engine",
+    "Skip": "plan",
+    "apply_liger_kernel": "api",
+    "inspect_model": "api",
+    "patched": "api",
+    "restore": "engine",
+}
+_FAMILY_PREFIX = "apply_liger_kernel_to_"
+
+__all__ = [
+    "AutoLigerKernelForCausalLM",
+    "Patch",
+    "PatchPlan",
+    "PatchRecord",
+    "Skip",
+    "apply_liger_kernel",
+    "inspect_model",
+    "patched",
+    "restore",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name.startswith(_FAMILY_PREFIX):
+        functions = importlib.import_module(f"{__name__}.api").FAMILY_FUNCTIONS
+        if name in functions:
+            return functions[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    families = importlib.import_module(f"{__name__}.families").FAMILIES
+    return sorted([*globals(), *__all__, *(_FAMILY_PREFIX + name for name in families)])
