@@ -1,0 +1,1 @@
+"""The `liger` program: train, evaluate, inspect and benchmark models with fused kernels."""

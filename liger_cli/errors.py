@@ -1,0 +1,74 @@
+"""The errors that end a run with a message instead of a traceback, each with its exit code."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "EnvironmentProblem",
+    "Interrupted",
+    "LigerError",
+    "NonFiniteLoss",
+    "OutOfMemory",
+    "RequirementFailed",
+]
+
+
+class LigerError(Exception):
+    """Says what went wrong, for the person who started the run.
+
+    Args:
+        message: One or more sentences naming the argument, the value and what is allowed.
+        hint: What to do next, shown apart from the message.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(LigerError):
+    """A flag, key or value that is unknown or not allowed."""
+
+    exit_code = 2
+
+
+class EnvironmentProblem(LigerError):
+    """A package, device, file system or network that the run needs is missing."""
+
+    exit_code = 3
+
+
+class DataError(LigerError):
+    """Training data that cannot be read, or cannot be labelled right."""
+
+    exit_code = 4
+
+
+class OutOfMemory(LigerError):
+    """The device has less memory than the run needs."""
+
+    exit_code = 5
+
+
+class NonFiniteLoss(LigerError):
+    """The loss or a gradient is NaN or infinite."""
+
+    exit_code = 6
+
+
+class RequirementFailed(LigerError):
+    """A check that the user asked for does not hold."""
+
+    exit_code = 7
+
+
+class Interrupted(LigerError):
+    """The user stopped the run; what it had is saved."""
+
+    exit_code = 130

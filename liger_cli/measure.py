@@ -1,0 +1,145 @@
+"""Time and memory of steps. The only module that reads memory statistics.
+
+Peak memory is the allocator's on a CUDA or XPU device: what tensors took, without the context and
+the libraries. On a CPU it is the resident size of the whole process, Python and libraries included,
+sampled by a thread; a peak shorter than the sampling interval can be missed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+
+__all__ = ["PeakMemory", "StepTime", "StepTimer", "median_after_warm_up", "synchronize"]
+
+# Short against a training step; reading the size takes about 20 us.
+_SAMPLE_INTERVAL_S = 0.005
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done everything it was asked to do."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def median_after_warm_up(values: Sequence[float]) -> float:
+    """Returns the median without the first value, which holds compilation, if there are others."""
+    return statistics.median(values[1:] or values)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Wall time of one step and the tokens of it that went through the model a second."""
+
+    step_ms: float
+    tokens_per_s: float
+
+
+class StepTimer:
+    """Times steps, the device's work included.
+
+    Args:
+        device: Where the steps run; it is synchronised at both ends of a step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start = 0.0
+
+    def start(self) -> None:
+        """Begins a step."""
+        synchronize(self._device)
+        self._start = time.perf_counter()
+
+    def stop(self, num_tokens: int) -> StepTime:
+        """Ends the step and returns its time."""
+        synchronize(self._device)
+        seconds = time.perf_counter() - self._start
+        return StepTime(step_ms=seconds * 1e3, tokens_per_s=num_tokens / seconds)
+
+
+class PeakMemory:
+    """Peak memory since its `with` block began or since `reset`; read it inside or afterwards.
+
+    Args:
+        device: The device whose memory is meant; for a CPU that of this process.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._allocator: Any = getattr(torch, device.type, None)
+        if not hasattr(self._allocator, "max_memory_allocated"):
+            self._allocator = None
+        self._sampler = _ResidentSize()
+        self._final: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        self._final = None
+        self.reset()
+        if self._allocator is None:
+            self._sampler.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._final = self.num_bytes
+        if self._allocator is None:
+            self._sampler.stop()
+
+    def reset(self) -> None:
+        """Forgets the peak so far."""
+        if self._allocator is not None:
+            self._allocator.reset_peak_memory_stats(self._device)
+        else:
+            self._sampler.reset()
+
+    @property
+    def num_bytes(self) -> int:
+        if self._final is not None:
+            return self._final
+        if self._allocator is not None:
+            return int(self._allocator.max_memory_allocated(self._device))
+        return self._sampler.read()
+
+
+class _ResidentSize:
+    """Samples the resident size of this process in a thread and keeps the largest."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._peak = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def reset(self) -> None:
+        self._peak = 0
+
+    def start(self) -> None:
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._sample, name="peak-memory", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def read(self) -> int:
+        self._peak = max(self._peak, int(self._process.memory_info().rss))
+        return self._peak
+
+    def _sample(self) -> None:
+        while not self._stop.wait(_SAMPLE_INTERVAL_S):
+            self.read()

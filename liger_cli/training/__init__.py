@@ -1,0 +1,1 @@
+"""Models, data, and the loops that train and evaluate."""

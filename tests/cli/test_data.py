@@ -1,0 +1,596 @@
+"""Rows of token ids: what is trained, what is refused, and what is counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from liger_cli.errors import ConfigError, DataError, EnvironmentProblem
+from liger_cli.training.data import Collator, load_examples
+from liger_cli.training.encode import IGNORED
+from liger_cli.training.model import load_tokenizer, resolve_model
+from liger_cli.training.tokenizers import byte_tokenizer
+
+SPECIAL = [
+    *("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>"),
+    *("<|start_header_id|>", "<|end_header_id|>", "<|user|>", "<|assistant|>", "<|end|>"),
+]
+
+CHATML = """\
+{% for message in messages %}{% if loop.first and message['role'] != 'system' %}\
+{{ '<|im_start|>system\\nBe kind<|im_end|>\\n' }}{% endif %}\
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+GENERATION = """\
+{%- for message in messages -%}\
+{{ '<|im_start|>' + message['role'] + '\\n' }}\
+{%- if message['role'] == 'assistant' -%}\
+{%- generation -%}{{ message['content'] + '<|im_end|>' }}{%- endgeneration -%}\
+{%- else -%}{{ message['content'] + '<|im_end|>' }}{%- endif -%}{{ '\\n' }}\
+{%- endfor -%}"""
+
+LLAMA3 = """\
+{% for message in messages %}{% if loop.first %}{{ '<|begin_of_text|>' }}{% endif %}\
+{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}\
+{{ message['content'] | trim }}{{ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}\
+{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
+
+# The system message goes into the last user message, as with Mistral: no rendering of the first
+# messages is the beginning of the rendering of all.
+MOVES_SYSTEM = """\
+{%- if messages[0]['role'] == 'system' -%}\
+{%- set system = messages[0]['content'] -%}{%- set turns = messages[1:] -%}\
+{%- else -%}{%- set system = '' -%}{%- set turns = messages -%}{%- endif -%}\
+{%- set last = (turns | selectattr('role', 'equalto', 'user') | list)[-1] -%}\
+{{- '<s>' -}}{%- for message in turns -%}{%- if message['role'] == 'user' -%}\
+{{- '[INST] ' -}}{%- if message == last and system -%}{{- system + '\\n\\n' -}}{%- endif -%}\
+{{- message['content'] + ' [/INST]' -}}\
+{%- else -%}{{- ' ' + message['content'] | trim + '</s>' -}}{%- endif -%}{%- endfor -%}"""
+
+# Drops the system message, and closes the last turn with one more mark, as Phi-3 does.
+DROPS_SYSTEM = """\
+{% for message in messages %}{% if message['role'] != 'system' %}\
+{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ '</s>' }}{% endif %}"""
+
+# Marks that are ordinary text to the tokenizer.
+PLAIN = """\
+{% for message in messages %}\
+{{ '## ' + message['role'] + '\\n' + message['content'] + '\\n[end]\\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '## assistant\\n' }}{% endif %}"""
+
+TOOLS = """\
+{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}\
+{% for call in message.tool_calls or [] %}\
+{{ '<tool_call>' + call.function.name + '(' + call.function.arguments | tojson + ')</tool_call>' }}\
+{% endfor %}{{ message['content'] + '<|im_end|>\\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+# Lays out thinking, and only of the last turn, as Qwen3 does.
+THINKING = """\
+{% for message in messages %}{% set content = message['content'] %}\
+{{ '<|im_start|>' + message['role'] + '\\n' }}\
+{% if message['role'] == 'assistant' %}\
+{% set thought = '' %}{% if '</think>' in content %}\
+{% set thought = content.split('</think>')[0].split('<think>')[-1] %}{% endif %}\
+{% set content = content.split('</think>')[-1].lstrip('\\n') %}\
+{% if loop.last %}{{ '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}{% endif %}\
+{{ content }}{% else %}{{ content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+STRICT = """\
+{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
+{{ raise_exception('roles must alternate') }}{% endif %}\
+{{ message['content'] + '</s>' }}{% endfor %}"""
+
+
+def make_tokenizer(template: str | None = None, *, metaspace: bool = False, begin: bool = False):
+    """A small tokenizer with real merges, so that tokens can cross the borders of trained parts."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<pad>" if metaspace else None))
+    if metaspace:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+        alphabet = []
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    corpus = [
+        "\n\n hello there, the answer is yes. What is it? assistant\n\nuser\n[end] ## [INST]"
+    ] * 9
+    special = [AddedToken(word, normalized=False, special=True) for word in SPECIAL]
+    trainer = BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    if begin:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A",
+            pair="<s> $A $B",
+            special_tokens=[("<s>", tokenizer.token_to_id("<s>"))],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="</s>",
+        pad_token="</s>",
+        chat_template=template,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def load(path: Path, tokenizer=None, *, max_length=512, vocab_size=10**6, **options):
+    tokenizer = tokenizer or byte_tokenizer()
+    return load_examples(
+        str(path), tokenizer, max_length=max_length, vocab_size=vocab_size, **options
+    )
+
+
+def trained(tokenizer, row) -> str:
+    return tokenizer.decode([label for label in row["labels"] if label != IGNORED])
+
+
+def check_labels(row) -> None:
+    """A label is the token at its place, and the first token has none."""
+    assert len(row["labels"]) == len(row["input_ids"])
+    assert row["labels"][0] == IGNORED
+    assert all(
+        label in (IGNORED, token)
+        for token, label in zip(row["input_ids"], row["labels"], strict=True)
+    )
+
+
+# Formats.
+
+
+def test_case_100_text(tmp_path):
+    tokenizer = make_tokenizer(begin=True)
+    path = write(tmp_path / "d.jsonl", {"text": "hello there", "id": 1}, {"text": "yes </s>"})
+    examples = load(path, tokenizer)
+    texts = [tokenizer.decode(row["input_ids"]) for row in examples.examples]
+    assert texts == ["<s>hello there</s>", "<s>yes </s>"]
+    for row in examples.examples:
+        check_labels(row)
+        assert row["labels"][1:] == row["input_ids"][1:]
+    assert examples.stats.columns == ("text",)
+    assert len(examples) == examples.stats.rows == 2
+
+
+@pytest.mark.parametrize("metaspace", [False, True], ids=["bytes", "metaspace"])
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("What is it?", " hello there"),
+        # The joint tokens would be " yes" and "\n\n", each across the border.
+        ("the answer is ", "yes."),
+        ("assistant\n", "\nuser"),
+        ("hel", "lo there"),
+        ("", "hello"),
+    ],
+)
+def test_case_96_completion_only_and_exact_border(tmp_path, prompt, completion, metaspace):
+    tokenizer = make_tokenizer(metaspace=metaspace)
+    path = write(tmp_path / "d.jsonl", {"prompt": prompt, "completion": completion})
+    (row,) = load(path, tokenizer).examples
+    check_labels(row)
+    num_prompt = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    assert row["labels"][num_prompt + (num_prompt == 0) :] == row["input_ids"][num_prompt or 1 :]
+    assert all(label == IGNORED for label in row["labels"][:num_prompt])
+    # Decoding drops the leading space of a metaspace token.
+    shown = tokenizer.decode(row["input_ids"][num_prompt:])
+    assert shown.lstrip(" ") == (completion + "</s>").lstrip(" ")
+    # A prompt has the tokens that it has when a model is asked to go on.
+    assert row["input_ids"][:num_prompt] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
+def test_case_100_conversations_are_messages(tmp_path):
+    tokenizer = make_tokenizer(CHATML)
+    turns = [("system", "Be brief"), ("human", "What is it?"), ("gpt", "yes")]
+    path = write(
+        tmp_path / "a.jsonl",
+        {"conversations": [{"from": who, "value": text} for who, text in turns]},
+    )
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    other = write(
+        tmp_path / "b.jsonl",
+        {"messages": [{"role": roles[who], "content": text} for who, text in turns]},
+    )
+    assert load(path, tokenizer).examples[0] == load(other, tokenizer).examples[0]
+    assert trained(tokenizer, load(path, tokenizer).examples[0]) == "yes<|im_end|>"
+
+
+def test_case_100_empty_completion_is_dropped_and_counted(tmp_path):
+    good = {"prompt": "a", "completion": "b"}
+    path = write(tmp_path / "d.jsonl", {"prompt": "a", "completion": ""}, good)
+    stats = load(path).stats
+    assert (stats.rows, stats.dropped_rows, stats.trained_tokens) == (1, 1, 2)
+    with pytest.raises(DataError, match="none of the 1 rows .* has a token to train on"):
+        load(write(tmp_path / "e.jsonl", {"prompt": "a", "completion": ""}))
+
+
+def test_json_list_and_lines_are_the_same(tmp_path):
+    rows = [{"text": "a"}, {"text": "b\u00e9"}]
+    path = tmp_path / "d.json"
+    path.write_text("\ufeff" + json.dumps(rows, indent=2), encoding="utf-8")
+    lines = write(tmp_path / "d.jsonl", *rows)
+    lines.write_text(lines.read_text().replace("\n", "\r\n\r\n"))
+    assert load(path).examples[:] == load(lines).examples[:]
+    write(path, *rows)
+    assert load(path).examples[:] == load(lines).examples[:]
+
+
+# Conversations.
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is it?"},
+    {"role": "assistant", "content": "\n\nyes, the answer\n"},
+    {"role": "user", "content": "assistant\n\nyes"},
+    {"role": "assistant", "content": "hello there"},
+    {"role": "user", "content": "the answer is "},
+    {"role": "assistant", "content": "What is it?"},
+]
+SAID = [message["content"] for message in CONVERSATION if message["role"] == "assistant"]
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "strips"),
+    [
+        pytest.param(CHATML, "<|im_end|>", False, id="chatml"),
+        pytest.param(GENERATION, "<|im_end|>", False, id="generation"),
+        pytest.param(LLAMA3, "<|eot_id|>", True, id="llama3"),
+        pytest.param(MOVES_SYSTEM, "</s>", True, id="moves_system"),
+        pytest.param(DROPS_SYSTEM, "<|end|>", False, id="drops_system"),
+        pytest.param(PLAIN, "\n[end]", False, id="plain"),
+    ],
+)
+@pytest.mark.parametrize("system", [True, False], ids=["system", "no_system"])
+def test_case_96_assistant_only(tmp_path, template, end, strips, system):
+    tokenizer = make_tokenizer(template)
+    messages = CONVERSATION if system else CONVERSATION[1:]
+    (row,) = load(write(tmp_path / "d.jsonl", {"messages": messages}), tokenizer).examples
+    check_labels(row)
+    said = [text.strip() if strips else text for text in SAID]
+    assert trained(tokenizer, row) == "".join(text + end for text in said)
+    assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(
+        messages, tokenize=False
+    )
+
+
+def test_byte_tokenizer_marks_the_assistant(tmp_path):
+    tokenizer = byte_tokenizer()
+    path = write(tmp_path / "d.jsonl", {"messages": CONVERSATION})
+    (row,) = load(path, tokenizer).examples
+    assert trained(tokenizer, row) == "".join(text + "<|im_end|>" for text in SAID)
+    ended = tokenizer.decode(row["input_ids"])
+    prompt = tokenizer.apply_chat_template(
+        CONVERSATION[:-1], tokenize=False, add_generation_prompt=True
+    )
+    assert ended == prompt + "What is it?<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "  ", "<|im_end|>", "a<|im_end|>\n<|im_start|>assistant\nb", "system", "\ue000"]
+)
+@pytest.mark.parametrize("template", [CHATML, LLAMA3], ids=["chatml", "llama3"])
+def test_contents_that_look_like_marks(tmp_path, template, content):
+    tokenizer = make_tokenizer(template)
+    messages = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": content},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "yes"},
+    ]
+    (row,) = load(write(tmp_path / "d.jsonl", {"messages": messages}), tokenizer).examples
+    end = "<|im_end|>" if template is CHATML else "<|eot_id|>"
+    shown = content if template is CHATML else content.strip()
+    first = shown + end if shown else ""
+    assert trained(tokenizer, row) == first + "yes" + end
+
+
+def test_tool_calls_are_trained_and_results_are_not(tmp_path):
+    tokenizer = make_tokenizer(TOOLS)
+    call = {"function": {"name": "look", "arguments": {"at": "it"}}}
+    messages = [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "the answer", "name": "look"},
+        {"role": "assistant", "content": "yes", "tool_calls": None},
+    ]
+    (row,) = load(write(tmp_path / "d.jsonl", {"messages": messages}), tokenizer).examples
+    said = '<tool_call>look({"at": "it"})</tool_call><|im_end|>yes<|im_end|>'
+    assert trained(tokenizer, row) == said
+
+
+def test_thinking_is_trained_where_the_template_shows_it(tmp_path):
+    tokenizer = make_tokenizer(THINKING)
+    thought = {"role": "assistant", "content": "<think>\nit is\n</think>\n\nyes"}
+    user = {"role": "user", "content": "What is it?"}
+    plain = [user, {"role": "assistant", "content": "no"}]
+    path = write(
+        tmp_path / "d.jsonl", {"messages": [*plain, user, thought]}, {"messages": plain * 2}
+    )
+    rows = load(path, tokenizer).examples
+    assert trained(tokenizer, rows[0]) == ("no<|im_end|><think>\nit is\n</think>\n\nyes<|im_end|>")
+    # What the template writes by itself is not what the assistant says.
+    assert trained(tokenizer, rows[1]) == "no<|im_end|>no<|im_end|>"
+
+
+def test_tool_call_in_a_turn_that_is_written_otherwise_when_last(tmp_path):
+    template = THINKING.replace(
+        "{{ content }}{% else %}",
+        "{{ content }}{% for call in message.tool_calls or [] %}{{ '[' + call.name + ']' }}"
+        "{% endfor %}{% else %}",
+    )
+    tokenizer = make_tokenizer(template)
+    messages = [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "look"}]},
+        {"role": "tool", "content": "the answer"},
+        {"role": "assistant", "content": "yes"},
+    ]
+    (row,) = load(write(tmp_path / "d.jsonl", {"messages": messages}), tokenizer).examples
+    assert trained(tokenizer, row) == "[look]<|im_end|>yes<|im_end|>"
+
+
+@pytest.mark.parametrize("key", ["reasoning", "note"])
+def test_other_keys_of_a_message_count_where_they_are_shown(tmp_path, key):
+    template = CHATML.replace(
+        "message['content']",
+        "('<think>' + message.reasoning + '</think>' if message.reasoning else '') "
+        "+ message['content']",
+    )
+    tokenizer = make_tokenizer(template)
+    messages = [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "yes", key: "hello"},
+        {"role": "user", "content": "there"},
+        {"role": "assistant", "content": "is it"},
+    ]
+    (row,) = load(write(tmp_path / "d.jsonl", {"messages": messages}), tokenizer).examples
+    shown = "<think>hello</think>" if key == "reasoning" else ""
+    assert trained(tokenizer, row) == shown + "yes<|im_end|>is it<|im_end|>"
+
+
+def test_thinking_that_the_template_drops_is_not_there_to_train(tmp_path):
+    tokenizer = make_tokenizer(THINKING)
+    thought = {"role": "assistant", "content": "<think>\nit is\n</think>\n\nyes"}
+    user = {"role": "user", "content": "What is it?"}
+    path = write(tmp_path / "d.jsonl", {"messages": [user, thought, user, thought]})
+    (row,) = load(path, tokenizer).examples
+    assert trained(tokenizer, row) == "yes<|im_end|><think>\nit is\n</think>\n\nyes<|im_end|>"
+
+
+def test_assistant_without_a_sure_place_is_refused(tmp_path):
+    # Neither is the content in the rendering, nor is a prompt the beginning of it.
+    template = MOVES_SYSTEM.replace("message['content'] | trim", "message['content'] | upper")
+    path = write(tmp_path / "d.jsonl", {"messages": CONVERSATION})
+    with pytest.raises(DataError, match=r"d\.jsonl:1: the chat template changes .* message 2"):
+        load(path, make_tokenizer(template))
+
+
+def test_template_refuses_a_conversation(tmp_path):
+    user = {"role": "user", "content": "a"}
+    path = write(tmp_path / "d.jsonl", {"messages": [user, user]})
+    with pytest.raises(DataError, match=r"d\.jsonl:1: .* roles must alternate"):
+        load(path, make_tokenizer(STRICT))
+
+
+def test_tokenizer_without_template(tmp_path):
+    path = write(tmp_path / "d.jsonl", {"messages": [{"role": "user", "content": "a"}]})
+    with pytest.raises(DataError, match="no chat template"):
+        load(path, make_tokenizer())
+
+
+def test_conversation_without_assistant_is_dropped(tmp_path):
+    user, assistant = ({"role": role, "content": "a"} for role in ("user", "assistant"))
+    path = write(tmp_path / "d.jsonl", {"messages": [user]}, {"messages": [user, assistant]})
+    for template in (CHATML, GENERATION):
+        stats = load(path, make_tokenizer(template)).stats
+        assert (stats.rows, stats.dropped_rows) == (1, 1)
+
+
+# Refused data.
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.jsonl", "", "d.jsonl holds no rows"),
+        ("d.jsonl", "\n\n", "d.jsonl holds no rows"),
+        ("d.json", "[]", "d.json holds no rows"),
+        ("d.jsonl", '{"text": "a"}\n{"text": ', r"d.jsonl:2: not JSON: .* \(column 9\)"),
+        ("d.json", '[\n{"text": "a"},\n{"text": }\n]', "d.json:3: not JSON: Expecting value"),
+        ("d.json", '[\n{"text": "a"}\n{"text": "b"}\n]', "d.json:3: not JSON: expected a comma"),
+        ("d.json", '[{"text": "a"},\n]', "d.json:2: not JSON: Expecting value"),
+        ("d.json", '[{"text": "a"}', "d.json:1: not JSON: expected a comma or the end"),
+        ("d.json", '[{"text": "a"}]\n]', "d.json:2: not JSON: text after the end"),
+        ("d.jsonl", '{"text": "a"}\n[1]', "d.jsonl:2: a row must be an object, found a list"),
+        ("d.jsonl", '{"text": 5}', "d.jsonl:1: text must be a string, found a number"),
+        ("d.jsonl", '{"text": null}', "d.jsonl:1: text must be a string, found null"),
+        ("d.jsonl", '{"text": "\\ud800"}', "d.jsonl:1: text holds half of a surrogate"),
+        ("d.jsonl", '{"a": 1, "b": 2}', "d.jsonl:1: found the columns a, b; wanted text; or prom"),
+        ("d.jsonl", '{"prompt": "a"}', "d.jsonl:1: found the columns prompt; wanted text; or prom"),
+        (
+            "d.jsonl",
+            '{"prompt": "a", "completion": "b"}\n{"prompt": "a"}',
+            "d.jsonl:2: the column completion is missing; found prompt",
+        ),
+        (
+            "d.jsonl",
+            '{"text": "a"}\n\n{"prompt": "a", "completion": "b"}',
+            r"d.jsonl:3: found the columns prompt, completion, but the file starts with text \(",
+        ),
+        ("d.jsonl", '{"messages": "a"}', "d.jsonl:1: messages must be a list, found a string"),
+        ("d.jsonl", '{"messages": []}', "d.jsonl:1: messages is empty"),
+        ("d.jsonl", '{"messages": ["a"]}', r"messages\[0\] must be an object, found a string"),
+        ("d.jsonl", '{"messages": [{"role": "user"}]}', r"must have role and content, found role"),
+        (
+            "d.jsonl",
+            '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+            r"messages\[0\].content must be a string, found a list",
+        ),
+        (
+            "d.jsonl",
+            '{"conversations": [{"from": "bing", "value": "a"}]}',
+            r"conversations\[0\].from is 'bing'; allowed are human",
+        ),
+        ("d.jsonl", '{"conversations": [{"role": "a"}]}', "must have from and value, found role"),
+        ("d.csv", "text\na\n", "not a .jsonl or .json file"),
+        ("d.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "d.jsonl:2: not UTF-8"),
+        ("d.json", b'[\n{"text": "\xff"}]', "d.json:2: not UTF-8"),
+    ],
+)
+def test_case_100_refused(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=message):
+        load(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(DataError, match="there is no data file"):
+        load(tmp_path / "no.jsonl")
+    (tmp_path / "dir.jsonl").mkdir()
+    with pytest.raises(DataError, match="cannot be read"):
+        load(tmp_path / "dir.jsonl")
+
+
+def test_unknown_name():
+    with pytest.raises(ConfigError, match=r"did you mean chitchat\?"):
+        load(Path("chitcat"))
+    with pytest.raises(ConfigError, match="neither one of chitchat, synthetic"):
+        load(Path("some-org/some-data"))
+
+
+def test_arguments_out_of_range(tmp_path):
+    path = write(tmp_path / "d.jsonl", {"text": "a"})
+    with pytest.raises(ConfigError, match="max_length is 1"):
+        load(path, max_length=1)
+    with pytest.raises(ConfigError, match="num_rows is 0"):
+        load(path, num_rows=0)
+
+
+def test_token_outside_the_vocabulary(tmp_path):
+    # The tokenizer of bytes has the letters of ASCII before all other bytes.
+    path = write(tmp_path / "d.jsonl", {"text": "abc"}, {"text": "\u00e9"})
+    with pytest.raises(DataError, match=r"d\.jsonl:2: token \d+ .* vocabulary of 97"):
+        load(path, vocab_size=97)
+
+
+# Counts, lengths, order.
+
+
+def test_truncation_is_counted(tmp_path):
+    path = write(
+        tmp_path / "d.jsonl",
+        {"prompt": "abcdef", "completion": "xyz"},
+        {"prompt": "abcdefgh", "completion": "xyz"},
+        {"prompt": "a", "completion": "x"},
+    )
+    examples = load(path, max_length=8)
+    stats = examples.stats
+    assert (stats.rows, stats.dropped_rows, stats.truncated_rows) == (2, 1, 1)
+    assert [len(row["input_ids"]) for row in examples.examples] == [8, 3]
+    assert (stats.tokens, stats.trained_tokens) == (11, 4)
+
+
+def test_num_rows_takes_the_first_that_are_used(tmp_path):
+    rows = [{"prompt": "a", "completion": "b" * (i % 3)} for i in range(9)]
+    path = write(tmp_path / "d.jsonl", *rows)
+    stats = load(path, num_rows=4).stats
+    assert (stats.rows, stats.dropped_rows) == (4, 2)
+    assert load(path, num_rows=4).examples[:] == load(path).examples[:4]
+    assert load(path, num_rows=100).stats.rows == 6
+
+
+def test_synthetic():
+    train = load_examples("synthetic", None, max_length=16, vocab_size=50, num_rows=5)
+    assert [len(row["input_ids"]) for row in train.examples] == [16] * 5
+    assert train.stats.tokens == 80
+    assert train.stats.trained_tokens == 75
+    ids = torch.tensor(train.examples["input_ids"][:])
+    assert 0 <= ids.min() <= ids.max() < 50
+    for row in train.examples:
+        check_labels(row)
+    options = {"max_length": 16, "vocab_size": 50, "num_rows": 5}
+    again = load_examples("synthetic", None, **options)
+    assert again.examples[:] == train.examples[:]
+    for other in ({"seed": 1}, {"split": "eval"}):
+        assert load_examples("synthetic", None, **options, **other).examples[:] != train.examples[:]
+
+
+def sample(**options):
+    options = {"max_length": 256, "vocab_size": 264, "num_rows": 20, **options}
+    return load_examples("chitchat", byte_tokenizer(), **options)
+
+
+@pytest.mark.skipif(
+    not __import__("importlib.util").util.find_spec("chitchat_dataset"),
+    reason="needs the package chitchat-dataset: make setup",
+)
+def test_sample():
+    train, evaluation = sample(), sample(split="eval")
+    assert train.licence == "MIT"
+    assert train.stats.rows == 20
+    assert train.stats.columns == ("messages",)
+    assert sample().examples[:] == train.examples[:]
+    texts = [byte_tokenizer().decode(ids) for ids in train.examples["input_ids"]]
+    assert not set(texts) & {byte_tokenizer().decode(x) for x in evaluation.examples["input_ids"]}
+    assert all(text.startswith("<|im_start|>user\n") for text in texts)
+    assert sum(text.count("<|im_start|>assistant") > 1 for text in texts) > 5
+
+
+def test_sample_package_missing(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EnvironmentProblem, match="not installed") as caught:
+        sample()
+    assert "pip install chitchat-dataset==0.9.0" in caught.value.hint
+
+
+# Batches.
+
+
+def test_case_98_padding_is_a_place_and_not_a_token(tmp_path):
+    tokenizer = make_tokenizer()
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    path = write(tmp_path / "d.jsonl", {"text": "hello"}, {"text": "hello there, yes"})
+    short, long = load(path, tokenizer).examples
+    batch = Collator.for_tokenizer(tokenizer)([short, long])
+    assert {value.dtype for value in batch.values()} == {torch.int64}
+    length = len(short["input_ids"])
+    assert batch["labels"][0, length - 1] == tokenizer.eos_token_id
+    assert batch["input_ids"][0].tolist() == (
+        short["input_ids"] + [tokenizer.eos_token_id] * (len(long["input_ids"]) - length)
+    )
+    assert (batch["labels"][0, length:] == IGNORED).all()
+    assert batch["labels"][1].tolist() == long["labels"]
+    assert batch["attention_mask"].sum(1).tolist() == [length, len(long["input_ids"])]
+
+
+def test_padding_to_a_multiple():
+    row = {"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}
+    batch = Collator(9, 8)([row])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 9, 9, 9, 9, 9]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, 7, *[IGNORED] * 5]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]]
+    assert Collator.for_tokenizer(None).pad_token_id == 0
+
+
+def test_preset_tokenizer_trains_a_conversation(tmp_path):
+    path = write(tmp_path / "d.jsonl", {"messages": CONVERSATION})
+    source = resolve_model("llama-1b")
+    examples = load(path, load_tokenizer(source), vocab_size=source.config["vocab_size"])
+    assert examples.stats.trained_tokens == sum(len(text) + 1 for text in SAID)

@@ -1,0 +1,60 @@
+"""Step times and peak memory."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from liger_cli.measure import PeakMemory, StepTimer, median_after_warm_up
+
+CPU = torch.device("cpu")
+BLOCK_BYTES = 256 * 2**20
+
+
+def allocate() -> None:
+    block = torch.ones(BLOCK_BYTES // 4)
+    # Longer than the interval of the samples.
+    time.sleep(0.05)
+    del block
+
+
+def test_peak_of_a_cpu_sees_what_came_and_went():
+    with PeakMemory(CPU) as memory:
+        before = memory.num_bytes
+        allocate()
+        assert memory.num_bytes - before > 0.9 * BLOCK_BYTES
+        memory.reset()
+        assert memory.num_bytes - before < 0.5 * BLOCK_BYTES
+        allocate()
+    after = memory.num_bytes
+    assert after - before > 0.9 * BLOCK_BYTES
+    allocate()
+    assert memory.num_bytes == after
+
+
+@pytest.mark.gpu
+def test_peak_of_a_gpu_is_its_allocator():
+    device = torch.device("cuda")
+    with PeakMemory(device) as memory:
+        before = memory.num_bytes
+        torch.ones(BLOCK_BYTES // 4, device=device)
+        assert memory.num_bytes - before >= BLOCK_BYTES
+        memory.reset()
+        assert memory.num_bytes - before < BLOCK_BYTES
+
+
+def test_timer():
+    timer = StepTimer(CPU)
+    timer.start()
+    time.sleep(0.02)
+    step = timer.stop(num_tokens=100)
+    assert step.step_ms >= 20
+    assert step.tokens_per_s == pytest.approx(100 / (step.step_ms / 1e3))
+
+
+def test_median_leaves_out_the_warm_up():
+    """case 103: the first step compiles."""
+    assert median_after_warm_up([3053.0, 2.0, 4.0, 3.0]) == 3.0
+    assert median_after_warm_up([5.0]) == 5.0
