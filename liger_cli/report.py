@@ -314,7 +314,7 @@ def coverage_table(report: RunReport) -> Table:
     for op in report.coverage or {}:
         used, candidates, unused = _op_counts(report, op)
         rows = [row for row in report.modules or () if row["op"] == op]
-        backends = {str(row["backend"]) for row in rows if row["status"] == "patched"}
+        backends = {row["backend"] or "" for row in rows if row["status"] == "patched"}
         table.add_row(
             op, f"{used}/{candidates}", ", ".join(sorted(backends)), _why_not_all(report, op)
         )

@@ -20,14 +20,14 @@ _PACKAGE = "chitchat-dataset==0.9.0"
 # Every twentieth conversation is for evaluation: 201 of 4018.
 _EVAL_EVERY = 20
 # Some conversations have hundreds of turns, which a run would tokenise and then cut off.
-_MAX_TURNS = 16
+_MAX_TURNS = 8
 
 
 def read_sample(split: Literal["train", "eval"]) -> Iterator[Row]:
     """Yields the conversations of a split in the package's order.
 
     Who speaks first is the user, the other is the assistant. A conversation is used up to its
-    sixteenth turn; the 3150 that nobody answered are left out.
+    eighth turn; the 3150 that nobody answered are left out.
 
     Raises:
         EnvironmentProblem: The package is not installed.

@@ -53,7 +53,7 @@ def ulps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str
 )
-def test_case_20_and_22_rounds_where_eager_rounds(op, eager, dtype, device):
+def test_case_20_case_22_rounds_where_eager_rounds(op, eager, dtype, device):
     # bf16 on a GPU only: the interpreter truncates to it.
     gate, up, dy = (make(128, 256, seed=i, dtype=dtype, device=device) for i in range(3))
     # Left of that gelu's slope goes through 0, and eager's gelu loses its digits to 1 - tanh.

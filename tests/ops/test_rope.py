@@ -453,8 +453,11 @@ def test_a_graph_captures_forward_and_backward(device):
         turned = rope(q, k, cos, sin)
         return *turned, *torch.autograd.grad(turned, (q, k), (dyq, dyk))
 
-    # Kernels are compiled before the capture, as any first call would.
-    wanted = [x.clone() for x in step()]
+    # Kernels are compiled before the capture, on a stream of their own: leaves remember the stream
+    # of their first gradient, and a capture cannot wait for the default one.
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        wanted = [x.clone() for x in step()]
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
