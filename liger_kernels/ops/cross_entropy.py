@@ -30,7 +30,7 @@ from liger_kernels.ops.loss_options import (
     check_target,
     inverse_of_mean,
 )
-from liger_kernels.ops.op import Case, Op, Sample, randn, upcast
+from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic, upcast
 
 
 def cross_entropy_ref(
@@ -265,20 +265,11 @@ def _sample(case: Case, dtype, device, generator) -> Sample:
     if options.pop("has_weight", False):
         weight = torch.rand(vocab, generator=generator) + 0.5
         options["weight"] = weight.to(device)
-    x = randn((*lead, vocab), dtype, device, generator, scale=spread)
-    if layout == "strided":
-        # Every second row of a wider buffer.
-        wide = randn((2 * lead[0], vocab + 3), dtype, device, generator, scale=spread)
-        x = wide.detach()[::2, :vocab].requires_grad_()
+    x = lay_out(randn(case.shape, dtype, device, generator, scale=spread), layout)
     target = random_target(tuple(lead), vocab, device, generator, ignored).to(label_dtype)
     if options.get("ignore_index", -100) != -100:
         target = target.masked_fill(target == -100, options["ignore_index"])
     return Sample((x, target), options)
-
-
-def _num_bytes(case: Case, dtype: torch.dtype) -> tuple[int, int]:
-    size = torch.Size(case.shape).numel() * dtype.itemsize
-    return size, 2 * size
 
 
 _ALL = {"has_weight": True, "label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 3.0, "scale": 0.5}
@@ -316,5 +307,5 @@ OP = Op(
         Case("real-wide", (1024, 262208), _ALL, needs_gpu=True),
     ),
     sample=_sample,
-    num_bytes=_num_bytes,
+    num_bytes=traffic(1, 2),
 )

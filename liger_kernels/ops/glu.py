@@ -23,7 +23,7 @@ from liger_kernels.ops.launch import (
     tl,
     triton,
 )
-from liger_kernels.ops.op import Case, Op, Sample, randn
+from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic
 
 # geglu's `approximate`, as torch spells it -> the kernels' name of the activation.
 _GELUS = {"tanh": "gelu_tanh", "none": "gelu"}
@@ -302,19 +302,10 @@ def _sample(case: Case, dtype, device, generator) -> Sample:
         both = randn((*lead, 2 * width), dtype, device, generator, scale=scale).detach()
         gate, up = both[..., :width], both[..., width:]
     else:
-        gate = randn(case.shape, dtype, device, generator, scale=scale).detach()
-        up = randn(case.shape, up_dtype, device, generator).detach()
-    if layout == "transposed":
-        gate = gate.movedim(-1, 0).contiguous().movedim(0, -1)
-    elif layout == "strided":
-        # Every second row of a wider buffer; up stays packed.
-        gate = gate.new_zeros(2 * lead[0], width + 3)[::2, :width].copy_(gate)
+        # up stays packed.
+        gate = lay_out(randn(case.shape, dtype, device, generator, scale=scale), layout)
+        up = randn(case.shape, up_dtype, device, generator)
     return Sample((gate.requires_grad_(), up.requires_grad_()), options)
-
-
-def _num_bytes(case: Case, dtype: torch.dtype) -> tuple[int, int]:
-    size = torch.Size(case.shape).numel() * dtype.itemsize
-    return 3 * size, 5 * size
 
 
 SWIGLU = Op(
@@ -342,7 +333,7 @@ SWIGLU = Op(
         Case("real-halves", (2048, 11008), {"layout": "halves"}, needs_gpu=True),
     ),
     sample=_sample,
-    num_bytes=_num_bytes,
+    num_bytes=traffic(3, 5),
 )
 
 GEGLU = Op(
@@ -367,5 +358,5 @@ GEGLU = Op(
         Case("real-exact", (2048, 14336), {"approximate": "none"}, needs_gpu=True),
     ),
     sample=_sample,
-    num_bytes=_num_bytes,
+    num_bytes=traffic(3, 5),
 )

@@ -27,7 +27,7 @@ from liger_kernels.ops.launch import (
     tl,
     triton,
 )
-from liger_kernels.ops.op import Case, Op, Sample, randn, upcast
+from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic, upcast
 
 
 def layer_norm_ref(x, weight=None, bias=None, eps=1e-5):
@@ -325,32 +325,20 @@ def layer_norm(
 
 
 def _sample(case: Case, dtype, device, generator) -> Sample:
-    *lead, width = case.shape
+    width = case.shape[-1]
     options = dict(case.options)
-    layout = options.pop("layout", "contiguous")
     # A mean far from 0 shows a variance that counts lanes past the width.
     shift = options.pop("shift", 1.0)
     weight_dtype = options.pop("weight_dtype", dtype)
     bias_dtype = options.pop("bias_dtype", weight_dtype)
-    if layout == "transposed":
-        x = randn((width, *lead), dtype, device, generator, shift=shift).detach().movedim(0, -1)
-    elif layout == "strided":
-        # Every second row of a wider buffer: neither the rows nor the columns are packed.
-        x = randn((2 * lead[0], width + 5), dtype, device, generator, shift=shift).detach()
-        x = x[::2, :width]
-    else:
-        x = randn((*lead, width), dtype, device, generator, shift=shift)
+    x = randn(case.shape, dtype, device, generator, shift=shift)
+    x = lay_out(x, options.pop("layout", "contiguous"))
     weight = bias = None
     if options.pop("has_weight", True):
         weight = randn((width,), weight_dtype, device, generator, shift=1.0)
     if options.pop("has_bias", True):
         bias = randn((width,), bias_dtype, device, generator)
-    return Sample((x.requires_grad_(), weight, bias), options)
-
-
-def _num_bytes(case: Case, dtype: torch.dtype) -> tuple[int, int]:
-    size = torch.Size(case.shape).numel() * dtype.itemsize
-    return 2 * size, 3 * size
+    return Sample((x, weight, bias), options)
 
 
 OP = Op(
@@ -385,5 +373,5 @@ OP = Op(
         Case("too-wide", (3, 65537), needs_gpu=True),
     ),
     sample=_sample,
-    num_bytes=_num_bytes,
+    num_bytes=traffic(2, 3),
 )

@@ -71,3 +71,30 @@ def randn(
     """Return a normal tensor drawn on the CPU, so that every device gets the same numbers."""
     x = torch.randn(shape, generator=generator, dtype=torch.float32) * scale + shift
     return x.to(device=device, dtype=dtype).requires_grad_(requires_grad)
+
+
+def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """Return x's values in another memory layout, as a tensor of its own that requires grad.
+
+    "contiguous"; "transposed", whose last dimension is the outermost in memory; or "strided", every
+    second row of a wider buffer, in which neither rows nor columns are packed.
+    """
+    x = x.detach()
+    if layout == "transposed":
+        x = x.movedim(-1, 0).contiguous().movedim(0, -1)
+    elif layout == "strided":
+        num_rows, width = x.shape
+        x = x.new_zeros(2 * num_rows, width + 3)[::2, :width].copy_(x)
+    else:
+        assert layout == "contiguous", layout
+    return x.requires_grad_()
+
+
+def traffic(forward: int, backward: int) -> Callable[[Case, torch.dtype], tuple[int, int]]:
+    """Return the num_bytes of an op that reads or writes this many tensors of a case's shape."""
+
+    def num_bytes(case: Case, dtype: torch.dtype) -> tuple[int, int]:
+        size = torch.Size(case.shape).numel() * dtype.itemsize
+        return forward * size, backward * size
+
+    return num_bytes

@@ -29,7 +29,7 @@ from liger_kernels.ops.launch import (
     tl,
     triton,
 )
-from liger_kernels.ops.op import Case, Op, Sample, randn, upcast
+from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic, upcast
 
 CASTS = ("mid", "end")
 
@@ -297,28 +297,14 @@ def rms_norm(
 
 
 def _sample(case: Case, dtype, device, generator) -> Sample:
-    *lead, width = case.shape
     options = dict(case.options)
-    layout = options.pop("layout", "contiguous")
     weight_dtype = options.pop("weight_dtype", dtype)
-    shape = (*lead, width)
-    if layout == "transposed":
-        x = randn((width, *lead), dtype, device, generator).detach().movedim(0, -1).requires_grad_()
-    elif layout == "strided":
-        # Every second row of a wider buffer: neither the rows nor the columns are packed.
-        x = randn((2 * lead[0], width + 5), dtype, device, generator).detach()
-        x = x[::2, :width].requires_grad_()
-    else:
-        x = randn(shape, dtype, device, generator)
+    x = randn(case.shape, dtype, device, generator)
+    x = lay_out(x, options.pop("layout", "contiguous"))
     weight = None
     if options.pop("has_weight", True):
-        weight = randn((width,), weight_dtype, device, generator, shift=1.0)
+        weight = randn(case.shape[-1:], weight_dtype, device, generator, shift=1.0)
     return Sample((x, weight), options)
-
-
-def _num_bytes(case: Case, dtype: torch.dtype) -> tuple[int, int]:
-    size = torch.Size(case.shape).numel() * dtype.itemsize
-    return 2 * size, 3 * size
 
 
 OP = Op(
@@ -349,5 +335,5 @@ OP = Op(
         Case("real-not-power", (512, 5120), needs_gpu=True),
     ),
     sample=_sample,
-    num_bytes=_num_bytes,
+    num_bytes=traffic(2, 3),
 )
