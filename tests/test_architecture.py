@@ -61,6 +61,12 @@ FORBIDDEN = {
         "liger_kernels.transformers.engine",
         "liger_kernels.transformers.api",
     ),
+    "liger_kernels.transformers.repair": (
+        "liger_kernels.transformers.families",
+        "liger_kernels.transformers.plan",
+        "liger_kernels.transformers.engine",
+        "liger_kernels.transformers.api",
+    ),
     "liger_kernels.transformers.plan": (
         "liger_kernels.transformers.engine",
         "liger_kernels.transformers.api",

@@ -37,5 +37,5 @@ def find_op(name: str) -> Op:
     if wanted in names:
         return names[wanted]
     near = difflib.get_close_matches(wanted, names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown op {name!r}{hint} Known ops: {', '.join(OPS)}")
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise ValueError(f"unknown op {name!r}{hint} Known: {', '.join(OPS)}")

@@ -34,6 +34,7 @@ from liger_kernels.transformers.plan import (
     coverage_of,
     resolve_ops,
 )
+from liger_kernels.transformers.repair import repair_model
 
 _logger = logging.getLogger(__name__)
 
@@ -82,12 +83,8 @@ def apply_liger_kernel(
 
 def _apply(model: nn.Module, selection: OpSelection, *, recognise: bool = True) -> PatchRecord:
     plan = build_plan(model, selection, recognise=recognise)
-    if selection.ops and not any(op in plan.coverage for op in selection.ops):
-        warnings.warn(
-            f"model type {plan.model_type!r} has no place for {', '.join(selection.ops)}: it stays "
-            f"unpatched. Known model types: {', '.join(FAMILIES)}",
-            stacklevel=3,
-        )
+    if selection.ops and not plan.patches:
+        warnings.warn(_nothing_patched(plan), stacklevel=3)
     record = apply(model, plan)
     if plan.source == "recognised" and plan.patches:
         _logger.info(
@@ -96,6 +93,23 @@ def _apply(model: nn.Module, selection: OpSelection, *, recognise: bool = True) 
             record.summary(),
         )
     return record
+
+
+def _nothing_patched(plan: PatchPlan) -> str:
+    """Return what a plan without a patch found, and what it did not."""
+    places: dict[str, str] = {}
+    for skip in plan.skips:
+        if skip.op is not None:
+            places.setdefault(skip.op, skip.reason)
+    counts = {op: n["candidates"] for op, n in plan.coverage.items()}
+    found = ", ".join(f"{op} ({n}, {places[op]})" for op, n in counts.items())
+    missing = ", ".join(op for op in plan.ops if op not in counts)
+    parts = [f"no place for {missing}"] if missing else []
+    parts += [f"it has places for {found}"] if found else []
+    return (
+        f"model type {plan.model_type!r} stays unpatched: {'; '.join(parts)}. Known model types: "
+        f"{', '.join(FAMILIES)}"
+    )
 
 
 @contextmanager
@@ -115,6 +129,9 @@ def patched(
 
 def _select(options: dict[str, bool], where: str) -> OpSelection:
     """Return the ops that keyword options turn on."""
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{where} got {name}={value!r}; it is True or False")
     if all(options.get(loss) for loss in LOSSES):
         raise ValueError(
             f"{where} got cross_entropy=True and fused_linear_cross_entropy=True, which compute "
@@ -123,10 +140,10 @@ def _select(options: dict[str, bool], where: str) -> OpSelection:
     return OpSelection(tuple(op for op in PATCH_OPS if options.get(op)), is_auto=True)
 
 
-def _unknown_option(name: str, known: Collection[str], where: str) -> ValueError:
+def _unknown_option(name: str, known: Collection[str], where: str, rest: str) -> ValueError:
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"{where} got an unknown option {name!r}{hint}")
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return ValueError(f"{where} got an unknown option {name!r}{hint} {rest}")
 
 
 # Loading ----------------------------------------------------------------------------------------
@@ -235,6 +252,9 @@ class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
 
 
 def _apply_anew(model: nn.Module, selection: OpSelection) -> None:
+    repair = repair_model(model)
+    if repair is not None:
+        _logger.warning(repair)
     # Built while its family is in class mode it is patched already; the options of this call win.
     restore(model)
     _apply(model, selection)
@@ -268,7 +288,9 @@ def _check_options(kwargs: dict[str, Any], config: Any, where: str) -> None:
             known |= set(inspect.signature(model_class.__init__).parameters)
     for name in kwargs:
         if name not in known:
-            raise _unknown_option(name, sorted({*_OPTIONS, *known}), where)
+            ours = [op for op in PATCH_OPS if op in _OPTIONS]
+            rest = f"Ours: {', '.join(ours)}; others go to transformers"
+            raise _unknown_option(name, sorted({*_OPTIONS, *known}), where, rest)
 
 
 @functools.cache
@@ -385,11 +407,14 @@ def _family_function(row: Family) -> Callable[..., PatchRecord]:
     def apply_to_family(*, model: nn.Module | None = None, **options: bool) -> PatchRecord:
         for option in options:
             if option not in known:
-                raise _unknown_option(option, (*known, "model"), name)
+                rest = f"Besides model it has {', '.join(known)}"
+                raise _unknown_option(option, (*known, "model"), name, rest)
         selection = _select({**known, **options}, name)
         if model is None:
             return FamilyRecord(row, selection)
         model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type is None:
+            raise ValueError(f"{name}: model must be a transformers model, got {model!r}")
         if model_type != row.model_type:
             raise ValueError(
                 f"{name} got a model of type {model_type!r}; use apply_liger_kernel(model), or "

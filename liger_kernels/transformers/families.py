@@ -46,7 +46,8 @@ class Family:
     module: str
     norms: Mapping[str, NormSpec]
     gates: Mapping[str, Gate]
-    ropes: Mapping[str, RopeSpec]
+    # More than one where transformers versions differ.
+    ropes: Mapping[str, tuple[RopeSpec, ...]]
     glu: str = "swiglu"
     # Whether nn.LayerNorm occurs, in a vision part.
     has_layer_norm: bool = False
@@ -74,17 +75,20 @@ class Family:
 
     def check(self, class_name: str, found: Spec | Refusal | None) -> Spec | Refusal | None:
         """Return `found`, or a Mismatch if the row says something else about the class."""
-        expected = self.norms.get(class_name) or self.ropes.get(class_name)
-        gate = self.gates.get(class_name)
-        if isinstance(found, RopeSpec) and isinstance(expected, RopeSpec):
-            # Whether an fp32 cos widens q is no part of what is computed.
-            expected = replace(expected, keeps_dtype=found.keeps_dtype)
+        norm, gate = self.norms.get(class_name), self.gates.get(class_name)
         if isinstance(found, MlpSpec):
             matches = gate in (None, Gate(found.layout, found.gate, found.up, found.down))
         elif isinstance(found, ExpertsSpec):
             matches = gate in (None, Gate(found.layout))
-        elif isinstance(found, (NormSpec, RopeSpec, LayerNormSpec)):
-            matches = expected in (None, found)
+        elif isinstance(found, RopeSpec):
+            # Whether an fp32 cos widens q is no part of what is computed.
+            ropes = [
+                replace(rope, keeps_dtype=found.keeps_dtype)
+                for rope in self.ropes.get(class_name, ())
+            ]
+            matches = not ropes or found in ropes
+        elif isinstance(found, (NormSpec, LayerNormSpec)):
+            matches = norm in (None, found)
         else:
             is_setting = isinstance(found, Refusal) and found.is_known_form
             matches = is_setting or class_name not in self.ops
@@ -107,8 +111,11 @@ EXPERTS = Gate("gate_first")
 
 HALF = RopeSpec("apply_rotary_pos_emb", "half", "twice", 1, is_single=False, keeps_dtype=False)
 PAIRS = replace(HALF, style="pairs")
+# Merges the angles of three kinds of positions itself, as version 4 does.
+SECTIONS = replace(HALF, function="apply_multimodal_rotary_pos_emb", angles="sections")
 VISION = replace(HALF, function="apply_rotary_pos_emb_vision", unsqueeze_dim=-2)
 COMPLEX = RopeSpec("apply_rotary_emb", "pairs", "complex", -2, is_single=False, keeps_dtype=True)
+COMPLEX_VISION = replace(COMPLEX, function="vision_apply_rotary_emb", angles="complex_shared")
 
 
 def _modeling(name: str) -> str:
@@ -129,7 +136,7 @@ def _decoder(
         more.pop("module", _modeling(model_type)),
         norms={f"{prefix}RMSNorm": norm},
         gates={f"{prefix}MLP": gate},
-        ropes={f"{prefix}Attention": rope},
+        ropes={f"{prefix}Attention": (rope,)},
         **more,
     )
 
@@ -162,21 +169,21 @@ _ROWS = (
             "MixtralExperts": EXPERTS,
             "MixtralBlockSparseTop2MLP": Gate("separate", "w1", "w3", "w2"),
         },
-        ropes={"MixtralAttention": HALF},
+        ropes={"MixtralAttention": (HALF,)},
     ),
     Family(
         "qwen3_moe",
         _modeling("qwen3_moe"),
         norms={"Qwen3MoeRMSNorm": LLAMA_NORM},
         gates={"Qwen3MoeExperts": EXPERTS, "Qwen3MoeMLP": SEPARATE},
-        ropes={"Qwen3MoeAttention": HALF},
+        ropes={"Qwen3MoeAttention": (HALF,)},
     ),
     Family(
         "paligemma",
         _modeling("paligemma"),
         norms={"GemmaRMSNorm": GEMMA_NORM, "Gemma2RMSNorm": GEMMA_NORM},
         gates={"GemmaMLP": SEPARATE, "Gemma2MLP": SEPARATE},
-        ropes={"GemmaAttention": HALF, "Gemma2Attention": HALF},
+        ropes={"GemmaAttention": (HALF,), "Gemma2Attention": (HALF,)},
         glu="geglu",
         has_layer_norm=True,
     ),
@@ -185,7 +192,7 @@ _ROWS = (
         _modeling("mllama"),
         norms={"MllamaTextRMSNorm": LLAMA_NORM},
         gates={"MllamaTextMLP": SEPARATE},
-        ropes={"MllamaTextSelfAttention": HALF},
+        ropes={"MllamaTextSelfAttention": (HALF,)},
         has_layer_norm=True,
     ),
     Family(
@@ -193,7 +200,7 @@ _ROWS = (
         _modeling("qwen2_vl"),
         norms={"Qwen2VLRMSNorm": LLAMA_NORM, "Qwen2RMSNorm": LLAMA_NORM},
         gates={"Qwen2MLP": SEPARATE},
-        ropes={"Qwen2VLAttention": HALF, "VisionAttention": VISION},
+        ropes={"Qwen2VLAttention": (HALF, SECTIONS), "VisionAttention": (VISION,)},
         has_layer_norm=True,
     ),
     Family(
@@ -201,7 +208,7 @@ _ROWS = (
         _modeling("qwen2_5_vl"),
         norms={"Qwen2_5_VLRMSNorm": LLAMA_NORM, "Qwen2RMSNorm": LLAMA_NORM},
         gates={"Qwen2MLP": SEPARATE, "Qwen2_5_VLMLP": SEPARATE},
-        ropes={"Qwen2_5_VLAttention": HALF, "Qwen2_5_VLVisionAttention": VISION},
+        ropes={"Qwen2_5_VLAttention": (HALF, SECTIONS), "Qwen2_5_VLVisionAttention": (VISION,)},
     ),
     Family(
         "llama4_text",
@@ -210,8 +217,8 @@ _ROWS = (
             "Llama4TextRMSNorm": replace(LLAMA_NORM, eps_attr="eps"),
             "Llama4TextL2Norm": NormSpec(0.0, "mid", has_weight=False, eps_attr="eps"),
         },
-        gates={"Llama4TextMLP": SEPARATE},
-        ropes={"Llama4TextAttention": COMPLEX},
+        gates={"Llama4TextMLP": SEPARATE, "Llama4TextExperts": EXPERTS},
+        ropes={"Llama4TextAttention": (COMPLEX,)},
     ),
     Family(
         "llama4",
@@ -220,8 +227,8 @@ _ROWS = (
             "Llama4TextRMSNorm": replace(LLAMA_NORM, eps_attr="eps"),
             "Llama4TextL2Norm": NormSpec(0.0, "mid", has_weight=False, eps_attr="eps"),
         },
-        gates={"Llama4TextMLP": SEPARATE},
-        ropes={"Llama4TextAttention": COMPLEX},
+        gates={"Llama4TextMLP": SEPARATE, "Llama4TextExperts": EXPERTS},
+        ropes={"Llama4TextAttention": (COMPLEX,), "Llama4VisionAttention": (COMPLEX_VISION,)},
         has_layer_norm=True,
     ),
 )

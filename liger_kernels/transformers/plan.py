@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -74,12 +74,16 @@ def resolve_ops(ops: str | Sequence[str] | OpSelection) -> OpSelection:
             (rmsnorm, layernorm, ce, flce) and dashes for underscores are accepted.
 
     Raises:
-        ValueError: A name is unknown (the message names the nearest), the words are combined in a
-            way that says nothing, or both losses are asked for.
+        ValueError: A name is unknown (the message names the nearest) or no string, the words are
+            combined in a way that says nothing, or both losses are asked for.
     """
     if isinstance(ops, OpSelection):
         return ops
-    items = ops.split(",") if isinstance(ops, str) else list(ops)
+    items = ops.split(",") if isinstance(ops, str) else ops
+    # A mapping of names to booleans would lose the booleans.
+    is_list = isinstance(items, Collection) and not isinstance(items, Mapping)
+    if not is_list or not all(isinstance(item, str) for item in items):
+        raise ValueError(f"ops must be a string or a sequence of names, got {ops!r}")
     items = [item.strip() for item in items]
     if not any(items):
         raise ValueError(f"ops is empty: {ops!r}; write 'none' to patch nothing")
@@ -120,7 +124,7 @@ def _op_name(name: str) -> str:
     if wanted in names:
         return names[wanted]
     near = difflib.get_close_matches(wanted, [*names, *_WORDS], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(f"unknown op {name!r}{hint} Known: {', '.join((*PATCH_OPS, *_WORDS))}")
 
 
@@ -236,9 +240,11 @@ def build_plan(
             compute. False leaves it alone.
 
     Raises:
-        ValueError: ops is not as resolve_ops wants it.
+        ValueError: model is no module, or ops is not as resolve_ops wants it.
     """
     selection = resolve_ops(ops)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a model that is built already, got {model!r}")
     config = getattr(inner_model(model), "config", None)
     model_type = getattr(config, "model_type", None) or type(model).__name__
     row = FAMILIES.get(model_type)

@@ -29,8 +29,9 @@ Cast = Literal["mid", "end"]
 Layout = Literal["separate", "gate_first", "up_first", "interleaved"]
 Style = Literal["half", "pairs", "pairs_to_half"]
 # How the function gets its angles: cos and sin as [c, c], [c] or each number twice in a row; or one
-# complex tensor instead of the two.
-Angles = Literal["twice", "once", "repeated", "complex"]
+# complex tensor instead of the two, for each sample or (T, 1, D / 2) for all of them; or as [c, c]
+# of three kinds of positions (3, B, T, D), and how many numbers of a head each kind turns.
+Angles = Literal["twice", "once", "repeated", "complex", "complex_shared", "sections"]
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,14 @@ class MlpSpec:
 
 @dataclass(frozen=True)
 class ExpertsSpec:
-    """Experts as 3-D weights whose gate is computed by `_apply_gate`."""
+    """Experts as 3-D weights, whose gate is computed by `_apply_gate` or between two products."""
 
     layout: Layout
     activation: str
     # Whether the plain loop over experts is the one `run_experts` does, so that it can be replaced.
     has_plain_loop: bool
+    # True: forward takes as many rows for every expert, sorted, and is two products of all experts.
+    is_sorted: bool = False
 
 
 @dataclass(frozen=True)
@@ -489,9 +492,11 @@ def recognise_experts(module: nn.Module) -> ExpertsSpec | Refusal | None:
     fused, down = module._parameters.get("gate_up_proj"), module._parameters.get("down_proj")
     if fused is None or down is None or fused.dim() != 3 or down.dim() != 3:
         return None
-    gate = getattr(original_class(type(module)), "_apply_gate", None)
+    cls = original_class(type(module))
+    gate = getattr(cls, "_apply_gate", None)
     if gate is None:
-        return Refusal(
+        found = _probe_sorted(module, fused, down) if _takes_one_tensor(cls) else None
+        return found or Refusal(
             "experts whose activation runs inside their own forward: no place for a kernel"
         )
     inner = fused.shape[2 if getattr(module, "is_transposed", False) else 1] // 2
@@ -574,6 +579,44 @@ def _has_plain_loop(module: nn.Module) -> bool:
         return False
 
 
+def _probe_sorted(module: nn.Module, fused: Tensor, down: Tensor) -> ExpertsSpec | Refusal | None:
+    """Return the gate of experts that each take their share of the rows, in one product of all."""
+    num_experts, wide, twice = fused.shape
+    if down.shape != (num_experts, twice // 2, wide):
+        return None
+    generator = _generator()
+    inner, width = 24, 16
+    parameters = {
+        "gate_up_proj": width**-0.5 * _randn(generator, num_experts, width, 2 * inner),
+        "down_proj": inner**-0.5 * _randn(generator, num_experts, inner, width),
+    }
+    # Sizes that forward may read; of other names it would fail on the small weights.
+    sizes = {"hidden_size": width, "intermediate_size": inner, "expert_dim": inner}
+    sizes = {name: size for name, size in sizes.items() if name in vars(module)}
+    clone = stand_in(module, parameters, attributes=sizes)
+    x = 3 * _randn(generator, num_experts * _ROWS, width)
+
+    def candidates(x: Tensor) -> dict[tuple[str, ...], Tensor]:
+        h = torch.bmm(x.view(num_experts, -1, width), parameters["gate_up_proj"])
+        return {
+            key: torch.bmm(gated, parameters["down_proj"]).view(-1, width)
+            for key, gated in _gates(h).items()
+        }
+
+    try:
+        with quiet():
+            errors = _errors(_forward(clone, x), candidates(x))
+            far = _errors(_forward(clone, 30 * x), candidates(30 * x))
+    except Exception:
+        return None
+    if errors is None or far is None or errors[0][0] > 2e-5 or far[0][0] > 2e-5:
+        return None
+    layout, activation = errors[0][1]
+    if activation not in GLU_OPS:
+        return Refusal(f"activation {activation} has no kernel", is_known_form=True)
+    return ExpertsSpec(cast(Layout, layout), activation, has_plain_loop=False, is_sorted=True)
+
+
 # RoPE -------------------------------------------------------------------------------------------
 
 
@@ -633,6 +676,9 @@ _BATCH, _TOKENS, _HEADS, _KV_HEADS, _HEAD_DIM = 2, 5, 4, 3, 16
 def _probe_rope(name: str, function: Callable[..., Any]) -> RopeSpec | None:
     is_single = rope_inputs(function) == 1
     generator = _generator()
+    # Forms that a narrow rotation answered with none of the styles: a whole head cannot tell which
+    # of its numbers they turn (deepseek_v4 turns the last ones).
+    elsewhere: set[tuple[int, str]] = set()
     # A narrower rotation than the head, and the whole head.
     for rotary_dim in (_HEAD_DIM // 2, _HEAD_DIM):
         angles = _randn(generator, _BATCH, _TOKENS, rotary_dim // 2)
@@ -644,13 +690,17 @@ def _probe_rope(name: str, function: Callable[..., Any]) -> RopeSpec | None:
                 for n in (_HEADS, _KV_HEADS)[: 1 if is_single else 2]
             ]
             for layout in get_args(Angles):
-                tables = _tables(angles, layout)
+                given = angles[:1] if layout == "complex_shared" else angles
+                tables = _tables(given, layout)
                 try:
                     outputs = _as_tuple(function(*inputs, *tables))
                 except Exception:
                     continue
+                if (unsqueeze_dim, layout) in elsewhere:
+                    continue
+                elsewhere.add((unsqueeze_dim, layout))
                 for style in get_args(Style):
-                    wanted = [rotate(x, angles, style, unsqueeze_dim) for x in inputs]
+                    wanted = [rotate(x, given, style, unsqueeze_dim) for x in inputs]
                     if len(outputs) == len(wanted) and all(map(_close, outputs, wanted)):
                         narrow = _as_tuple(function(*(x.bfloat16() for x in inputs), *tables))
                         keeps_dtype = narrow[0].dtype == torch.bfloat16
@@ -676,12 +726,22 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def _tables(angles: Tensor, layout: Angles) -> tuple[Tensor, ...]:
+def _tables(angles: Tensor, layout: Angles) -> tuple[Any, ...]:
     cos, sin = angles.cos(), angles.sin()
     if layout == "complex":
         return (torch.complex(cos, sin),)
+    if layout == "complex_shared":
+        return (torch.complex(cos, sin)[0].unsqueeze(1),)
     if layout == "twice":
         return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+    if layout == "sections":
+        quarter = angles.shape[-1] // 4
+        sizes = [quarter, quarter, angles.shape[-1] - 2 * quarter]
+        # Each kind of positions has the angles of its own section, and others elsewhere.
+        kind = torch.arange(3).repeat_interleave(torch.tensor(sizes))
+        kinds = [torch.where(kind == i, angles, angles + i + 1) for i in range(3)]
+        three = torch.stack([torch.cat((table, table), -1) for table in kinds])
+        return three.cos(), three.sin(), sizes
     if layout == "repeated":
         return cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1)
     return cos, sin

@@ -163,6 +163,21 @@ def _mlp_forward(base: Any, spec: MlpSpec) -> Callable[..., Any]:
     return forward
 
 
+def _sorted_experts_forward(base: Any, spec: ExpertsSpec) -> Callable[..., Any]:
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or not _is_plain(args[0], self.gate_up_proj, self.down_proj):
+            return base.forward(self, *args, **kwargs)
+
+        (x,) = args
+        num_experts, width, _ = self.gate_up_proj.shape
+        h = torch.bmm(x.view(num_experts, -1, width), self.gate_up_proj)
+        h = _glu(self, spec.activation, *split_gate(h, spec.layout))
+        return torch.bmm(h, self.down_proj).view(-1, width)
+
+    return forward
+
+
 def _experts_namespace(base: Any, spec: ExpertsSpec) -> dict[str, Any]:
     def _apply_gate(self: Any, gate_up_out: Tensor) -> Tensor:
         return _glu(self, spec.activation, *split_gate(gate_up_out, spec.layout))
@@ -186,7 +201,8 @@ def _experts_namespace(base: Any, spec: ExpertsSpec) -> dict[str, Any]:
 def _rotary(original: Callable[..., Any], spec: RopeSpec) -> Callable[..., Any]:
     """Return a function of original's signature that rotates through the op."""
     names, num_inputs = rope_parameters(original), rope_inputs(original)
-    num_required = num_inputs + (1 if spec.angles == "complex" else 2)
+    is_complex = spec.angles in ("complex", "complex_shared")
+    num_required = num_inputs + (1 if is_complex else 2)
     called = original.forward if isinstance(original, nn.Module) else original
 
     @functools.wraps(called)
@@ -195,14 +211,18 @@ def _rotary(original: Callable[..., Any], spec: RopeSpec) -> Callable[..., Any]:
         required = [given.pop(name, None) for name in names[:num_required]]
         inputs, angles = required[:num_inputs], required[num_inputs:]
         axis = given.pop("unsqueeze_dim", spec.unsqueeze_dim)
+        if spec.angles == "sections":
+            angles = _merge_sections(angles, given.pop("mrope_section", None))
+        elif spec.angles == "complex_shared":
+            angles = [table.squeeze(1) for table in angles if isinstance(table, Tensor)]
         is_extra = any(value is not None for value in given.values())
-        if is_extra or not _can_rotate(inputs, angles, axis):
+        if is_extra or not _can_rotate(inputs, angles, axis, is_complex=is_complex):
             return original(*args, **kwargs)
-        if spec.angles == "complex":
+        if is_complex:
             angles = [angles[0].real, angles[0].imag]
         elif spec.angles == "repeated":
             angles = [table[..., ::2] for table in angles]
-        width = angles[0].shape[-1] * (1 if spec.angles == "twice" else 2)
+        width = angles[0].shape[-1] * (1 if spec.angles in ("twice", "sections") else 2)
         if width % 2 or width > inputs[0].shape[-1]:
             return original(*args, **kwargs)
         _note()
@@ -215,7 +235,20 @@ def _rotary(original: Callable[..., Any], spec: RopeSpec) -> Callable[..., Any]:
     return rotate
 
 
-def _can_rotate(inputs: list[Any], angles: list[Any], axis: Any) -> bool:
+def _merge_sections(tables: list[Any], sections: Any) -> list[Tensor]:
+    """Return (B, T, D) of tables (3, B, T, D), each kind of positions in its section of D."""
+    if sections is None or not all(isinstance(table, Tensor) for table in tables):
+        return []
+    sizes = [*sections, *sections]
+    return [
+        torch.cat([part[i % 3] for i, part in enumerate(table.split(sizes, dim=-1))], dim=-1)
+        for table in tables
+    ]
+
+
+def _can_rotate(
+    inputs: list[Any], angles: list[Any], axis: Any, *, is_complex: bool = False
+) -> bool:
     """Return whether the op takes these shapes: heads at `axis`, an angle for every token."""
     if not all(type(x) is Tensor for x in (*inputs, *angles)) or not _is_plain(*inputs):
         return False
@@ -226,8 +259,12 @@ def _can_rotate(inputs: list[Any], angles: list[Any], axis: Any) -> bool:
     num_tokens = inputs[0].shape[-5 - axis]
     batch = inputs[0].shape[0] if rank == 4 else 1
     leads = ((num_tokens,), (1, num_tokens), (batch, num_tokens))
-    return all(
-        not x.requires_grad and x.shape == angles[0].shape and x.shape[:-1] in leads for x in angles
+    return bool(angles) and all(
+        x.is_complex() == is_complex
+        and not x.requires_grad
+        and x.shape == angles[0].shape
+        and x.shape[:-1] in leads
+        for x in angles
     )
 
 
@@ -326,6 +363,8 @@ def patched_class(base: Any, spec: Spec) -> type[nn.Module]:
         namespace = {"forward": _layer_norm_forward(base, spec)}
     elif isinstance(spec, MlpSpec):
         namespace = {"forward": _mlp_forward(base, spec)}
+    elif isinstance(spec, ExpertsSpec) and spec.is_sorted:
+        namespace = {"forward": _sorted_experts_forward(base, spec)}
     elif isinstance(spec, ExpertsSpec):
         namespace = _experts_namespace(base, spec)
     else:

@@ -10,6 +10,7 @@ _OURS = (
     "test_api.py",
     "test_engine.py",
     "test_families.py",
+    "test_multimodal.py",
     "test_plan.py",
     "test_recognise.py",
 )

@@ -12,7 +12,13 @@ import torch
 import transformers
 import zoo
 from checks import assert_same, run
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
+from transformers.models.llama import modeling_llama
 
 import liger_kernels
 from liger_kernels.transformers import (
@@ -22,6 +28,8 @@ from liger_kernels.transformers import (
 )
 from liger_kernels.transformers import api as api_module
 from liger_kernels.transformers.families import FAMILIES
+from liger_kernels.transformers.plan import build_plan
+from liger_kernels.transformers.repair import repair_model
 from liger_kernels.transformers.replace import is_patched
 
 
@@ -62,18 +70,18 @@ def test_family_signature_is_the_published_one():
 
 
 # Case 42: every option off, alone, and on, alone, runs a step.
-@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize("family", zoo.ALL)
 def test_each_option_case_42(family):
     apply_to_family = getattr(liger_kernels.transformers, f"apply_liger_kernel_to_{family}")
     known = FAMILIES[family].options
-    model = zoo.build(family).train()
-    reference = run(model, zoo.text_inputs())
+    model, inputs = zoo.build(family).train(), zoo.inputs_of(family)
+    reference = run(model, inputs)
     for option in known:
         only = {name: name == option for name in known}
         record = apply_to_family(model=model, **only)
         assert {patch.op for patch in record.patches} == {option}
         with record.count_calls():
-            assert_same(run(model, zoo.text_inputs()), reference)
+            assert_same(run(model, inputs), reference)
         assert not record.unused
         record.undo()
         if known[option]:
@@ -107,7 +115,22 @@ def test_unknown_option_names_the_nearest():
         apply_liger_kernel_to_llama(swigl=False, model=zoo.build("llama"))
     with pytest.raises(ValueError, match="unknown option 'geglu'"):
         apply_liger_kernel_to_llama(geglu=True)
+    with pytest.raises(ValueError, match=r"'atn'\. Ours: rope, rms_norm, layer"):
+        AutoLigerKernelForCausalLM.from_config(zoo.config_of("llama"), atn=True)
     assert _num_patched(zoo.build("llama")) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wrong_option_names_the_right_ones(family):
+    apply_to_family = getattr(liger_kernels.transformers, f"apply_liger_kernel_to_{family}")
+    known = FAMILIES[family].options
+    wrong = {op for row in FAMILIES.values() for op in row.options} - set(known)
+    assert wrong
+    right = ", ".join(known)
+    for option in wrong:
+        message = f"{apply_to_family.__name__} got an unknown option '{option}'.* has {right}$"
+        with pytest.raises(ValueError, match=message):
+            apply_to_family(**{option: True})
 
 
 def test_family_function_wants_its_family():
@@ -120,7 +143,12 @@ def test_unsupported_model_case_70(tmp_path):
     # GPT-2 has layer norms and a head, but neither rotary positions nor a gated MLP.
     config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=128)
     model = GPT2LMHeadModel(config)
-    with pytest.warns(UserWarning, match=r"gpt2.*rope.*Known model types: llama"):
+    message = (
+        r"model type 'gpt2' stays unpatched: no place for rope, swiglu; it has places for "
+        r"layer_norm \(5, not requested\), fused_linear_cross_entropy \(1, not requested\)\. "
+        r"Known model types: llama"
+    )
+    with pytest.warns(UserWarning, match=message):
         record = apply_liger_kernel(model, "rope,swiglu")
     assert _num_patched(model) == 0
     assert not record.patches
@@ -136,11 +164,27 @@ def test_unsupported_model_case_70(tmp_path):
         apply_liger_kernel(model, "none")
 
 
+# Case 70: places that are all refused are no success either, and the warning says why.
+def test_refused_model_case_70(monkeypatch):
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", lambda self, x: self.weight * x)
+    with pytest.warns(UserWarning, match=r"rms_norm \(5, LlamaRMSNorm does not compute"):
+        record = apply_liger_kernel(zoo.build("llama"), "rms_norm")
+    assert not record.patches
+
+
+# Case 70: the text type of a multimodal one is another type.
+def test_types_of_a_family_are_told_apart_case_70():
+    with pytest.raises(ValueError, match="use .* apply_liger_kernel_to_gemma3_text"):
+        liger_kernels.apply_liger_kernel_to_gemma3(model=zoo.build("gemma3_text"))
+    with pytest.raises(ValueError, match="use .* apply_liger_kernel_to_llama4"):
+        liger_kernels.apply_liger_kernel_to_llama4_text(model=zoo.build("llama4"))
+
+
 def test_unlisted_type_is_logged_and_may_be_left_alone(caplog):
     model = zoo.build_unlisted().train()
     inputs = zoo.text_inputs()
     reference = run(model, inputs)
-    with pytest.warns(UserWarning, match="'smollm3' has no place"):
+    with pytest.warns(UserWarning, match="'smollm3' stays unpatched: no place for rope"):
         record = apply_liger_kernel(model, recognise=False)
     assert _num_patched(model) == 0
     record.undo()
@@ -154,12 +198,16 @@ def test_unlisted_type_is_logged_and_may_be_left_alone(caplog):
 # Class mode -------------------------------------------------------------------------------------
 
 
+def _auto_class(family):
+    return AutoModelForCausalLM if family in zoo.TEXT else AutoModelForImageTextToText
+
+
 # Case 49: only models built from now on are patched, and the record says so.
-@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize("family", zoo.ALL)
 def test_class_mode_case_49(family, tmp_path):
     apply_to_family = getattr(liger_kernels.transformers, f"apply_liger_kernel_to_{family}")
-    existing = zoo.build(family).train()
-    reference = run(existing, zoo.text_inputs())
+    existing, inputs = zoo.build(family).train(), zoo.inputs_of(family)
+    reference = run(existing, inputs)
     existing.save_pretrained(tmp_path)
     stock_init = type(existing).__init__
     record = apply_to_family()
@@ -168,14 +216,19 @@ def test_class_mode_case_49(family, tmp_path):
         assert record.coverage == {}
         assert _num_patched(existing) == 0
         built = zoo.build(family).train()
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = _auto_class(family).from_pretrained(
             tmp_path, attn_implementation=existing.config._attn_implementation
-        ).train()
+        )
+        repair_model(loaded.train())
         for model in (built, loaded):
-            assert_same(run(model, zoo.text_inputs()), reference, tolerance=1e-4)
+            assert_same(run(model, inputs), reference, tolerance=1e-4)
             assert _num_patched(model) >= 10
             assert type(model) is type(existing)
-        assert record.coverage["rope"] == {"patched": 4, "candidates": 4}
+        plan = build_plan(existing, "all")
+        assert record.coverage == {
+            op: {"patched": 2 * n["patched"], "candidates": 2 * n["candidates"]}
+            for op, n in plan.coverage.items()
+        }
         assert len(record.built) == 2
         other = "qwen2" if family != "qwen2" else "llama"
         assert _num_patched(zoo.build(other)) == 0
@@ -283,7 +336,7 @@ def test_from_pretrained_case_68(tmp_path):
 
 
 # Case 69
-@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize("family", zoo.TEXT)
 def test_from_config_case_69(family):
     config = zoo.config_of(family)
     model = AutoLigerKernelForCausalLM.from_config(config, rms_norm=False, dtype=torch.bfloat16)

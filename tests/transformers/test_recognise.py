@@ -16,6 +16,7 @@ from transformers.models.llama import modeling_llama
 
 from liger_kernels.transformers.families import FAMILIES
 from liger_kernels.transformers.recognise import (
+    ExpertsSpec,
     LayerNormSpec,
     MlpSpec,
     NormSpec,
@@ -316,12 +317,22 @@ def _attention(function):
     return Attention()
 
 
+def apply_rotary_last(x, cos, sin):
+    """deepseek_v4: the last numbers of a head; a whole head looks like the usual form."""
+    width = 2 * cos.shape[-1]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    rest, first, second = x[..., :-width], x[..., -width::2], x[..., -width + 1 :: 2]
+    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2)
+    return torch.cat((rest, turned), -1)
+
+
 ROPES = {
     "half": (modeling_llama.apply_rotary_pos_emb, ("half", "twice", 1, False, False)),
     "vision": (vision_rope, ("half", "twice", -2, False, True)),
     "repeated": (apply_rotary_interleaved, ("pairs", "repeated", 1, False, False)),
     "single": (apply_rotary_single, ("half", "twice", 1, True, False)),
     "backwards": (apply_rotary_backwards, None),
+    "last": (apply_rotary_last, None),
     "sections": (apply_rotary_with_sections, None),
 }
 
@@ -374,9 +385,8 @@ def test_rope_of_attention_that_does_not_rotate():
     assert set(rope_functions(modeling_gemma2.Gemma2Attention)) == {"apply_rotary_pos_emb"}
 
 
+@pytest.mark.skipif(not zoo.IS_V5, reason="version 4 has one MLP an expert")
 def test_experts_layouts():
-    if not zoo.IS_V5:
-        pytest.skip("version 4 has one MLP an expert")
     experts = zoo.build("mixtral").model.layers[0].mlp.experts
     found = recognise_experts(experts)
     assert found.layout == "gate_first"
@@ -386,11 +396,49 @@ def test_experts_layouts():
     assert recognise_experts(experts) == Refusal("activation tanh has no kernel", True)
     experts.act_fn = nn.Softsign()
     assert "gate of their own" in recognise_experts(experts).reason
+
+
+class SortedExperts(nn.Module):
+    """Llama4's: as many rows for every expert, one product for all."""
+
+    def __init__(self, order="gate_first"):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 8, 20))
+        self.down_proj = nn.Parameter(torch.randn(3, 10, 8))
+        self.order, self.act_fn = order, nn.SiLU()
+
+    def forward(self, x):
+        h = torch.bmm(x.view(self.gate_up_proj.shape[0], -1, x.shape[-1]), self.gate_up_proj)
+        gate, up = (h[..., ::2], h[..., 1::2]) if self.order == "interleaved" else h.chunk(2, -1)
+        return torch.bmm(up * self.act_fn(gate), self.down_proj).view(-1, x.shape[-1])
+
+
+class ScaledExperts(SortedExperts):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class FixedWidthExperts(SortedExperts):
+    """Reads a size that the probe does not know of."""
+
+    def forward(self, x):
+        return super().forward(x.view(-1, 8))
+
+
+def test_sorted_experts():
     experts = zoo.build("llama4_text").model.layers[1].feed_forward.experts
-    assert "own forward" in recognise_experts(experts).reason
+    assert recognise_experts(experts) == ExpertsSpec("gate_first", "silu", False, is_sorted=True)
+    for order in ("gate_first", "interleaved"):
+        found = recognise_experts(SortedExperts(order))
+        assert found == ExpertsSpec(order, "silu", False, is_sorted=True)
+    experts.act_fn = nn.Tanh()
+    assert recognise_experts(experts) == Refusal("activation tanh has no kernel", True)
+    experts.act_fn = nn.Softsign()
+    for unknown in (experts, ScaledExperts(), FixedWidthExperts()):
+        assert "own forward" in recognise_experts(unknown).reason
 
 
-@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize("family", zoo.ALL)
 def test_rows_say_what_is_recognised(family):
     row = FAMILIES[family]
     recogniser, seen = Recogniser(), set()

@@ -9,11 +9,14 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from liger_kernels.transformers.repair import repair_model
+
 transformers.logging.set_verbosity_error()
 
 IS_V5 = int(transformers.__version__.split(".")[0]) >= 5
 VOCAB_SIZE = 128
 IMAGE_TOKEN = 100
+VISION_START = 101
 # The families a user asks for first; every test runs on these.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "mixtral")
 VISION = {
@@ -178,10 +181,11 @@ def _gemma3() -> PreTrainedModel:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
-def _paligemma() -> PreTrainedModel:
+def _paligemma(text_type: str = "gemma") -> PreTrainedModel:
+    text = TEXT[text_type][2]
     config = transformers.PaliGemmaConfig(
         vision_config={**VISION, "projection_dim": 32},
-        text_config={**_text(head_dim=8), "model_type": "gemma"},
+        text_config={**text, "model_type": text_type},
         projection_dim=32,
         image_token_index=IMAGE_TOKEN,
         image_token_id=IMAGE_TOKEN,
@@ -204,7 +208,7 @@ def _qwen_vl(name: str, **vision: Any) -> PreTrainedModel:
         text_config=_text(rope_parameters=_rope(mrope_section=[1, 1, 2])),
         image_token_id=IMAGE_TOKEN,
         video_token_id=103,
-        vision_start_token_id=101,
+        vision_start_token_id=VISION_START,
         vision_end_token_id=102,
     )
     return getattr(transformers, f"{name}ForConditionalGeneration")(config)
@@ -224,28 +228,77 @@ def _qwen2_5_vl() -> PreTrainedModel:
     )
 
 
-MULTIMODAL: dict[str, Callable[[], PreTrainedModel]] = {
+def _llama4() -> PreTrainedModel:
+    theta = {"rope_parameters": _rope()} if IS_V5 else {"rope_theta": 1e4}
+    vision = {
+        "hidden_size": 32,
+        # What the pixel shuffle makes of the hidden size.
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 8,
+        "patch_size": 2,
+        "projector_input_dim": 32,
+        "projector_output_dim": 32,
+        "vision_output_dim": 32,
+        **theta,
+    }
+    config = transformers.Llama4Config(
+        vision_config=vision,
+        text_config=TEXT["llama4_text"][2],
+        image_token_index=IMAGE_TOKEN,
+        boi_token_index=101,
+        eoi_token_index=102,
+    )
+    model = transformers.Llama4ForConditionalGeneration(config)
+    # The stock class of some versions raises in every call.
+    repair_model(model)
+    return model
+
+
+MULTIMODAL: dict[str, Callable[..., PreTrainedModel]] = {
     "mllama": _mllama,
     "gemma3": _gemma3,
     "paligemma": _paligemma,
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
+    "llama4": _llama4,
 }
+
+# Every family that has a row.
+ALL = (*TEXT, *MULTIMODAL)
 
 
 def _qwen_vl_inputs() -> dict[str, torch.Tensor]:
     inputs = image_inputs(
         4, pixel_values=_pixels(32, 96), image_grid_thw=torch.tensor([[1, 4, 4]] * 2)
     )
+    # Version 4 looks for an image after this token, 5 in the types.
+    inputs["input_ids"][:, 1] = VISION_START
     if IS_V5:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE_TOKEN).int()
     return inputs
 
 
-def inputs_of(name: str) -> dict[str, torch.Tensor]:
-    """Return a training batch for a family: with an image where it takes one."""
-    if name in TEXT:
+def inputs_of(name: str, kind: str = "image") -> dict[str, torch.Tensor]:
+    """Return a training batch for a family: with an image where it takes one and kind says so.
+
+    Kinds: "text"; "image" with labels on the text; "labelled-image" with labels on both.
+    """
+    if name in TEXT or kind == "text":
         return text_inputs()
+    inputs = _image_inputs(name)
+    if kind == "labelled-image":
+        inputs["labels"] = inputs["input_ids"].clone()
+    return inputs
+
+
+def kinds_of(name: str) -> tuple[str, ...]:
+    """Return the kinds of batches that a family takes."""
+    return ("text",) if name in TEXT else ("text", "image", "labelled-image")
+
+
+def _image_inputs(name: str) -> dict[str, torch.Tensor]:
     if name in ("qwen2_vl", "qwen2_5_vl"):
         return _qwen_vl_inputs()
     if name == "mllama":
@@ -260,6 +313,8 @@ def inputs_of(name: str) -> dict[str, torch.Tensor]:
         inputs["cross_attention_mask"] = torch.ones(2, length, 1, 1, dtype=torch.long)
         return inputs
     inputs = image_inputs(1 if name == "gemma3" else 4, pixel_values=_pixels(2, 3, 8, 8))
+    if name == "llama4":
+        return inputs
     is_image = inputs["input_ids"] == IMAGE_TOKEN
     inputs["token_type_ids"] = (is_image if name == "gemma3" else ~is_image).long()
     return inputs
@@ -275,9 +330,12 @@ def build(name: str, seed: int = 0, **options: Any) -> PreTrainedModel:
     """Return a stock model with weights of `seed`, spread enough for every part to matter."""
     torch.manual_seed(seed)
     if name in MULTIMODAL:
-        model = MULTIMODAL[name]()
-    else:
-        model = getattr(transformers, TEXT[name][0])(config_of(name, **options))
+        return spread(MULTIMODAL[name](**options))
+    return spread(getattr(transformers, TEXT[name][0])(config_of(name, **options)))
+
+
+def spread(model: PreTrainedModel) -> PreTrainedModel:
+    """Spread the weights of a new model, so that every part of it shows in the loss."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
