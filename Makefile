@@ -10,7 +10,7 @@ GPU_PYTHON ?= python3
 RESULTS ?= docs/results
 CHECKED := liger_kernels liger_cli tests scripts
 
-.PHONY: setup demo fmt check test test-gpu bench clean
+.PHONY: setup demo fmt check test test-gpu test-versions coverage bench clean
 
 setup: $(STAMP)
 
@@ -49,8 +49,16 @@ test-gpu:
 	mkdir -p $(RESULTS)
 	$(GPU_PYTHON) scripts/test_gpu.py --output $(RESULTS)
 
+# The patching tests on each transformers version that is promised, one small environment a version.
+test-versions: setup
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/test_versions.py --workers $(WORKERS) --output $(RESULTS)
+
+# docs/coverage.md: every model type of the installed transformers, patched and compared with stock.
+coverage: setup
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/coverage_corpus.py
+
 bench: setup
 	$(BIN)/liger bench --model llama
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-versions build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -27,7 +27,8 @@ def versions() -> str:
 
 
 def run_pytest(*arguments: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "pytest", "-q", *arguments]
+    # Warnings of the libraries would fill the log with paths of this machine.
+    command = [sys.executable, "-m", "pytest", "-q", "--disable-warnings", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 

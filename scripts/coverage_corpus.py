@@ -1,0 +1,330 @@
+"""Build every causal-LM and image-text type of the installed transformers tiny, patch it, compare.
+
+python scripts/coverage_corpus.py                              writes docs/coverage.md, minutes
+python scripts/coverage_corpus.py --types llama,mixtral --output /dev/stdout
+
+A type is patched with ops="all", by its row or by recognition, and one training step in fp32 on
+text is compared with the stock model's: loss and every gradient, with dropout and the same random
+numbers. Each type runs in a process of its own, so that a hang or a crash is a line of the result.
+Exit code 7 if some patched model differs from stock or fails where stock runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import copy
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import random
+import sys
+import time
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy
+import tiny_models
+import torch
+import transformers
+from torch import nn
+
+from liger_kernels.transformers import apply_liger_kernel
+from liger_kernels.transformers.plan import PATCH_OPS
+
+ROOT = Path(__file__).parents[1]
+# Of the largest number of each gradient, or a hundredth of the model's largest: some gradients are
+# zero but for rounding.
+TOLERANCE = 1e-4
+SMALL = 0.01
+# Some stock gradients are only this good in fp32; ours may then be twice as far from fp64.
+MOST_NOISE = 0.02
+HEADINGS = {
+    "equal": "patched, loss and every gradient equal to stock",
+    "refused": "built, nothing patched, every candidate refused with a reason",
+    "different": "patched, and not equal to stock",
+    "failed": "patched, and does not run though stock does; or no result in time",
+    "not built": "no tiny model of the type that trains on text alone",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came out for one model type."""
+
+    model_type: str
+    verdict: str
+    # Why it was not built or failed, or where it differs.
+    detail: str = ""
+    source: str = ""
+    coverage: dict[str, dict[str, int]] = field(default_factory=dict)
+    # Modules folded: [op or None, class, reason, count], and patched but not reached by the text.
+    skips: list[list[Any]] = field(default_factory=list)
+    not_run: list[list[Any]] = field(default_factory=list)
+    loss_error: float = 0.0
+    grad_error: float = 0.0
+    seconds: float = 0.0
+
+
+# One type -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Step:
+    """The loss and the gradients of one training step."""
+
+    loss: float
+    grads: dict[str, torch.Tensor]
+
+
+def train_step(model: nn.Module) -> Step:
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)
+    random.seed(0)
+    numpy.random.seed(0)
+    loss = model(**tiny_models.training_inputs()).loss
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return Step(loss.item(), grads)
+
+
+def difference(ours: Step, stock: Step) -> tuple[float, float, str]:
+    """Return the relative error of the loss, the largest of a gradient, and that one's name."""
+    loss_error = abs(ours.loss - stock.loss) / max(abs(stock.loss), 1e-30)
+    if ours.grads.keys() != stock.grads.keys():
+        return loss_error, float("inf"), min(ours.grads.keys() ^ stock.grads.keys())
+    largest = max((g.abs().max().item() for g in stock.grads.values()), default=0.0)
+    worst = (0.0, "")
+    for name, wanted in stock.grads.items():
+        scale = max(wanted.abs().max().item(), SMALL * largest, 1e-30)
+        worst = max(worst, ((ours.grads[name] - wanted).abs().max().item() / scale, name))
+    return loss_error, *worst
+
+
+def is_noise(model: nn.Module, ours: Step, stock: Step) -> bool:
+    """Return whether the stock model in fp64 tells that the two differ by rounding alone."""
+    try:
+        truth = train_step(copy.deepcopy(model).double())
+    except RuntimeError:
+        # Some stock models mix in an fp32 of their own.
+        return False
+    error, noise = (max(difference(step, truth)[:2]) for step in (ours, stock))
+    return noise <= MOST_NOISE and error <= 2 * noise + TOLERANCE
+
+
+def check(model_type: str) -> Row:
+    """Build a type, patch it and compare one training step with stock; then undo."""
+    try:
+        model = tiny_models.build(model_type)
+        stock = train_step(model)
+    except Exception as problem:
+        return Row(model_type, "not built", f"{type(problem).__name__}: {problem}")
+    noise = max(difference(train_step(model), stock)[:2])
+    if not noise <= TOLERANCE:
+        return Row(model_type, "not built", f"stock differs from itself by {noise:.0e}")
+    try:
+        record = apply_liger_kernel(model, ops="all")
+        with record.count_calls():
+            ours = train_step(model)
+        record.undo()
+        undone = train_step(model)
+    except Exception as problem:
+        return Row(model_type, "failed", f"{type(problem).__name__}: {problem}")
+    loss_error, grad_error, name = difference(ours, stock)
+    detail = ""
+    if not max(loss_error, grad_error) <= TOLERANCE and not is_noise(model, ours, stock):
+        detail = f"loss {loss_error:.0e}, gradient {grad_error:.0e} at {name}"
+    if not detail and not max(difference(undone, stock)[:2]) <= noise:
+        detail = "not as it was after undo()"
+    return Row(
+        model_type,
+        "different" if detail else "equal" if record.patches else "refused",
+        detail,
+        record.plan.source,
+        record.plan.coverage,
+        _fold((skip.op, skip.module_class, skip.reason) for skip in record.skipped),
+        _fold(
+            (patch.op, patch.module_class, "patched, not reached by text alone")
+            for patch in record.patches
+            if patch.name in record.unused
+        ),
+        loss_error,
+        grad_error,
+    )
+
+
+def _fold(entries: Iterable[tuple[str | None, str, str]]) -> list[list[Any]]:
+    counts = collections.Counter(entries)
+    return [[*entry, count] for entry, count in sorted(counts.items(), key=str)]
+
+
+# All types ------------------------------------------------------------------------------------
+
+
+def _work(connection: Connection, model_type: str) -> None:
+    # Libraries print from C++ too; what counts goes through the pipe.
+    for stream in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    try:
+        row = check(model_type)
+    except Exception as problem:
+        row = Row(model_type, "failed", f"{type(problem).__name__}: {problem}")
+    connection.send(row)
+
+
+def run_type(model_type: str, context: Any, timeout_s: float) -> Row:
+    """Return the row of a type, checked in a process of its own."""
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(sender, model_type), daemon=True)
+    start = time.perf_counter()
+    process.start()
+    sender.close()
+    try:
+        if receiver.poll(timeout_s):
+            row = receiver.recv()
+        else:
+            row = Row(model_type, "failed", f"no result after {timeout_s:.0f} seconds")
+    except EOFError:
+        process.join()
+        row = Row(model_type, "failed", f"its process ended with code {process.exitcode}")
+    process.kill()
+    process.join()
+    seconds = round(time.perf_counter() - start, 1)
+    return Row(**{**asdict(row), "seconds": seconds})
+
+
+def run_types(types: Iterable[str], *, num_jobs: int, timeout_s: float) -> list[Row]:
+    # Forked from a process that has imported everything and run nothing: a tenth of a second each.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["liger_kernels.transformers.api", "torch._dynamo", "transformers.generation"]
+    )
+    rows = []
+    with ThreadPoolExecutor(num_jobs) as pool:
+        for row in pool.map(lambda name: run_type(name, context, timeout_s), types):
+            line = f"{row.model_type:32} {row.verdict:10} {_cell(row.detail)[:100]}"
+            print(line.rstrip(), file=sys.stderr)
+            rows.append(row)
+    return rows
+
+
+# The page -------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    return {
+        "date": str(datetime.date.today()),
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def render(rows: list[Row], facts: dict[str, str], seconds: float, command: str) -> str:
+    """Return the page in markdown."""
+    counts = collections.Counter(row.verdict for row in rows)
+    built = [row for row in rows if row.verdict != "not built"]
+    lines = [
+        "# Model types tried",
+        "",
+        f"Made on {facts['date']} by `{command}` in {seconds:.0f} seconds; do not edit. "
+        f"transformers {facts['transformers']}, torch {facts['torch']}, Python {facts['python']}, "
+        "on a CPU in fp32.",
+        "",
+        "Each causal-LM and image-text type of transformers is built tiny with random weights and "
+        'patched by `apply_liger_kernel(model, ops="all")`; a training step on text is compared '
+        f"with the stock model's. Equal means within {TOLERANCE:.0e} of the largest number of each "
+        "gradient or, where fp32 itself is no better, no more than twice as far from fp64. "
+        "Image-text types are given text alone here; the tests train the listed families on images "
+        "too.",
+        "",
+        "| types | | |",
+        "|---:|---|---|",
+        f"| {len(rows)} | tried | |",
+        f"| {len(built)} | built | |",
+        *(f"| {counts[name]} | {name} | {meaning} |" for name, meaning in HEADINGS.items()),
+        "",
+        "## Built",
+        "",
+        "Patched / candidates for each op. *row*: the type is listed in `families.py`; "
+        "*recognised*: everything was found by what the modules compute. Skipped modules are "
+        "left alone: candidates of an op with the op in brackets, the others of none. "
+        "Not run: patched, and not reached by a step on text (vision parts, mostly).",
+        "",
+        "| type | found by | patched | skipped, and why | result |",
+        "|---|---|---|---|---|",
+        *map(_built_line, built),
+        "",
+        "## Not built",
+        "",
+        "| type | why |",
+        "|---|---|",
+        *(f"| {r.model_type} | {_cell(r.detail)} |" for r in rows if r.verdict == "not built"),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _built_line(row: Row) -> str:
+    coverage = ", ".join(
+        f"{op} {row.coverage[op]['patched']}/{row.coverage[op]['candidates']}"
+        for op in PATCH_OPS
+        if op in row.coverage
+    )
+    reasons = "<br>".join(
+        f"{count} {cls}{f' ({op})' if op else ''}: {_cell(reason)}"
+        for op, cls, reason, count in (*row.skips, *row.not_run)
+    )
+    counts = {
+        "skipped": sum(count for *_, count in row.skips),
+        "not run": sum(count for *_, count in row.not_run),
+    }
+    total = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    skipped = f"<details><summary>{total}</summary>{reasons}</details>" if total else "none"
+    result = row.verdict if not row.detail else f"**{row.verdict}**: {_cell(row.detail)}"
+    return f"| {row.model_type} | {row.source} | {coverage or 'none'} | {skipped} | {result} |"
+
+
+def _cell(text: str) -> str:
+    line = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return line if len(line) <= 200 else f"{line[:197]}..."
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--types", help="model types, separated by commas; default: all")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "coverage.md")
+    parser.add_argument("--json", type=Path, help="also write the rows as JSON")
+    parser.add_argument("--jobs", type=int, default=1, help="types at a time")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds for one type")
+    options = parser.parse_args()
+    types = options.types.split(",") if options.types else sorted(tiny_models.MODEL_CLASSES)
+    unknown = [name for name in types if name not in tiny_models.MODEL_CLASSES]
+    if unknown:
+        parser.error(f"no causal-LM or image-text type: {', '.join(unknown)}")
+    start = time.perf_counter()
+    rows = run_types(types, num_jobs=options.jobs, timeout_s=options.timeout)
+    command = "python scripts/coverage_corpus.py"
+    if options.types:
+        command += f" --types {options.types}"
+    seconds = time.perf_counter() - start
+    options.output.write_text(render(rows, environment(), seconds, command))
+    if options.json:
+        document = {"environment": environment(), "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(document, indent=1))
+    return 7 if any(row.verdict in ("different", "failed") for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""The corpus runner on a few types, and the page that it wrote for all of them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "coverage.md"
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Any:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        yield importlib.import_module("coverage_corpus")
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+
+
+# A row, a type without one, an encoder that has no rope, one that asks for an image.
+@pytest.mark.parametrize(
+    ("model_type", "verdict", "source", "ops"),
+    [
+        ("llama", "equal", "row", ("rope", "rms_norm", "swiglu", "fused_linear_cross_entropy")),
+        ("stablelm", "equal", "recognised", ("rope", "layer_norm", "swiglu")),
+        ("roberta", "equal", "recognised", ("layer_norm", "fused_linear_cross_entropy")),
+        ("blip", "not built", "", ()),
+    ],
+)
+def test_type(corpus, model_type, verdict, source, ops):
+    row = corpus.check(model_type)
+    assert (row.verdict, row.source) == (verdict, source)
+    assert set(ops) <= set(row.coverage)
+    assert all(n["patched"] == n["candidates"] > 0 for n in row.coverage.values())
+    assert row.detail == "" if verdict == "equal" else "pixel_values" in row.detail
+
+
+def test_wrong_numbers_are_seen(corpus, monkeypatch):
+    from liger_kernels.transformers import replace
+
+    rms_norm = replace.rms_norm
+    monkeypatch.setattr(replace, "rms_norm", lambda *a, **k: 1.001 * rms_norm(*a, **k))
+    row = corpus.check("llama")
+    assert row.verdict == "different"
+    assert "gradient" in row.detail
+
+
+def _fork() -> Any:
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this system cannot fork")
+    return multiprocessing.get_context("fork")
+
+
+@pytest.mark.parametrize(
+    ("fate", "detail"),
+    [
+        (lambda name: os._exit(3), "its process ended with code 3"),
+        (lambda name: time.sleep(60), "no result after 1 seconds"),
+    ],
+    ids=["crash", "hang"],
+)
+def test_crash_and_hang_are_rows(corpus, monkeypatch, fate, detail):
+    monkeypatch.setattr(corpus, "check", fate)
+    row = corpus.run_type("llama", _fork(), timeout_s=1)
+    assert (row.verdict, row.detail) == ("failed", detail)
+
+
+def test_command(corpus, monkeypatch, tmp_path):
+    monkeypatch.setattr(corpus, "run_types", lambda types, **_: [corpus.check(t) for t in types])
+    page, rows = tmp_path / "page.md", tmp_path / "rows.json"
+    arguments = ["--types", "llama,blip", "--output", str(page), "--json", str(rows)]
+    monkeypatch.setattr(sys, "argv", ["coverage_corpus.py", *arguments])
+    assert corpus.main() == 0
+    assert [row["verdict"] for row in json.loads(rows.read_text())["rows"]] == [
+        "equal",
+        "not built",
+    ]
+    text = page.read_text()
+    assert "| llama | row | rope 2/2, rms_norm 5/5, swiglu 2/2, " in text
+    assert "| 1 | built |" in text
+    monkeypatch.setattr(sys, "argv", ["coverage_corpus.py", "--types", "lama"])
+    with pytest.raises(SystemExit) as error:
+        corpus.main()
+    assert error.value.code == 2
+
+
+def test_page_is_of_all_types(corpus):
+    text = PAGE.read_text()
+    assert "| type | found by | patched | skipped, and why | result |" in text
+    assert "by `python scripts/coverage_corpus.py`" in text
+    assert "transformers 5." in text
+    built, missing = text.split("## Built")[1].split("## Not built")
+    lines = [line.split(" | ") for line in built.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) >= 200
+    # The result is the last cell; all are equal, or refused for reasons in the one before.
+    results = {line[0].removeprefix("| "): line[-1].removesuffix(" |") for line in lines}
+    assert set(results.values()) <= {"equal", "refused"}
+    if f"transformers {transformers.__version__}," not in text:
+        pytest.skip("the page is of another transformers version, whose types are others")
+    tiny_models = importlib.import_module("tiny_models")
+    tried = {*results, *(line.split(" | ")[0].removeprefix("| ") for line in missing.splitlines())}
+    assert set(tiny_models.MODEL_CLASSES) <= tried
