@@ -17,7 +17,13 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from liger_cli.errors import LigerError, OutOfMemory
+from liger_cli.errors import (
+    ConfigError,
+    EnvironmentProblem,
+    Interrupted,
+    LigerError,
+    OutOfMemory,
+)
 
 __all__ = ["COMMANDS", "main"]
 
@@ -58,18 +64,17 @@ class _LazyGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-        except Exception as error:
-            # Usage errors and typer.Exit carry an exit code as well; typer reports those itself.
-            known = isinstance(error, LigerError)
-            if not known and (hasattr(error, "exit_code") or isinstance(error, typer.Abort)):
-                raise
-            if isinstance(error, BrokenPipeError):
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            problem = _describe(error)
+            if ctx.obj["as_json"] and not problem.is_reported:
+                _show_as_json(problem)
+            if _is_usage_error(error):
+                # typer shows these itself, with the usage line.
                 raise
             if ctx.params["debug"]:
                 traceback.print_exc()
-            problem = error if isinstance(error, LigerError) else _describe(error)
             typer.secho(f"error: {problem.message}", err=True, fg=typer.colors.RED)
             if problem.hint:
                 typer.echo(problem.hint, err=True)
@@ -82,11 +87,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: The words after `liger`; those of the process by default.
     """
-    get_command(_app)(args=arguments, prog_name="liger")
+    words = sys.argv[1:] if arguments is None else arguments
+    get_command(_app)(args=arguments, prog_name="liger", obj={"as_json": "--json" in words})
 
 
-def _describe(error: Exception) -> LigerError:
-    """An error nobody foresaw, as a message."""
+def _is_usage_error(error: BaseException) -> bool:
+    # Known by its method: the class is click's, or that of typer's own copy of click.
+    return hasattr(error, "format_message")
+
+
+def _describe(error: Any) -> LigerError:
+    """Any error as one with a message and an exit code."""
+    if isinstance(error, LigerError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("interrupted")
+    if _is_usage_error(error):
+        return ConfigError(error.format_message())
     torch = sys.modules.get("torch")
     kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
     # On a CPU torch raises a plain RuntimeError.
@@ -96,11 +113,24 @@ def _describe(error: Exception) -> LigerError:
             hint="Lower --per-device-train-batch-size (and raise --gradient-accumulation-steps), "
             "lower --max-length, or add --gradient-checkpointing.",
         )
+    if isinstance(error, OSError):
+        return EnvironmentProblem(
+            f"{type(error).__name__}: {_first_line(error)}",
+            hint="`liger --debug COMMAND ...` shows where it comes from.",
+        )
     return LigerError(
         f"{type(error).__name__}: {_first_line(error)}",
         hint="This is not an error that liger expects. `liger --debug COMMAND ...` shows where it "
         "comes from.",
     )
+
+
+def _show_as_json(problem: LigerError) -> None:
+    """Prints the one document of a command that fails before it has another."""
+    from liger_cli.report import show_json
+
+    values = {"exit_code": problem.exit_code, "message": problem.message, "hint": problem.hint}
+    show_json({"error": {"kind": type(problem).__name__, **values}})
 
 
 def _first_line(error: Exception) -> str:

@@ -101,8 +101,10 @@ class RunConfig(BaseModel):
     eval_steps: int = _run(0, "Steps between evaluations; 0 evaluates at the end.", ge=0)
     save_steps: int = _run(500, "Steps between checkpoints; 0 saves at the end.", ge=0)
     save_total_limit: int | None = _run(None, "Checkpoints kept; older ones are deleted.", ge=1)
-    seed: int = _run(42, "Seed of weights and dropout.", ge=0)
-    data_seed: int | None = _run(None, "Seed of the data's order (the seed when not given).", ge=0)
+    seed: int = _run(42, "Seed of weights and dropout.", ge=0, lt=2**31)
+    data_seed: int | None = _run(
+        None, "Seed of the data's order (the seed when not given).", ge=0, lt=2**31
+    )
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _machine(
         "auto", "Parameters; auto is bfloat16 on a GPU that has it, else float32."
@@ -130,6 +132,11 @@ class RunConfig(BaseModel):
         if self.eval_dataset is not None and self.eval_fraction:
             raise ValueError("eval_dataset and eval_fraction exclude each other")
         return self
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the data's order."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     def to_yaml(self) -> str:
         """Returns the YAML that load_config reads back to an equal configuration."""
@@ -208,6 +215,7 @@ def config_flags(command: Callable[..., _Result]) -> Callable[..., _Result]:
     the user set. Its other parameters stay as they are.
     """
     keys = {name: _flag_parameter(name) for name in RunConfig.model_fields}
+    switches = [name for name in keys if _is_switch(name)]
     hints = get_type_hints(command, include_extras=True)
     own = [
         parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
@@ -218,9 +226,10 @@ def config_flags(command: Callable[..., _Result]) -> Callable[..., _Result]:
     @functools.wraps(command)
     def with_config(*, config_file: Path | None, set_: list[str], **arguments: Any) -> _Result:
         flags = {name: arguments.pop(name) for name in keys}
+        flags |= {name: False for name in switches if arguments.pop(f"no_{name}")}
         return command(config=load_config(config_file, flags, set_ or ()), **arguments)
 
-    parameters = [*_SOURCES, *own, *keys.values()]
+    parameters = [*_SOURCES, *own, *keys.values(), *map(_off_parameter, switches)]
     annotations = {parameter.name: parameter.annotation for parameter in parameters}
     with_config.__annotations__ = annotations
     with_config.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -258,12 +267,11 @@ def _flag_parameter(name: str) -> inspect.Parameter:
     kind: Any = field.annotation
     metavar = None
     if get_origin(kind) is Literal:
-        metavar, kind = "|".join(get_args(kind)), str
+        # The choices stand in the help: as a metavar they would cut the names of other flags.
+        metavar, kind = "NAME", str
     elif get_args(kind):
         [kind] = [part for part in get_args(kind) if part is not type(None)]
     names = [_flag(name), *(_flag(alias) for alias, key in ALIASES.items() if key == name)]
-    if kind is bool:
-        names = [f"{_flag(name)}/--no-{_flag(name)[2:]}"]
     if name in _SHORT:
         names.append(_SHORT[name])
     extra = field.json_schema_extra
@@ -283,11 +291,29 @@ def _flag_parameter(name: str) -> inspect.Parameter:
     )
 
 
+def _is_switch(name: str) -> bool:
+    return RunConfig.model_fields[name].annotation is bool
+
+
+def _off_parameter(name: str) -> inspect.Parameter:
+    """The flag that turns a switch off; a column of its own would cut the names in the help."""
+    return inspect.Parameter(
+        f"no_{name}",
+        inspect.Parameter.KEYWORD_ONLY,
+        annotation=bool,
+        default=typer.Option(False, f"--no-{_flag(name)[2:]}", hidden=True),
+    )
+
+
 def _help(name: str) -> str:
     field = RunConfig.model_fields[name]
     notes = [str(limit) for limit in map(_limit, field.metadata) if limit]
     if not field.is_required() and field.default is not None and field.default is not False:
         notes.insert(0, f"default {field.default}")
+    if get_origin(field.annotation) is Literal:
+        notes.append(f"one of {', '.join(get_args(field.annotation))}")
+    if _is_switch(name):
+        notes.append(f"--no-{_flag(name)[2:]} turns it off")
     return f"{field.description} ({'; '.join(notes)})" if notes else str(field.description)
 
 
@@ -304,7 +330,10 @@ def _read_file(path: Path) -> Iterable[tuple[str, Any, str]]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"the configuration {path} cannot be read: {reason}") from None
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(f"the configuration {path} cannot be read: {error.reason}") from None
     try:
         root = loader.get_single_node()
         if not isinstance(root, yaml.MappingNode):
@@ -313,6 +342,8 @@ def _read_file(path: Path) -> Iterable[tuple[str, Any, str]]:
         entries = []
         for key, value in root.value:
             place = f"{path}:{key.start_mark.line + 1}"
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"{place}: a key must be a name, found a {key.id}")
             entries.append((str(key.value), loader.construct_object(value, deep=True), place))
         return entries
     except yaml.MarkedYAMLError as error:
@@ -344,7 +375,7 @@ def _nearest(name: str) -> str:
 
 def _explain(error: ValidationError, places: Mapping[str, str]) -> Iterable[str]:
     for problem in error.errors():
-        message = problem["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        message = re.sub("^(Value error, |Input |String )", "", problem["msg"])
         key = str(problem["loc"][0]) if problem["loc"] else ""
         if problem["type"] == "missing":
             yield f"{key} is missing: give {_flag(key)} or set it in the file"

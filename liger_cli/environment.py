@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PACKAGES", "commit", "devices", "environment", "package_version"]
+__all__ = ["PACKAGES", "commit", "devices", "environment", "host_memory", "package_version"]
 
 PACKAGES = (
     "torch",
@@ -56,7 +56,7 @@ def devices() -> list[dict[str, Any]]:
     if kind is None:
         kind = "mps" if torch.backends.mps.is_available() else "cpu"
         name = _cpu_name() if kind == "cpu" else platform.machine()
-        return [{"type": kind, "name": name, "memory_bytes": _host_memory(), "count": 1}]
+        return [{"type": kind, "name": name, "memory_bytes": host_memory(), "count": 1}]
     module = getattr(torch, kind)
     cards: Counter[tuple[str, int]] = Counter()
     for index in range(module.device_count()):
@@ -70,7 +70,8 @@ def devices() -> list[dict[str, Any]]:
     ]
 
 
-def _host_memory() -> int:
+def host_memory() -> int:
+    """Returns the bytes of memory that this machine has in all."""
     import psutil
 
     return int(psutil.virtual_memory().total)

@@ -22,14 +22,16 @@ class LigerError(Exception):
     Args:
         message: One or more sentences naming the argument, the value and what is allowed.
         hint: What to do next, shown apart from the message.
+        is_reported: Whether the command has printed its report, which shows it too.
     """
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, is_reported: bool = False) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.is_reported = is_reported
 
 
 class ConfigError(LigerError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from liger_cli.config import RunConfig
 from liger_cli.environment import environment
 from liger_cli.errors import ConfigError, RequirementFailed
 from liger_cli.estimate import StepShape, estimate_memory_ratio
+from liger_cli.inspection import describe_model
 from liger_cli.report import (
     DataPart,
     EvalPart,
@@ -24,12 +26,13 @@ from liger_cli.report import (
 )
 from liger_cli.training.arms import ArmResult, run_arm
 from liger_cli.training.batches import BatchPlan, count_labels, load_windows
-from liger_cli.training.checkpoint import StepMetrics, check_same_data
+from liger_cli.training.checkpoint import StepMetrics, check_same_run
 from liger_cli.training.evaluate import EvalResult, evaluate
 from liger_cli.training.loop import TrainResult, plan_batches, total_steps, train
 from liger_cli.training.model import resolve_model
 from liger_cli.training.setup import (
     Inputs,
+    check_memory,
     choose_run_dir,
     load_inputs,
     load_patched,
@@ -89,21 +92,29 @@ def run_train(
         if is_main:
             _tell_first_batch(inputs, batches)
         return report if is_main else None
-    done = check_same_data(checkpoint, config) if checkpoint else 0
+    done = check_same_run(checkpoint, config) if checkpoint else 0
     report_file = run_dir / "report.json"
     if done >= num_steps and report_file.is_file():
         _notify(f"{run_dir} is finished: {done} of {num_steps} steps")
-        return RunReport.from_json(report_file.read_text(encoding="utf-8")) if is_main else None
+        return _read_report(report_file) if is_main else None
+    if done >= num_steps and not (run_dir / "metrics.jsonl").is_file():
+        raise ConfigError(
+            f"{checkpoint} is at step {done} of {num_steps}: nothing is left to train",
+            hint="A larger --max-steps or --num-train-epochs goes on from it.",
+        )
 
+    check_memory(config, inputs.meta_model, accelerator.device)
     eager = None
     if baseline:
         _notify(f"baseline: {baseline} eager steps in a process of their own")
         eager = run_arm(config, name="eager", ops="none", steps=baseline)
     if is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     source = resolve_model(str(checkpoint)) if checkpoint else inputs.source
     model, record = load_patched(config, source, accelerator.device, _notify)
+    if is_main:
+        # The directory stays free for another try until there is something to run.
+        (run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
 
     def evaluate_now(prepared: Any) -> EvalResult:
         return evaluate(
@@ -160,6 +171,7 @@ def run_eval(config: RunConfig) -> RunReport | None:
     quiet_libraries()
     accelerator = make_accelerator(config)
     inputs = load_inputs(config, trains=False)
+    check_memory(config, inputs.meta_model, accelerator.device, trains=False)
     model, record = load_patched(config, inputs.source, accelerator.device, _notify)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     result = evaluate(
@@ -181,17 +193,9 @@ def run_eval(config: RunConfig) -> RunReport | None:
 def _report(command: str, config: RunConfig, inputs: Inputs, patches: Any) -> RunReport:
     """The report of a PatchPlan, or of the PatchRecord of a patched model."""
     plan = getattr(patches, "plan", patches)
-    model = inputs.meta_model
     return RunReport(
         command=command,
-        model={
-            "name": inputs.source.name,
-            "kind": inputs.source.kind,
-            "model_type": plan.model_type,
-            "source": plan.source,
-            "class": type(model).__name__,
-            "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        },
+        model=describe_model(inputs.source, inputs.meta_model, plan),
         config=config.model_dump(mode="json"),
         environment=environment(),
         coverage=patches.coverage,
@@ -205,14 +209,24 @@ def _report(command: str, config: RunConfig, inputs: Inputs, patches: Any) -> Ru
     )
 
 
-def check_required(report: RunReport, require: str) -> None:
+def _read_report(path: Path) -> RunReport:
+    try:
+        return RunReport.from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} cannot be read as a report: {str(error).splitlines()[0]}",
+            hint="Without that file, --resume writes it anew.",
+        ) from error
+
+
+def check_required(report: RunReport, require: str, *, is_reported: bool = False) -> None:
     """Checks the ops of --require, in the plan and again when it is known which modules ran.
 
     Raises:
         RequirementFailed: One is not patched wherever the model has a place for it.
     """
     if unmet := unmet_requirements(report, parse_ops("none", require)):
-        raise RequirementFailed("\n".join(unmet))
+        raise RequirementFailed("\n".join(unmet), is_reported=is_reported)
 
 
 def _check_places(plan: PatchPlan) -> None:

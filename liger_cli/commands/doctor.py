@@ -34,4 +34,6 @@ def command(
             }
         )
     if failed:
-        raise EnvironmentProblem(f"liger cannot work here as it is: {', '.join(failed)} failed")
+        raise EnvironmentProblem(
+            f"liger cannot work here as it is: {', '.join(failed)} failed", is_reported=True
+        )

@@ -36,4 +36,4 @@ def command(
     report = inspect_source(resolve_model(model), ops)
     show_report(report, as_json=as_json, details=True)
     if unmet := unmet_requirements(report, required):
-        raise RequirementFailed("\n".join(unmet))
+        raise RequirementFailed("\n".join(unmet), is_reported=True)

@@ -51,4 +51,4 @@ def command(
     )
     if report is not None:
         show_report(report, as_json=as_json)
-        check_required(report, require)
+        check_required(report, require, is_reported=True)

@@ -27,7 +27,7 @@ __all__ = [
     "JsonLines",
     "StepMetrics",
     "TrainState",
-    "check_same_data",
+    "check_same_run",
     "find_checkpoints",
     "load_state",
     "save_checkpoint",
@@ -35,8 +35,9 @@ __all__ = [
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STATE = "trainer_state.pt"
-# With another value of these, step N of the resumed run would not see the data of step N.
-_DATA_KEYS = (
+# With another value of these, step N of the resumed run would not be step N of the one it resumes.
+_FIXED_KEYS = (
+    "model",
     "dataset",
     "eval_fraction",
     "max_length",
@@ -135,19 +136,20 @@ def _delete_old(run_dir: Path, step: int, num_kept: int) -> None:
         shutil.rmtree(path)
 
 
-def check_same_data(checkpoint: Path, config: RunConfig) -> int:
+def check_same_run(checkpoint: Path, config: RunConfig) -> int:
     """Returns the step of a checkpoint.
 
     Raises:
-        ConfigError: The configuration would feed other data at the same step.
+        ConfigError: The configuration is of another model or would feed other data at the same
+            step, or the checkpoint is damaged.
     """
     values = _read_state(checkpoint)
-    for key in _DATA_KEYS:
+    for key in _FIXED_KEYS:
         was, wanted = values["config"].get(key), getattr(config, key)
         if was != wanted:
             raise ConfigError(
-                f"{key} is {wanted!r}, but {checkpoint} was trained with {was!r}: "
-                "the resumed run would repeat or miss data"
+                f"{key} is {wanted!r}, but {checkpoint} was trained with {was!r}; "
+                "a resumed run keeps its model and the order of its data"
             )
     return int(values["step"])
 
@@ -156,7 +158,7 @@ def load_state(checkpoint: Path, state: TrainState) -> int:
     """Restores optimizer, schedule, loss scale and random generators; returns the step.
 
     Raises:
-        ConfigError: The checkpoint was written by another number of processes.
+        ConfigError: The checkpoint was written by another number of processes, or is damaged.
     """
     values = _read_state(checkpoint)
     accelerator = state.accelerator
@@ -166,14 +168,23 @@ def load_state(checkpoint: Path, state: TrainState) -> int:
             f"this run has {accelerator.num_processes}"
         )
     state.load_state_dict(values)
-    _set_random_state(
-        torch.load(checkpoint / f"rng-{accelerator.process_index}.pt", weights_only=True)
-    )
+    _set_random_state(_load(checkpoint / f"rng-{accelerator.process_index}.pt"))
     return int(values["step"])
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
-    return dict(torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True))
+    return _load(checkpoint / _STATE)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    # A damaged file fails in as many ways as the unpickler has.
+    except Exception as error:
+        raise ConfigError(
+            f"the checkpoint file {path} cannot be read: {type(error).__name__}: {error}",
+            hint="--resume PATH goes on from an older checkpoint.",
+        ) from error
 
 
 def _random_state() -> dict[str, Any]:

@@ -78,7 +78,7 @@ def plan_batches(config: RunConfig, num_rows: int, accelerator: Any) -> BatchPla
         num_rows=num_rows,
         batch_size=config.per_device_train_batch_size,
         accumulation=config.gradient_accumulation_steps,
-        seed=config.seed if config.data_seed is None else config.data_seed,
+        seed=config.order_seed,
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
@@ -205,9 +205,12 @@ def train(
                 saved = save_checkpoint(run_dir, step, model, tokenizer, state, config)
             if stopping and step < last_step:
                 raise _interrupted(step, saved)
-            if evaluate is not None and (is_end or _is_due(step, config.eval_steps)):
-                evaluated = evaluate(model)
-                evals.write({"step": step, **asdict(evaluated)})
+            if evaluate is not None and step < last_step and _is_due(step, config.eval_steps):
+                evals.write({"step": step, **asdict(evaluate(model))})
+        # Not in the last step: a run that was killed after it is resumed to be evaluated.
+        if evaluate is not None:
+            evaluated = evaluate(model)
+            evals.write({"step": last_step, **asdict(evaluated)})
     return TrainResult(tuple(StepMetrics(**row) for row in log.rows), evaluated)
 
 

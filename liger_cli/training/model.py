@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ModelSource",
     "build_meta_model",
+    "choose_dtype",
     "list_presets",
     "load_model",
     "load_tokenizer",
@@ -44,8 +45,12 @@ def resolve_model(name: str) -> ModelSource:
         ConfigError: No preset and no path has this name, or the path holds no model.
         EnvironmentProblem: A hub id is out of reach.
     """
-    if name in preset_names():
-        return read_preset(name)
+    if not name:
+        raise ConfigError("model is empty; liger models lists the presets")
+    # Model types are spelled with underscores, files are not: qwen3_moe is the preset qwen3-moe.
+    preset = name.replace("_", "-")
+    if preset in preset_names():
+        return read_preset(preset)
     path = Path(name).expanduser()
     if path.is_dir():
         return _resolve_directory(name, path)
@@ -135,41 +140,56 @@ def load_model(
         seed: Of random weights.
         attn_implementation: As in transformers. None leaves the choice to it, but takes eager
             attention where scores are capped.
-        notify: Told of a conversion and of missing weights; logged as warnings otherwise.
+        notify: Told of a conversion, of missing weights, and of what a model needed to run at all;
+            logged as warnings otherwise.
 
     Raises:
         EnvironmentProblem: The demo package is missing, the device too, or the hub is out of reach.
         ConfigError: The files are not a model that can be trained.
     """
+    from liger_kernels.transformers.repair import repair_model
+
     device = _check_device(device)
-    options: dict[str, Any] = {"dtype": _choose_dtype(dtype, device)}
+    options: dict[str, Any] = {"dtype": choose_dtype(dtype, device)}
     config = _make_config(source)
     attn_implementation = attn_implementation or _attention_of(config)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    tell = notify or _log.warning
     if source.kind in ("random", "config"):
-        return _build_random(source, config, device, seed, options)
-    if source.kind == "package":
-        place = str(converted_model(source, notify))
+        model = _build_random(source, config, device, seed, options)
     else:
-        place = str(source.path or source.name)
-        _check_weights(source)
-    return _load_weights(place, source, config, device, options, notify or _log.warning)
+        if source.kind == "package":
+            place = str(converted_model(source, notify))
+        else:
+            place = str(source.path or source.name)
+            _check_weights(source)
+        model = _load_weights(place, source, config, device, options, tell)
+    # Whether or not anything is patched later: the stock model could not run.
+    if (repair := repair_model(model)) is not None:
+        tell(f"{source.name}: {repair}")
+    return model
 
 
 def _make_config(source: ModelSource) -> PretrainedConfig:
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     values = dict(source.config or {})
     model_type = values.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        nearest = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=1)
+        raise ConfigError(
+            f"the installed transformers knows no model type {model_type!r}, which {source.name} is"
+            + (f"; did you mean {nearest[0]!r}?" if nearest else ""),
+            hint="code that comes with a model is never run",
+        )
     try:
         return AutoConfig.for_model(model_type, **values)
     # A configuration class checks its values in ways of its own.
     except Exception as error:
         raise ConfigError(
             f"the configuration of {source.name} (model type {model_type}) is not one that the "
-            f"installed transformers can build: {' '.join(str(error).split())}",
-            hint="code that comes with a model is never run",
+            f"installed transformers can build: {' '.join(str(error).split())}"
         ) from error
 
 
@@ -294,11 +314,12 @@ def _check_device(device: str | torch.device) -> torch.device:
     return checked
 
 
-def _choose_dtype(dtype: Literal["auto"] | torch.dtype, device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: Literal["auto"] | torch.dtype, device: torch.device) -> torch.dtype:
+    """Returns a dtype of parameters; "auto" is bfloat16 on an accelerator that has it."""
     if dtype != "auto":
         return dtype
     if device.type == "cuda":
-        # Emulated bfloat16 counts as supported unless it is left out.
+        # Emulated bfloat16 is slower than float32, and counts as supported unless it is left out.
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         has_bfloat16 = device.type == "xpu"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,14 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast_object_list
 
 from liger_cli.config import RunConfig
-from liger_cli.errors import ConfigError, DataError, EnvironmentProblem
-from liger_cli.training.checkpoint import check_same_data, find_checkpoints
+from liger_cli.environment import host_memory
+from liger_cli.errors import ConfigError, DataError, EnvironmentProblem, OutOfMemory
+from liger_cli.training.checkpoint import check_same_run, find_checkpoints
 from liger_cli.training.data import SYNTHETIC_NAME, Collator, Examples, load_examples
 from liger_cli.training.model import (
     ModelSource,
     build_meta_model,
+    choose_dtype,
     load_model,
     load_tokenizer,
     resolve_model,
@@ -38,6 +41,7 @@ from liger_kernels.transformers.plan import resolve_ops
 
 __all__ = [
     "Inputs",
+    "check_memory",
     "choose_run_dir",
     "load_inputs",
     "load_patched",
@@ -103,12 +107,7 @@ def parameter_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
             "bfloat16": torch.bfloat16,
             "float16": torch.float16,
         }[config.dtype]
-    if config.bf16 or config.fp16 or device.type not in ("cuda", "xpu"):
-        return torch.float32
-    # Emulated bfloat16 is slower than float32.
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float32
-    return torch.bfloat16
+    return torch.float32 if config.bf16 or config.fp16 else choose_dtype("auto", device)
 
 
 def choose_run_dir(
@@ -129,7 +128,7 @@ def choose_run_dir(
         choice = [_choose_run_dir(config, resume)]
     run_dir, checkpoint = broadcast_object_list(choice)[0]
     if checkpoint is not None:
-        check_same_data(checkpoint, config)
+        check_same_run(checkpoint, config)
     return run_dir, checkpoint
 
 
@@ -137,13 +136,7 @@ def _choose_run_dir(config: RunConfig, resume: str | None) -> tuple[Path, Path |
     if resume is None:
         name = re.sub(r"[^\w.-]+", "-", config.model).strip("-.") or "model"
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        run_dir = config.output_dir or Path("runs") / f"{name}-{stamp}"
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-            raise ConfigError(
-                f"output_dir {run_dir} exists and is not empty",
-                hint="--resume auto goes on with the run in it; or take another --output-dir.",
-            )
-        return run_dir, None
+        return _check_free(config.output_dir or Path("runs") / f"{name}-{stamp}"), None
     if resume == "auto":
         if config.output_dir is None:
             raise ConfigError("--resume auto needs --output-dir, the directory of the run")
@@ -153,7 +146,21 @@ def _choose_run_dir(config: RunConfig, resume: str | None) -> tuple[Path, Path |
     found = find_checkpoints(path) or [c for c in find_checkpoints(path.parent) if c == path]
     if not found:
         raise ConfigError(f"--resume {resume}: there is no checkpoint of a run")
-    return config.output_dir or found[-1].parent, found[-1]
+    run_dir = found[-1].parent
+    if config.output_dir is not None and config.output_dir.resolve() != run_dir.resolve():
+        run_dir = _check_free(config.output_dir)
+    return run_dir, found[-1]
+
+
+def _check_free(run_dir: Path) -> Path:
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"output_dir {run_dir} is a file, not a directory")
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        raise ConfigError(
+            f"output_dir {run_dir} exists and is not empty",
+            hint="--resume auto goes on with the run in it; or take another --output-dir.",
+        )
+    return run_dir
 
 
 @dataclass(frozen=True)
@@ -196,7 +203,7 @@ def load_inputs(config: RunConfig, *, trains: bool = True) -> Inputs:
             split=split,
             max_length=config.max_length,
             vocab_size=meta_model.config.get_text_config().vocab_size,
-            seed=config.seed if config.data_seed is None else config.data_seed,
+            seed=config.order_seed,
         )
 
     train_rows = eval_rows = None
@@ -239,10 +246,31 @@ def _split(examples: Any, config: RunConfig) -> tuple[Any, Any]:
         raise DataError(
             f"eval_fraction {config.eval_fraction} of {len(examples)} rows leaves none to train on"
         )
-    seed = config.seed if config.data_seed is None else config.data_seed
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(config.order_seed)
+    order = torch.randperm(len(examples), generator=generator).tolist()
     kept, held_out = sorted(order[num_eval:]), sorted(order[:num_eval])
     return examples.select(kept), examples.select(held_out)
+
+
+def check_memory(
+    config: RunConfig, meta_model: Any, device: torch.device, *, trains: bool = True
+) -> None:
+    """Refuses a model that cannot fit on a CPU, where Linux would end the process without a word.
+
+    Raises:
+        OutOfMemory: The parameters, and in training gradients and moments, are more than there is.
+    """
+    if device.type != "cpu":
+        return
+    num_parameters = sum(parameter.numel() for parameter in meta_model.parameters())
+    copies, what = (4, "weights, gradients and moments") if trains else (1, "weights")
+    needed = num_parameters * parameter_dtype(config, device).itemsize * copies
+    if needed > host_memory():
+        raise OutOfMemory(
+            f"{config.model} needs {needed / 1e9:.0f} GB for its {what} alone; "
+            f"this machine has {host_memory() / 1e9:.0f} GB",
+            hint="Take a smaller model, or --dtype bfloat16 for half of it.",
+        )
 
 
 def load_patched(
@@ -262,4 +290,9 @@ def load_patched(
         attn_implementation=config.attn_implementation,
         notify=notify,
     )
-    return model, apply_liger_kernel(model, config.ops)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        record = apply_liger_kernel(model, config.ops)
+    for warning in caught:
+        notify(str(warning.message))
+    return model, record

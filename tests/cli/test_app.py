@@ -93,8 +93,9 @@ def test_error_is_a_message_and_its_exit_code(failing, capsys):
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried ...\nmore"), 5, "--max-length"),
         (MemoryError("no"), 5, "out of memory"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
         (ZeroDivisionError("by zero"), 1, "ZeroDivisionError: by zero"),
+        (OSError(28, "No space left on device"), 3, "No space left on device"),
         (LigerError("failed"), 1, "error: failed"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",

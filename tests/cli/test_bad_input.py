@@ -11,7 +11,7 @@ import time
 import pytest
 
 from liger_cli.report import TrainProgress
-from liger_cli.training import arms
+from liger_cli.training import arms, setup
 from liger_cli.training.checkpoint import find_checkpoints
 
 
@@ -32,6 +32,10 @@ from liger_cli.training.checkpoint import find_checkpoints
         (("--eval-steps", "1"), 2, "eval_steps needs eval_dataset or eval_fraction"),
         (("--eval-fraction", "0.99"), 4, "leaves none to train on"),
         (("--resume", "runs/none"), 2, "there is no checkpoint"),
+        (("--model", ""), 2, "--model: model should have at least 1 character"),
+        (("--seed", "99999999999999999999"), 2, "--seed: seed should be less than 2147483648"),
+        (("--attn-implementation", "nonsense"), 2, 'attn_implementation="nonsense"'),
+        (("--require", "nonsense"), 2, "unknown op 'nonsense'. Known: rope"),
     ],
     ids=lambda value: "=".join(value) if isinstance(value, tuple) else None,
 )
@@ -40,7 +44,34 @@ def test_refused_before_anything_starts(train, run_dir, words, code, message):
     assert done.code == code, done.err
     assert message in " ".join(done.err.replace("│", " ").split())
     assert done.out == ""
-    assert not run_dir.exists()
+    # A directory that was made is empty, so the same command runs once it is mended.
+    assert not run_dir.exists() or not list(run_dir.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("train", "--max-stps", 3), 2, "No such option"),
+        (("inspect",), 2, "Missing option '--model'"),
+        (("inspekt",), 2, "No such command"),
+        (("inspect", "--model", "lama"), 2, "did you mean llama?"),
+        (("train", "-m", "qwen3", "-d", "nowhere.jsonl", "--use-cpu"), 4, "nowhere.jsonl"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_failure_is_one_json_document(liger, tmp_path, monkeypatch, words, code, message):
+    monkeypatch.chdir(tmp_path)
+    done = liger(*words, "--json")
+    assert done.code == code
+    error = done.json()["error"]
+    assert (error["exit_code"], set(error)) == (code, {"kind", "exit_code", "message", "hint"})
+    assert message in error["message"]
+
+
+def test_unmet_requirement_leaves_the_report_the_one_document(liger):
+    done = liger("inspect", "--model", "qwen3", "--require", "geglu", "--json")
+    assert done.code == 7
+    assert done.json()["command"] == "inspect"
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])
@@ -87,6 +118,80 @@ def test_taken_directory(train, run_dir):
     assert done.code == 2
     assert f"output_dir {run_dir} exists and is not empty" in done.err
     assert [path.name for path in run_dir.iterdir()] == ["notes.txt"]
+
+
+def test_output_directory_that_cannot_be(train, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    done = train("--output-dir", file)
+    assert done.code == 2
+    assert f"output_dir {file} is a file, not a directory" in done.err
+    done = train("--output-dir", file / "run")
+    assert done.code == 3
+    assert str(file / "run") in done.err
+
+
+def test_resume_into_another_run(train, run_dir, tmp_path):
+    other = tmp_path / "other"
+    assert train("--output-dir", other, "--max-steps", 1).code == 0
+    assert train("--save-steps", 2).code == 0
+    before = (other / "metrics.jsonl").read_text()
+    done = train("--resume", run_dir / "checkpoint-2", "--output-dir", other)
+    assert done.code == 2
+    assert f"output_dir {other} exists and is not empty" in done.err
+    assert (other / "metrics.jsonl").read_text() == before
+    assert train("--resume", run_dir / "checkpoint-2", "--output-dir", run_dir).code == 0
+
+
+def test_resume_of_another_model(train):
+    assert train("--max-steps", 1).code == 0
+    done = train("--model", "mistral", "--resume", "auto")
+    assert done.code == 2
+    assert "model is 'mistral', but" in done.err
+
+
+@pytest.mark.parametrize("name", ["trainer_state.pt", "rng-0.pt"])
+def test_resume_from_a_damaged_checkpoint(train, run_dir, name):
+    assert train("--max-steps", 2).code == 0
+    path = run_dir / "checkpoint-2" / name
+    path.write_text("junk\n")
+    done = train("--resume", "auto")
+    assert done.code == 2
+    assert f"the checkpoint file {path} cannot be read" in done.err
+
+
+def test_resume_with_a_damaged_report(train, run_dir):
+    assert train().code == 0
+    (run_dir / "report.json").write_text("{")
+    done = train("--resume", "auto")
+    assert done.code == 2
+    assert f"{run_dir / 'report.json'} cannot be read as a report" in done.err
+
+
+def test_resume_with_nothing_left_to_train(train, run_dir, tmp_path):
+    assert train().code == 0
+    done = train("--resume", run_dir / "checkpoint-3", "--output-dir", tmp_path / "other")
+    assert done.code == 2
+    assert "is at step 3 of 3: nothing is left to train" in done.err
+
+
+@pytest.mark.parametrize(("command", "num_copies"), [("train", 4), ("eval", 1)])
+def test_model_that_cannot_fit(liger, data, run_dir, monkeypatch, command, num_copies):
+    num_bytes = 403_200 * 4 * num_copies
+    words = ("-m", "qwen3", "-d", data, "-o", run_dir, "--use-cpu", "--max-steps", 1)
+    monkeypatch.setattr(setup, "host_memory", lambda: num_bytes)
+    assert liger(command, *words).code == 0
+    monkeypatch.setattr(setup, "host_memory", lambda: num_bytes - 1)
+    done = liger(command, *words[:4], "--use-cpu")
+    assert done.code == 5
+    assert "qwen3 needs 0 GB for its weights" in done.err
+
+
+def test_nothing_patched_is_told_in_plain_words(liger, data):
+    done = liger("eval", "-m", "qwen3", "-d", data, "--use-cpu", "--ops", "geglu")
+    assert done.code == 0
+    assert "model type 'qwen3' stays unpatched: no place for geglu" in done.err
+    assert "Warning" not in done.err
 
 
 def test_named_op_without_a_place_is_told(train):

@@ -156,7 +156,7 @@ def test_other_sides_are_refused(
 ) -> None:
     check_against("eager")
     ran = liger("bench", "--model", "mistral", "--against", against, "--json")
-    assert (ran.code, ran.out, fake_arms) == (2, "", [])
+    assert (ran.code, list(ran.json()), fake_arms) == (2, ["error"], [])
     assert message in ran.err
 
 
@@ -175,7 +175,7 @@ def test_wrong_words_start_nothing_case_99(
     arguments: list[str], message: str, liger: Callable[..., Any], fake_arms: list[dict[str, Any]]
 ) -> None:
     ran = liger("bench", *arguments, "--json")
-    assert (ran.code, ran.out, fake_arms) == (2, "", [])
+    assert (ran.code, list(ran.json()), fake_arms) == (2, ["error"], [])
     assert message in ran.err
 
 
@@ -187,7 +187,7 @@ def test_the_code_of_a_failed_arm_is_passed_on(
 
     monkeypatch.setattr(comparison, "run_arm", run_arm)
     ran = liger("bench", "--model", "mistral", "--json")
-    assert (ran.code, ran.out) == (7, "")
+    assert (ran.code, ran.json()["error"]["exit_code"]) == (7, 7)
     assert "no op has a place" in ran.err
 
 

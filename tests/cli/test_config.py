@@ -69,6 +69,10 @@ def test_saved_configuration_loads_again(tmp_path):
         ("lora:\n  model: a\n", "run.yaml:1: unknown key 'lora'"),
         ("seed: 1\n", "model is missing: give --model"),
         ("model: a\nbf16: true\nfp16: true\n", "bf16 and fp16 exclude each other"),
+        ("model: ''\n", "run.yaml:1: model should have at least 1 character, got ''"),
+        ("model: a\noutput_dir: 5\n", "run.yaml:2: output_dir is not a valid path"),
+        ("? [a, b]\n: 3\n", "run.yaml:1: a key must be a name, found a sequence"),
+        ("model: \0\n", "run.yaml cannot be read: special characters are not allowed"),
     ],
 )
 def test_case_99_bad_file(tmp_path, text, message):
@@ -145,7 +149,8 @@ def test_flags_of_every_key_in_both_spellings(app, tmp_path):
 
 
 def test_help_lists_every_key_in_groups(app):
-    output = CliRunner().invoke(app[0], ["--help"], env={"COLUMNS": "200"}).output
+    output = CliRunner().invoke(app[0], ["--help"], env={"COLUMNS": "80"}).output
+    # No name is cut short, in the width that a terminal has at least.
     for name, field in RunConfig.model_fields.items():
         assert "--" + name.replace("_", "-") in output
         assert field.json_schema_extra["group"] in output

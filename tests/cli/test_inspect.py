@@ -173,7 +173,7 @@ def test_wrong_words_are_exit_2(
     arguments: list[str], message: str, liger: Callable[..., Any]
 ) -> None:
     ran = liger("inspect", *arguments, "--json")
-    assert (ran.code, ran.out) == (2, "")
+    assert (ran.code, list(ran.json())) == (2, ["error"])
     assert message in " ".join(ran.err.replace("\u2502", " ").split())
 
 

@@ -16,6 +16,7 @@ from liger_cli.errors import ConfigError, EnvironmentProblem
 from liger_cli.training import demo_model, hub
 from liger_cli.training.model import build_meta_model, load_model, load_tokenizer, resolve_model
 from liger_cli.training.tokenizers import byte_tokenizer
+from liger_kernels.transformers.families import FAMILIES
 
 TINY = {
     "model_type": "llama",
@@ -72,6 +73,11 @@ def test_unknown_preset_names_the_nearest(name, nearest):
     assert "liger models" in caught.value.hint
 
 
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_every_listed_model_type_is_a_preset(model_type):
+    assert resolve_model(model_type).family == model_type
+
+
 def test_unknown_preset_without_a_neighbour():
     with pytest.raises(ConfigError, match="neither a preset nor a path$"):
         resolve_model("zzzzzz")
@@ -109,7 +115,8 @@ def test_bad_config_file(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "no_such_type"}, "not one that the installed transformers can build"),
+        ({"model_type": "lama"}, "knows no model type 'lama'.*; did you mean 'llama'"),
+        ({"hidden_size": "wide"}, "not one that the installed transformers can build|by str"),
         ({"model_type": "t5"}, "not a causal language model"),
         ({"num_attention_heads": 0}, "by zero"),
     ],
@@ -176,7 +183,7 @@ def test_vision_configuration_is_built_as_image_text_class(config_file):
     meta, loaded = build_meta_model(source), load_model(source)
     assert type(meta) is type(loaded)
     assert type(meta).__name__ == "Qwen2VLForConditionalGeneration"
-    assert type(build_meta_model(resolve_model("gemma3"))).__name__ == "Gemma3ForCausalLM"
+    assert type(build_meta_model(resolve_model("gemma3-text"))).__name__ == "Gemma3ForCausalLM"
 
 
 def test_random_weights_follow_the_seed_and_leave_generators_alone():

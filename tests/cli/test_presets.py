@@ -64,6 +64,7 @@ def test_file(name):
 @pytest.mark.parametrize("name", SMALL)
 def test_small_preset_fits_the_byte_tokenizer(name):
     config = resolve_model(name).config
+    config = config.get("text_config", config)
     tokenizer = byte_tokenizer()
     assert config["vocab_size"] == len(tokenizer) == 264
     assert config["pad_token_id"] == tokenizer.pad_token_id != tokenizer.eos_token_id

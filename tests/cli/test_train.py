@@ -204,6 +204,17 @@ def test_resume_of_a_finished_run(train, run_dir):
     assert done.json() == first
 
 
+def test_resume_after_a_kill_before_the_last_evaluation(train, run_dir):
+    words = ("--eval-fraction", 0.2, "--json")
+    first = train(*words).json()
+    for name in ("report.json", "eval.jsonl"):
+        (run_dir / name).unlink()
+    done = train(*words, "--resume", "auto")
+    assert done.code == 0, done.err
+    assert done.json()["eval"] == pytest.approx(first["eval"])
+    assert done.json()["train"] == first["train"]
+
+
 def test_resume_refuses_other_data(train):
     train()
     done = train("--resume", "auto", "--max-steps", 5, "--gradient-accumulation-steps", 2)
