@@ -27,7 +27,7 @@ demo: setup
 	$(BIN)/liger inspect --model llama --ops rope,rmsnorm,swiglu,flce
 	rm -rf runs/demo
 	$(BIN)/liger train --config configs/train/demo.yaml --ops rope,rmsnorm,swiglu,flce --baseline 5 --output-dir runs/demo
-	$(BIN)/python scripts/check_loss_falls.py runs/demo/report.json
+	@$(BIN)/python scripts/check_loss_falls.py runs/demo/report.json
 
 fmt: setup
 	$(BIN)/ruff format $(CHECKED)
