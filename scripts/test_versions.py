@@ -81,7 +81,16 @@ def run_tests(python: Path, arguments: list[str]) -> tuple[int, str]:
     names = ("transformers", "torch", "tokenizers", "huggingface_hub", "datasets", "peft")
     code = f"import importlib.metadata as m; print({{n: m.version(n) for n in {names}}})"
     found = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
-    command = [str(python), "-m", "pytest", "-q", "-m", "not slow", *arguments]
+    command = [
+        str(python),
+        "-m",
+        "pytest",
+        "-q",
+        "--disable-warnings",
+        "-m",
+        "not slow",
+        *arguments,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.returncode, f"{found.stdout}{done.stdout}{done.stderr}"
 
