@@ -144,7 +144,7 @@ def _tiling(rows: torch.Tensor, *strides: int) -> tuple[int, int, int, list[int]
 
 
 def _kernels_serve(gate: torch.Tensor, up: torch.Tensor) -> bool:
-    return runs_triton(gate) and torch.float64 not in (gate.dtype, up.dtype)
+    return runs_triton(gate) and runs_triton(up)
 
 
 def _act(gate: torch.Tensor, activation: str) -> torch.Tensor:

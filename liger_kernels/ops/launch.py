@@ -48,8 +48,13 @@ def backend(device: torch.device) -> Backend:
 
 
 def runs_triton(x: torch.Tensor) -> bool:
-    """Return whether x is served by Triton kernels (on the device or in the interpreter)."""
-    return backend(x.device) != "torch"
+    """Return whether Triton kernels, which compute in fp32, serve x; fp64 is left to torch code."""
+    return backend(x.device) != "torch" and x.dtype != torch.float64
+
+
+def runs_triton_rows(x: torch.Tensor) -> bool:
+    """Return whether Triton kernels serve x's whole rows: one fits a program's registers."""
+    return runs_triton(x) and x.shape[-1] <= _MAX_ROW_WIDTH
 
 
 def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -87,6 +92,8 @@ def lookup(table: tuple[tuple[int, int], ...], size: int) -> int:
     return table[-1][1]
 
 
+# Wider rows than this do not fit the registers of one program.
+_MAX_ROW_WIDTH = 65536
 # Elements of a tile of narrow rows, about; a wider row is a tile of its own.
 _ROW_TILE = 2048
 # (bytes of a tile of x and dy, stages of the load pipeline): shared memory holds one tile less than
@@ -119,12 +126,6 @@ def fp32(scalar):
     # A Python float arrives as fp64 under torch.compile and would promote the whole kernel; in the
     # interpreter it has no .to().
     return tl.full((), scalar, tl.float32)
-
-
-@triton.jit
-def tanh_fp32(x):
-    # libdevice.tanh does not run in the interpreter; this form is exact to one ulp of 1.
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from liger_kernels.ops.launch import (
     row_stages,
     row_tile,
     rows_of,
-    runs_triton,
+    runs_triton_rows,
     sum_partials,
     tl,
     triton,
@@ -48,8 +48,6 @@ _FWD_WARPS = ((1024, 4), (4096, 8), (16384, 16), (65536, 32))
 _BWD_WARPS = ((2048, 4), (4096, 8), (8192, 16), (65536, 32))
 # (width, programs a multiprocessor) of the persistent backward.
 _BWD_PROGRAMS = ((1024, 4), (4096, 2), (65536, 1))
-# Wider rows than this do not fit the registers of one program; torch's own kernel serves them.
-_MAX_WIDTH = 65536
 
 
 @triton.jit
@@ -158,10 +156,6 @@ class _Options:
     out_dtype: torch.dtype
 
 
-def _kernels_serve(x: torch.Tensor) -> bool:
-    return runs_triton(x) and x.shape[-1] <= _MAX_WIDTH and x.dtype != torch.float64
-
-
 def _widen(x: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor | None]:
     """Return all in x's dtype, at least fp32: torch's kernel wants one dtype for everything.
 
@@ -173,7 +167,7 @@ def _widen(x: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor |
 
 def _layer_norm_fwd(x, weight, bias, options):
     num_rows, width = x.shape
-    if not _kernels_serve(x):
+    if not runs_triton_rows(x):
         wide, weight, bias = _widen(x, weight, bias)
         y, mean, rstd = torch.native_layer_norm(wide, (width,), weight, bias, options.eps)
         return y.to(options.out_dtype), mean, rstd
@@ -206,7 +200,7 @@ def _layer_norm_bwd(dy, x, weight, mean, rstd, dw_dtype, db_dtype):
     """Return dx, dw, db; dw and db are None where their dtype is."""
     num_rows, width = x.shape
     has_dw, has_db = dw_dtype is not None, db_dtype is not None
-    if not _kernels_serve(x):
+    if not runs_triton_rows(x):
         wide, wide_dy, weight = _widen(x, dy, weight)
         # The bias has no part in its own gradient; the call asks only whether there is one.
         bias = wide.new_empty(width) if has_db else None

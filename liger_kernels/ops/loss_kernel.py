@@ -233,10 +233,6 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _kernels_serve(x: torch.Tensor) -> bool:
-    return runs_triton(x) and x.dtype != torch.float64
-
-
 def loss_rows(
     x: torch.Tensor,
     label: torch.Tensor,
@@ -260,7 +256,7 @@ def loss_rows(
     num_rows, vocab = x.shape
     if num_rows == 0:
         return
-    if not _kernels_serve(x):
+    if not runs_triton(x):
         in_place = overwrite and x.dtype == wide_dtype(x.dtype)
         step = num_rows if in_place else max(1, _COPY_BYTES // (4 * vocab))
         tensors = (x, label, coef, entropy_coef, dx, loss, nll, entropy, best)

@@ -24,7 +24,7 @@ from liger_kernels.ops.launch import (
     row_stages,
     row_tile,
     rows_of,
-    runs_triton,
+    runs_triton_rows,
     sum_partials,
     tl,
     triton,
@@ -50,8 +50,6 @@ _FWD_WARPS = ((1024, 4), (4096, 8), (16384, 16), (65536, 32))
 _BWD_WARPS = ((2048, 4), (4096, 8), (16384, 16), (65536, 32))
 # (width, programs a multiprocessor) of the persistent backward.
 _BWD_PROGRAMS = ((1024, 4), (4096, 2), (65536, 1))
-# Wider rows than this do not fit the registers of one program; the torch code serves them.
-_MAX_WIDTH = 65536
 
 
 @triton.jit
@@ -151,7 +149,7 @@ class _Options:
 
 def _rms_norm_fwd(x, weight, options):
     num_rows, width = x.shape
-    if not _kernels_serve(x):
+    if not runs_triton_rows(x):
         # One fused reduction; squaring into a copy would double the traffic on a CPU.
         wide = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, dtype=wide)
@@ -187,7 +185,7 @@ def _rms_norm_fwd(x, weight, options):
 
 def _rms_norm_bwd(dy, x, weight, rstd, options, needs_dw):
     num_rows, width = x.shape
-    if not _kernels_serve(x):
+    if not runs_triton_rows(x):
         x_hat = upcast(x) * rstd[:, None]
         dy = upcast(dy)
         dw = None
@@ -229,10 +227,6 @@ def _rms_norm_bwd(dy, x, weight, rstd, options, needs_dw):
             num_warps=lookup(_BWD_WARPS, width),
         )
         return dx, sum_partials(partial, weight.dtype) if needs_dw else None
-
-
-def _kernels_serve(x: torch.Tensor) -> bool:
-    return runs_triton(x) and x.shape[-1] <= _MAX_WIDTH and x.dtype != torch.float64
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -61,10 +61,6 @@ class _Options:
     head_axis: int
 
 
-def _kernels_serve(x: torch.Tensor) -> bool:
-    return runs_triton(x) and x.dtype != torch.float64
-
-
 def _pair_layouts(options: _Options, is_backward: bool) -> tuple[bool, bool]:
     """Return whether the two elements of a pair are neighbours where they are read, and written."""
     layouts = options.style != "half", options.style == "pairs"
@@ -109,7 +105,7 @@ def _turn(x, y, cos, sin, options, is_backward):
 
 def _rope(moves, cos, sin, options, is_backward=False):
     """Turn by the angle, or by its opposite: from the first to the second of one or two moves."""
-    if not all(_kernels_serve(x) for x, _ in moves):
+    if not all(runs_triton(x) for x, _ in moves):
         for x, y in moves:
             _turn(x, y, cos, sin, options, is_backward)
         return
