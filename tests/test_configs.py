@@ -15,6 +15,13 @@ def test_train_config_loads(path):
 
     config = load_config(path, flags={}, sets=[])
     assert config.model
+    # It is a file to start from: what it is for stands above.
+    assert path.read_text().startswith("# ")
+
+
+def test_every_kind_of_training_has_a_file():
+    names = {path.stem for path in (CONFIGS / "train").glob("*.yaml")}
+    assert {"sft", "full", "pretrain", "eval"} <= names
 
 
 def test_every_folder_has_a_loader():

@@ -80,7 +80,7 @@ def test_unknown_key_of_a_file(liger, tmp_path, command):
     path.write_text("model: qwen3\n\ngradient_acumulation_steps: 2\n")
     done = liger(command, "-c", path)
     assert done.code == 2
-    assert f"{path}:3: unknown key 'gradient_acumulation_steps'; did you mean " in done.err
+    assert f"{path}:3:1: unknown key 'gradient_acumulation_steps'; did you mean " in done.err
 
 
 def test_hub_out_of_reach(train, run_dir, monkeypatch):

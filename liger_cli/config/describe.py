@@ -1,0 +1,151 @@
+"""What each key takes, in words and as a JSON schema: one source for help, errors and docs."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BeforeValidator
+
+from liger_cli.config.keys import ALIASES, RunConfig
+
+__all__ = [
+    "allowed",
+    "choices",
+    "default_text",
+    "group",
+    "json_schema",
+    "limits",
+    "nearest_key",
+    "value_type",
+]
+
+# Keys of other programs, where the spelling does not lead to ours.
+_ELSEWHERE = {
+    "base_model": "model",
+    "pretrained_model_name_or_path": "model",
+    "torch_dtype": "dtype",
+    "sequence_len": "max_length",
+    "cutoff_len": "max_length",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "train_file": "dataset",
+    "datasets": "dataset",
+    "val_size": "eval_fraction",
+    "test_size": "eval_fraction",
+    "val_set_size": "eval_fraction",
+    "batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "grad_accum_steps": "gradient_accumulation_steps",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "optimizer": "optim",
+    "lr_scheduler": "lr_scheduler_type",
+    "gradient_clipping": "max_grad_norm",
+    "out_dir": "output_dir",
+    "no_cuda": "use_cpu",
+}
+
+
+def value_type(name: str) -> Any:
+    """Returns the type of a key's values other than null."""
+    return _type_and_notes(name)[0]
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """Returns the only values of a key, empty where there are more than a list could hold."""
+    kind = value_type(name)
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def group(name: str) -> str:
+    """Returns the heading under which a key stands."""
+    extra = RunConfig.model_fields[name].json_schema_extra
+    assert isinstance(extra, dict)
+    return str(extra["group"])
+
+
+def limits(name: str) -> list[str]:
+    """Returns the bounds of a number, such as ">= 0"."""
+    signs = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+    return [
+        f"{sign} {getattr(limit, attribute)}"
+        for limit in _type_and_notes(name)[1]
+        for attribute, sign in signs
+        if hasattr(limit, attribute)
+    ]
+
+
+def default_text(name: str) -> str:
+    """Returns the default as YAML has it; empty where the key must be given."""
+    field = RunConfig.model_fields[name]
+    return "" if field.is_required() else _yaml_word(field.default)
+
+
+def allowed(name: str) -> str:
+    """Returns in words what a key takes: "integer >= 1 or null"."""
+    words = {bool: "true or false", int: "integer", float: "number", Path: "path"}
+    text = f"one of {', '.join(choices(name))}" if choices(name) else ""
+    text = text or words.get(value_type(name), "text")
+    if bounds := limits(name):
+        text += f" {', '.join(bounds)}"
+    if any(isinstance(note, BeforeValidator) for note in _type_and_notes(name)[1]):
+        text += " or a list of names"
+    takes_null = type(None) in get_args(RunConfig.model_fields[name].annotation)
+    return f"{text} or null" if takes_null else text
+
+
+def nearest_key(name: str) -> str | None:
+    """Returns the key that was probably meant, or None."""
+    wanted = name[:100].lower().replace("-", "_").strip()
+    # `training.seed` and `lora.r` are how other programs write sections.
+    tail = wanted.rpartition(".")[2]
+    for spelling in (wanted, wanted.replace(".", "_"), tail):
+        if spelling in RunConfig.model_fields or spelling in ALIASES:
+            return spelling
+        if spelling in _ELSEWHERE:
+            return _ELSEWHERE[spelling]
+    keys = [*RunConfig.model_fields, *ALIASES]
+    close = [difflib.get_close_matches(spelling, keys, n=1) for spelling in (wanted, tail)]
+    return next((match for [match] in filter(None, close)), None)
+
+
+def json_schema() -> dict[str, Any]:
+    """Returns the JSON schema of a file: what an editor needs to complete and check its keys.
+
+    No key is required: what a file leaves out may come from --set or a flag.
+    """
+    schema = RunConfig.model_json_schema()
+    properties: dict[str, Any] = {}
+    for name, entry in schema["properties"].items():
+        kept = {key: value for key, value in entry.items() if key not in ("title", "group")}
+        properties[name] = kept
+    for alias, name in ALIASES.items():
+        properties[alias] = {**properties[name], "description": f"The same as {name}."}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Configuration of liger",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": properties,
+    }
+
+
+def _type_and_notes(name: str) -> tuple[Any, list[Any]]:
+    """A key's type without null and without annotations, and these: limits and validators."""
+    field = RunConfig.model_fields[name]
+    kind, notes = field.annotation, list(field.metadata)
+    if get_origin(kind) in (Union, types.UnionType):
+        [kind] = [part for part in get_args(kind) if part is not type(None)]
+    if get_origin(kind) is Annotated:
+        kind, *inner = get_args(kind)
+        notes += inner
+    return kind, notes
+
+
+def _yaml_word(value: object) -> str:
+    special = {None: "null", True: "true", False: "false"}
+    return special[value] if value is None or isinstance(value, bool) else str(value)

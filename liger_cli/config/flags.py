@@ -1,0 +1,136 @@
+"""One flag for every key, for the commands that run something."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import typer
+
+from liger_cli.config.describe import choices, default_text, group, limits, value_type
+from liger_cli.config.keys import ALIASES, RunConfig
+from liger_cli.config.resolve import ResolvedConfig, flag_name, load_config, resolve_config
+
+__all__ = ["config_flags"]
+
+_Result = TypeVar("_Result")
+
+_SHORT = {"model": "-m", "dataset": "-d", "output_dir": "-o"}
+
+
+def config_flags(command: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Gives a typer command -c, --set and a flag for every key; it receives `config`.
+
+    The command is called with the resolved RunConfig; `config.model_fields_set` tells which keys
+    the user set. One whose `config` is annotated as a ResolvedConfig gets that, with the source of
+    every value. Its other parameters stay as they are.
+    """
+    keys = {name: _flag_parameter(name) for name in RunConfig.model_fields}
+    switches = [name for name in keys if _is_switch(name)]
+    hints = get_type_hints(command, include_extras=True)
+    wants_sources = hints["config"] is ResolvedConfig
+    own = [
+        parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in inspect.signature(command).parameters.items()
+        if name != "config"
+    ]
+
+    @functools.wraps(command)
+    def with_config(
+        *,
+        config_file: Path | None,
+        set_: list[str] | None,
+        ignore_unknown_keys: bool,
+        **arguments: Any,
+    ) -> _Result:
+        flags = {name: arguments.pop(name) for name in keys}
+        flags |= {name: False for name in switches if arguments.pop(f"no_{name}")}
+        load: Callable[..., Any] = resolve_config if wants_sources else load_config
+        warn = _warn if ignore_unknown_keys else None
+        return command(config=load(config_file, flags, set_ or (), warn_unknown=warn), **arguments)
+
+    parameters = [*_SOURCES, *own, *keys.values(), *map(_off_parameter, switches)]
+    annotations = {parameter.name: parameter.annotation for parameter in parameters}
+    with_config.__annotations__ = annotations
+    with_config.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    # typer would otherwise read the hints of the wrapped function, which has a `config`.
+    del with_config.__wrapped__
+    return with_config
+
+
+def _option(name: str, annotation: Any, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=option
+    )
+
+
+_SOURCES = [
+    _option(
+        "config_file",
+        Path | None,
+        typer.Option(None, "--config", "-c", metavar="FILE", help="YAML file of keys."),
+    ),
+    _option(
+        "set_",
+        list[str] | None,
+        typer.Option(
+            None, "--set", metavar="KEY=VALUE", help="Set a key; may be repeated. Flags win."
+        ),
+    ),
+    _option(
+        "ignore_unknown_keys",
+        bool,
+        typer.Option(
+            False,
+            "--ignore-unknown-keys",
+            help="Warn of keys that liger does not know instead of refusing the file.",
+        ),
+    ),
+]
+
+
+def _flag_parameter(name: str) -> inspect.Parameter:
+    """The typer option of a key. snake_case spellings are folded by the app, not listed here."""
+    # The choices stand in the help: as a metavar they would cut the names of other flags.
+    kind, metavar = (str, "NAME") if choices(name) else (value_type(name), None)
+    names = [flag_name(name), *(flag_name(alias) for alias, key in ALIASES.items() if key == name)]
+    if name in _SHORT:
+        names.append(_SHORT[name])
+    option = typer.Option(
+        None,
+        *names,
+        help=_help(name),
+        metavar=metavar,
+        rich_help_panel=group(name),
+        show_default=False,
+    )
+    return _option(name, kind | None, option)
+
+
+def _is_switch(name: str) -> bool:
+    return value_type(name) is bool
+
+
+def _off_parameter(name: str) -> inspect.Parameter:
+    """The flag that turns a switch off; a column of its own would cut the names in the help."""
+    option = typer.Option(False, f"--no-{flag_name(name)[2:]}", hidden=True)
+    return _option(f"no_{name}", bool, option)
+
+
+def _help(name: str) -> str:
+    field = RunConfig.model_fields[name]
+    notes = limits(name)
+    if default_text(name) not in ("", "null", "false"):
+        notes.insert(0, f"default {default_text(name)}")
+    if choices(name):
+        notes.append(f"one of {', '.join(choices(name))}")
+    if _is_switch(name):
+        notes.append(f"--no-{flag_name(name)[2:]} turns it off")
+    return f"{field.description} ({'; '.join(notes)})" if notes else str(field.description)
+
+
+def _warn(message: str) -> None:
+    typer.secho(f"warning: {message}; it is ignored", err=True, fg=typer.colors.YELLOW)

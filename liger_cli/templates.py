@@ -1,0 +1,39 @@
+"""The shipped training configurations, to run as they are or to start one's own from."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from liger_cli.errors import ConfigError
+from liger_cli.training.presets import configs_directory
+
+__all__ = ["template_names", "write_template"]
+
+
+def template_names() -> list[str]:
+    """Returns the names of configs/train."""
+    return sorted(path.stem for path in _directory().glob("*.yaml"))
+
+
+def write_template(name: str, path: Path, *, overwrite: bool = False) -> None:
+    """Copies a shipped configuration, comments and all.
+
+    Raises:
+        ConfigError: There is no such template, or the file exists and is not to be overwritten.
+    """
+    names = template_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"--template: unknown template {name!r}{hint} ({', '.join(names)})")
+    content = (_directory() / f"{name}.yaml").read_bytes()
+    try:
+        with path.open("wb" if overwrite else "xb") as file:
+            file.write(content)
+    except FileExistsError:
+        raise ConfigError(f"{path} exists", hint="--force overwrites it.") from None
+
+
+def _directory() -> Path:
+    return configs_directory() / "train"
