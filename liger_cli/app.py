@@ -32,6 +32,8 @@ COMMANDS = {
     "eval": "Loss, perplexity and token accuracy of a model, without making logits.",
     "inspect": "Show module by module what would be patched, and why the rest would not.",
     "bench": "Run patched and eager side by side, with parity beside every speed.",
+    "config": "Write, check and show configuration files, and print their JSON schema.",
+    "data": "Show what training sees of a dataset: rendered rows, lengths, cuts, packing.",
     "models": "List the presets and the model types with a row.",
     "ops": "List the operations, their short names and what they need.",
     "doctor": "Check this machine: versions, devices, kernels.",

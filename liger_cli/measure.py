@@ -10,15 +10,21 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import psutil
 import torch
 
-__all__ = ["PeakMemory", "StepTime", "StepTimer", "median_after_warm_up", "synchronize"]
+__all__ = [
+    "PeakMemory",
+    "StepTime",
+    "StepTimer",
+    "median_after_warm_up",
+    "synchronize",
+    "transient_bytes",
+]
 
 # Short against a training step; reading the size takes about 20 us.
 _SAMPLE_INTERVAL_S = 0.005
@@ -35,6 +41,23 @@ def median_after_warm_up(values: Sequence[float]) -> float:
     return statistics.median(values[1:] or values)
 
 
+def transient_bytes(function: Callable[[], object], device: torch.device) -> int | None:
+    """Returns how far a call raises the allocator's memory at most, or None on a CPU.
+
+    What the call returns and leaves behind counts. A CPU has no allocator that knows, and the
+    resident size of a process is too coarse for one call.
+    """
+    allocator: Any = getattr(torch, device.type, None)
+    if not hasattr(allocator, "max_memory_allocated"):
+        return None
+    synchronize(device)
+    allocator.reset_peak_memory_stats(device)
+    before = int(allocator.memory_allocated(device))
+    function()
+    synchronize(device)
+    return int(allocator.max_memory_allocated(device)) - before
+
+
 @dataclass(frozen=True)
 class StepTime:
     """Wall time of one step and the tokens of it that went through the model a second."""
@@ -44,25 +67,29 @@ class StepTime:
 
 
 class StepTimer:
-    """Times steps, the device's work included.
+    """Times steps from the end of one to the end of the next, the device's work included.
+
+    A step ends when the host has read its loss. Nothing waits for the device besides, so what it
+    still does for one step (the optimizer's part) counts in the next; all steps together take what
+    the clock on the wall says.
 
     Args:
-        device: Where the steps run; it is synchronised at both ends of a step.
+        device: Where the steps run.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._start = 0.0
+        self._last = 0.0
 
     def start(self) -> None:
-        """Begins a step."""
+        """Begins anew once the device is idle: before the first step and after a pause."""
         synchronize(self._device)
-        self._start = time.perf_counter()
+        self._last = time.perf_counter()
 
-    def stop(self, num_tokens: int) -> StepTime:
-        """Ends the step and returns its time."""
-        synchronize(self._device)
-        seconds = time.perf_counter() - self._start
+    def lap(self, num_tokens: int) -> StepTime:
+        """Ends a step and returns its time."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
         return StepTime(step_ms=seconds * 1e3, tokens_per_s=num_tokens / seconds)
 
 
@@ -118,6 +145,9 @@ class _ResidentSize:
     """Samples the resident size of this process in a thread and keeps the largest."""
 
     def __init__(self) -> None:
+        # Here, since `liger bench ops` reads times in a peer's interpreter, which may lack psutil.
+        import psutil
+
         self._process = psutil.Process()
         self._peak = 0
         self._stop = threading.Event()

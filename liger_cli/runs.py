@@ -25,11 +25,13 @@ from liger_cli.report import (
     unmet_requirements,
 )
 from liger_cli.training.arms import ArmResult, run_arm
-from liger_cli.training.batches import BatchPlan, count_labels, load_windows
+from liger_cli.training.batches import BatchPlan, count_labels, count_tokens
 from liger_cli.training.checkpoint import StepMetrics, check_same_run
 from liger_cli.training.evaluate import EvalResult, evaluate
+from liger_cli.training.feed import make_feed
 from liger_cli.training.loop import TrainResult, plan_batches, total_steps, train
 from liger_cli.training.model import resolve_model
+from liger_cli.training.packing import PackedRows, check_packed
 from liger_cli.training.setup import (
     Inputs,
     check_memory,
@@ -78,8 +80,8 @@ def run_train(
         raise ConfigError("--baseline measures one process; this launch has several")
     run_dir, checkpoint = choose_run_dir(config, resume, accelerator)
     config = config.model_copy(update={"output_dir": run_dir})
-    inputs = load_inputs(config)
-    batches = plan_batches(config, len(inputs.train), accelerator)
+    inputs = load_inputs(config, notify=_notify)
+    batches = plan_batches(config, inputs.train, accelerator)
     num_steps = total_steps(config, batches)
     plan = inspect_model(inputs.meta_model, config.ops)
     report = _report("train", config, inputs, plan)
@@ -112,6 +114,8 @@ def run_train(
         run_dir.mkdir(parents=True, exist_ok=True)
     source = resolve_model(str(checkpoint)) if checkpoint else inputs.source
     model, record = load_patched(config, source, accelerator.device, _notify)
+    if config.packing:
+        check_packed(model, flatten=inputs.collator.flatten)
     if is_main:
         # The directory stays free for another try until there is something to run.
         (run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
@@ -170,7 +174,7 @@ def run_eval(config: RunConfig) -> RunReport | None:
     parse_ops(config.ops)
     quiet_libraries()
     accelerator = make_accelerator(config)
-    inputs = load_inputs(config, trains=False)
+    inputs = load_inputs(config, trains=False, notify=_notify)
     check_memory(config, inputs.meta_model, accelerator.device, trains=False)
     model, record = load_patched(config, inputs.source, accelerator.device, _notify)
     model = accelerator.prepare_model(model, evaluation_mode=True)
@@ -260,7 +264,7 @@ def _gain(
     parameter_bytes = parameter_dtype(config, device).itemsize
     step = StepShape(
         batch_size=config.per_device_train_batch_size,
-        sequence_length=max(map(len, inputs.train[:_ROWS_LOOKED_AT]["input_ids"])),
+        sequence_length=_longest_row(config, inputs),
         parameter_bytes=parameter_bytes,
         compute_bytes=2 if is_autocast else parameter_bytes,
         num_parameters=sum(p.numel() for p in inputs.meta_model.parameters()),
@@ -278,12 +282,26 @@ def _gain(
         return None
 
 
+def _longest_row(config: RunConfig, inputs: Inputs) -> int:
+    # A stream has no rows to look at, and images would be read for their lengths alone.
+    if config.streaming or inputs.data.has_images:
+        return config.max_length
+    count = min(_ROWS_LOOKED_AT, len(inputs.train))
+    return max(len(inputs.train[i]["input_ids"]) for i in range(count))
+
+
 def _tell_data(inputs: Inputs, batches: BatchPlan, num_steps: int) -> None:
     data, stats = inputs.data, inputs.data.stats
-    notes = [
-        f"{format_count(stats.rows)} rows",
-        f"{format_count(stats.tokens)} tokens, {format_count(stats.trained_tokens)} trained on",
-    ]
+    if batches.num_rows:
+        notes = [
+            f"{format_count(stats.rows)} rows",
+            f"{format_count(stats.tokens)} tokens, {format_count(stats.trained_tokens)} trained on",
+            *data.notes,
+        ]
+        if isinstance(inputs.train, PackedRows):
+            notes.append(f"packed into {format_count(len(inputs.train))} rows")
+    else:
+        notes = ["streamed; the report counts what was read"]
     if stats.dropped_rows:
         notes.append(f"{format_count(stats.dropped_rows)} rows left out: nothing to train on")
     if stats.truncated_rows:
@@ -292,13 +310,14 @@ def _tell_data(inputs: Inputs, batches: BatchPlan, num_steps: int) -> None:
         notes.append(f"{format_count(len(inputs.eval))} rows for evaluation")
     licence = f" ({data.licence})" if data.licence else ""
     _notify(f"data: {data.name}{licence}: " + "; ".join(notes))
-    _notify(f"plan: {num_steps} steps, {batches.steps_per_epoch} an epoch")
+    epoch = f", {batches.steps_per_epoch} an epoch" if batches.num_rows else ""
+    _notify(f"plan: {num_steps} steps{epoch}")
 
 
 def _tell_first_batch(inputs: Inputs, batches: BatchPlan) -> None:
-    [window] = load_windows(inputs.train, batches.windows(1, 1), inputs.collator)
+    [window] = make_feed(inputs.train, batches, inputs.collator).windows(1, 1)
     shapes = ", ".join("x".join(map(str, batch["input_ids"].shape)) for batch in window)
-    num_tokens = sum(int(batch["attention_mask"].sum()) for batch in window)
+    num_tokens = sum(map(count_tokens, window))
     num_trained = sum(map(count_labels, window))
     _notify(f"first step: {shapes}; {num_tokens} tokens, {num_trained} trained on")
 

@@ -11,14 +11,15 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
-__all__ = ["IGNORED", "BatchPlan", "count_labels", "load_windows"]
+__all__ = ["IGNORED", "BatchPlan", "count_labels", "count_tokens", "load_windows", "placeholder"]
 
 IGNORED = -100
+_Row = TypeVar("_Row")
 
 # A process without a row of its own in the last micro-batch still takes part in its collectives.
 _PLACEHOLDER = -1
@@ -29,7 +30,7 @@ class BatchPlan:
     """The order of the data for one process.
 
     Args:
-        num_rows: Rows of the dataset.
+        num_rows: Rows of the dataset; 0 where nobody knows, of a stream.
         batch_size: Rows of a micro-batch on one process.
         accumulation: Micro-batches of an optimizer step.
         seed: Seed of the permutations.
@@ -61,14 +62,15 @@ class BatchPlan:
                 generator = torch.Generator().manual_seed(self.seed + epoch)
                 order = torch.randperm(self.num_rows, generator=generator)
             start = position * self.rows_per_step
-            yield self._split(order[start : start + self.rows_per_step].tolist())
+            rows: list[int] = order[start : start + self.rows_per_step].tolist()
+            yield [batch or [_PLACEHOLDER] for batch in self.split(rows)]
 
-    def _split(self, rows: list[int]) -> list[list[int]]:
+    def split(self, rows: list[_Row]) -> list[list[_Row]]:
+        """Returns this process's micro-batches of the rows of a step; the last may be empty."""
         size, processes = self.batch_size, self.num_processes
         num_batches = math.ceil(len(rows) / (size * processes))
         mine = rows[self.rank :: processes]
-        batches = [mine[i * size : (i + 1) * size] for i in range(num_batches)]
-        return [batch or [_PLACEHOLDER] for batch in batches]
+        return [mine[i * size : (i + 1) * size] for i in range(num_batches)]
 
 
 class _Rows:
@@ -80,8 +82,13 @@ class _Rows:
     def __getitem__(self, row: int) -> dict[str, Any]:
         if row != _PLACEHOLDER:
             return dict(self._examples[row])
-        ids = self._examples[0]["input_ids"][:2]
-        return {"input_ids": ids, "labels": [IGNORED] * len(ids)}
+        return placeholder(self._examples[0])
+
+
+def placeholder(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a short row without labels, which is computed and counts nothing."""
+    ids = row["input_ids"][:2]
+    return {"input_ids": ids, "labels": [IGNORED] * len(ids)}
 
 
 def load_windows(
@@ -117,3 +124,10 @@ def load_windows(
 def count_labels(batch: Mapping[str, torch.Tensor]) -> int:
     """Returns how many tokens of a batch are trained on: labels that something is before of."""
     return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def count_tokens(batch: Mapping[str, torch.Tensor]) -> int:
+    """Returns how many tokens of a batch are not padding."""
+    if "num_tokens" in batch:
+        return int(batch["num_tokens"])
+    return int(batch["attention_mask"].sum())

@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,9 +50,17 @@ class ChatRenderer:
 
     Args:
         tokenizer: With a chat template.
+        template: Instead of the tokenizer's, where a processor has one that shows images.
+        tools: Descriptions of the tools that the template tells the model of.
     """
 
     tokenizer: PreTrainedTokenizerBase
+    template: str | None = None
+    tools: tuple[Message, ...] = ()
+
+    def with_tools(self, tools: tuple[Message, ...]) -> ChatRenderer:
+        """Returns a renderer of conversations that have these tools."""
+        return replace(self, tools=tools) if tools != self.tools else self
 
     def segments(self, messages: Sequence[Message], where: str) -> list[Segment]:
         """Returns the rendered conversation cut at the borders of the trained parts.
@@ -72,14 +80,24 @@ class ChatRenderer:
             spans = self._after_prompts(text, messages, where) if between is None else between
         return [segment for segment in _cut(text, spans) if segment.text]
 
+    def render(self, messages: Sequence[Message]) -> str:
+        """Returns the text of a conversation."""
+        return self._render(messages, "")
+
     @cached_property
     def _template(self) -> str:
+        if self.template is not None:
+            return self.template
         if not getattr(self.tokenizer, "chat_template", None):
             raise DataError(
                 "the data are conversations, and this model's tokenizer has no chat template",
                 hint="take a chat model, or rows of prompt and completion",
             )
-        return self.tokenizer.get_chat_template()
+        return self.tokenizer.get_chat_template(tools=self._given_tools)
+
+    @property
+    def _given_tools(self) -> list[dict[str, Any]] | None:
+        return [dict(tool) for tool in self.tools] or None
 
     @cached_property
     def _marks_generation(self) -> bool:
@@ -111,6 +129,7 @@ class ChatRenderer:
             return self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 chat_template=self._template,
+                tools=self._given_tools,
                 tokenize=False,
                 add_generation_prompt=prompt,
             )
@@ -124,6 +143,7 @@ class ChatRenderer:
         with _template_errors(where):
             texts, spans = render_jinja_template(
                 conversations=[[dict(message) for message in messages]],
+                tools=self._given_tools,
                 chat_template=self._template,
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,

@@ -22,6 +22,7 @@ import torch
 
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError
+from liger_cli.training.feed import Feed
 
 __all__ = [
     "JsonLines",
@@ -41,6 +42,12 @@ _FIXED_KEYS = (
     "dataset",
     "eval_fraction",
     "max_length",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "packing",
+    "packing_strategy",
+    "streaming",
+    "shuffle_buffer_size",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "seed",
@@ -70,6 +77,7 @@ class TrainState:
     accelerator: Any
     optimizer: Any
     scheduler: Any
+    feed: Feed
 
     def state_dict(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
@@ -77,12 +85,14 @@ class TrainState:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "data": self.feed.state_dict(),
             "num_processes": self.accelerator.num_processes,
         }
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(values["optimizer"])
         self.scheduler.load_state_dict(values["scheduler"])
+        self.feed.load_state_dict(values["data"])
         if values["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])
 

@@ -7,31 +7,45 @@ padding token may be the token that ends a text.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from liger_cli.errors import ConfigError, DataError
+from liger_cli.errors import ConfigError, DataError, EnvironmentProblem
+from liger_cli.training import cache
+from liger_cli.training.cache import Counts, Tokenised
 from liger_cli.training.chat import ChatRenderer
 from liger_cli.training.encode import IGNORED, Encoder
-from liger_cli.training.rows import Row, read_rows
-from liger_cli.training.samples import SAMPLE_LICENCE, SAMPLE_NAME, read_sample
+from liger_cli.training.images import ImageRows, ImagesFound
+from liger_cli.training.mixture import join_sources
+from liger_cli.training.rows import Record, RowFormat
+from liger_cli.training.sources import SYNTHETIC_NAME, Source, Split, find_source, split_names
 
 if TYPE_CHECKING:
-    import datasets
+    import pyarrow
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SYNTHETIC_NAME", "Collator", "DataStats", "Examples", "load_examples"]
+__all__ = [
+    "BATCH",
+    "DataStats",
+    "Examples",
+    "RowMaker",
+    "RowOptions",
+    "join_licences",
+    "load_examples",
+    "nothing_to_train",
+    "open_source",
+]
 
-SYNTHETIC_NAME = "synthetic"
-
-# Rows that are tokenised at once: enough to keep a tokenizer's threads busy.
-_BATCH = 1000
+# Records that are tokenised at once: enough to keep a tokenizer's threads busy.
+BATCH = 1000
 _SYNTHETIC_ROWS = {"train": 1024, "eval": 64}
 
 
@@ -58,189 +72,314 @@ class DataStats:
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows with the columns input_ids and labels, in the order of the source."""
+    """Rows with the columns input_ids and labels, in the order of the source.
 
-    examples: datasets.Dataset
-    stats: DataStats
+    Args:
+        examples: The rows by number: a datasets.Dataset, or what images and mixtures need; or a
+            Stream, which has no numbers.
+        counts: Of the rows that were read; a mixture uses some of them more than once.
+        notes: How often the rows of each source of a mixture are used.
+        has_images: Whether rows have more than ids.
+    """
+
+    examples: Any
+    counts: Counts
     name: str
     licence: str | None = None
+    notes: tuple[str, ...] = ()
+    has_images: bool = False
 
     def __len__(self) -> int:
-        return self.stats.rows
+        return len(self.examples)
+
+    @property
+    def stats(self) -> DataStats:
+        """The counts; of a stream those of the rows so far."""
+        values = asdict(self.counts)
+        return DataStats(**{**values, "columns": tuple(values["columns"])})
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """What decides the ids and labels of a row, besides its content and the tokenizer.
+
+    Args:
+        max_length: Longer rows are cut to this many tokens.
+        vocab_size: Of the model; a token id beyond it is an error.
+        completion_only: Of a prompt and its completion only the completion is trained.
+        assistant_only: Of a conversation only what the assistant says is trained.
+    """
+
+    max_length: int
+    vocab_size: int
+    completion_only: bool = True
+    assistant_only: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ConfigError(
+                f"max_length is {self.max_length}; at least 2, since a token predicts the next"
+            )
 
 
 def load_examples(
     name: str,
     tokenizer: PreTrainedTokenizerBase | None,
+    options: RowOptions,
     *,
-    split: Literal["train", "eval"] = "train",
-    max_length: int,
-    vocab_size: int,
+    split: Split = "train",
     seed: int = 0,
     num_rows: int | None = None,
+    processor: Any = None,
+    num_proc: int = 1,
+    notify: Callable[[str], None] | None = None,
 ) -> Examples:
     """Returns tokenised rows with labels.
 
     Labels: of `text` every token and the end of the text; of `prompt` and `completion` the
     completion and the end of the text; of a conversation what the assistant says and the ends of
-    its turns.
+    its turns. An instruction is a conversation where the tokenizer has a chat template.
 
     Args:
-        name: chitchat (the sample), synthetic (random tokens, each row exactly max_length), or the
-            path of a .jsonl or .json file.
+        name: What find_source takes, synthetic (random tokens, each row exactly max_length), or
+            several of these with weights, as split_names reads them.
         tokenizer: Of the model; synthetic data need none.
+        options: What else decides the ids and labels.
         split: The sample and synthetic data have both; a file is the same for both.
-        max_length: Longer rows are cut to this many tokens.
-        vocab_size: Of the model; a token id beyond it is an error.
         seed: Of synthetic data only.
-        num_rows: Use at most this many rows, the first.
+        num_rows: Use at most this many rows of each dataset, the first.
+        processor: Of an image-text model; without it rows with images are refused.
+        num_proc: Processes that tokenise; what they make does not depend on their number.
+        notify: Told what a user should know of the cache.
 
     Raises:
         ConfigError: The name is unknown, or an argument is out of range.
         DataError: The data cannot be read, or hold nothing to train on.
-        EnvironmentProblem: The sample's package is not installed.
+        EnvironmentProblem: The sample's package is not installed, or the hub is out of reach.
     """
-    if max_length < 2:
-        raise ConfigError(
-            f"max_length is {max_length}; at least 2, since a token predicts the next"
-        )
     if num_rows is not None and num_rows < 1:
         raise ConfigError(f"num_rows is {num_rows}; at least 1")
-    if name == SYNTHETIC_NAME:
-        return _synthetic(split, max_length, vocab_size, seed, num_rows or _SYNTHETIC_ROWS[split])
-    if tokenizer is None:
-        raise ConfigError(f"dataset {name} needs a tokenizer; only {SYNTHETIC_NAME} needs none")
-    rows = _open(name, split)
-    licence = SAMPLE_LICENCE if name == SAMPLE_NAME else None
-    return _encode_all(name, licence, rows, tokenizer, max_length, vocab_size, num_rows)
+    counts, licences, has_images = Counts(), list[str](), False
+    parts: list[tuple[str, Any, float | None]] = []
+    for one, weight in split_names(name):
+        if one == SYNTHETIC_NAME:
+            made = _synthetic(split, options, seed, num_rows or _SYNTHETIC_ROWS[split])
+        elif tokenizer is None:
+            raise ConfigError(f"dataset {one} needs a tokenizer; only {SYNTHETIC_NAME} needs none")
+        else:
+            source = find_source(one, split)
+            licences += [source.licence] if source.licence else []
+            try:
+                made = _tokenise(source, tokenizer, options, num_rows, num_proc, notify)
+            except ImagesFound as found:
+                if processor is None:
+                    raise DataError(
+                        f"{found.where}: the row has images, and this model has no processor that "
+                        "takes them",
+                        hint="image-text models take images, with the preprocessor_config.json "
+                        "that belongs to them",
+                    ) from None
+                has_images = True
+                if num_proc > 1 and notify is not None:
+                    notify(f"{one}: rows with images are tokenised by one process")
+                made = _with_images(source, tokenizer, options, num_rows, processor)
+        if not len(made.rows):
+            raise nothing_to_train(one, made.counts, options.max_length)
+        counts.add(made.counts)
+        parts.append((one, made.rows, weight))
+    rows, notes = join_sources(parts)
+    return Examples(rows, counts, name, join_licences(licences), notes, has_images)
 
 
-def _open(name: str, split: Literal["train", "eval"]) -> Iterator[Row]:
-    if name == SAMPLE_NAME:
-        return read_sample(split)
-    path = Path(name).expanduser()
-    if path.suffix or path.exists():
-        return read_rows(path)
-    known = (SAMPLE_NAME, SYNTHETIC_NAME)
-    nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    raise ConfigError(
-        f"dataset {name!r} is neither one of {', '.join(known)} nor a .jsonl or .json file"
-        + (f"; did you mean {nearest[0]}?" if nearest else ""),
-        hint="datasets of the hub are not fetched; save their rows as a .jsonl file",
-    )
-
-
-def _encode_all(
-    name: str,
-    licence: str | None,
-    rows: Iterator[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    vocab_size: int,
-    num_rows: int | None,
-) -> Examples:
-    encoder, renderer = Encoder(tokenizer), ChatRenderer(tokenizer)
-    tables = []
-    columns: tuple[str, ...] = ()
-    used = dropped = tokens = trained_tokens = truncated = 0
-    while used != num_rows and (
-        batch := list(islice(rows, min(_BATCH, num_rows - used) if num_rows else _BATCH))
-    ):
-        columns = batch[0].columns
-        kept = []
-        for row, encoded in zip(batch, encoder.encode(batch, renderer), strict=True):
-            ids, labels = encoded.input_ids[:max_length], encoded.labels[:max_length]
-            num_trained = sum(label != IGNORED for label in labels)
-            if not num_trained:
-                dropped += 1
-                continue
-            if max(ids) >= vocab_size:
-                raise _outside_vocabulary(max(ids), row.where, tokenizer, vocab_size)
-            kept.append((ids, labels))
-            tokens += len(ids)
-            trained_tokens += num_trained
-            truncated += len(encoded.input_ids) > max_length
-        used += len(kept)
-        tables.append(_table([ids for ids, _ in kept], [labels for _, labels in kept]))
-    if not used:
-        raise DataError(
-            f"none of the {dropped} rows of {name} has a token to train on within the first "
-            f"{max_length} tokens (max_length)",
-            hint="trained are completions, what the assistant says, and text",
-        )
-    stats = DataStats(used, dropped, tokens, trained_tokens, truncated, columns)
-    return Examples(_join(tables), stats, name, licence)
-
-
-def _outside_vocabulary(
-    token: int, where: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int
-) -> DataError:
-    return DataError(
-        f"{where}: token {token} ({tokenizer.convert_ids_to_tokens(token)!r}) is outside the "
-        f"model's vocabulary of {vocab_size}",
-        hint="the tokenizer is not this model's, or has tokens that were added to it alone",
-    )
-
-
-def _synthetic(
-    split: Literal["train", "eval"], max_length: int, vocab_size: int, seed: int, num_rows: int
-) -> Examples:
-    # Even and odd: no seed gives the rows of one split as those of the other.
-    generator = torch.Generator().manual_seed(2 * seed + (split == "eval"))
-    ids = torch.randint(vocab_size, (num_rows, max_length), generator=generator)
-    labels = ids.clone()
-    labels[:, 0] = IGNORED
-    stats = DataStats(num_rows, 0, ids.numel(), num_rows * (max_length - 1), 0, ())
-    return Examples(_table(ids.tolist(), labels.tolist()), stats, SYNTHETIC_NAME)
-
-
-def _table(input_ids: list[list[int]], labels: list[list[int]]) -> Any:
-    import datasets
-
-    column = datasets.Sequence(datasets.Value("int32"))
-    return datasets.Dataset.from_dict(
-        {"input_ids": input_ids, "labels": labels},
-        features=datasets.Features({"input_ids": column, "labels": column}),
-    )
-
-
-def _join(tables: Sequence[Any]) -> Any:
-    import datasets
-
-    return datasets.concatenate_datasets(list(tables))
+def join_licences(licences: Sequence[str]) -> str | None:
+    return ", ".join(dict.fromkeys(licences)) or None
 
 
 @dataclass(frozen=True)
-class Collator:
-    """Makes a batch of rows: input_ids, attention_mask and labels as (B, T) int64, padded right.
+class RowMaker:
+    """Makes rows of ids and labels out of the records of one source."""
 
-    Args:
-        pad_token_id: Fills input_ids; whether a place is padding never depends on it.
-        pad_to_multiple_of: T is rounded up to a multiple of this.
+    form: RowFormat
+    encoder: Encoder
+    renderer: ChatRenderer
+    options: RowOptions
+
+    def __call__(
+        self, records: Sequence[Record], limit: int | None = None
+    ) -> tuple[pyarrow.Table, Counts]:
+        """Returns a table of rows, and the counts of the records up to row number `limit`."""
+        rows = [self.form.row(record) for record in records]
+        for row in rows:
+            if row.images:
+                raise ImagesFound(row.where)
+        counts = Counts(columns=list(dict.fromkeys(name for row in rows for name in row.columns)))
+        kept: list[tuple[list[int], list[int]]] = []
+        max_length = self.options.max_length
+        for row, encoded in zip(rows, self.encoder.encode(rows, self.renderer), strict=True):
+            if len(kept) == limit:
+                break
+            ids, labels = encoded.input_ids[:max_length], encoded.labels[:max_length]
+            num_trained = sum(label != IGNORED for label in labels)
+            if not num_trained:
+                counts.dropped_rows += 1
+                continue
+            self.encoder.check_vocabulary(ids, row.where, self.options.vocab_size)
+            kept.append((ids, labels))
+            counts.rows += 1
+            counts.tokens += len(ids)
+            counts.trained_tokens += num_trained
+            counts.truncated_rows += len(encoded.input_ids) > max_length
+        return _table([ids for ids, _ in kept], [labels for _, labels in kept]), counts
+
+
+def open_source(
+    source: Source, tokenizer: PreTrainedTokenizerBase, options: RowOptions
+) -> RowMaker:
+    """Returns what makes rows of a source's records.
+
+    Raises:
+        DataError: It has no records, or they are of no format.
     """
+    first = next(source.read(), None)
+    if first is None:
+        raise DataError(f"{source.name} holds no rows")
+    encoder = Encoder(tokenizer, options.completion_only, options.assistant_only)
+    form = RowFormat.find(first, source.folder)
+    return RowMaker(form, encoder, ChatRenderer(tokenizer), options)
 
-    pad_token_id: int = 0
-    pad_to_multiple_of: int = 1
 
-    @classmethod
-    def for_tokenizer(
-        cls, tokenizer: PreTrainedTokenizerBase | None, pad_to_multiple_of: int = 1
-    ) -> Collator:
-        """Returns a collator that pads with the tokenizer's padding token, or its end of text."""
-        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id) if tokenizer else ()
-        pad = next((token for token in candidates if token is not None), 0)
-        return cls(pad, pad_to_multiple_of)
+def _tokenise(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    options: RowOptions,
+    num_rows: int | None,
+    num_proc: int,
+    notify: Callable[[str], None] | None,
+) -> Tokenised:
+    maker = open_source(source, tokenizer, options)
 
-    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
-        longest = max(len(row["input_ids"]) for row in rows)
-        multiple = self.pad_to_multiple_of
-        shape = (len(rows), -(-longest // multiple) * multiple)
-        input_ids = torch.full(shape, self.pad_token_id)
-        labels = torch.full(shape, IGNORED)
-        attention_mask = torch.zeros(shape, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            length = len(row["input_ids"])
-            input_ids[i, :length] = torch.as_tensor(row["input_ids"])
-            labels[i, :length] = torch.as_tensor(row["labels"])
-            attention_mask[i, :length] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    def make() -> Iterator[tuple[pyarrow.Table, Counts]]:
+        if num_rows is None:
+            return map_in_order(maker, _chunks(source.read()), num_proc)
+        return _first_rows(maker, source.read(), num_rows)
+
+    keep = num_rows is None and source.num_bytes >= cache.MIN_BYTES
+    key: dict[str, Any] = {}
+    if keep:
+        # Only now: the hash of the data reads all of them.
+        key = {
+            "data": source.fingerprint(),
+            "split": source.split,
+            "tokenizer": cache.tokenizer_content(tokenizer),
+            "options": asdict(options),
+        }
+    return cache.cached(key, make, keep=keep, notify=notify)
+
+
+def _first_rows(
+    maker: RowMaker, records: Iterator[Record], num_rows: int
+) -> Iterator[tuple[pyarrow.Table, Counts]]:
+    missing = num_rows
+    while missing and (batch := list(islice(records, min(BATCH, missing)))):
+        table, counts = maker(batch, missing)
+        missing -= len(table)
+        yield table, counts
+
+
+def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
+    return iter(lambda: list(islice(records, BATCH)), [])
+
+
+def _with_images(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    options: RowOptions,
+    num_rows: int | None,
+    processor: Any,
+) -> Tokenised:
+    maker = open_source(source, tokenizer, options)
+    found = (maker.form.row(record) for record in source.read())
+    return ImageRows.of(
+        found,
+        maker.encoder,
+        processor,
+        max_length=options.max_length,
+        vocab_size=options.vocab_size,
+        num_rows=num_rows,
+    )
+
+
+def nothing_to_train(name: str, counts: Counts, max_length: int) -> DataError:
+    return DataError(
+        f"none of the {counts.dropped_rows} rows of {name} has a token to train on within the "
+        f"first {max_length} tokens (max_length)",
+        hint="trained are completions, what the assistant says, and text",
+    )
+
+
+# The worker's maker: sent once, since a tokenizer takes long to send.
+_maker: RowMaker | None = None
+
+
+def _set_maker(maker: RowMaker) -> None:
+    global _maker
+    _maker = maker
+
+
+def _make(records: list[Record]) -> tuple[pyarrow.Table, Counts]:
+    assert _maker is not None
+    return _maker(records)
+
+
+def map_in_order(
+    maker: RowMaker, batches: Iterable[list[Record]], num_proc: int
+) -> Iterator[tuple[pyarrow.Table, Counts]]:
+    """Yields what the maker makes of each batch, in their order, by so many processes."""
+    if num_proc <= 1:
+        yield from map(maker, batches)
+        return
+    # Spawned, since a tokenizer's threads do not survive a fork.
+    pool = ProcessPoolExecutor(
+        num_proc, get_context("spawn"), initializer=_set_maker, initargs=(maker,)
+    )
+    pending: deque[Future[tuple[pyarrow.Table, Counts]]] = deque()
+    try:
+        for batch in batches:
+            pending.append(pool.submit(_make, batch))
+            if len(pending) > 2 * num_proc:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise EnvironmentProblem(
+            "a process that tokenises ended without a word, as one does that has no memory left",
+            hint="lower dataset_num_proc",
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _synthetic(
+    split: Literal["train", "eval"], options: RowOptions, seed: int, num_rows: int
+) -> Tokenised:
+    # Even and odd: no seed gives the rows of one split as those of the other.
+    generator = torch.Generator().manual_seed(2 * seed + (split == "eval"))
+    shape = (num_rows, options.max_length)
+    ids = torch.randint(options.vocab_size, shape, generator=generator)
+    labels = ids.clone()
+    labels[:, 0] = IGNORED
+    counts = Counts(
+        num_rows, tokens=ids.numel(), trained_tokens=num_rows * (options.max_length - 1)
+    )
+    table = _table(ids.tolist(), labels.tolist())
+    return cache.cached({}, lambda: [(table, counts)], keep=False)
+
+
+def _table(input_ids: list[list[int]], labels: list[list[int]]) -> pyarrow.Table:
+    """Returns rows as a table of 32-bit integers."""
+    import pyarrow
+
+    column = pyarrow.list_(pyarrow.int32())
+    return pyarrow.table(
+        {"input_ids": pyarrow.array(input_ids, column), "labels": pyarrow.array(labels, column)}
+    )

@@ -37,13 +37,15 @@ class LossOf:
 
         Args:
             model: The model, or the prepared one around it.
-            batch: input_ids, attention_mask and labels.
+            batch: What a Collator makes.
             num_labels: Labels of everything the loss is a mean of; 0 counts as 1.
             options: For the model's forward.
         """
         own_labels = count_labels(batch)
         inputs: dict[str, Any] = {
-            key: value.to(self._device, non_blocking=True) for key, value in batch.items()
+            key: value.to(self._device, non_blocking=True)
+            for key, value in batch.items()
+            if key != "num_tokens"
         }
         inputs |= {**self._options, **options}
         num_labels = max(num_labels, 1)

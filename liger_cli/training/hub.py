@@ -6,6 +6,7 @@ import json
 import ssl
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
 if TYPE_CHECKING:
     from liger_cli.training.presets import ModelSource
 
-__all__ = ["as_problem", "fetch_config"]
+__all__ = ["as_problem", "fetch_config", "fetch_dataset"]
 
 _PROBE_TIMEOUT_S = 5.0
 
@@ -46,6 +47,39 @@ def fetch_config(name: str) -> tuple[dict[str, Any], Path | None]:
     except ValueError as error:
         raise ConfigError(f"the config.json of {name} is not JSON: {error}") from error
     return config, None if online else path.parent
+
+
+def fetch_dataset(
+    name: str, choose_split: Callable[[Sequence[str]], str], *, streaming: bool
+) -> Any:
+    """Returns a split of a hub dataset, named organisation/name or organisation/name:configuration.
+
+    Args:
+        choose_split: Is given the names of all splits.
+        streaming: The rows are read as they arrive and not stored.
+
+    Raises:
+        EnvironmentProblem: The hub is out of reach, or does not give it.
+    """
+    import datasets
+
+    repository, _, configuration = name.partition(":")
+    try:
+        if not _is_reachable():
+            raise ConnectionError("the Hugging Face hub cannot be reached")
+        splits = datasets.get_dataset_split_names(repository, configuration or None)
+        return datasets.load_dataset(
+            repository, configuration or None, split=choose_split(splits), streaming=streaming
+        )
+    except LigerError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split()) or repr(error)
+        raise EnvironmentProblem(
+            f"dataset {name}: there is no such file, and as a dataset of the hub: {text}",
+            hint="organisation/name:configuration takes one of several configurations; offline, "
+            "take a file or a folder that datasets.save_to_disk wrote",
+        ) from error
 
 
 def _is_reachable() -> bool:

@@ -26,7 +26,7 @@ from transformers import get_scheduler
 from liger_cli.config import RunConfig
 from liger_cli.errors import Interrupted, NonFiniteLoss
 from liger_cli.measure import PeakMemory, StepTimer, median_after_warm_up
-from liger_cli.training.batches import BatchPlan, count_labels, load_windows
+from liger_cli.training.batches import BatchPlan, count_labels, count_tokens
 from liger_cli.training.checkpoint import (
     JsonLines,
     StepMetrics,
@@ -35,7 +35,9 @@ from liger_cli.training.checkpoint import (
     save_checkpoint,
 )
 from liger_cli.training.evaluate import EvalResult
+from liger_cli.training.feed import make_feed, num_rows
 from liger_cli.training.forward import LossOf
+from liger_cli.training.on_the_way import OnTheWay
 
 __all__ = ["TrainResult", "plan_batches", "total_steps", "train"]
 
@@ -72,10 +74,10 @@ class TrainResult:
         }
 
 
-def plan_batches(config: RunConfig, num_rows: int, accelerator: Any) -> BatchPlan:
+def plan_batches(config: RunConfig, examples: Any, accelerator: Any) -> BatchPlan:
     """Returns the order of the training data on this process."""
     return BatchPlan(
-        num_rows=num_rows,
+        num_rows=num_rows(examples),
         batch_size=config.per_device_train_batch_size,
         accumulation=config.gradient_accumulation_steps,
         seed=config.order_seed,
@@ -127,7 +129,7 @@ def train(
         Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
     """
     device = accelerator.device
-    plan = plan_batches(config, len(examples), accelerator)
+    plan = plan_batches(config, examples, accelerator)
     last_step = total_steps(config, plan)
     loss_of = LossOf(model, device)
     if config.gradient_checkpointing:
@@ -137,32 +139,33 @@ def train(
     set_seed(config.seed, device_specific=True)
     model, optimizer = accelerator.prepare(model, optimizer)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    state = TrainState(accelerator, optimizer, scheduler)
+    feed = make_feed(
+        examples,
+        plan,
+        collator,
+        num_workers=config.dataloader_num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    state = TrainState(accelerator, optimizer, scheduler, feed)
 
     done = load_state(resume_from, state) if resume_from else 0
     log = JsonLines(run_dir / "metrics.jsonl", last_step=done, write=accelerator.is_main_process)
     writes_evals = evaluate is not None and accelerator.is_main_process
     evals = JsonLines(run_dir / "eval.jsonl", last_step=done, write=writes_evals)
-    windows = load_windows(
-        examples,
-        plan.windows(done + 1, last_step),
-        collator,
-        num_workers=config.dataloader_num_workers,
-        pin_memory=device.type == "cuda",
-    )
+    windows = feed.windows(done + 1, last_step)
     timer = StepTimer(device)
     evaluated: EvalResult | None = None
     saved: Path | None = resume_from
 
     model.train()
     with PeakMemory(device) as memory, _StopRequest() as stop:
+        timer.start()
         for step in range(done + 1, last_step + 1):
             memory.reset()
-            timer.start()
             batches = next(windows)
             num_tokens, num_labels = _sum_over_processes(
                 accelerator,
-                sum(int(batch["attention_mask"].sum()) for batch in batches),
+                sum(map(count_tokens, batches)),
                 sum(map(count_labels, batches)),
             )
             loss = torch.zeros((), device=device)
@@ -175,15 +178,18 @@ def train(
                         accelerator.backward(part * accelerator.num_processes)
                     loss += part.detach()
             norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm or math.inf)
-            loss_value, norm_value = float(accelerator.reduce(loss, "sum")), float(norm)
-            if not _is_finite(loss_value, norm_value, accelerator):
-                raise _non_finite(step, loss_value, norm_value, saved)
+            values = OnTheWay(accelerator.reduce(loss, "sum"), norm)
             learning_rate = scheduler.get_last_lr()[0]
+            # While the host waits for the values, the device has the optimizer's step to do; with
+            # values that are not finite the model is of no use anyway.
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
+            loss_value, norm_value = values.get()
+            if not _is_finite(loss_value, norm_value, accelerator):
+                raise _non_finite(step, loss_value, norm_value, saved)
 
-            time = timer.stop(num_tokens)
+            time = timer.lap(num_tokens)
             metrics = StepMetrics(
                 step=step,
                 loss=loss_value,
@@ -201,12 +207,16 @@ def train(
 
             stopping = any(_sum_over_processes(accelerator, int(stop.requested)))
             is_end = step == last_step or stopping
-            if save and (is_end or _is_due(step, config.save_steps)):
+            saves = save and (is_end or _is_due(step, config.save_steps))
+            evaluates = evaluate is not None and not is_end and _is_due(step, config.eval_steps)
+            if saves:
                 saved = save_checkpoint(run_dir, step, model, tokenizer, state, config)
             if stopping and step < last_step:
                 raise _interrupted(step, saved)
-            if evaluate is not None and step < last_step and _is_due(step, config.eval_steps):
+            if evaluates:
                 evals.write({"step": step, **asdict(evaluate(model))})
+            if saves or evaluates:
+                timer.start()
         # Not in the last step: a run that was killed after it is resumed to be evaluated.
         if evaluate is not None:
             evaluated = evaluate(model)

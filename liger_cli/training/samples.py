@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from liger_cli.errors import EnvironmentProblem
-from liger_cli.training.rows import Row, make_row
+from liger_cli.training.rows import Record
 
-__all__ = ["SAMPLE_LICENCE", "SAMPLE_NAME", "read_sample"]
+__all__ = ["SAMPLE_LICENCE", "SAMPLE_NAME", "find_sample", "read_sample"]
 
 SAMPLE_NAME = "chitchat"
 SAMPLE_LICENCE = "MIT"
@@ -23,7 +23,7 @@ _EVAL_EVERY = 20
 _MAX_TURNS = 8
 
 
-def read_sample(split: Literal["train", "eval"]) -> Iterator[Row]:
+def read_sample(split: Literal["train", "eval"]) -> Iterator[Record]:
     """Yields the conversations of a split in the package's order.
 
     Who speaks first is the user, the other is the assistant. A conversation is used up to its
@@ -32,12 +32,12 @@ def read_sample(split: Literal["train", "eval"]) -> Iterator[Row]:
     Raises:
         EnvironmentProblem: The package is not installed.
     """
-    conversations = json.loads(_find_file().read_text(encoding="utf-8")).items()
+    conversations = json.loads(find_sample().read_text(encoding="utf-8")).items()
     answered = ((key, value) for key, value in conversations if len(value["messages"]) > 1)
     for number, (key, conversation) in enumerate(answered):
         if (number % _EVAL_EVERY == 0) == (split == "eval"):
             messages = _messages(conversation["messages"][:_MAX_TURNS])
-            yield make_row("messages", {"messages": messages}, f"{SAMPLE_NAME} {key}")
+            yield f"{SAMPLE_NAME} {key}", {"messages": messages}
 
 
 def _messages(turns: list[list[dict[str, Any]]]) -> list[dict[str, str]]:
@@ -51,7 +51,12 @@ def _messages(turns: list[list[dict[str, Any]]]) -> list[dict[str, str]]:
     ]
 
 
-def _find_file() -> Path:
+def find_sample() -> Path:
+    """Returns the file of the package.
+
+    Raises:
+        EnvironmentProblem: The package is not installed.
+    """
     # The package is located and not imported: importing it reads the file once more.
     spec = importlib.util.find_spec("chitchat_dataset")
     for folder in (spec.submodule_search_locations if spec else None) or []:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import torch
@@ -24,7 +24,8 @@ from liger_cli.config import RunConfig
 from liger_cli.environment import host_memory
 from liger_cli.errors import ConfigError, DataError, EnvironmentProblem, OutOfMemory
 from liger_cli.training.checkpoint import check_same_run, find_checkpoints
-from liger_cli.training.data import SYNTHETIC_NAME, Collator, Examples, load_examples
+from liger_cli.training.collate import Collator
+from liger_cli.training.data import Examples, RowOptions, load_examples
 from liger_cli.training.model import (
     ModelSource,
     build_meta_model,
@@ -33,7 +34,11 @@ from liger_cli.training.model import (
     load_tokenizer,
     resolve_model,
 )
+from liger_cli.training.packing import PackedRows, refuse_packing
 from liger_cli.training.samples import SAMPLE_NAME
+from liger_cli.training.sources import SYNTHETIC_NAME, Split
+from liger_cli.training.stream import open_stream
+from liger_cli.training.tokenizers import load_processor
 from liger_kernels.ops.registry import find_op
 from liger_kernels.transformers.api import apply_liger_kernel
 from liger_kernels.transformers.engine import PatchRecord
@@ -170,7 +175,7 @@ class Inputs:
     Attributes:
         meta_model: The model without weights.
         data: As they were read, before a part was kept for evaluation.
-        train: Rows to train on; None where only evaluation was asked for.
+        train: Rows to train on, or a Stream; None where only evaluation was asked for.
         eval: Rows to evaluate on, if any.
     """
 
@@ -183,11 +188,14 @@ class Inputs:
     eval: Any
 
 
-def load_inputs(config: RunConfig, *, trains: bool = True) -> Inputs:
+def load_inputs(
+    config: RunConfig, *, trains: bool = True, notify: Callable[[str], None] | None = None
+) -> Inputs:
     """Finds the model and reads the data; loads no weights.
 
     Args:
         trains: False reads the evaluation data alone: eval_dataset, or a part or split of dataset.
+        notify: Told what a user should know of the data's cache.
 
     Raises:
         LigerError: The model or the data cannot be had.
@@ -196,26 +204,48 @@ def load_inputs(config: RunConfig, *, trains: bool = True) -> Inputs:
     meta_model = build_meta_model(source)
     tokenizer = load_tokenizer(source)
 
-    def load(name: str, split: Literal["train", "eval"]) -> Examples:
+    options = RowOptions(
+        max_length=config.max_length,
+        vocab_size=meta_model.config.get_text_config().vocab_size,
+        completion_only=config.completion_only_loss,
+        assistant_only=config.assistant_only_loss,
+    )
+    packs = trains and config.packing
+    if packs:
+        refuse_packing(meta_model, config.max_length)
+
+    def load(name: str, split: Split) -> Examples:
         return load_examples(
             name,
             tokenizer,
+            options,
             split=split,
-            max_length=config.max_length,
-            vocab_size=meta_model.config.get_text_config().vocab_size,
             seed=config.order_seed,
+            processor=load_processor(source),
+            num_proc=config.dataset_num_proc,
+            notify=notify,
         )
 
     train_rows = eval_rows = None
     max_eval_rows = config.max_eval_samples
     if config.eval_fraction:
         examples = load(config.dataset, "train")
-        train_rows, eval_rows = _split(examples.examples, config)
+        train_rows, eval_rows = _split(examples, config)
     elif not trains:
         examples = load(config.eval_dataset or config.dataset, "eval")
         eval_rows = examples.examples
     else:
-        examples = load(config.dataset, "train")
+        if config.streaming:
+            examples = open_stream(
+                config.dataset,
+                tokenizer,
+                options,
+                buffer_size=config.shuffle_buffer_size,
+                seed=config.order_seed,
+                packing=config.packing_strategy if packs else None,
+            )
+        else:
+            examples = load(config.dataset, "train")
         train_rows = examples.examples
         if config.eval_dataset:
             eval_rows = load(config.eval_dataset, "eval").examples
@@ -228,19 +258,30 @@ def load_inputs(config: RunConfig, *, trains: bool = True) -> Inputs:
             raise ConfigError("eval_steps needs eval_dataset or eval_fraction")
     if eval_rows is not None and max_eval_rows is not None:
         eval_rows = eval_rows.select(range(min(max_eval_rows, len(eval_rows))))
+    if packs and not config.streaming:
+        refuse_packing(meta_model, config.max_length, has_images=examples.has_images)
+        train_rows = PackedRows.of(train_rows, config.max_length, config.packing_strategy)
+    # Where it looks for documents, flash attention wants a batch of one row.
+    flatten = packs and "flash" in (config.attn_implementation or "")
     return Inputs(
         source=source,
         meta_model=meta_model,
         tokenizer=tokenizer,
-        collator=Collator.for_tokenizer(tokenizer),
+        collator=Collator.for_tokenizer(tokenizer, flatten=flatten),
         data=examples,
         train=train_rows,
         eval=eval_rows,
     )
 
 
-def _split(examples: Any, config: RunConfig) -> tuple[Any, Any]:
+def _split(data: Examples, config: RunConfig) -> tuple[Any, Any]:
     """The rows to train on and those kept for evaluation, drawn by the data's seed."""
+    examples = data.examples
+    if len(examples) > data.stats.rows:
+        raise ConfigError(
+            "eval_fraction: the weights of dataset repeat rows, so that the same rows would be "
+            "trained and evaluated on; set eval_dataset"
+        )
     num_eval = math.ceil(config.eval_fraction * len(examples))
     if num_eval == len(examples):
         raise DataError(

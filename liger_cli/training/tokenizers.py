@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liger_cli.errors import ConfigError
+from liger_cli.errors import ConfigError, EnvironmentProblem
 from liger_cli.training.demo_model import converted_model
 from liger_cli.training.presets import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["byte_tokenizer", "load_tokenizer"]
+__all__ = ["byte_tokenizer", "load_processor", "load_tokenizer"]
 
 # The presets with random weights have these as ids 0, 1 and 2, before the 256 bytes.
 PAD, TURN_START, TURN_END = "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -106,3 +106,29 @@ def _from_files(place: str, source: ModelSource) -> Any:
     # A tokenizer's files fail in the ways of several libraries; what is wrong is in the message.
     except Exception as error:
         raise as_problem(error, f"the tokenizer of {source.name}", source) from error
+
+
+def load_processor(source: ModelSource) -> Any:
+    """Returns the processor of an image-text model, or None where its directory has none.
+
+    Raises:
+        ConfigError: Its files cannot be read.
+        EnvironmentProblem: A package that it needs is missing, or the hub is out of reach.
+    """
+    takes_images = "vision_config" in (source.config or {})
+    files = ("processor_config.json", "preprocessor_config.json")
+    if not takes_images or source.kind not in ("directory", "hub"):
+        return None
+    if source.path is not None and not any((source.path / name).is_file() for name in files):
+        return None
+    from transformers import AutoProcessor
+
+    from liger_cli.training.hub import as_problem
+
+    place = str(source.path or source.name)
+    try:
+        return AutoProcessor.from_pretrained(place, trust_remote_code=False)
+    except ImportError as error:
+        raise EnvironmentProblem(f"the processor of {source.name}: {error}") from error
+    except Exception as error:
+        raise as_problem(error, f"the processor of {source.name}", source) from error

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from liger_cli.errors import ConfigError, DataError, EnvironmentProblem
-from liger_cli.training.data import Collator, load_examples
+from liger_cli.training.collate import Collator
+from liger_cli.training.data import RowOptions, load_examples
 from liger_cli.training.encode import IGNORED
 from liger_cli.training.model import load_tokenizer, resolve_model
 from liger_cli.training.tokenizers import byte_tokenizer
@@ -82,6 +83,27 @@ THINKING = """\
 {{ content }}{% else %}{{ content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
+# Descriptions of tools go into a system message, results of tools into one turn of the user, and a
+# call stands behind what is said, as with Qwen2.5 and Hermes.
+HERMES = """\
+{%- if tools -%}{{ '<|im_start|>system\\n<tools>' }}\
+{%- for tool in tools -%}{{ '\\n' + tool | tojson }}{%- endfor -%}{{ '\\n</tools><|im_end|>\\n' }}\
+{%- endif -%}\
+{%- for message in messages -%}\
+{%- if message.role == 'user' or (message.role == 'assistant' and not message.tool_calls) -%}\
+{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}\
+{%- elif message.role == 'assistant' -%}{{ '<|im_start|>assistant' }}\
+{%- if message.content -%}{{ '\\n' + message.content }}{%- endif -%}\
+{%- for call in message.tool_calls -%}{%- set call = call.function or call -%}\
+{{ '\\n<tool_call>\\n' + call.name + call.arguments | tojson + '\\n</tool_call>' }}{%- endfor -%}\
+{{ '<|im_end|>\\n' }}\
+{%- elif message.role == 'tool' -%}\
+{%- if loop.index0 == 0 or messages[loop.index0 - 1].role != 'tool' -%}{{ '<|im_start|>user' }}\
+{%- endif -%}{{ '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}\
+{%- if loop.last or messages[loop.index0 + 1].role != 'tool' -%}{{ '<|im_end|>\\n' }}{%- endif -%}\
+{%- endif -%}{%- endfor -%}\
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
+
 STRICT = """\
 {% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
 {{ raise_exception('roles must alternate') }}{% endif %}\
@@ -133,9 +155,8 @@ def write(path: Path, *rows: object) -> Path:
 
 def load(path: Path, tokenizer=None, *, max_length=512, vocab_size=10**6, **options):
     tokenizer = tokenizer or byte_tokenizer()
-    return load_examples(
-        str(path), tokenizer, max_length=max_length, vocab_size=vocab_size, **options
-    )
+    row_options = RowOptions(max_length, vocab_size, **options.pop("row_options", {}))
+    return load_examples(str(path), tokenizer, row_options, **options)
 
 
 def trained(tokenizer, row) -> str:
@@ -314,6 +335,32 @@ def test_tool_calls_are_trained_and_results_are_not(tmp_path):
     assert trained(tokenizer, row) == said
 
 
+def test_case_96_calls_and_results_of_several_tools(tmp_path):
+    tokenizer = make_tokenizer(HERMES)
+    calls = [{"function": {"name": name, "arguments": {"at": "it"}}} for name in ("look", "ask")]
+    messages = [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "hello", "tool_calls": calls},
+        {"role": "tool", "content": "the answer"},
+        {"role": "tool", "content": "is yes"},
+        {"role": "assistant", "content": None, "tool_calls": calls[:1]},
+        {"role": "tool", "content": "yes"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "there"},
+        {"role": "assistant", "content": "hello there"},
+    ]
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    path = write(tmp_path / "d.jsonl", {"messages": messages, "tools": tools})
+    (row,) = load(path, tokenizer, max_length=2000).examples
+    check_labels(row)
+    first, second = (
+        f'\n<tool_call>\n{name}{{"at": "it"}}\n</tool_call>' for name in ("look", "ask")
+    )
+    said = [f"hello{first}{second}", first.lstrip("\n"), "yes", "hello there"]
+    assert trained(tokenizer, row) == "".join(f"{text}<|im_end|>" for text in said)
+    assert tokenizer.decode(row["input_ids"]).startswith("<|im_start|>system\n<tools>\n{")
+
+
 def test_thinking_is_trained_where_the_template_shows_it(tmp_path):
     tokenizer = make_tokenizer(THINKING)
     thought = {"role": "assistant", "content": "<think>\nit is\n</think>\n\nyes"}
@@ -431,7 +478,7 @@ def test_conversation_without_assistant_is_dropped(tmp_path):
         (
             "d.jsonl",
             '{"text": "a"}\n\n{"prompt": "a", "completion": "b"}',
-            r"d.jsonl:3: found the columns prompt, completion, but the file starts with text \(",
+            r"d.jsonl:3: found the columns prompt, completion, but the data start with text \(",
         ),
         ("d.jsonl", '{"messages": "a"}', "d.jsonl:1: messages must be a list, found a string"),
         ("d.jsonl", '{"messages": []}', "d.jsonl:1: messages is empty"),
@@ -440,7 +487,7 @@ def test_conversation_without_assistant_is_dropped(tmp_path):
         (
             "d.jsonl",
             '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
-            r"messages\[0\].content must be a string, found a list",
+            "d.jsonl:1: 1 image parts, but 0 images",
         ),
         (
             "d.jsonl",
@@ -448,7 +495,17 @@ def test_conversation_without_assistant_is_dropped(tmp_path):
             r"conversations\[0\].from is 'bing'; allowed are human",
         ),
         ("d.jsonl", '{"conversations": [{"role": "a"}]}', "must have from and value, found role"),
-        ("d.csv", "text\na\n", "not a .jsonl or .json file"),
+        (
+            "d.jsonl",
+            '{"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}',
+            r"messages\[0\].content\[0\] has the type 'image'; allowed are text$",
+        ),
+        (
+            "d.jsonl",
+            '{"messages": [{"role": "user", "content": "a"}], "tools": ["look"]}',
+            r"d.jsonl:1: tools\[0\] must be an object, found a string",
+        ),
+        ("d.md", "text\na\n", "d.md is not a data file: wanted .jsonl, .json, .parquet"),
         ("d.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "d.jsonl:2: not UTF-8"),
         ("d.json", b'[\n{"text": "\xff"}]', "d.json:2: not UTF-8"),
     ],
@@ -471,8 +528,6 @@ def test_missing_file(tmp_path):
 def test_unknown_name():
     with pytest.raises(ConfigError, match=r"did you mean chitchat\?"):
         load(Path("chitcat"))
-    with pytest.raises(ConfigError, match="neither one of chitchat, synthetic"):
-        load(Path("some-org/some-data"))
 
 
 def test_arguments_out_of_range(tmp_path):
@@ -517,7 +572,8 @@ def test_num_rows_takes_the_first_that_are_used(tmp_path):
 
 
 def test_synthetic():
-    train = load_examples("synthetic", None, max_length=16, vocab_size=50, num_rows=5)
+    options = {"options": RowOptions(16, 50), "num_rows": 5}
+    train = load_examples("synthetic", None, **options)
     assert [len(row["input_ids"]) for row in train.examples] == [16] * 5
     assert train.stats.tokens == 80
     assert train.stats.trained_tokens == 75
@@ -525,7 +581,6 @@ def test_synthetic():
     assert 0 <= ids.min() <= ids.max() < 50
     for row in train.examples:
         check_labels(row)
-    options = {"max_length": 16, "vocab_size": 50, "num_rows": 5}
     again = load_examples("synthetic", None, **options)
     assert again.examples[:] == train.examples[:]
     for other in ({"seed": 1}, {"split": "eval"}):
@@ -533,8 +588,8 @@ def test_synthetic():
 
 
 def sample(**options):
-    options = {"max_length": 256, "vocab_size": 264, "num_rows": 20, **options}
-    return load_examples("chitchat", byte_tokenizer(), **options)
+    options = {"num_rows": 20, **options}
+    return load_examples("chitchat", byte_tokenizer(), RowOptions(256, 264), **options)
 
 
 @pytest.mark.skipif(

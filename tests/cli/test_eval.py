@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from liger_cli.training.data import Collator, load_examples
+from liger_cli.training.collate import Collator
+from liger_cli.training.data import RowOptions, load_examples
 from liger_cli.training.model import load_model, load_tokenizer, resolve_model
 
 
@@ -30,9 +31,8 @@ def expected(model_name, data):
     source = resolve_model(str(model_name))
     tokenizer = load_tokenizer(source)
     model = load_model(source, dtype=torch.float32, seed=42)
-    examples = load_examples(
-        str(data), tokenizer, split="eval", max_length=64, vocab_size=model.config.vocab_size
-    )
+    options = RowOptions(64, model.config.vocab_size)
+    examples = load_examples(str(data), tokenizer, options, split="eval")
     nll = correct = count = 0.0
     for row in examples.examples:
         batch = Collator()([row])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from liger_cli.measure import PeakMemory, StepTimer, median_after_warm_up
+from liger_cli.training.on_the_way import OnTheWay
 
 CPU = torch.device("cpu")
 BLOCK_BYTES = 256 * 2**20
@@ -49,9 +50,45 @@ def test_timer():
     timer = StepTimer(CPU)
     timer.start()
     time.sleep(0.02)
-    step = timer.stop(num_tokens=100)
+    step = timer.lap(num_tokens=100)
     assert step.step_ms >= 20
     assert step.tokens_per_s == pytest.approx(100 / (step.step_ms / 1e3))
+
+
+def test_steps_of_a_timer_leave_nothing_out_but_pauses():
+    timer = StepTimer(CPU)
+    timer.start()
+    begin = time.perf_counter()
+    steps = []
+    for _ in range(3):
+        time.sleep(0.01)
+        steps.append(timer.lap(num_tokens=1).step_ms)
+        # What a loop does between two steps, its log for example, is time of the run.
+        time.sleep(0.01)
+    steps.append(timer.lap(num_tokens=1).step_ms)
+    assert sum(steps) == pytest.approx((time.perf_counter() - begin) * 1e3, abs=2)
+    time.sleep(0.05)
+    timer.start()
+    assert timer.lap(num_tokens=1).step_ms < 20
+
+
+def test_values_on_the_way_are_those_of_the_moment(device):
+    total = torch.full((), 2.0, device=device)
+    values = OnTheWay(total, torch.full((), 3.0, dtype=torch.bfloat16, device=device))
+    total += 1
+    assert values.get() == [2.0, 3.0]
+
+
+@pytest.mark.gpu
+def test_values_do_not_wait_for_later_work():
+    device = torch.device("cuda")
+    values = OnTheWay(torch.ones((), device=device))
+    torch.cuda._sleep(2_000_000_000)
+    begin = time.perf_counter()
+    assert values.get() == [1.0]
+    waited = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    assert waited < 0.5 * (time.perf_counter() - begin)
 
 
 def test_median_leaves_out_the_warm_up():

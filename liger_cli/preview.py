@@ -1,0 +1,172 @@
+"""What training would see of a dataset: rows as they are rendered, lengths, cuts and packing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby, takewhile
+from typing import Any, Literal
+
+import numpy as np
+
+from liger_cli.config import RunConfig
+from liger_cli.training.batches import IGNORED, BatchPlan
+from liger_cli.training.data import DataStats
+from liger_cli.training.packing import pack, row_lengths
+from liger_cli.training.setup import load_inputs
+from liger_cli.training.stream import Stream
+
+__all__ = ["Bar", "DataPreview", "Fill", "Piece", "RowPreview", "preview_data"]
+
+_BARS = 10
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens next to each other that are all trained on, or none of them."""
+
+    text: str
+    is_trained: bool
+
+
+@dataclass(frozen=True)
+class RowPreview:
+    """A row as the model reads it, the template's marks included."""
+
+    tokens: int
+    trained_tokens: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """How many rows have `first` to `last` tokens."""
+
+    first: int
+    last: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Fill:
+    """The share of the tokens fed that are no padding.
+
+    Args:
+        how: Rows in batches as they come, or packed in one of the two ways.
+        rows: Rows that are fed: of different lengths, or of max_length where they are packed.
+    """
+
+    how: Literal["unpacked", "bfd", "sequential"]
+    rows: int
+    efficiency: float
+
+
+@dataclass(frozen=True)
+class DataPreview:
+    """Everything that `liger data preview` shows.
+
+    Args:
+        is_part: Whether only the first block of a stream was read.
+        lengths: min, median, mean, p95 and max of the tokens of a row.
+    """
+
+    name: str
+    licence: str | None
+    max_length: int
+    is_part: bool
+    stats: DataStats
+    lengths: dict[str, float]
+    histogram: tuple[Bar, ...]
+    fill: tuple[Fill, ...]
+    rows: tuple[RowPreview, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as plain JSON values."""
+        return {"command": "data preview", **asdict(self)}
+
+
+def preview_data(config: RunConfig, num_rows: int) -> DataPreview:
+    """Reads and tokenises the data of a run as the run would; loads no weights.
+
+    Args:
+        config: Of the run; its packing is shown and not applied.
+        num_rows: Rows to render, the first.
+
+    Raises:
+        LigerError: The model or the data cannot be had.
+    """
+    alone = {"packing": False, "eval_fraction": 0.0, "eval_dataset": None, "eval_steps": 0}
+    inputs = load_inputs(config.model_copy(update=alone))
+    examples = inputs.data.examples
+    is_stream = isinstance(examples, Stream)
+    if is_stream:
+        first = takewhile(lambda row: _is_first_block(row.after), examples.rows(examples.start()))
+        examples = [row.row for row in first]
+    lengths = _lengths(examples)
+    shown = [examples[i] for i in range(min(num_rows, len(examples)))]
+    return DataPreview(
+        name=inputs.data.name,
+        licence=inputs.data.licence,
+        max_length=config.max_length,
+        is_part=is_stream,
+        stats=inputs.data.stats,
+        lengths=_summary(lengths),
+        histogram=_histogram(lengths),
+        fill=_fill(config, lengths),
+        rows=tuple(_render(row, inputs.tokenizer) for row in shown),
+    )
+
+
+def _is_first_block(place: Any) -> bool:
+    return place.epoch == place.block == 0
+
+
+def _lengths(examples: Any) -> np.ndarray[Any, Any]:
+    if hasattr(examples, "select_columns"):
+        return row_lengths(examples)
+    return np.asarray([len(examples[i]["input_ids"]) for i in range(len(examples))])
+
+
+def _render(row: Mapping[str, Any], tokenizer: Any) -> RowPreview:
+    pairs = list(zip(row["input_ids"], row["labels"], strict=True))
+    pieces = []
+    for is_trained, tokens in groupby(pairs, lambda pair: pair[1] != IGNORED):
+        ids = [token for token, _ in tokens]
+        text = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
+        pieces.append(Piece(text, is_trained))
+    return RowPreview(len(pairs), sum(label != IGNORED for _, label in pairs), tuple(pieces))
+
+
+def _summary(lengths: np.ndarray[Any, Any]) -> dict[str, float]:
+    return {
+        "min": float(lengths.min()),
+        "median": float(np.median(lengths)),
+        "mean": round(float(lengths.mean()), 1),
+        "p95": float(np.percentile(lengths, 95)),
+        "max": float(lengths.max()),
+    }
+
+
+def _histogram(lengths: np.ndarray[Any, Any]) -> tuple[Bar, ...]:
+    low, high = int(lengths.min()), int(lengths.max())
+    width = -(-(high - low + 1) // _BARS)
+    starts = range(low, high + 1, width)
+    counts = np.bincount((lengths - low) // width, minlength=len(starts))
+    return tuple(
+        Bar(start, min(start + width - 1, high), int(count))
+        for start, count in zip(starts, counts, strict=True)
+    )
+
+
+def _fill(config: RunConfig, lengths: np.ndarray[Any, Any]) -> tuple[Fill, ...]:
+    size = config.per_device_train_batch_size
+    plan = BatchPlan(len(lengths), size, 1, config.order_seed)
+    batches = [lengths[batch] for [batch] in plan.windows(1, plan.steps_per_epoch)]
+    fed = sum(int(batch.max()) * len(batch) for batch in batches)
+    found = [Fill("unpacked", len(lengths), float(lengths.sum() / fed))]
+    strategies: Sequence[Literal["bfd", "sequential"]] = ("bfd", "sequential")
+    for strategy in strategies:
+        rows = len(pack(lengths.tolist(), config.max_length, strategy))
+        share = float(lengths.sum() / (rows * config.max_length))
+        found.append(Fill(strategy, rows, share))
+    return tuple(found)

@@ -1,0 +1,101 @@
+"""Batches out of rows, padded right. Padding is known by its place and never by its token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from liger_cli.training.encode import IGNORED
+from liger_cli.training.packing import join_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["TOKEN_KEYS", "Collator"]
+
+# What a processor says of every token besides its id: which of them belong to an image.
+TOKEN_KEYS = ("token_type_ids", "mm_token_type_ids")
+_OWN_KEYS = ("input_ids", "labels", "position_ids")
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Makes a batch of rows: input_ids and labels as (B, T) int64, and either attention_mask or,
+    of packed rows, position_ids and num_tokens.
+
+    What else rows have goes along: values a token are padded with 0, images are joined.
+
+    Args:
+        pad_token_id: Fills input_ids; whether a place is padding never depends on it.
+        pad_to_multiple_of: T is rounded up to a multiple of this.
+        flatten: Packed rows become one of (1, T) without padding, which is where flash attention
+            looks for documents.
+    """
+
+    pad_token_id: int = 0
+    pad_to_multiple_of: int = 1
+    flatten: bool = False
+
+    @classmethod
+    def for_tokenizer(
+        cls,
+        tokenizer: PreTrainedTokenizerBase | None,
+        pad_to_multiple_of: int = 1,
+        *,
+        flatten: bool = False,
+    ) -> Collator:
+        """Returns a collator that pads with the tokenizer's padding token, or its end of text."""
+        candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id) if tokenizer else ()
+        pad = next((token for token in candidates if token is not None), 0)
+        return cls(pad, pad_to_multiple_of, flatten)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        is_packed = any("position_ids" in row for row in rows)
+        lengths = [len(row["input_ids"]) for row in rows]
+        if is_packed and self.flatten:
+            rows = [_flat(rows)]
+        longest = max(len(row["input_ids"]) for row in rows)
+        multiple = self.pad_to_multiple_of
+        length = -(-longest // multiple) * multiple
+        batch = {
+            "input_ids": _pad(rows, "input_ids", length, self.pad_token_id),
+            "labels": _pad(rows, "labels", length, IGNORED),
+        }
+        if is_packed:
+            # The padding of a row is one more document, so that no document sees it.
+            batch["position_ids"] = torch.stack([_positions(row, length) for row in rows])
+            batch["num_tokens"] = torch.tensor(sum(lengths))
+        else:
+            batch["attention_mask"] = (
+                torch.arange(length) < torch.tensor(lengths).unsqueeze(1)
+            ).long()
+        for key in sorted({key for row in rows for key in row} - set(_OWN_KEYS)):
+            if key in TOKEN_KEYS:
+                batch[key] = _pad(rows, key, length, 0)
+            else:
+                batch[key] = torch.cat([row[key] for row in rows if key in row])
+        return batch
+
+
+def _pad(rows: Sequence[Mapping[str, Any]], key: str, length: int, value: int) -> torch.Tensor:
+    padded = torch.full((len(rows), length), value)
+    for i, row in enumerate(rows):
+        if key in row:
+            padded[i, : len(row[key])] = torch.as_tensor(row[key])
+    return padded
+
+
+def _positions(row: Mapping[str, Any], length: int) -> torch.Tensor:
+    own = row.get("position_ids", range(len(row["input_ids"])))
+    return torch.tensor([*own, *range(length - len(own))])
+
+
+def _flat(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    flat = join_rows([dict(row) for row in rows])
+    flat["position_ids"] = [
+        i for row in rows for i in row.get("position_ids", range(len(row["input_ids"])))
+    ]
+    return flat

@@ -1,0 +1,103 @@
+"""The micro-batches of each step, in one order whatever a run was stopped and resumed at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch
+
+from liger_cli.training.batches import BatchPlan, load_windows, placeholder
+from liger_cli.training.cache import Counts
+from liger_cli.training.stream import Place, Stream
+
+__all__ = ["Feed", "make_feed", "num_rows"]
+
+Window = list[dict[str, torch.Tensor]]
+
+
+class Feed(Protocol):
+    """Gives the micro-batches of steps, and says what a checkpoint must hold to go on."""
+
+    def windows(self, first_step: int, last_step: int) -> Iterator[Window]:
+        """Yields the collated micro-batches of steps first_step to last_step, from 1."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the place behind the window that was given out last."""
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Goes to that place, before the first window."""
+
+
+def num_rows(examples: Any) -> int:
+    """Returns the rows of an epoch; 0 of a stream, whose number nobody knows."""
+    return 0 if isinstance(examples, Stream) else len(examples)
+
+
+def make_feed(
+    examples: Any, plan: BatchPlan, collator: Any, *, num_workers: int = 0, pin_memory: bool = False
+) -> Feed:
+    """Returns the feed of rows with numbers, or of a Stream."""
+    if isinstance(examples, Stream):
+        return _StreamFeed(examples, plan, collator)
+    return _NumberedFeed(examples, plan, collator, num_workers, pin_memory)
+
+
+class _NumberedFeed:
+    """The number of a step says which rows it has: there is nothing to keep."""
+
+    def __init__(
+        self, examples: Any, plan: BatchPlan, collator: Any, num_workers: int, pin_memory: bool
+    ) -> None:
+        self._examples = examples
+        self._plan = plan
+        self._collator = collator
+        self._options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
+
+    def windows(self, first_step: int, last_step: int) -> Iterator[Window]:
+        numbers = self._plan.windows(first_step, last_step)
+        return load_windows(self._examples, numbers, self._collator, **self._options)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        pass
+
+
+class _StreamFeed:
+    """Every process reads all rows and keeps its share; the last window of an epoch is short."""
+
+    def __init__(self, stream: Stream, plan: BatchPlan, collator: Any) -> None:
+        self._stream = stream
+        self._plan = plan
+        self._collator = collator
+        self._place = stream.start()
+
+    def windows(self, first_step: int, last_step: int) -> Iterator[Window]:
+        rows = self._windows()
+        for _ in range(first_step, last_step + 1):
+            window, place = next(rows)
+            batches = self._plan.split(window)
+            self._place = place
+            yield [self._collator(batch or [placeholder(window[0])]) for batch in batches]
+
+    def _windows(self) -> Iterator[tuple[list[dict[str, Any]], Place]]:
+        window: list[dict[str, Any]] = []
+        epoch, place = self._place.epoch, self._place
+        for row, its_epoch, after in self._stream.rows(self._place):
+            if window and its_epoch != epoch:
+                yield window, place
+                window = []
+            epoch, place = its_epoch, after
+            window.append(row)
+            if len(window) == self._plan.rows_per_step:
+                yield window, place
+                window = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self._place)
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        self._place = Place(**{**values, "counts": Counts(**values["counts"])})

@@ -1,0 +1,212 @@
+"""Rows with images, through the processor of an image-text model.
+
+An image is as many tokens as the processor says, so a row is tokenised by the processor, cut where
+text alone is cut: at the borders of what is trained. Pixels are made when a row is asked for and
+not kept, since one image is megabytes of them.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain
+from typing import Any
+
+from liger_cli.errors import DataError, EnvironmentProblem
+from liger_cli.training.cache import Counts, Tokenised
+from liger_cli.training.chat import ChatRenderer, Segment
+from liger_cli.training.collate import TOKEN_KEYS
+from liger_cli.training.encode import IGNORED, Encoder, in_context
+from liger_cli.training.rows import Row
+
+__all__ = ["ImageRows", "ImagesFound"]
+
+# A private character: in no text, and no template trims or splits at it.
+_MARK = "\ue000"
+
+
+class ImagesFound(Exception):
+    """A row has images, and ids alone are not all of it."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(where)
+        self.where = where
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """Rows that are encoded when they are asked for.
+
+    Args:
+        rows: Those that have a token to train on.
+        encoder: Of the text.
+        processor: Of the model.
+        max_length: A row is cut to this many tokens, behind its last image.
+    """
+
+    rows: Sequence[Row]
+    encoder: Encoder
+    processor: Any
+    max_length: int
+
+    @classmethod
+    def of(
+        cls,
+        rows: Iterable[Row],
+        encoder: Encoder,
+        processor: Any,
+        *,
+        max_length: int,
+        vocab_size: int,
+        num_rows: int | None,
+    ) -> Tokenised:
+        """Returns the rows that can be trained on; those whose images do not fit are dropped."""
+        kept: list[Row] = []
+        counts = Counts()
+        found = cls(kept, encoder, processor, max_length)
+        for row in rows:
+            if len(kept) == num_rows:
+                break
+            counts.add(Counts(columns=list(row.columns)))
+            encoded = found.encode(row)
+            ids, labels = encoded["input_ids"], encoded["labels"][:max_length]
+            num_trained = sum(label != IGNORED for label in labels)
+            if not num_trained or encoded.pop("last_image") >= max_length:
+                counts.dropped_rows += 1
+                continue
+            encoder.check_vocabulary(ids[:max_length], row.where, vocab_size)
+            kept.append(row)
+            counts.rows += 1
+            counts.tokens += len(labels)
+            counts.trained_tokens += num_trained
+            counts.truncated_rows += len(ids) > max_length
+        return Tokenised(found, counts)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        row = self.encode(self.rows[number])
+        del row["last_image"]
+        for key in ("input_ids", "labels", *TOKEN_KEYS):
+            if key in row:
+                row[key] = row[key][: self.max_length]
+        return row
+
+    def select(self, numbers: Iterable[int]) -> ImageRows:
+        rows = [self.rows[number] for number in numbers]
+        return ImageRows(rows, self.encoder, self.processor, self.max_length)
+
+    def encode(self, row: Row) -> dict[str, Any]:
+        """Returns input_ids, labels, what the processor makes of the images, and last_image: the
+        place of the last token of the text that shows images, or -1.
+        """
+        if not row.images:
+            [encoded] = self.encoder.encode([row], self._renderer)
+            return {**encoded._asdict(), "last_image": -1}
+        segments = self.encoder.segments(row, self._renderer)
+        images = [_open(image, row.where) for image in row.images]
+        counts = [segment.text.count(self._placeholder) for segment in segments]
+        if sum(counts) != len(images):
+            raise DataError(
+                f"{row.where}: {len(images)} images, but the chat template shows "
+                f"{sum(counts)}; a text must not hold {self._placeholder!r}"
+            )
+        starts = [0, *accumulate(counts)]
+
+        def ids_of(start: int, stop: int) -> list[int]:
+            text = "".join(segment.text for segment in segments[start:stop])
+            shown = images[starts[start] : starts[stop]]
+            return self._process(text, shown, row)["input_ids"][0].tolist()
+
+        whole = self._process("".join(segment.text for segment in segments), images, row)
+        ids = whole.pop("input_ids")[0].tolist()
+        pieces = [ids_of(i, i + 1) for i in range(len(segments))]
+        if list(chain.from_iterable(pieces)) != ids:
+            pieces = in_context(len(segments), ids_of)
+        return self._label(segments, pieces, ids, whole, row)
+
+    def _label(
+        self,
+        segments: Sequence[Segment],
+        pieces: Sequence[list[int]],
+        whole: list[int],
+        outputs: dict[str, Any],
+        row: Row,
+    ) -> dict[str, Any]:
+        ids, labels = list[int](), list[int]()
+        for segment, piece in zip(segments, pieces, strict=True):
+            ids += piece
+            labels += piece if segment.is_trained else [IGNORED] * len(piece)
+        labels[:1] = [IGNORED]
+        outputs.pop("attention_mask", None)
+        result: dict[str, Any] = {"input_ids": ids, "labels": labels}
+        for key in TOKEN_KEYS:
+            if key in outputs:
+                # The tokens of an image are of its own kind, wherever they stand.
+                kinds = dict(zip(whole, outputs.pop(key)[0].tolist(), strict=True))
+                result[key] = [kinds.get(token, 0) for token in ids]
+        for key, value in outputs.items():
+            if value.ndim > 1 and value.shape[:2] == (1, len(whole)):
+                raise DataError(
+                    f"{row.where}: the processor gives {key} for every token, which is not batched"
+                )
+            result[key] = value
+        # Where an image ends: behind it nothing but text is left to cut.
+        shown = [i for i, segment in enumerate(segments) if self._placeholder in segment.text]
+        last = sum(map(len, pieces[: shown[-1] + 1])) - 1
+        return {**result, "last_image": last}
+
+    def _process(self, text: str, images: Sequence[Any], row: Row) -> dict[str, Any]:
+        try:
+            return dict(
+                self.processor(
+                    text=[text],
+                    images=[list(images)] if images else None,
+                    add_special_tokens=False,
+                    return_tensors="pt",
+                )
+            )
+        # A processor is a program that sees the user's text and images.
+        except Exception as error:
+            raise DataError(
+                f"{row.where}: the processor refuses this row: {error or repr(error)}"
+            ) from error
+
+    @cached_property
+    def _renderer(self) -> ChatRenderer:
+        own = getattr(self.processor, "chat_template", None)
+        return ChatRenderer(self.encoder.tokenizer, own)
+
+    @cached_property
+    def _placeholder(self) -> str:
+        """What the template writes for an image."""
+        text = {"type": "text", "text": _MARK}
+        with_image, without = (
+            self._renderer.render([{"role": "user", "content": parts}])
+            for parts in ([{"type": "image"}, text], [text])
+        )
+        start = len(os.path.commonprefix([with_image, without.partition(_MARK)[0]]))
+        placeholder = with_image[start:].partition(_MARK)[0]
+        if not placeholder.strip():
+            raise DataError("the chat template of this model shows no images")
+        return placeholder
+
+
+def _open(image: Any, where: str) -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise EnvironmentProblem(
+            "rows with images need the package pillow, which is not installed",
+            hint="pip install pillow",
+        ) from None
+    try:
+        if isinstance(image, str | bytes):
+            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+        return image.convert("RGB")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{where}: an image cannot be read: {error}") from error

@@ -1,0 +1,227 @@
+"""Packing: several documents in one row, each as if it were alone.
+
+Positions restart at every document, which is how transformers learns where one begins: attention
+then stays inside it. The first token of a document has no label, so nothing is predicted from the
+document before. A packed row is (T,) ids of at most max_length; no document is split.
+
+Not every model keeps documents apart. What is known from the configuration is refused at once, and
+a model in memory is asked: the gradient of a document's logits with respect to the embeddings of
+the one before must be zero to the bit.
+"""
+
+from __future__ import annotations
+
+import bisect
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import masking_utils
+
+from liger_cli.errors import ConfigError
+
+__all__ = ["PackedRows", "check_packed", "join_rows", "pack", "refuse_packing", "row_lengths"]
+
+Strategy = Literal["bfd", "sequential"]
+
+# Layers whose every token sees all or the nearest tokens before it; others carry a state.
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+
+
+def pack(lengths: Sequence[int], max_length: int, strategy: Strategy = "bfd") -> list[list[int]]:
+    """Returns rows of documents, as numbers of the documents; no row is longer than max_length.
+
+    Args:
+        lengths: Of the documents, each at most max_length.
+        strategy: bfd, the longest first, each into the row it fills best: the fewest rows.
+            sequential keeps the order and starts a row where the next document does not fit.
+    """
+    return (_best_fit if strategy == "bfd" else _next_fit)(lengths, max_length)
+
+
+def _best_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    open_rows: dict[int, list[int]] = {}
+    # The different amounts of space that some row has, in order.
+    spaces: list[int] = []
+    # A stable sort: documents of one length stay in their order.
+    for document in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        place = bisect.bisect_left(spaces, lengths[document])
+        if place == len(spaces):
+            row, space = len(rows), max_length
+            rows.append([])
+        else:
+            space = spaces[place]
+            row = open_rows[space].pop()
+            if not open_rows[space]:
+                del open_rows[space], spaces[place]
+        rows[row].append(document)
+        left = space - lengths[document]
+        if left:
+            if left not in open_rows:
+                bisect.insort(spaces, left)
+                open_rows[left] = []
+            open_rows[left].append(row)
+    return rows
+
+
+def _next_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    space = 0
+    for document, length in enumerate(lengths):
+        if length > space:
+            rows.append([])
+            space = max_length
+        rows[-1].append(document)
+        space -= length
+    return rows
+
+
+def join_rows(documents: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
+    """Returns one row of input_ids, labels and position_ids, which restart at each document."""
+    row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
+    for document in documents:
+        row["input_ids"] += document["input_ids"]
+        row["labels"] += document["labels"]
+        row["position_ids"] += range(len(document["input_ids"]))
+    return row
+
+
+def row_lengths(rows: Any) -> np.ndarray[Any, Any]:
+    """Returns the number of tokens of each row of a datasets.Dataset."""
+    import pyarrow.compute
+
+    parts = [
+        pyarrow.compute.list_value_length(batch["input_ids"]).to_numpy()
+        for batch in rows.select_columns("input_ids").with_format("arrow").iter(10_000)
+    ]
+    return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """The rows of a dataset, packed; a row is put together when it is asked for.
+
+    Args:
+        rows: A datasets.Dataset.
+        order: Row numbers, pack after pack.
+        starts: Where in `order` each pack starts, and at last the end.
+    """
+
+    rows: Any
+    order: np.ndarray[Any, Any]
+    starts: np.ndarray[Any, Any]
+
+    @classmethod
+    def of(cls, rows: Any, max_length: int, strategy: Strategy) -> PackedRows:
+        packs = pack(row_lengths(rows).tolist(), max_length, strategy)
+        starts = np.cumsum([0, *map(len, packs)])
+        return cls(rows, np.concatenate([np.asarray(p) for p in packs]), starts)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, number: int) -> dict[str, list[int]]:
+        documents = self.order[self.starts[number] : self.starts[number + 1]]
+        return join_rows([self.rows[int(document)] for document in documents])
+
+
+def refuse_packing(model: Any, max_length: int, *, has_images: bool = False) -> None:
+    """Refuses what the configuration of a model, which may be on the meta device, rules out.
+
+    Args:
+        max_length: Of the packed rows.
+        has_images: Whether rows have more than ids.
+
+    Raises:
+        ConfigError: Documents in one row would see each other; says why.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    layers = set(getattr(config, "layer_types", None) or ())
+    others = layers - _ATTENTION_LAYERS
+    reason = None
+    if has_images:
+        reason = "rows with images are not packed"
+    elif "mrope_section" in rope:
+        reason = "its positions have three dimensions, in which documents are not told apart"
+    elif getattr(model, "_is_stateful", False):
+        reason = "its layers carry a state from token to token, across documents too"
+    elif others:
+        reason = f"layers of the kind {', '.join(sorted(others))} carry a state across documents"
+    elif "position_ids" not in inspect.signature(model.forward).parameters:
+        reason = "its forward takes no position_ids, so it is not told where documents begin"
+    elif (
+        "chunked_attention" in layers
+        and max_length > config.attention_chunk_size
+        and not hasattr(masking_utils, "remap_positions_for_packed_sequence")
+    ):
+        reason = (
+            f"this release of transformers counts its chunks of {config.attention_chunk_size} "
+            f"tokens from the start of a row, and rows have {max_length} (max_length)"
+        )
+    if reason is not None:
+        raise _refused(model, reason)
+
+
+def check_packed(model: Any, *, flatten: bool = False) -> None:
+    """Checks that a model in memory keeps documents apart.
+
+    Args:
+        model: On the device and with the attention that it is trained with.
+        flatten: Whether it is given batches of one long row.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    documents = [[(7 * i + 3) % vocabulary for i in range(n)] for n in (5, 9, 6)]
+    first, second, third = (join_rows([{"input_ids": d, "labels": d}]) for d in documents)
+    packed = join_rows([first, second, third])
+    device = next(model.parameters()).device
+    inputs = {key: torch.tensor([packed[key]]) for key in ("input_ids", "position_ids")}
+    if not flatten:
+        inputs = {key: value.repeat(2, 1) for key, value in inputs.items()}
+    inputs = {key: value.to(device) for key, value in inputs.items()}
+    place = slice(5, 14)
+    embedded: list[torch.Tensor] = []
+
+    def record(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    was_training = model.training
+    handle = model.get_input_embeddings().register_forward_hook(record)
+    try:
+        model.eval()
+        with torch.enable_grad():
+            logits = model(**inputs, use_cache=False).logits[:, place].float()
+            [gradient] = torch.autograd.grad(logits.square().sum(), embedded)
+        handle.remove()
+        with torch.no_grad():
+            alone = torch.tensor([second["input_ids"]], device=device)
+            wanted = model(input_ids=alone, use_cache=False).logits.float()
+    finally:
+        handle.remove()
+        model.train(was_training)
+    outside = gradient.clone()
+    outside[:, place] = 0
+    if outside.any():
+        raise _refused(
+            model,
+            f"with its attention {model.config._attn_implementation!r} a document in a row sees "
+            "the one before it",
+        )
+    # Rounding differs with the shape of a batch; another position moves logits by far more.
+    if (logits.detach() - wanted).norm() > 0.1 * wanted.norm() * len(logits) ** 0.5:
+        raise _refused(model, "its logits differ from those of the documents one by one")
+
+
+def _refused(model: Any, reason: str) -> ConfigError:
+    return ConfigError(
+        f"packing: {model.config.model_type} cannot train on packed rows: {reason}",
+        hint="--no-packing trains the rows one by one.",
+    )
