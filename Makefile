@@ -57,8 +57,23 @@ test-versions: setup
 coverage: setup
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/coverage_corpus.py
 
-bench: setup
+# The kernels against their limits, then a whole step. On a machine with a GPU its own Python runs,
+# as in test-gpu, and docs/ is written; elsewhere ours, on small shapes and the demo model. The peer:
+# make bench PEER_PATH=DIR or PEER_PYTHON=FILE, see docs/performance.md.
+CARD ?= h100
+HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
+PEER := $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON)) $(if $(PEER_PATH),--peer-path $(PEER_PATH))
+bench: $(if $(HAS_GPU),,setup)
+ifdef HAS_GPU
+	mkdir -p $(RESULTS)
+	$(GPU_PYTHON) -m liger_cli bench ops $(PEER) --save $(RESULTS)/ops-$(CARD).json
+	$(GPU_PYTHON) -m liger_cli bench --model llama-1b --json > $(RESULTS)/unfinished
+	mv $(RESULTS)/unfinished $(RESULTS)/bench-llama-1b-$(CARD).json
+	PYTHONPATH=. $(GPU_PYTHON) scripts/performance_page.py
+else
+	$(BIN)/liger bench ops $(PEER)
 	$(BIN)/liger bench --model llama
+endif
 
 clean:
 	rm -rf $(VENV) .venv-versions build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

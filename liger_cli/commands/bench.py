@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from liger_cli.commands.bench_ops import command as bench_ops
 from liger_cli.config import RunConfig, config_flags
 
 __all__ = ["command"]
 
 
+class _Bench(TyperGroup):
+    """`liger bench ops ...` is a command of its own; anything else compares a model."""
+
+    def make_context(
+        self, info_name: Any, args: list[str], parent: Any = None, **extra: Any
+    ) -> Any:
+        if args[:1] == ["ops"]:
+            return super().make_context(info_name, args, parent, **extra)
+        return self.commands["model"].make_context(info_name, args, parent, **extra)
+
+
+command = typer.Typer(cls=_Bench, add_completion=False)
+command.command("ops")(bench_ops)
+
+
+@command.command("model")
 @config_flags
-def command(
+def _model(
     config: RunConfig,
     against: Annotated[
         str, typer.Option("--against", help="What to compare with; eager is what there is.")
@@ -29,7 +47,8 @@ def command(
 ) -> None:
     """Run patched and eager side by side, each in its own process, with parity beside every speed.
 
-    Without more words: 2 x 512 random tokens on a CPU, 8 x 2048 on a GPU.
+    Without more words: 2 x 512 random tokens on a CPU, 8 x 2048 on a GPU. `liger bench ops`
+    measures the kernels one by one; see `liger bench ops --help`.
     """
     from liger_cli.comparison import check_against, plan_bench, run_bench
     from liger_cli.report import show_lines, show_report
