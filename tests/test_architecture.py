@@ -55,7 +55,37 @@ FORBIDDEN = {
         "liger_kernels.transformers.engine",
         "liger_kernels.transformers.api",
     ),
+    "liger_kernels.transformers.calls": (
+        "liger_kernels.transformers.families",
+        "liger_kernels.transformers.plan",
+        "liger_kernels.transformers.engine",
+        "liger_kernels.transformers.api",
+    ),
+    "liger_kernels.transformers.recompute": (
+        "liger_kernels.transformers.families",
+        "liger_kernels.transformers.plan",
+        "liger_kernels.transformers.engine",
+        "liger_kernels.transformers.api",
+    ),
     "liger_kernels.transformers.replace": (
+        "liger_kernels.transformers.families",
+        "liger_kernels.transformers.plan",
+        "liger_kernels.transformers.engine",
+        "liger_kernels.transformers.api",
+    ),
+    "liger_kernels.transformers.residual": (
+        "liger_kernels.transformers.families",
+        "liger_kernels.transformers.plan",
+        "liger_kernels.transformers.engine",
+        "liger_kernels.transformers.api",
+    ),
+    "liger_kernels.transformers.rotary": (
+        "liger_kernels.transformers.families",
+        "liger_kernels.transformers.plan",
+        "liger_kernels.transformers.engine",
+        "liger_kernels.transformers.api",
+    ),
+    "liger_kernels.transformers.swap": (
         "liger_kernels.transformers.families",
         "liger_kernels.transformers.plan",
         "liger_kernels.transformers.engine",

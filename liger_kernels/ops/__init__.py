@@ -1,6 +1,7 @@
 """Fused operations. Each runs Triton kernels on a GPU and torch code elsewhere."""
 
 from liger_kernels.ops.cross_entropy import cross_entropy
+from liger_kernels.ops.fused_add_rms_norm import fused_add_rms_norm
 from liger_kernels.ops.fused_linear_cross_entropy import (
     LabelCount,
     Stats,
@@ -8,6 +9,7 @@ from liger_kernels.ops.fused_linear_cross_entropy import (
     fused_linear_cross_entropy,
     fused_linear_logprobs,
 )
+from liger_kernels.ops.gated_rms_norm import gated_rms_norm
 from liger_kernels.ops.glu import geglu, swiglu
 from liger_kernels.ops.layer_norm import layer_norm
 from liger_kernels.ops.rms_norm import rms_norm
@@ -18,8 +20,10 @@ __all__ = [
     "Stats",
     "count_labels",
     "cross_entropy",
+    "fused_add_rms_norm",
     "fused_linear_cross_entropy",
     "fused_linear_logprobs",
+    "gated_rms_norm",
     "geglu",
     "layer_norm",
     "rms_norm",

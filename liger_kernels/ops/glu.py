@@ -4,6 +4,7 @@ Legend: M rows, N width.
 Rounding: act(gate) is computed in fp32 and rounded to gate's dtype before the product, and so is
 the gradient that reaches act: the places where eager code rounds.
 Memory: saves gate and up, and computes act(gate) again in backward; eager code keeps it as well.
+The backward can also make y again, into dy's buffer: glu_mlp.py need not keep it then.
 Sources: Shazeer, GLU Variants Improve Transformer, https://arxiv.org/abs/2002.05202, eq. 5;
 Hendrycks and Gimpel, Gaussian Error Linear Units, https://arxiv.org/abs/1606.08415, for both gelus.
 """
@@ -99,7 +100,7 @@ def _glu_fwd_kernel(
 
 @triton.jit
 def _glu_bwd_kernel(
-    dy_ptr,  # (M, N)
+    dy_ptr,  # (M, N); y is written over it when REMAKES_Y
     gate_ptr,  # (M, N)
     up_ptr,  # (M, N)
     dgate_ptr,  # (M, N) or None
@@ -107,9 +108,12 @@ def _glu_bwd_kernel(
     stride_dym,
     stride_gatem,
     stride_upm,
+    stride_dgatem,
+    stride_dupm,
     N,
     HAS_DGATE: tl.constexpr,
     HAS_DUP: tl.constexpr,
+    REMAKES_Y: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -118,15 +122,19 @@ def _glu_bwd_kernel(
     dy = tl.load(dy_ptr + row * stride_dym + cols, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(gate_ptr + row * stride_gatem + cols, mask=mask, other=0.0).to(tl.float32)
     act, slope = _activate(g, ACTIVATION)
-    out = row * N + cols
+    act = act.to(gate_ptr.dtype.element_ty).to(tl.float32)
     if HAS_DUP:
-        dup = dy * act.to(gate_ptr.dtype.element_ty).to(tl.float32)
-        tl.store(dup_ptr + out, dup.to(dup_ptr.dtype.element_ty), mask=mask)
-    if HAS_DGATE:
+        dup = (dy * act).to(dup_ptr.dtype.element_ty)
+        tl.store(dup_ptr + row * stride_dupm + cols, dup, mask=mask)
+    if HAS_DGATE or REMAKES_Y:
         u = tl.load(up_ptr + row * stride_upm + cols, mask=mask, other=0.0).to(tl.float32)
+    if HAS_DGATE:
         dact = (dy * u).to(gate_ptr.dtype.element_ty).to(tl.float32)
-        dgate = dact * slope
-        tl.store(dgate_ptr + out, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+        dgate = (dact * slope).to(dgate_ptr.dtype.element_ty)
+        tl.store(dgate_ptr + row * stride_dgatem + cols, dgate, mask=mask)
+    if REMAKES_Y:
+        y = (act * u).to(dy_ptr.dtype.element_ty)
+        tl.store(dy_ptr + row * stride_dym + cols, y, mask=mask)
 
 
 def _tiling(rows: torch.Tensor, *strides: int) -> tuple[int, int, int, list[int]]:
@@ -153,11 +161,12 @@ def _act(gate: torch.Tensor, activation: str) -> torch.Tensor:
     return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def _act_bwd(dact: torch.Tensor, gate: torch.Tensor, activation: str) -> torch.Tensor:
+def _act_bwd(dact, gate, activation, dgate) -> None:
     if activation == "silu":
-        return torch.ops.aten.silu_backward(dact, gate)
+        torch.ops.aten.silu_backward.grad_input(dact, gate, grad_input=dgate)
+        return
     approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return torch.ops.aten.gelu_backward(dact, gate, approximate=approximate)
+    torch.ops.aten.gelu_backward.grad_input(dact, gate, approximate=approximate, grad_input=dgate)
 
 
 def _glu_fwd(gate, up, activation):
@@ -182,19 +191,20 @@ def _glu_fwd(gate, up, activation):
     return y
 
 
-def _glu_bwd(dy, gate, up, activation, needs_dgate, needs_dup):
-    dgate = dup = None
+def _glu_bwd(dy, gate, up, activation, dgate, dup, *, remakes_y=False):
+    """Write the gradients into dgate and dup, (M, N) or None, and y over dy if remakes_y."""
     if not _kernels_serve(gate, up):
-        if needs_dup:
-            dup = (_act(gate, activation) * dy).to(up.dtype)
-        if needs_dgate:
-            dgate = _act_bwd((dy * up).to(gate.dtype), gate, activation)
-        return dgate, dup
-    if needs_dgate:
-        dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    if needs_dup:
-        dup = torch.empty(up.shape, dtype=up.dtype, device=up.device)
-    programs, width, block_n, strides = _tiling(gate, dy.stride(0), gate.stride(0), up.stride(0))
+        act = _act(gate, activation)
+        if dup is not None:
+            torch.mul(act, dy, out=dup)
+        if dgate is not None:
+            _act_bwd((dy * up).to(gate.dtype), gate, activation, dgate)
+        if remakes_y:
+            torch.mul(act, up, out=dy)
+        return
+    # An output that is not wanted takes the layout of gate, so that it decides nothing.
+    outs = [gate if out is None else out for out in (dgate, dup)]
+    programs, width, block_n, strides = _tiling(gate, *(x.stride(0) for x in (dy, gate, up, *outs)))
     with device_guard(gate):
         _glu_bwd_kernel[(programs,)](
             dy_ptr=dy,
@@ -205,14 +215,20 @@ def _glu_bwd(dy, gate, up, activation, needs_dgate, needs_dup):
             stride_dym=strides[0],
             stride_gatem=strides[1],
             stride_upm=strides[2],
+            stride_dgatem=strides[3],
+            stride_dupm=strides[4],
             N=width,
-            HAS_DGATE=needs_dgate,
-            HAS_DUP=needs_dup,
+            HAS_DGATE=dgate is not None,
+            HAS_DUP=dup is not None,
+            REMAKES_Y=remakes_y,
             ACTIVATION=activation,
             BLOCK_N=block_n,
             num_warps=_NUM_WARPS,
         )
-    return dgate, dup
+
+
+def _packed_like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 class _Glu(torch.autograd.Function):
@@ -227,7 +243,9 @@ class _Glu(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor):
         gate, up = ctx.saved_tensors
         needs_dgate, needs_dup, _ = ctx.needs_input_grad
-        dgate, dup = _glu_bwd(rows_of(dy), gate, up, ctx.activation, needs_dgate, needs_dup)
+        dgate = _packed_like(gate) if needs_dgate else None
+        dup = _packed_like(up) if needs_dup else None
+        _glu_bwd(rows_of(dy), gate, up, ctx.activation, dgate, dup)
         return dgate, dup, None
 
 

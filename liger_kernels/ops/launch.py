@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -33,6 +34,11 @@ INTERPRETED: bool = HAS_TRITON and bool(triton.knobs.runtime.interpret)
 # Programs a persistent kernel starts in the interpreter: enough to exercise the partial sums.
 _INTERPRETER_SMS = 3
 
+# Launches a kernel remembers: its row counts and widths, in practice a few.
+_MAX_LAUNCHES = 4096
+
+_T = TypeVar("_T")
+
 
 def backend(device: torch.device) -> Backend:
     """Return what runs an op on tensors of `device`.
@@ -57,14 +63,93 @@ def runs_triton_rows(x: torch.Tensor) -> bool:
     return runs_triton(x) and x.shape[-1] <= _MAX_ROW_WIDTH
 
 
+def remembered(function: Callable[..., _T]) -> Callable[..., _T]:
+    """Decorate a pure function of sizes, which every launch asks anew, to remember its results."""
+    cached = functools.lru_cache(maxsize=4096)(function)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> _T:
+        # A tracer warns of caches; it calls once anyway.
+        return function(*args) if torch.compiler.is_compiling() else cached(*args)
+
+    return call
+
+
+def jit(function: Any) -> Any:
+    """Decorate a kernel as triton.jit does; on an NVIDIA GPU its launches cost the host less."""
+    if HAS_TRITON and not INTERPRETED and torch.version.cuda is not None:
+        return QuickKernel(function)
+    return triton.jit(function)
+
+
+if HAS_TRITON:
+
+    class QuickKernel(triton.JITFunction):
+        """A kernel that remembers its launches, so that a repeated one costs the host a quarter.
+
+        Triton binds the arguments of every launch, asks the environment for settings, and makes a
+        string of what it compiles for. Here the key of a launch is its grid, the device, the dtypes
+        of the pointers, and all other arguments as they are: more than Triton compiles for, as long
+        as an argument has one type in every call. Triton itself launches what is new, and always
+        where a pointer is off 16 bytes, an argument is positional, an option is neither warps nor
+        stages, or the grid is a function. Its settings are read there alone, and there alone is the
+        compiled kernel returned. Tracers see a plain kernel: torch.compile never comes here.
+        """
+
+        def __init__(self, function: Any) -> None:
+            super().__init__(function)
+            is_pointer = [name.endswith("_ptr") for name in self.arg_names]
+            self._num_pointers = sum(is_pointer)
+            assert all(is_pointer[: self._num_pointers]), "pointers must come first"
+            self._launches: dict[tuple[Any, ...], Any] = {}
+
+        def __getitem__(self, grid: Any) -> Any:
+            if type(grid) is not tuple:
+                return super().__getitem__(grid)
+            return functools.partial(self._launch, grid)
+
+        def _launch(self, grid: tuple[int, ...], *args: Any, **arguments: Any) -> Any:
+            driver = triton.runtime.driver.active
+            device = driver.get_current_device()
+            num_warps, num_stages = arguments.get("num_warps"), arguments.get("num_stages")
+            values = tuple(map(arguments.get, self.arg_names))
+            key = [grid, device, len(arguments), num_warps, num_stages]
+            addresses = 0
+            for pointer in values[: self._num_pointers]:
+                if pointer is None:
+                    key.append(None)
+                else:
+                    key.append(pointer.dtype)
+                    addresses |= pointer.data_ptr()
+            key += values[self._num_pointers :]
+            if not args and not addresses & 15:
+                launch = self._launches.get(tuple(key))
+                if launch is not None:
+                    return launch(*values, stream=driver.get_current_stream(device))
+            compiled = super().__getitem__(grid)(*args, **arguments)
+            num_known = len(values) + (num_warps is not None) + (num_stages is not None)
+            if (
+                not addresses & 15
+                and len(arguments) == num_known
+                and isinstance(compiled, triton.compiler.CompiledKernel)
+            ):
+                if len(self._launches) >= _MAX_LAUNCHES:
+                    self._launches.clear()
+                self._launches[tuple(key)] = compiled[(*grid, 1, 1)[:3]]
+            return compiled
+
+
+_ALREADY_THERE = contextlib.nullcontext()
+
+
 def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which kernels launch on x's device; free where it is the current one."""
-    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
+    return _ALREADY_THERE
 
 
-@functools.cache
+@remembered
 def num_sms(device: torch.device) -> int:
     """Return the number of multiprocessors of a device; a small constant in the interpreter."""
     if device.type == "cuda" and not INTERPRETED:
@@ -84,7 +169,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def lookup(table: tuple[tuple[int, int], ...], size: int) -> int:
+def lookup(table: tuple[tuple[int, _T], ...], size: int) -> _T:
     """Return the value of the first (limit, value) pair with size <= limit, else of the last."""
     for limit, value in table:
         if size <= limit:
@@ -94,22 +179,88 @@ def lookup(table: tuple[tuple[int, int], ...], size: int) -> int:
 
 # Wider rows than this do not fit the registers of one program.
 _MAX_ROW_WIDTH = 65536
-# Elements of a tile of narrow rows, about; a wider row is a tile of its own.
+# Elements of a tile of rows where nothing else was measured.
 _ROW_TILE = 2048
 # (bytes of a tile of x and dy, stages of the load pipeline): shared memory holds one tile less than
 # there are stages, here 64 KB at most, so that smaller cards can launch it too.
 _ROW_STAGES = ((2**15, 3), (2**16, 2), (2**20, 1))
+# Elements that one persistent program takes alone: partial sums and a launch that adds them up cost
+# the host more than the GPU gains.
+_ALONE = 2**16
 
 
-def row_tile(width: int, num_rows: int) -> tuple[int, int]:
+class RowShape(NamedTuple):
+    """How the programs of a kernel take whole rows of one range of widths."""
+
+    # Of a tile of narrow rows, about; a wider row is a tile of its own.
+    num_elements: int
+    num_warps: int
+    # The others are for persistent programs. Stages are at most so many as memory allows.
+    programs_per_sm: int = 1
+    num_stages: int = 3
+    # Whether row_split() takes rows apart.
+    splits: bool = True
+
+
+class RowPlan(NamedTuple):
+    """One launch over whole rows. A row has block_n columns and at most block_rest more."""
+
+    num_programs: int
+    block_m: int
+    block_n: int
+    block_rest: int
+    num_stages: int
+    num_warps: int
+
+
+def row_tile(width: int, num_rows: int, num_elements: int = _ROW_TILE) -> tuple[int, int]:
     """Return (BLOCK_M, BLOCK_N) for whole rows: one a program, or several narrow ones."""
     block_n = next_power_of_2(width)
-    return max(1, min(_ROW_TILE // block_n, next_power_of_2(num_rows))), block_n
+    block_m = max(1, num_elements // block_n)
+    # A comparison, because a tracer takes the bits of a number of rows for that number alone.
+    return block_m if num_rows >= block_m else next_power_of_2(num_rows), block_n
+
+
+def row_split(width: int) -> tuple[int, int]:
+    """Return a width as the sum of two powers of two, or of one and 0 if two waste as many lanes.
+
+    Lanes past the width move nothing, but they compute: 3072 of 8192 at 5120 columns, where 4096
+    and 1024 have none.
+    """
+    whole = next_power_of_2(width)
+    rest = next_power_of_2(width - whole // 2)
+    return (whole, 0) if 2 * rest >= whole else (whole // 2, rest)
 
 
 def row_stages(block_m: int, block_n: int, *tensors: torch.Tensor) -> int:
     """Return how many stages a loop that loads one such tile of each tensor may have."""
     return lookup(_ROW_STAGES, block_m * block_n * sum(x.element_size() for x in tensors))
+
+
+@remembered
+def row_plan(shape: RowShape, width: int, num_rows: int) -> RowPlan:
+    """Return the launch of a program for each tile of rows."""
+    block_m, block_n = row_tile(width, num_rows, shape.num_elements)
+    return RowPlan(cdiv(num_rows, block_m), block_m, block_n, 0, 1, shape.num_warps)
+
+
+@remembered
+def persistent_row_plan(
+    shape: RowShape, width: int, num_rows: int, itemsize: int, device: torch.device
+) -> RowPlan:
+    """Return the launch of persistent programs that read rows of itemsize bytes a column."""
+    block_m, block_n = row_tile(width, num_rows, shape.num_elements)
+    block_rest = 0
+    main, rest = row_split(width)
+    # What is less than two elements a lane is not loaded ahead, and every row would wait for it.
+    if shape.splits and block_m * rest >= 64 * shape.num_warps:
+        block_n, block_rest = main, rest
+    num_programs = min(num_sms(device) * shape.programs_per_sm, cdiv(num_rows, block_m))
+    if num_rows * width <= _ALONE:
+        num_programs = 1
+    num_stages = lookup(_ROW_STAGES, block_m * (block_n + block_rest) * itemsize)
+    num_stages = min(num_stages, shape.num_stages)
+    return RowPlan(num_programs, block_m, block_n, block_rest, num_stages, shape.num_warps)
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
@@ -121,6 +272,19 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
+def in_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return x itself if it is contiguous, of whatever rank, else as rows_of() does.
+
+    A view costs the host as much as an allocation; row_stride() knows both forms.
+    """
+    return x if x.is_contiguous() else rows_of(x)
+
+
+def row_stride(x: torch.Tensor) -> int:
+    """Return how far apart the rows of in_rows(x) are."""
+    return x.shape[-1] if x.is_contiguous() else x.stride(0)
+
+
 @triton.jit
 def fp32(scalar):
     # A Python float arrives as fp64 under torch.compile and would promote the whole kernel; in the
@@ -128,7 +292,11 @@ def fp32(scalar):
     return tl.full((), scalar, tl.float32)
 
 
-@triton.jit
+# (BLOCK_P, BLOCK_N, warps): what it sums is small and read once, so that only latency counts.
+_SUM_TILE = (32, 64, 4)
+
+
+@jit
 def sum_partials_kernel(
     partial_ptr,  # (P, N) fp32
     out_ptr,  # (N,)
@@ -153,14 +321,14 @@ def sum_partials(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the sum over the rows of partial (P, N) fp32 as (N,) in dtype, in a fixed order."""
     num_partials, width = partial.shape
     out = torch.empty(width, dtype=dtype, device=partial.device)
-    block_n = 64
+    block_p, block_n, num_warps = _SUM_TILE
     sum_partials_kernel[(cdiv(width, block_n),)](
         partial_ptr=partial,
         out_ptr=out,
         P=num_partials,
         N=width,
-        BLOCK_P=32,
+        BLOCK_P=block_p,
         BLOCK_N=block_n,
-        num_warps=4,
+        num_warps=num_warps,
     )
     return out

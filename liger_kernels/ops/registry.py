@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 
 from liger_kernels.ops.cross_entropy import OP as CROSS_ENTROPY
+from liger_kernels.ops.fused_add_rms_norm import OP as FUSED_ADD_RMS_NORM
 from liger_kernels.ops.fused_linear_cross_entropy import LOGPROBS
 from liger_kernels.ops.fused_linear_cross_entropy import OP as FUSED_LINEAR_CROSS_ENTROPY
+from liger_kernels.ops.gated_rms_norm import OP as GATED_RMS_NORM
 from liger_kernels.ops.glu import GEGLU, SWIGLU
 from liger_kernels.ops.layer_norm import OP as LAYER_NORM
 from liger_kernels.ops.op import Op
@@ -16,7 +18,9 @@ from liger_kernels.ops.rope import OP as ROPE
 _ROWS = (
     ROPE,
     RMS_NORM,
+    FUSED_ADD_RMS_NORM,
     LAYER_NORM,
+    GATED_RMS_NORM,
     SWIGLU,
     GEGLU,
     CROSS_ENTROPY,

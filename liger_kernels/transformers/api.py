@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import transformers
@@ -38,7 +39,9 @@ from liger_kernels.transformers.repair import repair_model
 
 _logger = logging.getLogger(__name__)
 
-# Every option that some family has.
+# Every family has these besides those of its row.
+_COMMON_OPTIONS = ("save_memory", "fused_add_rms_norm")
+# Every other option that some family has.
 _OPTIONS = {name for row in FAMILIES.values() for name in row.options}
 
 
@@ -59,7 +62,11 @@ def inspect_model(
 
 
 def apply_liger_kernel(
-    model: nn.Module, ops: str | Sequence[str] = "auto", *, recognise: bool = True
+    model: nn.Module,
+    ops: str | Sequence[str] = "auto",
+    *,
+    recognise: bool = True,
+    save_memory: bool = True,
 ) -> PatchRecord:
     """Patch one model in place and return the record, whose undo() takes it back.
 
@@ -70,15 +77,22 @@ def apply_liger_kernel(
             or removals such as "auto,-rope"; one comma-separated string or a sequence.
         recognise: Whether a model type that is not listed may be patched too, by what its modules
             compute; that is logged, and record.plan.source is "recognised" then.
+        save_memory: Whether what patched modules can cheaply make again, norm outputs and gated
+            products, is made again in backward instead of kept; the numbers stay the same. Inside
+            gradient checkpointing that decides.
 
     Returns:
         The record: coverage, patches, skipped (with reasons), undo(). If the model has no place for
         any requested op a warning names the known model types and the model stays as it was.
 
     Raises:
-        ValueError: ops is unknown or contradicts itself, or the model is patched already.
+        ValueError: ops is unknown or contradicts itself, save_memory is no boolean, or the model is
+            patched already.
     """
-    return _apply(model, resolve_ops(ops), recognise=recognise)
+    if not isinstance(save_memory, bool):
+        raise ValueError(f"save_memory must be True or False, got {save_memory!r}")
+    selection = replace(resolve_ops(ops), save_memory=save_memory)
+    return _apply(model, selection, recognise=recognise)
 
 
 def _apply(model: nn.Module, selection: OpSelection, *, recognise: bool = True) -> PatchRecord:
@@ -114,10 +128,14 @@ def _nothing_patched(plan: PatchPlan) -> str:
 
 @contextmanager
 def patched(
-    model: nn.Module, ops: str | Sequence[str] = "auto", *, recognise: bool = True
+    model: nn.Module,
+    ops: str | Sequence[str] = "auto",
+    *,
+    recognise: bool = True,
+    save_memory: bool = True,
 ) -> Iterator[PatchRecord]:
     """Patch a model inside a with block; arguments and errors are apply_liger_kernel's."""
-    record = apply_liger_kernel(model, ops, recognise=recognise)
+    record = apply_liger_kernel(model, ops, recognise=recognise, save_memory=save_memory)
     try:
         yield record
     finally:
@@ -127,9 +145,9 @@ def patched(
 # Options ----------------------------------------------------------------------------------------
 
 
-def _select(options: dict[str, bool], where: str) -> OpSelection:
+def _select(options: dict[str, bool], save_memory: bool, where: str) -> OpSelection:
     """Return the ops that keyword options turn on."""
-    for name, value in options.items():
+    for name, value in {**options, "save_memory": save_memory}.items():
         if not isinstance(value, bool):
             raise ValueError(f"{where} got {name}={value!r}; it is True or False")
     if all(options.get(loss) for loss in LOSSES):
@@ -137,7 +155,8 @@ def _select(options: dict[str, bool], where: str) -> OpSelection:
             f"{where} got cross_entropy=True and fused_linear_cross_entropy=True, which compute "
             "the same loss: set one of them to False"
         )
-    return OpSelection(tuple(op for op in PATCH_OPS if options.get(op)), is_auto=True)
+    ops = tuple(op for op in PATCH_OPS if options.get(op))
+    return OpSelection(ops, is_auto=True, save_memory=save_memory)
 
 
 def _unknown_option(name: str, known: Collection[str], where: str, rest: str) -> ValueError:
@@ -177,11 +196,13 @@ class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
         *model_args: Any,
         rope: bool = True,
         rms_norm: bool = True,
+        fused_add_rms_norm: bool = True,
         layer_norm: bool = True,
         swiglu: bool = True,
         geglu: bool = True,
         cross_entropy: bool = False,
         fused_linear_cross_entropy: bool = True,
+        save_memory: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Return the model of AutoModelForCausalLM.from_pretrained(path, **kwargs), patched.
@@ -194,12 +215,14 @@ class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
             {
                 "rope": rope,
                 "rms_norm": rms_norm,
+                "fused_add_rms_norm": fused_add_rms_norm,
                 "layer_norm": layer_norm,
                 "swiglu": swiglu,
                 "geglu": geglu,
                 "cross_entropy": cross_entropy,
                 "fused_linear_cross_entropy": fused_linear_cross_entropy,
             },
+            save_memory,
             where,
         )
         config = kwargs.get("config")
@@ -220,11 +243,13 @@ class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
         *,
         rope: bool = True,
         rms_norm: bool = True,
+        fused_add_rms_norm: bool = True,
         layer_norm: bool = True,
         swiglu: bool = True,
         geglu: bool = True,
         cross_entropy: bool = False,
         fused_linear_cross_entropy: bool = True,
+        save_memory: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Return the model of AutoModelForCausalLM.from_config(config, **kwargs), patched.
@@ -237,12 +262,14 @@ class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
             {
                 "rope": rope,
                 "rms_norm": rms_norm,
+                "fused_add_rms_norm": fused_add_rms_norm,
                 "layer_norm": layer_norm,
                 "swiglu": swiglu,
                 "geglu": geglu,
                 "cross_entropy": cross_entropy,
                 "fused_linear_cross_entropy": fused_linear_cross_entropy,
             },
+            save_memory,
             where,
         )
         _check_options(kwargs, config, where)
@@ -288,9 +315,9 @@ def _check_options(kwargs: dict[str, Any], config: Any, where: str) -> None:
             known |= set(inspect.signature(model_class.__init__).parameters)
     for name in kwargs:
         if name not in known:
-            ours = [op for op in PATCH_OPS if op in _OPTIONS]
+            ours = [*(op for op in PATCH_OPS if op in _OPTIONS), *_COMMON_OPTIONS]
             rest = f"Ours: {', '.join(ours)}; others go to transformers"
-            raise _unknown_option(name, sorted({*_OPTIONS, *known}), where, rest)
+            raise _unknown_option(name, sorted({*ours, *known}), where, rest)
 
 
 @functools.cache
@@ -403,13 +430,21 @@ def _models_of(row: Family) -> list[Any]:
 
 def _family_function(row: Family) -> Callable[..., PatchRecord]:
     known, name = row.options, f"apply_liger_kernel_to_{row.model_type}"
+    common = ("model", *_COMMON_OPTIONS)
 
-    def apply_to_family(*, model: nn.Module | None = None, **options: bool) -> PatchRecord:
+    def apply_to_family(
+        *,
+        model: nn.Module | None = None,
+        save_memory: bool = True,
+        fused_add_rms_norm: bool = True,
+        **options: bool,
+    ) -> PatchRecord:
         for option in options:
             if option not in known:
-                rest = f"Besides model it has {', '.join(known)}"
-                raise _unknown_option(option, (*known, "model"), name, rest)
-        selection = _select({**known, **options}, name)
+                rest = f"Besides {', '.join(common)} it has {', '.join(known)}"
+                raise _unknown_option(option, (*known, *common), name, rest)
+        ops = {**known, **options, "fused_add_rms_norm": fused_add_rms_norm}
+        selection = _select(ops, save_memory, name)
         if model is None:
             return FamilyRecord(row, selection)
         model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -429,6 +464,9 @@ def _family_function(row: Family) -> Callable[..., PatchRecord]:
             {", ".join(known)}: Whether to use the op.
             model: The model to patch. None: models of this type built from now on are patched, by
                 from_pretrained, from_config or their class; existing ones stay as they are.
+            save_memory: As apply_liger_kernel takes it.
+            fused_add_rms_norm: Whether to use the op, in layers that have a place for it and whose
+                norms run rms_norm.
 
         Returns:
             The record. In class mode its undo() makes construction as it was.
@@ -446,6 +484,10 @@ def _family_function(row: Family) -> Callable[..., PatchRecord]:
                 for option, default in known.items()
             ),
             inspect.Parameter("model", keyword, default=None, annotation="nn.Module | None"),
+            *(
+                inspect.Parameter(option, keyword, default=True, annotation="bool")
+                for option in _COMMON_OPTIONS
+            ),
         ],
         return_annotation="PatchRecord",
     )

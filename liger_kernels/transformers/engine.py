@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from liger_kernels.ops.launch import backend
+from liger_kernels.transformers.calls import tally_calls
 from liger_kernels.transformers.lazy_logits import HeadPatch, install_head, num_fused
 from liger_kernels.transformers.plan import (
     LOSSES,
@@ -21,7 +22,9 @@ from liger_kernels.transformers.plan import (
     row_order,
 )
 from liger_kernels.transformers.recognise import BASE_ATTRIBUTE, original_class
-from liger_kernels.transformers.replace import is_patched, patched_class, swap, tally_calls
+from liger_kernels.transformers.replace import patched_class
+from liger_kernels.transformers.residual import AddNormSpec, patched_layer
+from liger_kernels.transformers.swap import is_patched, swap
 
 
 class PatchRecord:
@@ -148,7 +151,10 @@ def apply(model: nn.Module, plan: PatchPlan) -> PatchRecord:
                 record._heads[patch.name] = (module, install_head(model, cast(Any, patch.op)))
             else:
                 cls: Any = type(module)
-                swap(module, patched_class(cls, patch.spec))
+                if isinstance(patch.spec, AddNormSpec):
+                    swap(module, patched_layer(cls, patch.spec))
+                else:
+                    swap(module, patched_class(cls, patch.spec, plan.save_memory))
                 record._swapped[patch.name] = module
     except BaseException:
         record.undo()

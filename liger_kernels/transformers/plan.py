@@ -20,6 +20,7 @@ from liger_kernels.transformers.lazy_logits import head_problem
 from liger_kernels.transformers.recognise import (
     GLU_OPS,
     ExpertsSpec,
+    GatedNormSpec,
     HeadSpec,
     LayerNormSpec,
     Mismatch,
@@ -33,13 +34,16 @@ from liger_kernels.transformers.recognise import (
     original_class,
     rope_functions,
 )
-from liger_kernels.transformers.replace import can_swap
+from liger_kernels.transformers.residual import AddNormSpec, find_layers, layer_problem
+from liger_kernels.transformers.swap import can_swap
 
 # In the order reports show them.
 PATCH_OPS = (
     "rope",
     "rms_norm",
+    "fused_add_rms_norm",
     "layer_norm",
+    "gated_rms_norm",
     "swiglu",
     "geglu",
     "cross_entropy",
@@ -62,6 +66,8 @@ class OpSelection:
     named: tuple[str, ...] = ()
     # Whether ops that fail their check on the model's device are left out.
     is_auto: bool = False
+    # Whether norm outputs and gated products are made again in backward instead of kept.
+    save_memory: bool = True
 
 
 def resolve_ops(ops: str | Sequence[str] | OpSelection) -> OpSelection:
@@ -138,7 +144,7 @@ class Patch:
     name: str
     module_class: str
     op: str
-    spec: Spec
+    spec: Spec | AddNormSpec
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,8 @@ class PatchPlan:
     missing: tuple[str, ...] = ()
     # What would run the ops on the model's device; None while it is on meta.
     backend: str | None = None
+    # Whether norm outputs and gated products are made again in backward instead of kept.
+    save_memory: bool = True
 
     @property
     def coverage(self) -> dict[str, dict[str, int]]:
@@ -186,6 +194,7 @@ class PatchPlan:
             "source": self.source,
             "ops": list(self.ops),
             "missing": list(self.missing),
+            "save_memory": self.save_memory,
             "coverage": self.coverage,
             "modules": self.modules,
         }
@@ -251,6 +260,7 @@ def build_plan(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     patches: list[Patch] = []
     skips: list[Skip] = []
+    ops_of: dict[nn.Module, str] = {}
     for name, module, op, found in _survey(model, row) if row or recognise else ():
         if op == "cross_entropy" and op not in selection.ops:
             # The head already stands for the fused loss.
@@ -259,10 +269,13 @@ def build_plan(
         reason = found.reason if isinstance(found, Refusal) else None
         if reason is None and op is not None:
             reason = _refusal(model, module, op, selection, device)
+        if reason is None and isinstance(found, AddNormSpec):
+            reason = layer_problem(module, found, ops_of)
         if reason is not None:
             skips.append(Skip(name, class_name, op, reason))
         elif op is not None and not isinstance(found, Refusal):
             patches.append(Patch(name, class_name, op, found))
+            ops_of[module] = op
     candidates = {patch.op for patch in patches} | {skip.op for skip in skips}
     return PatchPlan(
         model_type,
@@ -272,17 +285,19 @@ def build_plan(
         tuple(skips),
         tuple(op for op in selection.named if op not in candidates),
         None if device.type == "meta" else backend(device),
+        selection.save_memory,
     )
 
 
-Found = Spec | Refusal
+Found = Spec | AddNormSpec | Refusal
 
 
 def _survey(
     model: nn.Module, row: Family | None
 ) -> Iterator[tuple[str, nn.Module, str | None, Found]]:
     """Yield the modules worth a word: name, module, the op it is a candidate of, what was found."""
-    recogniser = Recogniser()
+    recogniser = Recogniser(model)
+    norms: set[nn.Module] = set()
     for name, module in model.named_modules():
         class_name = original_class(type(module)).__name__
         found = recogniser.recognise(module)
@@ -290,6 +305,8 @@ def _survey(
             found = Refusal("attention without rotary positions in this layer", is_known_form=True)
         if row is not None:
             found = row.check(class_name, found)
+        if isinstance(found, NormSpec) and not found.is_l2:
+            norms.add(module)
         if found is None:
             reason = _idle_attention(name, module)
             found = None if reason is None else Refusal(reason)
@@ -298,6 +315,9 @@ def _survey(
             if row is not None and isinstance(found, Mismatch):
                 op = row.ops[class_name]
             yield name, module, op, found
+    # After all norms, which these layers call.
+    for name, module, layer in find_layers(model, norms):
+        yield name, module, _op_of(layer), layer
     head = _head_of(model)
     if head is not None:
         name, module = head
@@ -308,8 +328,12 @@ def _survey(
 def _op_of(found: Found) -> str | None:
     if isinstance(found, NormSpec):
         return "rms_norm"
+    if isinstance(found, AddNormSpec):
+        return "fused_add_rms_norm"
     if isinstance(found, LayerNormSpec):
         return "layer_norm"
+    if isinstance(found, GatedNormSpec):
+        return "gated_rms_norm"
     if isinstance(found, (MlpSpec, ExpertsSpec)):
         return GLU_OPS[found.activation]
     return "rope" if isinstance(found, RopeSpec) else None
@@ -362,6 +386,8 @@ def _refusal(
         return f"{other} was chosen for this head"
     if op not in selection.ops:
         return "not requested"
+    if op == "fused_add_rms_norm" and "rms_norm" not in selection.ops:
+        return "needs rms_norm, which was not requested"
     if op in LOSSES:
         problem = head_problem(inner_model(model))
         if problem is not None:

@@ -12,116 +12,104 @@ tensor subclasses (a sharded DTensor), dtypes other than fp32, bf16 and fp16, me
 from __future__ import annotations
 
 import functools
-import sys
-import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from liger_kernels.ops import geglu, layer_norm, rms_norm, rope, swiglu
+from liger_kernels.ops import gated_rms_norm, geglu, layer_norm, rms_norm, swiglu
+from liger_kernels.ops.glu_mlp import ACTIVATIONS as FUSED_ACTIVATIONS
+from liger_kernels.ops.glu_mlp import glu_mlp
+from liger_kernels.transformers.calls import is_plain, note
 from liger_kernels.transformers.recognise import (
     ACTIVATIONS,
-    BASE_ATTRIBUTE,
     ExpertsSpec,
+    GatedNormSpec,
     LayerNormSpec,
     MlpSpec,
     NormSpec,
     RopeSpec,
     Spec,
-    original_class,
-    rope_functions,
-    rope_inputs,
-    rope_parameters,
     run_experts,
     split_gate,
 )
-
-_PLAIN_TYPES = (Tensor, nn.Parameter)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _is_plain(*tensors: Any) -> bool:
-    """Return whether the ops serve these tensors; None counts as served."""
-    return all(
-        x is None or (type(x) in _PLAIN_TYPES and x.dtype in _DTYPES and not x.is_meta)
-        for x in tensors
-    )
+from liger_kernels.transformers.recompute import hooks_are_free, recomputing, remember
+from liger_kernels.transformers.rotary import attention_forward
+from liger_kernels.transformers.swap import stand_in
 
 
-# Counting calls ---------------------------------------------------------------------------------
+@functools.cache
+def patched_class(base: Any, spec: Spec, saves_memory: bool = True) -> type[nn.Module]:
+    """Return the subclass of `base` that computes what `spec` says through an op.
+
+    Args:
+        base: The class it stands for.
+        spec: What modules of the class compute.
+        saves_memory: Whether outputs that are cheap to make again are not kept for backward.
+    """
+    if isinstance(spec, NormSpec):
+        namespace: dict[str, Any] = {"forward": _rms_norm_forward(base, spec)}
+    elif isinstance(spec, LayerNormSpec):
+        namespace = {"forward": _layer_norm_forward(base, spec)}
+    elif isinstance(spec, GatedNormSpec):
+        namespace = {"forward": _gated_norm_forward(base, spec)}
+    elif isinstance(spec, MlpSpec):
+        namespace = {"forward": _mlp_forward(base, spec)}
+    elif isinstance(spec, ExpertsSpec) and spec.is_sorted:
+        namespace = {"forward": _sorted_experts_forward(base, spec)}
+    elif isinstance(spec, ExpertsSpec):
+        namespace = _experts_namespace(base, spec)
+    else:
+        assert isinstance(spec, RopeSpec), "heads belong to lazy_logits.py"
+        namespace = {"forward": attention_forward(base, spec)}
+    namespace["_saves_memory"] = saves_memory
+    return stand_in(base, spec, namespace, make_patched, saves_memory)
 
 
-class Tally:
-    """The modules that called an op, by id, while a tally runs."""
-
-    def __init__(self) -> None:
-        self.called: set[int] = set()
-        # The attention whose forward runs: its rotary function does not know whose it is.
-        self.attention: nn.Module | None = None
-        # torch.compile traced a patched forward: what it holds runs without Python and is not seen.
-        self.is_compiled = False
+def make_patched(base: Any, spec: Spec, saves_memory: bool = True) -> nn.Module:
+    """Return an empty patched instance; pickle and deepcopy fill it."""
+    cls: Any = patched_class(base, spec, saves_memory)
+    return cls.__new__(cls)
 
 
-_TALLY: ContextVar[Tally | None] = ContextVar("tally", default=None)
+def eps_of(module: Any, spec: NormSpec | LayerNormSpec | GatedNormSpec) -> float:
+    eps: float = getattr(module, spec.eps_attr) if spec.eps is None else spec.eps
+    return eps
 
 
-@contextmanager
-def tally_calls(modules: Iterable[nn.Module]) -> Iterator[Tally]:
-    """Note which patched modules call their op. Compiled code notes nothing."""
-    tally = Tally()
-
-    def enter(module: nn.Module, args: Any) -> None:
-        tally.attention = module
-
-    hooks = [
-        module.register_forward_pre_hook(enter)
-        for module in modules
-        if isinstance(getattr(type(module), _SPEC_ATTRIBUTE, None), RopeSpec)
-    ]
-    token = _TALLY.set(tally)
-    try:
-        yield tally
-    finally:
-        _TALLY.reset(token)
-        for hook in hooks:
-            hook.remove()
-
-
-def _note(module: nn.Module | None = None) -> None:
-    if torch.compiler.is_compiling():
-        _note_compiled()
-        return
-    tally = _TALLY.get()
-    if tally is not None:
-        tally.called.add(id(module or tally.attention))
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _note_compiled() -> None:
-    """Run once, in Python, where torch.compile traces."""
-    tally = _TALLY.get()
-    if tally is not None:
-        tally.is_compiled = True
-
-
-# Norms, MLPs, experts ---------------------------------------------------------------------------
+def _run(module: Any, op: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    """Return op(*tensors), noted as something that is cheap to make again."""
+    y = op(*tensors)
+    # A frozen norm whose input has no gradient keeps nothing to make its output from.
+    if module._saves_memory and y.requires_grad:
+        remember(y, functools.partial(op, *(None if x is None else x.detach() for x in tensors)))
+    return y
 
 
 def _rms_norm_forward(base: Any, spec: NormSpec) -> Callable[..., Any]:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         weight = self.weight if spec.has_weight else None
-        if len(args) != 1 or kwargs or not _is_plain(args[0], weight):
+        if len(args) != 1 or kwargs or not is_plain(args[0], weight):
             return base.forward(self, *args, **kwargs)
-        _note(self)
-        eps = getattr(self, spec.eps_attr)
-        return rms_norm(args[0], weight, eps, offset=spec.offset, cast=spec.cast)
+        (x,) = args
+        if spec.needs_one_dtype and weight is not None and weight.dtype != x.dtype:
+            return base.forward(self, x)
+        note(self)
+        if spec.is_l2:
+            return _l2_norm(x, eps_of(self, spec))
+        op = functools.partial(rms_norm, eps=eps_of(self, spec), offset=spec.offset, cast=spec.cast)
+        return _run(self, op, x, weight)
 
     return forward
+
+
+def _l2_norm(x: Tensor, eps: float) -> Tensor:
+    # The root of a sum is that of a mean times the root of the width.
+    width = x.shape[-1]
+    weight = torch.full((width,), width**-0.5, dtype=torch.float32, device=x.device)
+    return rms_norm(x, weight, eps / width, cast="end")
 
 
 def _layer_norm_forward(base: Any, spec: LayerNormSpec) -> Callable[..., Any]:
@@ -129,18 +117,51 @@ def _layer_norm_forward(base: Any, spec: LayerNormSpec) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         weight = self.weight if spec.has_weight else None
         bias = self.bias if spec.has_bias else None
-        if len(args) != 1 or kwargs or not _is_plain(args[0], weight, bias):
+        if len(args) != 1 or kwargs or not is_plain(args[0], weight, bias):
             return base.forward(self, *args, **kwargs)
-        _note(self)
-        return layer_norm(args[0], weight, bias, getattr(self, spec.eps_attr))
+        (x,) = args
+        if spec.offset:
+            # Nemotron casts in a way of its own under autocast.
+            if torch.is_autocast_enabled(x.device.type):
+                return base.forward(self, x)
+            weight = None if weight is None else weight + spec.offset
+        note(self)
+        op = functools.partial(layer_norm, eps=eps_of(self, spec))
+        return _run(self, op, x, weight, bias)
+
+    return forward
+
+
+def _gated_norm_forward(base: Any, spec: GatedNormSpec) -> Callable[..., Any]:
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(spec.inputs, args, strict=False)), **kwargs}
+        x, gate = (given.get(name) for name in spec.inputs)
+        weight = self.weight if spec.has_weight else None
+        is_extra = len(given) != 2 or len(args) + len(kwargs) != 2
+        if is_extra or x is None or gate is None or not is_plain(x, gate, weight):
+            return base.forward(self, *args, **kwargs)
+        if gate.shape != x.shape:
+            return base.forward(self, *args, **kwargs)
+        note(self)
+        return gated_rms_norm(
+            x,
+            gate,
+            weight,
+            eps_of(self, spec),
+            gate_first=spec.gate_first,
+            activation=spec.activation,
+            cast=spec.cast,
+            num_groups=spec.num_groups,
+        )
 
     return forward
 
 
 def _glu(module: nn.Module, activation: str, gate: Tensor, up: Tensor) -> Tensor:
-    if not _is_plain(gate, up) or gate.shape != up.shape:
+    if not is_plain(gate, up) or gate.shape != up.shape:
         return ACTIVATIONS[activation](gate) * up
-    _note(module)
+    note(module)
     if activation == "silu":
         return swiglu(gate, up)
     return geglu(gate, up, approximate="tanh" if activation == "gelu_tanh" else "none")
@@ -152,21 +173,67 @@ def _mlp_forward(base: Any, spec: MlpSpec) -> Callable[..., Any]:
         if len(args) != 1 or kwargs:
             return base.forward(self, *args, **kwargs)
         (x,) = args
-        gate = getattr(self, spec.gate)(x)
-        if spec.layout == "separate":
-            # After the gate, as the class does it: adapters with dropout draw in this order.
-            up = getattr(self, spec.up)(x)
-        else:
-            gate, up = split_gate(gate, spec.layout)
-        return getattr(self, spec.down)(_glu(self, spec.activation, gate, up))
+        weights = _weights_of(self, spec, x)
+        if weights is not None:
+            note(self)
+            with recomputing(x):
+                keeps = not self._saves_memory
+                return glu_mlp(x, *weights, activation=spec.activation, keeps_product=keeps)
+        with recomputing(x):
+            gate = getattr(self, spec.gate)(x)
+            if spec.layout == "separate":
+                # After the gate, as the class does it: adapters with dropout draw in this order.
+                up = getattr(self, spec.up)(x)
+            else:
+                gate, up = split_gate(gate, spec.layout)
+        h = _run(self, functools.partial(_glu, self, spec.activation), gate, up)
+        with recomputing(h):
+            return getattr(self, spec.down)(h)
 
     return forward
+
+
+def _weights_of(
+    module: Any, spec: MlpSpec, x: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    """Return the weights of an MLP that is plain enough to run as one function, else None.
+
+    Inside a checkpoint it is not: that stops making activations again before the last product.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not is_plain(x):
+        return None
+    if torch.is_autocast_enabled(x.device.type) or not hooks_are_free():
+        return None
+    if spec.activation not in FUSED_ACTIVATIONS or spec.layout not in ("separate", "gate_first"):
+        return None
+    names = (spec.gate, spec.up, spec.down) if spec.layout == "separate" else (spec.gate, spec.down)
+    layers = [getattr(module, name) for name in names]
+    weights = [layer.weight for layer in layers if _is_plain_linear(layer)]
+    if len(weights) < len(layers) or not is_plain(*weights):
+        return None
+    if any(w.dtype != x.dtype or w.device != x.device for w in weights):
+        return None
+    first, *middle, last = weights
+    return first, middle[0] if middle else None, last
+
+
+def _is_plain_linear(layer: nn.Module) -> bool:
+    """Return whether calling the layer is its product with its weight, and nothing else."""
+    return (
+        type(layer) is nn.Linear
+        and layer.bias is None
+        and "forward" not in vars(layer)
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and not layer._backward_hooks
+        and not layer._backward_pre_hooks
+    )
 
 
 def _sorted_experts_forward(base: Any, spec: ExpertsSpec) -> Callable[..., Any]:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or not _is_plain(args[0], self.gate_up_proj, self.down_proj):
+        if len(args) != 1 or kwargs or not is_plain(args[0], self.gate_up_proj, self.down_proj):
             return base.forward(self, *args, **kwargs)
 
         (x,) = args
@@ -186,242 +253,9 @@ def _experts_namespace(base: Any, spec: ExpertsSpec) -> dict[str, Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # The eager loop computes the gate in line; the grouped and batched ones call _apply_gate.
         is_eager = getattr(self.config, "_experts_implementation", None) in (None, "eager")
-        if is_eager and len(args) == 3 and not kwargs and _is_plain(args[0]):
+        if is_eager and len(args) == 3 and not kwargs and is_plain(args[0]):
             return run_experts(self, *args, self._apply_gate)
         return base.forward(self, *args, **kwargs)
 
     gate = {"_apply_gate": functools.wraps(base._apply_gate)(_apply_gate)}
     return {**gate, "forward": forward} if spec.has_plain_loop else gate
-
-
-# RoPE -------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _rotary(original: Callable[..., Any], spec: RopeSpec) -> Callable[..., Any]:
-    """Return a function of original's signature that rotates through the op."""
-    names, num_inputs = rope_parameters(original), rope_inputs(original)
-    is_complex = spec.angles in ("complex", "complex_shared")
-    num_required = num_inputs + (1 if is_complex else 2)
-    called = original.forward if isinstance(original, nn.Module) else original
-
-    @functools.wraps(called)
-    def rotate(*args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        required = [given.pop(name, None) for name in names[:num_required]]
-        inputs, angles = required[:num_inputs], required[num_inputs:]
-        axis = given.pop("unsqueeze_dim", spec.unsqueeze_dim)
-        if spec.angles == "sections":
-            angles = _merge_sections(angles, given.pop("mrope_section", None))
-        elif spec.angles == "complex_shared":
-            angles = [table.squeeze(1) for table in angles if isinstance(table, Tensor)]
-        is_extra = any(value is not None for value in given.values())
-        if is_extra or not _can_rotate(inputs, angles, axis, is_complex=is_complex):
-            return original(*args, **kwargs)
-        if is_complex:
-            angles = [angles[0].real, angles[0].imag]
-        elif spec.angles == "repeated":
-            angles = [table[..., ::2] for table in angles]
-        width = angles[0].shape[-1] * (1 if spec.angles in ("twice", "sections") else 2)
-        if width % 2 or width > inputs[0].shape[-1]:
-            return original(*args, **kwargs)
-        _note()
-        if not spec.keeps_dtype:
-            inputs = [_widen(x, angles[0]) for x in inputs]
-        q, k = (*inputs, None)[:2]
-        turned = rope(q, k, *angles, style=spec.style, rotary_dim=width, unsqueeze_dim=axis)
-        return turned[0] if spec.is_single else turned
-
-    return rotate
-
-
-def _merge_sections(tables: list[Any], sections: Any) -> list[Tensor]:
-    """Return (B, T, D) of tables (3, B, T, D), each kind of positions in its section of D."""
-    if sections is None or not all(isinstance(table, Tensor) for table in tables):
-        return []
-    sizes = [*sections, *sections]
-    return [
-        torch.cat([part[i % 3] for i, part in enumerate(table.split(sizes, dim=-1))], dim=-1)
-        for table in tables
-    ]
-
-
-def _can_rotate(
-    inputs: list[Any], angles: list[Any], axis: Any, *, is_complex: bool = False
-) -> bool:
-    """Return whether the op takes these shapes: heads at `axis`, an angle for every token."""
-    if not all(type(x) is Tensor for x in (*inputs, *angles)) or not _is_plain(*inputs):
-        return False
-    rank = inputs[0].dim()
-    axis = axis - rank if axis >= 0 else axis
-    if rank not in (3, 4) or axis not in (-3, -2):
-        return False
-    num_tokens = inputs[0].shape[-5 - axis]
-    batch = inputs[0].shape[0] if rank == 4 else 1
-    leads = ((num_tokens,), (1, num_tokens), (batch, num_tokens))
-    return bool(angles) and all(
-        x.is_complex() == is_complex
-        and not x.requires_grad
-        and x.shape == angles[0].shape
-        and x.shape[:-1] in leads
-        for x in angles
-    )
-
-
-def _widen(x: Tensor, cos: Tensor) -> Tensor:
-    """Return x in the dtype of x * cos; under autocast in its own, which attention takes anyway."""
-    if torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(torch.promote_types(x.dtype, cos.dtype))
-
-
-def _rebuild(
-    function: types.FunctionType,
-    replacements: Mapping[str, Callable[..., Any]],
-    known: dict[types.FunctionType, types.FunctionType],
-) -> types.FunctionType:
-    """Copy a function, and those its decorators hide, so that global names find the replacements.
-
-    A forward reaches its rotary function as a global of its module. Changing that global would
-    change every model of the family, so the copy gets globals of its own.
-    """
-    if function in known:
-        return known[function]
-    names = set(function.__code__.co_names) & set(replacements)
-    cells, is_changed = [], bool(names)
-    for cell in function.__closure__ or ():
-        # An empty cell belongs to a function that is still being defined.
-        try:
-            content = cell.cell_contents
-        except ValueError:
-            content = None
-        if isinstance(content, types.FunctionType):
-            rebuilt = _rebuild(content, replacements, known)
-            if rebuilt is not content:
-                cell, is_changed = types.CellType(rebuilt), True
-        cells.append(cell)
-    if not is_changed:
-        known[function] = function
-        return function
-    namespace = function.__globals__
-    if names:
-        items = tuple((name, replacements[name]) for name in sorted(names))
-        namespace = _overlay(namespace["__name__"], items)
-    copy = types.FunctionType(
-        function.__code__,
-        namespace,
-        function.__name__,
-        function.__defaults__,
-        tuple(cells) if cells else None,
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    functools.update_wrapper(copy, function)
-    wrapped = function.__dict__.get("__wrapped__")
-    if isinstance(wrapped, types.FunctionType):
-        copy.__dict__["__wrapped__"] = _rebuild(wrapped, replacements, known)
-    else:
-        # update_wrapper points it at the function that is replaced.
-        del copy.__dict__["__wrapped__"]
-    known[function] = copy
-    return copy
-
-
-@functools.cache
-def _overlay(name: str, items: tuple[tuple[str, Callable[..., Any]], ...]) -> dict[str, Any]:
-    """Return the globals of module `name` with some names replaced, as they are at this moment.
-
-    They belong to a module that can be imported, because torch.compile looks guards of globals up
-    through sys.modules. A later change of the original module's globals is not seen here.
-    """
-    index = sum(key.startswith(f"{__name__}.{name}.") for key in sys.modules)
-    overlay = types.ModuleType(f"{__name__}.{name}.{index}")
-    # The package stays the original's: imports inside its functions are relative to that.
-    own = {"__name__": overlay.__name__, "__spec__": None, "__loader__": None}
-    vars(overlay).update({**vars(sys.modules[name]), **dict(items), **own})
-    sys.modules[overlay.__name__] = overlay
-    return vars(overlay)
-
-
-def _attention_forward(base: Any, spec: RopeSpec) -> Callable[..., Any]:
-    functions = rope_functions(base)
-    specs = (spec, *spec.others)
-    replacements = {each.function: _rotary(functions[each.function], each) for each in specs}
-    return _rebuild(base.forward, replacements, {})
-
-
-# Classes ----------------------------------------------------------------------------------------
-
-_SPEC_ATTRIBUTE = "_patch_spec"
-
-
-@functools.cache
-def patched_class(base: Any, spec: Spec) -> type[nn.Module]:
-    """Return the subclass of `base` that computes what `spec` says through an op."""
-    if isinstance(spec, NormSpec):
-        namespace = {"forward": _rms_norm_forward(base, spec)}
-    elif isinstance(spec, LayerNormSpec):
-        namespace = {"forward": _layer_norm_forward(base, spec)}
-    elif isinstance(spec, MlpSpec):
-        namespace = {"forward": _mlp_forward(base, spec)}
-    elif isinstance(spec, ExpertsSpec) and spec.is_sorted:
-        namespace = {"forward": _sorted_experts_forward(base, spec)}
-    elif isinstance(spec, ExpertsSpec):
-        namespace = _experts_namespace(base, spec)
-    else:
-        assert isinstance(spec, RopeSpec), "heads belong to lazy_logits.py"
-        namespace = {"forward": _attention_forward(base, spec)}
-    return type(
-        base.__name__,
-        (base,),
-        {
-            **namespace,
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-            "__reduce_ex__": _reduce,
-            BASE_ATTRIBUTE: base,
-            _SPEC_ATTRIBUTE: spec,
-        },
-    )
-
-
-def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
-    # pickle finds a class by its name, which is that of the class it stands for.
-    return make_patched, (self._patch_base, self._patch_spec), self.__getstate__()
-
-
-def make_patched(base: Any, spec: Spec) -> nn.Module:
-    """Return an empty patched instance; pickle and deepcopy fill it."""
-    cls: Any = patched_class(base, spec)
-    return cls.__new__(cls)
-
-
-def is_patched(module: nn.Module) -> bool:
-    """Return whether a module's class was swapped."""
-    return original_class(type(module)) is not type(module)
-
-
-def swap(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Give module another class, also beneath a forward that accelerate's hooks hold."""
-    old = type(module).forward
-    module.__class__ = cls
-    for slot in ("forward", "_old_forward"):
-        bound = vars(module).get(slot)
-        if _is_own(bound, module, old):
-            vars(module)[slot] = types.MethodType(cls.forward, module)
-
-
-def can_swap(module: nn.Module) -> bool:
-    """Return whether a swap would change what the module does when called."""
-    held = [vars(module)[slot] for slot in ("forward", "_old_forward") if slot in vars(module)]
-    return "forward" not in vars(module) or any(
-        _is_own(bound, module, type(module).forward) for bound in held
-    )
-
-
-def _is_own(bound: Any, module: nn.Module, function: Callable[..., Any]) -> bool:
-    return (
-        isinstance(bound, types.MethodType)
-        and bound.__self__ is module
-        and bound.__func__ is function
-    )

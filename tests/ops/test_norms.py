@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from liger_kernels.compare import FLOOR, error
-from liger_kernels.ops import launch, layer_norm, rms_norm
+from liger_kernels.ops import fused_add_rms_norm, launch, layer_norm, rms_norm
+from liger_kernels.ops.fused_add_rms_norm import fused_add_rms_norm_ref
 from liger_kernels.ops.registry import OPS
+from liger_kernels.ops.rms_norm import recompute
 
 NORMS = ("rms_norm", "layer_norm")
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -307,10 +309,10 @@ def test_saves_only_the_input_and_small_statistics(norm, device):
         function_of(norm)(*tensors)
     # x itself, not a copy.
     assert saved.pop(tensors[0].data_ptr()).numel() == 50 * 40
-    assert all(tensor.numel() <= 50 for tensor in saved.values())
-    statistics = [t for t in saved.values() if t.numel() == 50]
-    assert len(statistics) == (1 if norm == "rms_norm" else 2)
-    assert all(t.dtype == torch.float32 for t in statistics)
+    assert saved.pop(tensors[1].data_ptr()).numel() == 40
+    (statistics,) = saved.values()
+    assert statistics.numel() == (50 if norm == "rms_norm" else 2 * 50)
+    assert statistics.dtype == torch.float32
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -325,15 +327,174 @@ def test_strided_parameters(norm, device):
     assert all(map(torch.equal, strided, packed))
 
 
+# One row a program and several, whole and in two parts: enough of them that programs add up several
+# tiles before their partial sums meet.
 @pytest.mark.parametrize("norm", NORMS)
-def test_more_rows_than_programs(norm, device):
-    # Wide enough for one row a program: each adds up several rows before the partial sums meet.
-    tensors = arguments(norm, 15, 1030, device=device)
-    dy = make(15, 1030, seed=9, device=device).detach()
-    _, ours = gradients(function_of(norm), tensors, dy)
-    _, eager = gradients(OPS[norm].reference, tensors, dy)
+@pytest.mark.parametrize(
+    ("rows", "width"), [(70, 1030), (600, 128), (2100, 40), (66, 1536)], ids=lambda n: str(n)
+)
+def test_rows_are_summed_over_programs(norm, rows, width, device):
+    tensors = arguments(norm, rows, width, device=device)
+    dy = make(rows, width, seed=9, device=device).detach()
+    y, ours = gradients(function_of(norm), tensors, dy)
+    wanted, eager = gradients(OPS[norm].reference, tensors, dy)
+    assert error(y, wanted) <= 1e-6
     for mine, theirs in zip(ours, eager, strict=True):
-        assert error(mine, theirs) <= 2e-6
+        assert error(mine, theirs) <= 3e-6
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "block_m", "block_n", "block_rest"),
+    [
+        (4096, 40, 128, 32, 8),
+        (4096, 5120, 1, 4096, 1024),
+        (4096, 2304, 1, 4096, 0),
+        (4096, 7168, 1, 8192, 0),
+        (4096, 8192, 1, 8192, 0),
+        (4096, 1, 8192, 1, 0),
+        (3, 40, 4, 64, 0),
+    ],
+)
+def test_rows_are_taken_apart_where_it_saves_lanes(rows, width, block_m, block_n, block_rest):
+    num_elements, num_warps = (2048, 16) if width > 2048 else (8192, 4)
+    shape = launch.RowShape(num_elements, num_warps)
+    plan = launch.persistent_row_plan(shape, width, rows, 4, torch.device("cpu"))
+    assert (plan.block_m, plan.block_n, plan.block_rest) == (
+        min(block_m, 4096),
+        block_n,
+        block_rest,
+    )
+    assert plan.block_n + plan.block_rest >= width
+
+
+def test_few_elements_are_the_work_of_one_program():
+    shape, device = launch.RowShape(8192, 8), torch.device("cpu")
+    assert launch.persistent_row_plan(shape, 1024, 64, 4, device).num_programs == 1
+    assert launch.persistent_row_plan(shape, 1024, 65, 4, device).num_programs > 1
+
+
+@pytest.mark.parametrize("layout", ["packed", "strided", "transposed"])
+@pytest.mark.parametrize("cast", ["mid", "end"])
+def test_recompute_gives_the_same_bits(cast, layout, device):
+    x, weight = arguments("rms_norm", 3, 5, 72, device=device, dtype=torch.half)
+    if layout == "strided":
+        x = make(3, 5, 80, seed=1, dtype=torch.half, device=device)[..., :72]
+    elif layout == "transposed":
+        x = make(5, 3, 72, seed=1, dtype=torch.half, device=device).transpose(0, 1)
+    y = rms_norm(x, weight, 1e-5, offset=1.0, cast=cast)
+    node = y.grad_fn
+    again = recompute(*node.saved_tensors, node.options)
+    assert torch.equal(again.view(y.shape), y)
+    # From the statistics, not by reducing x anew.
+    x, weight, rstd = node.saved_tensors
+    assert torch.equal(recompute(x, weight, 0 * rstd, node.options), torch.zeros_like(again))
+
+
+def add_arguments(*shape: int, device, dtype=torch.float32, residual_dtype=None):
+    return [
+        make(*shape, seed=1, dtype=dtype, device=device),
+        make(*shape, seed=2, dtype=residual_dtype or dtype, device=device),
+        make(shape[-1], seed=3, dtype=dtype, device=device, shift=1.0),
+    ]
+
+
+@pytest.mark.parametrize("unused", ["y", "total"])
+@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.half], ids=["fp32", "fp16"])
+def test_add_norm_whose_output_nobody_reads(unused, residual_dtype, device):
+    tensors = add_arguments(6, 40, device=device, residual_dtype=residual_dtype)
+    dy = make(6, 40, seed=9, device=device).detach()
+    index = ("total", "y").index(unused)
+
+    def used(function):
+        return lambda *args: function(*args)[index]
+
+    _, ours = gradients(used(fused_add_rms_norm), tensors, dy)
+    _, eager = gradients(used(fused_add_rms_norm_ref), tensors, dy)
+    for mine, theirs in zip(ours, eager, strict=True):
+        assert (mine is None) == (theirs is None)
+        if theirs is not None:
+            assert mine.dtype == theirs.dtype
+            assert error(mine, theirs) <= FLOOR[theirs.dtype]
+
+
+@pytest.mark.parametrize("flags", _flags(3), ids=lambda flags: "".join("ft"[f] for f in flags))
+def test_add_norm_gradients_exist_exactly_where_asked(flags, device):
+    tensors = add_arguments(6, 40, device=device)
+    for tensor, flag in zip(tensors, flags, strict=True):
+        tensor.requires_grad_(flag)
+    dy, dtotal = (make(6, 40, seed=seed, device=device).detach() for seed in (8, 9))
+
+    def both(function):
+        leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+        y, total = function(*leaves)
+        outputs = [(y, dy)] + [(total, dtotal)] * total.requires_grad
+        torch.autograd.backward(*zip(*outputs, strict=True))
+        return [leaf.grad for leaf in leaves]
+
+    ours, eager = both(fused_add_rms_norm), both(fused_add_rms_norm_ref)
+    for mine, theirs in zip(ours, eager, strict=True):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or error(mine, theirs) <= 2e-6
+
+
+def test_case_17_add_norm_leaves_the_gradients_it_is_given_alone(device):
+    tensors = add_arguments(6, 40, device=device)
+    given = [make(6, 40, seed=seed, device=device).detach() for seed in (8, 9)]
+    before = [t.detach().clone() for t in (*tensors, *given)]
+    y, total = fused_add_rms_norm(*tensors)
+    assert torch.equal(total, tensors[0] + tensors[1])
+    first = torch.autograd.grad((y, total), tensors, given, retain_graph=True)
+    # case 19: and again.
+    second = torch.autograd.grad((y, total), tensors, given)
+    assert all(map(torch.equal, first, second))
+    for tensor, old in zip((*tensors, *given), before, strict=True):
+        assert torch.equal(tensor.detach(), old)
+
+
+def test_add_norm_saves_only_the_sum_and_a_number_a_row(device):
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.data_ptr()] = tensor
+        return tensor
+
+    tensors = add_arguments(50, 40, device=device, dtype=torch.half)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y, total = fused_add_rms_norm(*tensors)
+    assert saved.pop(total.data_ptr()).numel() == 50 * 40
+    assert saved.pop(tensors[2].data_ptr()).numel() == 40
+    (rstd,) = saved.values()
+    assert (rstd.numel(), rstd.dtype) == (50, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64), (3, 0)])
+def test_case_44_add_norm_of_no_elements(shape, device):
+    x, residual, weight = add_arguments(*shape, device=device)
+    y, total = fused_add_rms_norm(x, residual, weight)
+    assert y.shape == total.shape == shape
+    (y.sum() + total.sum()).backward()
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_case_46_a_second_derivative_of_add_norm_is_an_error(device):
+    tensors = add_arguments(6, 40, device=device)
+    y, total = fused_add_rms_norm(*tensors)
+    with pytest.raises(RuntimeError, match="fused_add_rms_norm is not differentiable twice"):
+        torch.autograd.grad((y + total).sum(), tensors[0], create_graph=True)
+
+
+def test_add_norm_names_wrong_arguments(device):
+    x, residual, weight = add_arguments(2, 8, device=device)
+    with pytest.raises(
+        ValueError, match=r"residual must be floating \(2, 8\) as x, got .*\(1, 8\)"
+    ):
+        fused_add_rms_norm(x, residual[:1], weight)
+    with pytest.raises(ValueError, match=r"residual must be floating .* got torch.int64"):
+        fused_add_rms_norm(x, residual.long(), weight)
+    with pytest.raises(ValueError, match=r"weight must be \(8,\) as x's width, got \(7,\)"):
+        fused_add_rms_norm(x, residual, weight[:7])
+    with pytest.raises(ValueError, match="cast must be one of mid, end, got 'llama'"):
+        fused_add_rms_norm(x, residual, weight, cast="llama")
 
 
 def test_fp64_is_computed_in_fp64(device):
@@ -424,11 +585,10 @@ def test_case_29_no_fp64_inside_torch_compile(norm, device, true_allocators):
 @pytest.mark.gpu
 @pytest.mark.parametrize("norm", NORMS)
 def test_case_30_compilations_do_not_follow_the_rows(norm, device):
-
-    module = importlib.import_module(f"liger_kernels.ops.{norm}")
+    module = importlib.import_module(f"liger_kernels.ops.{norm}_kernel")
     kernels = [
-        getattr(module, f"_{norm}_fwd_kernel"),
-        getattr(module, f"_{norm}_bwd_kernel"),
+        getattr(module, f"{norm}_fwd_kernel"),
+        getattr(module, f"{norm}_bwd_kernel"),
         launch.sum_partials_kernel,
     ]
 

@@ -30,7 +30,7 @@ from liger_kernels.transformers import api as api_module
 from liger_kernels.transformers.families import FAMILIES
 from liger_kernels.transformers.plan import build_plan
 from liger_kernels.transformers.repair import repair_model
-from liger_kernels.transformers.replace import is_patched
+from liger_kernels.transformers.swap import is_patched
 
 
 def _num_patched(model) -> int:
@@ -54,11 +54,18 @@ def test_names_resolve():
 def test_family_function_has_the_options_of_its_row(family):
     function = getattr(liger_kernels.transformers, f"apply_liger_kernel_to_{family}")
     parameters = inspect.signature(function).parameters
-    assert [*parameters] == [*FAMILIES[family].options, "model"]
+    assert [*parameters] == [
+        *FAMILIES[family].options,
+        "model",
+        "save_memory",
+        "fused_add_rms_norm",
+    ]
     assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values())
     assert {n: p.default for n, p in parameters.items()} == {
         **FAMILIES[family].options,
         "model": None,
+        "save_memory": True,
+        "fused_add_rms_norm": True,
     }
 
 
@@ -78,7 +85,7 @@ def test_each_option_case_42(family):
     reference = run(model, inputs)
     for option in known:
         only = {name: name == option for name in known}
-        record = apply_to_family(model=model, **only)
+        record = apply_to_family(model=model, fused_add_rms_norm=False, **only)
         assert {patch.op for patch in record.patches} == {option}
         with record.count_calls():
             assert_same(run(model, inputs), reference)
@@ -251,13 +258,13 @@ def test_class_mode_of_subclasses_and_headless_models():
     config = zoo.config_of("llama")
     record = apply_liger_kernel_to_llama(rope=False)
     try:
-        assert _num_patched(Mine(config)) == 8
-        assert _num_patched(transformers.LlamaModel(config)) == 7
-        assert _num_patched(transformers.LlamaForSequenceClassification(config)) == 7
+        assert _num_patched(Mine(config)) == 10
+        assert _num_patched(transformers.LlamaModel(config)) == 9
+        assert _num_patched(transformers.LlamaForSequenceClassification(config)) == 9
         with pytest.raises(TypeError):
             transformers.LlamaForCausalLM()
         # A constructor that failed does not leave the next model unpatched.
-        assert _num_patched(Mine(config)) == 8
+        assert _num_patched(Mine(config)) == 10
     finally:
         record.undo()
     assert "__init__" not in vars(transformers.LlamaForSequenceClassification)
@@ -272,7 +279,7 @@ def test_class_mode_of_families_inside_each_other():
         model = zoo.build("gemma3")
         assert "gemma3 models patched" in records[0].summary()
         assert [len(record.built) for record in records] == [1, 0]
-        assert _num_patched(model) == 25
+        assert _num_patched(model) == 27
     finally:
         for record in records:
             record.undo()
@@ -365,7 +372,7 @@ def test_auto_class_options_are_those_of_the_rows():
     ):
         parameters = inspect.signature(method).parameters.values()
         keyword = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-        assert keyword == options
+        assert keyword == {**options, "save_memory": True, "fused_add_rms_norm": True}
 
 
 # Case 70, second part: a configuration with a vision part is its image-text class.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import types
+from dataclasses import replace
 
 import accelerate
 import pytest
@@ -17,6 +18,7 @@ from transformers.models.llama import modeling_llama
 from liger_kernels.transformers.families import FAMILIES
 from liger_kernels.transformers.recognise import (
     ExpertsSpec,
+    GatedNormSpec,
     LayerNormSpec,
     MlpSpec,
     NormSpec,
@@ -52,11 +54,131 @@ class NormEnd(Norm):
         return (self.weight * wide).to(x.dtype)
 
 
+class T5Norm(Norm):
+    """Kosmos-2.5: x_hat is rounded to the weight's dtype, and only if that is a half one."""
+
+    def forward(self, x):
+        x = x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        is_half = self.weight.dtype in (torch.float16, torch.bfloat16)
+        return self.weight * (x.to(self.weight.dtype) if is_half else x)
+
+
 class GatedNorm(Norm):
-    """Nemotron-H: a norm of x alone until a gate is given."""
+    """Mamba 2: gated first, in groups; a norm of x alone until a gate is given."""
+
+    def __init__(self, group_size=12):
+        super().__init__()
+        self.group_size = group_size
 
     def forward(self, x, gate=None):
-        return super().forward(x if gate is None else x * F.silu(gate))
+        wide = x.float() if gate is None else x.float() * F.silu(gate.float())
+        wide = wide.view(*x.shape[:-1], -1, self.group_size)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.view(x.shape).to(x.dtype)
+
+
+class GatedLastNorm(Norm):
+    """Qwen3-Next."""
+
+    def forward(self, x, gate):
+        return (super().forward(x) * F.silu(gate.float())).to(x.dtype)
+
+
+class GatedEndNorm(Norm):
+    """Kimi Linear: another activation, and one rounding."""
+
+    def forward(self, hidden, z=None):
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (self.weight.float() * wide * torch.sigmoid(z.float())).to(hidden.dtype)
+
+
+class GatedNarrowNorm(GatedNorm):
+    """Multiplies with the gate in x's dtype."""
+
+    def forward(self, x, gate):
+        return super().forward(x * F.silu(gate))
+
+
+class GatedTanhNorm(Norm):
+    def forward(self, x, gate):
+        return super().forward(x) * torch.tanh(gate)
+
+
+class TwoInputNorm(Norm):
+    def forward(self, q, k):
+        return super().forward(q), super().forward(k)
+
+
+class L2Norm(nn.Module):
+    """nGPT: the sum of squares, not their mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.eps = 1e-6
+
+    def forward(self, x):
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).sum(-1, keepdim=True) + self.eps)).type_as(x)
+
+
+class IdleBufferNorm(nn.Module):
+    """FalconMamba: a buffer that forward does not read."""
+
+    def __init__(self):
+        super().__init__()
+        self.eps = 1e-6
+        self.register_buffer("weight", torch.ones(12))
+
+    def forward(self, x):
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x)
+
+
+class BufferNorm(IdleBufferNorm):
+    """The same with a buffer of ones that forward reads: loading may change it."""
+
+    def forward(self, x):
+        return super().forward(x) * self.weight
+
+
+class ScaleNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.eps = 1e-6
+
+    def forward(self, x):
+        return torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps).to(x.dtype)
+
+
+class StoredNorm(nn.Module):
+    """Phi4 audio: means and scales of the training data."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(12))
+        self.register_buffer("scale", torch.ones(12))
+
+    def forward(self, x):
+        return (x - self.mean) * self.scale
+
+
+class FixedLayerNorm(nn.Module):
+    """OLMo: no weights, eps in the code."""
+
+    def __init__(self):
+        super().__init__()
+        self.normalized_shape = (12,)
+
+    def forward(self, x):
+        return F.layer_norm(x.float(), self.normalized_shape, None, None, eps=1e-5).to(x.dtype)
+
+
+class ChannelsFirstLayerNorm(nn.LayerNorm):
+    """SAM: over dimension 1 of an image."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class RoundedScaleNorm(nn.Module):
@@ -72,13 +194,19 @@ class RoundedScaleNorm(nn.Module):
 
 
 class FixedEpsNorm(Norm):
-    """Has an eps attribute and does not read it."""
+    """Has an eps attribute and reads a number of its own."""
 
     def forward(self, x):
         wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(
             x.dtype
         )
+
+
+class OddEpsNorm(Norm):
+    def forward(self, x):
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 3e-6))
 
 
 class ShiftedLayerNorm(nn.LayerNorm):
@@ -94,6 +222,7 @@ class OddNorm(Norm):
 
 
 MID = NormSpec(0.0, "mid", True, "eps")
+GATED = GatedNormSpec(True, "silu", "mid", 1, True, ("x", "gate"), "eps")
 NORMS = {
     "mid": (Norm, MID),
     "end": (NormEnd, NormSpec(0.0, "end", True, "eps")),
@@ -104,10 +233,32 @@ NORMS = {
         LayerNormSpec(False, False, "eps"),
     ),
     "two-dimensional": (lambda: nn.LayerNorm((3, 4)), "no kernel"),
-    "gated": (GatedNorm, "more than one input"),
-    "rounded-scale": (RoundedScaleNorm, "no kernel reproduces"),
-    "fixed-eps": (FixedEpsNorm, "no kernel"),
-    "shifted-layer-norm": (lambda: ShiftedLayerNorm(12), "no kernel"),
+    "t5": (T5Norm, replace(MID, needs_one_dtype=True)),
+    "gated": (GatedNorm, GATED),
+    "gated-groups": (lambda: GatedNorm(4), replace(GATED, num_groups=3)),
+    "gated-last": (GatedLastNorm, replace(GATED, gate_first=False)),
+    "gated-end": (
+        GatedEndNorm,
+        GatedNormSpec(False, "sigmoid", "end", 1, True, ("hidden", "z"), "eps"),
+    ),
+    "gated-narrow": (GatedNarrowNorm, "rounds at a point"),
+    "gated-tanh": (GatedTanhNorm, "norm of 2 inputs (x, gate) of a form that no kernel"),
+    "two-inputs": (TwoInputNorm, "norm of 2 inputs (q, k) of a form that no kernel"),
+    "l2": (L2Norm, NormSpec(0.0, "end", False, "eps", is_l2=True)),
+    "idle-buffer": (IdleBufferNorm, NormSpec(0.0, "mid", False, "eps")),
+    "buffer": (BufferNorm, "no kernel"),
+    "scale": (ScaleNorm, "gives the scale of a norm"),
+    "stored": (StoredNorm, "stored numbers"),
+    "rounded-scale": (RoundedScaleNorm, "rounds its scale before the product"),
+    "fixed-eps": (FixedEpsNorm, NormSpec(0.0, "mid", True, "", 1e-5)),
+    "odd-eps": (OddEpsNorm, "no kernel"),
+    "dtype-eps": (lambda: nn.RMSNorm(12), "eps is its dtype's"),
+    "fixed-layer-norm": (FixedLayerNorm, LayerNormSpec(False, False, "", 1e-5)),
+    "shifted-layer-norm": (
+        lambda: ShiftedLayerNorm(12),
+        LayerNormSpec(True, True, "eps", offset=1.0),
+    ),
+    "channels-first": (lambda: ChannelsFirstLayerNorm(12), "channels that are not the last"),
     "mean-of-absolutes": (OddNorm, "no kernel"),
     "batch-norm": (lambda: nn.BatchNorm1d(12), None),
     "group-norm": (lambda: nn.GroupNorm(2, 12), None),
@@ -159,6 +310,22 @@ class ClampedMlp(Mlp):
         return self.down(self.act(self.gate(x).clamp(max=40.0)) * self.up(x))
 
 
+class LimitedMlp(Mlp):
+    """DeepSeek-V4: clamped where ordinary activations come."""
+
+    def forward(self, x):
+        gate, up = self.gate(x).clamp(max=2.0), self.up(x).clamp(-2.0, 2.0)
+        return self.down(self.act(gate) * up)
+
+
+class ShiftedMlp(LimitedMlp):
+    """gpt-oss and MiniMax."""
+
+    def forward(self, x):
+        gate, up = self.gate(x).clamp(max=2.0), self.up(x).clamp(-2.0, 2.0)
+        return self.down(gate * torch.sigmoid(1.702 * gate) * (up + 1))
+
+
 class FusedMLP(nn.Module):
     def __init__(self, order="gate_first", inner=12):
         super().__init__()
@@ -186,6 +353,23 @@ class PlainMLP(nn.Module):
 
     def forward(self, x):
         return self.second(self.act(self.first(x)))
+
+
+class OtherPlainMLP(PlainMLP):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.Mish()
+
+
+class DropoutPlainMLP(PlainMLP):
+    """GPT-BigCode: a dropout of its own, which training turns on."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.dropout(super().forward(x))
 
 
 class NormedMlp(Mlp):
@@ -219,6 +403,9 @@ MLPS = {
         lambda: Mlp(lambda x: x * torch.sigmoid(1.702 * x)),
         "activation quick_gelu has no kernel",
     ),
+    "linear": (lambda: Mlp(lambda x: x), "activation linear has no kernel"),
+    "other-activation": (lambda: Mlp(nn.Mish()), "activation Mish has no kernel"),
+    "clipped": (lambda: Mlp(nn.Hardtanh()), "activation Hardtanh has no kernel"),
     "unknown-activation": (lambda: Mlp(torch.sin), None),
     "gate-first": (FusedMLP, MlpSpec("gate_first", "both", "both", "down", "silu")),
     "up-first": (
@@ -231,8 +418,12 @@ MLPS = {
     ),
     "plain": (PlainMLP, "plain MLP (no gate): nothing to fuse"),
     "plain-square": (lambda: PlainMLP(8, 8), "plain MLP (no gate): nothing to fuse"),
+    "plain-dropout": (DropoutPlainMLP, "plain MLP (no gate): nothing to fuse"),
+    "plain-other": (OtherPlainMLP, "plain MLP (no gate): nothing to fuse"),
     "dropout": (DropoutMlp, "dropout"),
-    "clamped": (ClampedMlp, "clamps"),
+    "clamped": (ClampedMlp, "clamps its inputs"),
+    "limited": (LimitedMlp, "clamps its inputs"),
+    "shifted": (ShiftedMlp, "up + 1"),
     "normed": (NormedMlp, None),
     "scaled": (ScaledMlp, "no kernel"),
     "attention-like": (lambda: nn.MultiheadAttention(8, 2), None),
@@ -303,6 +494,28 @@ def apply_rotary_backwards(q, k, cos, sin, unsqueeze_dim=1):
     return modeling_llama.apply_rotary_pos_emb(q, k, cos, -sin, unsqueeze_dim)
 
 
+def apply_rotary_sin_first(x, sin, cos):
+    """GPT-J: one number a pair, the sines first."""
+    cos, sin = (t[:, :, None].repeat_interleave(2, -1) for t in (cos, sin))
+    return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin
+
+
+def apply_rotary_of_two(x, cos, sin, num_parts=2):
+    """gemma4's vision: each part of a head by its own angles, in a comprehension."""
+    parts = zip(*(t.chunk(num_parts, -1) for t in (x, cos, sin)), strict=True)
+    return torch.cat([apply_rotary_single(*part, unsqueeze_dim=2) for part in parts], -1)
+
+
+def apply_rotary_of_four(x, cos, sin):
+    """Twice the same, and once another."""
+    return apply_rotary_of_two(apply_rotary_backwards(x, x, cos, sin)[0], cos, sin)
+
+
+def apply_rotary_odd(q, k, cos, sin, unsqueeze_dim=1):
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + q.flip(-1) * sin, k * cos + k.flip(-1) * sin
+
+
 def apply_rotary_with_sections(q, k, cos, sin, mrope_section, unsqueeze_dim=1):
     return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
 
@@ -331,8 +544,11 @@ ROPES = {
     "vision": (vision_rope, ("half", "twice", -2, False, True)),
     "repeated": (apply_rotary_interleaved, ("pairs", "repeated", 1, False, False)),
     "single": (apply_rotary_single, ("half", "twice", 1, True, False)),
-    "backwards": (apply_rotary_backwards, None),
-    "last": (apply_rotary_last, None),
+    "backwards": (apply_rotary_backwards, ("half", "twice", 1, False, False, True)),
+    "last": (apply_rotary_last, ("pairs", "once", 1, True, False, False, True)),
+    "sin-first": (apply_rotary_sin_first, ("pairs", "once", -2, True, False)),
+    "odd": (apply_rotary_odd, None),
+    "odd-inside": (apply_rotary_of_four, None),
     "sections": (apply_rotary_with_sections, None),
 }
 
@@ -345,6 +561,52 @@ def test_rope(case):
         assert isinstance(found, Refusal)
     else:
         assert found == RopeSpec("apply_rotary", *wanted)
+
+
+def test_rope_inside_a_function():
+    found = recognise_rope(_attention(apply_rotary_of_two))
+    wanted = RopeSpec("apply_rotary_single", "half", "twice", 1, True, False, inside="apply_rotary")
+    assert found == wanted
+
+
+class SectionedRotary(nn.Module):
+    """HunYuan-VL: [c, c] is cut into sections of kinds of positions, across its middle or not."""
+
+    def __init__(self, sections):
+        super().__init__()
+        self.register_buffer("inv_freq", torch.ones(8))
+        self.sections = sections
+
+    def forward(self, x, positions):
+        angles = positions.expand(len(self.sections), -1, -1)[..., None] * self.inv_freq
+        angles = torch.cat((angles, angles), -1).split(
+            self.sections * (16 // sum(self.sections)), -1
+        )
+        angles = torch.cat([part[i % len(self.sections)] for i, part in enumerate(angles)], -1)
+        return angles.cos(), angles.sin()
+
+
+class SectionedModel(nn.Module):
+    def __init__(self, sections):
+        super().__init__()
+        self.attention = _attention(modeling_llama.apply_rotary_pos_emb)
+        self.rotary = SectionedRotary(sections)
+
+
+# The function is the usual one; the tables of some models are not.
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("sections", "is_served"),
+    [([2, 3, 3], True), ([4, 4], True), ([4, 6, 6], False), ([8, 8], False), ([4] * 4, False)],
+    ids=str,
+)
+def test_rope_tables_with_other_halves(sections, is_served, device):
+    model = SectionedModel(sections).to(device)
+    found = Recogniser(model).recognise(model.attention)
+    assert isinstance(found, RopeSpec) == is_served
+    assert is_served or "second half" in found.reason
+    # The attention alone does not show it.
+    assert isinstance(Recogniser().recognise(model.attention), RopeSpec)
 
 
 def test_rope_of_two_functions():
@@ -376,7 +638,7 @@ def test_rope_of_two_functions():
     assert found.others == (
         RopeSpec("apply_rotary_interleave", "pairs_to_half", "twice", 1, False, False),
     )
-    namespace["apply_rotary"] = apply_rotary_backwards
+    namespace["apply_rotary"] = apply_rotary_odd
     assert isinstance(recognise_rope(Attention()), Refusal)
 
 
@@ -395,7 +657,12 @@ def test_experts_layouts():
     experts.act_fn = nn.Tanh()
     assert recognise_experts(experts) == Refusal("activation tanh has no kernel", True)
     experts.act_fn = nn.Softsign()
+    assert recognise_experts(experts) == Refusal("activation Softsign has no kernel", True)
+    experts._modules.pop("act_fn")
+    experts.act_fn = torch.sin
     assert "gate of their own" in recognise_experts(experts).reason
+    experts.act_fn = lambda x: F.silu(x.clamp(max=2.0))
+    assert "clamps" in recognise_experts(experts).reason
 
 
 class SortedExperts(nn.Module):
@@ -434,6 +701,9 @@ def test_sorted_experts():
     experts.act_fn = nn.Tanh()
     assert recognise_experts(experts) == Refusal("activation tanh has no kernel", True)
     experts.act_fn = nn.Softsign()
+    assert recognise_experts(experts) == Refusal("activation Softsign has no kernel", True)
+    experts._modules.pop("act_fn")
+    experts.act_fn = torch.sin
     for unknown in (experts, ScaledExperts(), FixedWidthExperts()):
         assert "own forward" in recognise_experts(unknown).reason
 

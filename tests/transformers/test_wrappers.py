@@ -7,6 +7,7 @@ alone is in test_lazy_logits.py, single modules in test_engine.py, plain steps i
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from typing import Any
 
 import accelerate
@@ -17,10 +18,11 @@ import zoo
 from checks import Run, assert_same, run
 from torch import nn
 
+from liger_kernels import compat
 from liger_kernels.ops.launch import INTERPRETED
 from liger_kernels.transformers import apply_liger_kernel, restore
-from liger_kernels.transformers import replace as replace_module
-from liger_kernels.transformers.replace import is_patched
+from liger_kernels.transformers import rotary as rotary_module
+from liger_kernels.transformers.swap import is_patched
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs without the interpreter")
 
@@ -234,13 +236,20 @@ def test_dispatch_case_82(family, placement, order, tmp_path):
             skipped = model(**inputs, skip_logits=True).loss
     assert skipped.item() == pytest.approx(reference.loss, rel=1e-5)
     heads = [row for row in record.modules if row["name"] == "lm_head"]
-    if order == "patch-first" or placement == "whole":
-        assert not record.unused
+    layers = {row["name"]: row for row in record.modules if row["op"] == "fused_add_rms_norm"}
+    assert len(layers) == 2
+    if order == "patch-first":
+        # The hooks on their norms would be passed by.
+        assert record.unused == layers.keys()
     else:
+        assert {row["status"] for row in layers.values()} == {"skipped"}
+        assert all("a hook or another forward" in row["reason"] for row in layers.values())
+    if order == "dispatch-first" and placement != "whole":
         # Its weight is there while its own forward runs, not when the loss is computed.
         assert heads[0]["status"] == "skipped"
         assert "patch before wrapping" in heads[0]["reason"]
-    assert all(row["status"] == "patched" for row in record.modules if row not in heads)
+    others = (row for row in record.modules if row not in heads and row["name"] not in layers)
+    assert all(row["status"] == "patched" for row in others)
 
 
 # Ways to call -----------------------------------------------------------------------------------
@@ -304,11 +313,11 @@ def test_keywords_reach_rope_and_every_layer_case_61(monkeypatch):
         return rope(*args, **kwargs)
 
     attention = type(model.model.layers[0].self_attn)
-    forward, rope = attention.forward, replace_module.rope
+    forward, rope = attention.forward, rotary_module.rope
     monkeypatch.setattr(
         attention, "forward", lambda self, *a, **k: given.append(k) or forward(self, *a, **k)
     )
-    monkeypatch.setattr(replace_module, "rope", counted)
+    monkeypatch.setattr(rotary_module, "rope", counted)
     lengths = torch.tensor([0, 12], dtype=torch.int32)
     model(**zoo.text_inputs(), cu_seq_lens_q=lengths, max_length_q=12, anything="else")
     assert len(given) == num_turned == 2
@@ -478,11 +487,12 @@ def _tokenizer() -> Any:
 
 
 # TRL brings a fused head of its own, which reads the head's weight and leaves our loss unused; the
-# record says so. Norms, MLPs and rope stay ours.
+# record says so. Norms, MLPs and rope stay ours. With use_liger_kernel it asks for those alone.
+@pytest.mark.parametrize("way", ["patched", "use_liger_kernel"])
 @pytest.mark.parametrize("kind", ["sft", "sft-nll", "dpo"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.filterwarnings("ignore")
-def test_trl(family, kind, tmp_path):
+def test_trl(family, kind, way, tmp_path):
     trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
     datasets = pytest.importorskip("datasets")
     texts = [" ".join(f"t{(7 * row + 3 * i) % 90}" for i in range(10)) for row in range(8)]
@@ -505,9 +515,14 @@ def test_trl(family, kind, tmp_path):
         "gradient_checkpointing": False,
     }
 
-    def train(is_ours: bool) -> tuple[list[float], Any]:
+    asks = way == "use_liger_kernel"
+    if asks and importlib.util.find_spec("liger_kernel") is not None:
+        pytest.skip("the original liger_kernel is installed; the drop-in refuses then")
+
+    def train(is_ours: bool) -> tuple[list[float], Any, Any]:
         model = zoo.build(family)
-        record = apply_liger_kernel(model, "all") if is_ours else None
+        record = apply_liger_kernel(model, "all") if is_ours and not asks else None
+        common["use_liger_kernel"] = is_ours and asks
         parts = {"model": model, "train_dataset": datasets.Dataset.from_list(columns)}
         parts["processing_class"] = _tokenizer()
         if kind == "dpo":
@@ -520,9 +535,23 @@ def test_trl(family, kind, tmp_path):
             trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         assert len(losses) == 2
-        return losses, record
+        return losses, record, model
 
-    wanted, _ = train(is_ours=False)
-    got, record = train(is_ours=True)
+    wanted, *_ = train(is_ours=False)
+    if asks:
+        compat.install()
+    try:
+        got, record, model = train(is_ours=True)
+    finally:
+        compat.uninstall()
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
-    assert record.unused <= {"lm_head"}
+    if asks:
+        found = {type(module).__name__ for module in model.modules() if is_patched(module)}
+        wanted_classes = {
+            f"{family.capitalize()}{part}"
+            for part in ("Attention", "RMSNorm", "MLP", "DecoderLayer")
+        }
+        # Trainer of version 4 asks when it is built, before TRL has said that the head is its own.
+        assert found == (wanted_classes if zoo.IS_V5 else {*wanted_classes, "Linear"})
+    else:
+        assert record.unused <= {"lm_head"}

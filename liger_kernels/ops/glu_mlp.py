@@ -1,0 +1,139 @@
+"""Gated MLP: y = (act(x Wg') * (x Wu')) Wd', the three products and the gate in one function.
+
+Legend: M rows, H width, I intermediate width, h = act(gate) * up.
+Rounding: as the parts do one after another, except for dx: the product with Wu is added to the one
+with Wg in fp32, before it is rounded, where autograd would round both and add.
+Memory: saves x, gate and up. h is made again in backward, by the kernel that has gate and up at
+hand anyway, into the buffer of its own gradient: one more write, and no memory at all. dgate and
+dup lie side by side, so that one product gives the gradients of both weights.
+Source: Shazeer, GLU Variants Improve Transformer, https://arxiv.org/abs/2002.05202, eq. 6.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from liger_kernels.ops.autograd import differentiable_once
+from liger_kernels.ops.glu import _glu_bwd, _glu_fwd
+from liger_kernels.ops.launch import rows_of
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+
+
+class _GluMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        gate_weight: torch.Tensor,
+        up_weight: torch.Tensor | None,
+        down_weight: torch.Tensor,
+        activation: str,
+        keeps_product: bool,
+    ):
+        if up_weight is None:
+            gate, up = F.linear(x, gate_weight).chunk(2, -1)
+        else:
+            gate, up = F.linear(x, gate_weight), F.linear(x, up_weight)
+        h = _glu_fwd(gate, up, activation)
+        needs_x = any(ctx.needs_input_grad[1:3])
+        ctx.save_for_backward(
+            x if needs_x else None,
+            gate,
+            up,
+            h if keeps_product else None,
+            gate_weight,
+            up_weight,
+            down_weight,
+        )
+        ctx.activation = activation
+        return F.linear(h, down_weight)
+
+    @staticmethod
+    @differentiable_once("glu_mlp")
+    def backward(ctx: Any, dy: torch.Tensor):
+        x, gate, up, h, gate_weight, up_weight, down_weight = ctx.saved_tensors
+        needs_dx, needs_dgate, needs_dup, needs_ddown = ctx.needs_input_grad[:4]
+        dy = rows_of(dy)
+        dx = dgate_weight = dup_weight = ddown_weight = None
+        if needs_dx or needs_dgate or needs_dup:
+            dh = dy @ down_weight
+            num_rows, inner = gate.shape
+            both = torch.empty(num_rows, 2 * inner, dtype=gate.dtype, device=gate.device)
+            dgate, dup = both[:, :inner], both[:, inner:]
+            remakes_h = needs_ddown and h is None
+            _glu_bwd(dh, gate, up, ctx.activation, dgate, dup, remakes_y=remakes_h)
+            h = dh if remakes_h else h
+        elif h is None:
+            h = _glu_fwd(gate, up, ctx.activation)
+        if needs_ddown:
+            ddown_weight = dy.t() @ h
+        del h
+        if up_weight is None:
+            dgate_weight = both.t() @ x if needs_dgate else None
+            dx = both @ gate_weight if needs_dx else None
+            return dx, dgate_weight, None, ddown_weight, None, None
+        if needs_dgate and needs_dup:
+            dgate_weight, dup_weight = (both.t() @ x).split(inner)
+        elif needs_dgate:
+            dgate_weight = dgate.t() @ x
+        elif needs_dup:
+            dup_weight = dup.t() @ x
+        if needs_dx:
+            dx = dgate @ gate_weight
+            dx.addmm_(dup, up_weight)
+        return dx, dgate_weight, dup_weight, ddown_weight, None, None
+
+
+def glu_mlp(
+    x: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor | None,
+    down_weight: torch.Tensor,
+    *,
+    activation: str = "silu",
+    keeps_product: bool = False,
+) -> torch.Tensor:
+    """Return (act(x @ gate_weight.T) * (x @ up_weight.T)) @ down_weight.T.
+
+    Args:
+        x: (..., H) fp32, bf16 or fp16, the dtype and device of the weights.
+        gate_weight: (I, H), or (2 I, H) with the rows of gate above those of up.
+        up_weight: (I, H), or None where gate_weight holds both.
+        down_weight: (H_out, I).
+        activation: "silu", "gelu_tanh" or "gelu", the exact, erf form.
+        keeps_product: Keep act(gate) * up for backward instead of making it again: I numbers a row
+            more, the same gradients bit for bit.
+
+    Returns:
+        (..., H_out) in x's dtype. Differentiable once; a second differentiation raises
+        RuntimeError.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or activation is unknown.
+
+    Source: https://arxiv.org/abs/2002.05202, equation 6.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    width, inner = x.shape[-1], down_weight.shape[-1]
+    num_gates = 1 if up_weight is not None else 2
+    expected = {
+        "gate_weight": (gate_weight, (num_gates * inner, width)),
+        "up_weight": (up_weight, (inner, width)),
+        "down_weight": (down_weight, (down_weight.shape[0], inner)),
+    }
+    for name, (weight, shape) in expected.items():
+        if weight is not None and (weight.shape != shape or weight.dtype != x.dtype):
+            raise ValueError(
+                f"{name} must be {shape} {x.dtype} to go with x {tuple(x.shape)} and down_weight "
+                f"{tuple(down_weight.shape)}, got {tuple(weight.shape)} {weight.dtype}"
+            )
+    if x.numel() == 0 or inner == 0:
+        # A grid of size zero is no launch; this keeps the graph and gives zero gradients.
+        gate = F.linear(x, gate_weight)
+        up = F.linear(x, up_weight) if up_weight is not None else 1.0
+        return F.linear((gate * up)[..., :inner], down_weight)
+    y = _GluMlp.apply(rows_of(x), gate_weight, up_weight, down_weight, activation, keeps_product)
+    return y.view(*x.shape[:-1], down_weight.shape[0])

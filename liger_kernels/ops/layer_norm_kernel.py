@@ -1,0 +1,294 @@
+"""The kernels of layer_norm.py, whose legend this is, their launchers, and torch code beside.
+
+Tensors come as in_rows() leaves them.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from liger_kernels.ops.launch import (
+    RowShape,
+    device_guard,
+    fp32,
+    jit,
+    lookup,
+    persistent_row_plan,
+    row_plan,
+    row_stride,
+    runs_triton_rows,
+    sum_partials,
+    tl,
+    triton,
+)
+
+# (width, launch): elements a lane stays at 8 to 32.
+_FWD_SHAPES = (
+    (1024, RowShape(2048, 4)),
+    (4096, RowShape(2048, 8)),
+    (16384, RowShape(2048, 16)),
+    (65536, RowShape(2048, 32)),
+)
+# The backward holds two sums more than the forward: 16384 columns already need 32 warps.
+_BWD_SHAPES = (
+    (1024, RowShape(8192, 8, 1)),
+    (2048, RowShape(2048, 4, 2)),
+    (4096, RowShape(2048, 8, 2)),
+    (8192, RowShape(2048, 16, 1)),
+    (65536, RowShape(2048, 32, 1)),
+)
+
+
+@jit
+def layer_norm_fwd_kernel(
+    x_ptr,  # (M, N)
+    weight_ptr,  # (N,) or None
+    bias_ptr,  # (N,) or None
+    y_ptr,  # (M, N)
+    stats_ptr,  # (2, M) fp32: mean and rstd
+    stride_xm,
+    M,
+    N,
+    eps,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    mask_m = rows < M
+    mask_n = cols < N
+    mask = mask_m[:, None] & mask_n[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride_xm + cols[None, :], mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    mean = tl.sum(x, 1) / N
+    # Lanes past the width hold 0, not the mean: each would add mean^2 to the variance.
+    centred = tl.where(mask_n[None, :], x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / N + fp32(eps))
+    tl.store(stats_ptr + rows, mean, mask=mask_m)
+    tl.store(stats_ptr + M + rows, rstd, mask=mask_m)
+    y = centred * rstd[:, None]
+    if HAS_WEIGHT:
+        y *= tl.load(weight_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + rows[:, None] * N + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_weight(weight_ptr, cols, N, HAS_WEIGHT: tl.constexpr):
+    if HAS_WEIGHT:
+        w = tl.load(weight_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)
+    else:
+        w = tl.full(cols.shape, 1.0, tl.float32)
+    return w[None, :]
+
+
+@triton.jit
+def _terms(x, dy, mean, rstd, w):
+    """Return x_hat, its gradient, what is to be added to dw, and what to db.
+
+    Lanes past the width hold an x_hat that is not 0, but dy is, and every sum is a product with it.
+    """
+    x_hat = (x.to(tl.float32) - mean) * rstd
+    dy = dy.to(tl.float32)
+    return x_hat, dy * w, dy * x_hat, dy
+
+
+@triton.jit
+def _store_sum(rows, out_ptr, cols, N):
+    tl.store(out_ptr + cols, tl.sum(rows, 0).to(out_ptr.dtype.element_ty), mask=cols < N)
+
+
+@jit
+def layer_norm_bwd_kernel(
+    dy_ptr,  # (M, N)
+    x_ptr,  # (M, N)
+    weight_ptr,  # (N,) or None
+    stats_ptr,  # (2, M) fp32: mean and rstd
+    dx_ptr,  # (M, N)
+    dw_ptr,  # (P, N) fp32 partial sums; the sum itself, of any dtype, if P is 1; or None
+    db_ptr,  # as dw
+    stride_dym,
+    stride_xm,
+    stride_sumsp,
+    M,
+    N,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_DW: tl.constexpr,
+    HAS_DB: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """A row is BLOCK_N columns and then, if BLOCK_REST is not 0, at most that many more."""
+    program = tl.program_id(0)
+    cols = tl.arange(0, BLOCK_N)
+    w = _load_weight(weight_ptr, cols, N, HAS_WEIGHT)
+    dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if BLOCK_REST:
+        cols_r = BLOCK_N + tl.arange(0, BLOCK_REST)
+        w_r = _load_weight(weight_ptr, cols_r, N, HAS_WEIGHT)
+        dw_r = tl.zeros((BLOCK_M, BLOCK_REST), tl.float32)
+        db_r = tl.zeros((BLOCK_M, BLOCK_REST), tl.float32)
+    # Tiles are dealt out in turn, so that all programs stream neighbouring memory.
+    for start in tl.range(
+        program * BLOCK_M, M, tl.num_programs(0) * BLOCK_M, num_stages=NUM_STAGES
+    ):
+        rows = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+        mask_m = rows < M
+        mean = tl.load(stats_ptr + rows, mask=mask_m, other=0.0)[:, None]
+        rstd = tl.load(stats_ptr + M + rows, mask=mask_m, other=0.0)[:, None]
+        rows, mask_m = rows[:, None], mask_m[:, None]
+        mask = mask_m & (cols < N)[None, :]
+        x = tl.load(x_ptr + rows * stride_xm + cols[None, :], mask=mask, other=0.0)
+        dy = tl.load(dy_ptr + rows * stride_dym + cols[None, :], mask=mask, other=0.0)
+        x_hat, dx_hat, dw_rows, db_rows = _terms(x, dy, mean, rstd, w)
+        if HAS_DW:
+            dw += dw_rows
+        if HAS_DB:
+            db += db_rows
+        sum_dx_hat = tl.sum(dx_hat, 1)
+        sum_product = tl.sum(dx_hat * x_hat, 1)
+        if BLOCK_REST:
+            mask_r = mask_m & (cols_r < N)[None, :]
+            x = tl.load(x_ptr + rows * stride_xm + cols_r[None, :], mask=mask_r, other=0.0)
+            dy = tl.load(dy_ptr + rows * stride_dym + cols_r[None, :], mask=mask_r, other=0.0)
+            x_hat_r, dx_hat_r, dw_rows_r, db_rows_r = _terms(x, dy, mean, rstd, w_r)
+            if HAS_DW:
+                dw_r += dw_rows_r
+            if HAS_DB:
+                db_r += db_rows_r
+            sum_dx_hat += tl.sum(dx_hat_r, 1)
+            sum_product += tl.sum(dx_hat_r * x_hat_r, 1)
+        c1 = (sum_dx_hat / N)[:, None]
+        c2 = (sum_product / N)[:, None]
+        dx = rstd * (dx_hat - c1 - x_hat * c2)
+        out = dx_ptr + rows * N
+        tl.store(out + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if BLOCK_REST:
+            dx = rstd * (dx_hat_r - c1 - x_hat_r * c2)
+            tl.store(out + cols_r[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask_r)
+    partial = program.to(tl.int64) * stride_sumsp
+    if HAS_DW:
+        _store_sum(dw, dw_ptr + partial, cols, N)
+        if BLOCK_REST:
+            _store_sum(dw_r, dw_ptr + partial, cols_r, N)
+    if HAS_DB:
+        _store_sum(db, db_ptr + partial, cols, N)
+        if BLOCK_REST:
+            _store_sum(db_r, db_ptr + partial, cols_r, N)
+
+
+class LayerNormOptions(NamedTuple):
+    eps: float
+    out_dtype: torch.dtype
+
+
+def _widen(x: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Return all in x's dtype, at least fp32: torch's kernel wants one dtype for everything.
+
+    It keeps its statistics in that dtype too, so that bf16 ones would spoil the backward.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return [None if other is None else other.to(dtype) for other in (x, *others)]
+
+
+def layer_norm_fwd(x, weight, bias, options):
+    """Return y and the statistics (2, M)."""
+    width = x.shape[-1]
+    if not runs_triton_rows(x):
+        wide, weight, bias = _widen(x, weight, bias)
+        y, mean, rstd = torch.native_layer_norm(wide, (width,), weight, bias, options.eps)
+        return y.to(options.out_dtype), torch.stack((mean, rstd))
+    num_rows = x.numel() // width
+    y = torch.empty_like(x, dtype=options.out_dtype, memory_format=torch.contiguous_format)
+    stats = torch.empty((2, num_rows), dtype=torch.float32, device=x.device)
+    plan = row_plan(lookup(_FWD_SHAPES, width), width, num_rows)
+    with device_guard(x):
+        layer_norm_fwd_kernel[(plan.num_programs,)](
+            x_ptr=x,
+            weight_ptr=None if weight is None else weight.contiguous(),
+            bias_ptr=None if bias is None else bias.contiguous(),
+            y_ptr=y,
+            stats_ptr=stats,
+            stride_xm=row_stride(x),
+            M=num_rows,
+            N=width,
+            eps=options.eps,
+            HAS_WEIGHT=weight is not None,
+            HAS_BIAS=bias is not None,
+            BLOCK_M=plan.block_m,
+            BLOCK_N=plan.block_n,
+            num_warps=plan.num_warps,
+        )
+    return y, stats
+
+
+def layer_norm_bwd(dy, x, weight, stats, dw_dtype, db_dtype):
+    """Return dx, dw, db; dw and db are None where their dtype is."""
+    if not runs_triton_rows(x):
+        return _torch_bwd(dy, x, weight, stats, dw_dtype, db_dtype)
+    width = x.shape[-1]
+    num_rows = x.numel() // width
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    shape, itemsize = lookup(_BWD_SHAPES, width), x.element_size() + dy.element_size()
+    plan = persistent_row_plan(shape, width, num_rows, itemsize, x.device)
+    has_dw, has_db = dw_dtype is not None, db_dtype is not None
+    stride = width * (has_dw + has_db)
+    sums = None
+    if plan.num_programs == 1:
+        dw = torch.empty(width, dtype=dw_dtype, device=x.device) if has_dw else None
+        db = torch.empty(width, dtype=db_dtype, device=x.device) if has_db else None
+    else:
+        # Side by side, so that one reduction serves both.
+        size = (plan.num_programs, stride)
+        sums = torch.empty(size, dtype=torch.float32, device=x.device)
+        dw = sums[:, :width] if has_dw else None
+        db = sums[:, -width:] if has_db else None
+    with device_guard(x):
+        layer_norm_bwd_kernel[(plan.num_programs,)](
+            dy_ptr=dy,
+            x_ptr=x,
+            weight_ptr=None if weight is None else weight.contiguous(),
+            stats_ptr=stats,
+            dx_ptr=dx,
+            dw_ptr=dw,
+            db_ptr=db,
+            stride_dym=row_stride(dy),
+            stride_xm=row_stride(x),
+            stride_sumsp=stride,
+            M=num_rows,
+            N=width,
+            HAS_WEIGHT=weight is not None,
+            HAS_DW=has_dw,
+            HAS_DB=has_db,
+            BLOCK_M=plan.block_m,
+            BLOCK_N=plan.block_n,
+            BLOCK_REST=plan.block_rest,
+            NUM_STAGES=plan.num_stages,
+            num_warps=plan.num_warps,
+        )
+        if sums is not None and stride:
+            dtype = dw_dtype if dw_dtype == db_dtype else torch.float32
+            sums = sum_partials(sums, dtype)
+            dw = sums[:width].to(dw_dtype) if has_dw else None
+            db = sums[-width:].to(db_dtype) if has_db else None
+    return dx, dw, db
+
+
+def _torch_bwd(dy, x, weight, stats, dw_dtype, db_dtype):
+    width = x.shape[-1]
+    wide, wide_dy, weight = _widen(x, dy.reshape(x.shape), weight)
+    has_dw, has_db = dw_dtype is not None, db_dtype is not None
+    # The bias has no part in its own gradient; the call asks only whether there is one.
+    bias = wide.new_empty(width) if has_db else None
+    dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+        wide_dy, wide, (width,), stats[0], stats[1], weight, bias, (True, has_dw, has_db)
+    )
+    dw = dw.to(dw_dtype) if has_dw else None
+    db = db.to(db_dtype) if has_db else None
+    return dx.to(x.dtype), dw, db

@@ -1,0 +1,78 @@
+"""What all patched forwards share: which calls an op serves, and who called one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liger_kernels.transformers.recognise import RopeSpec
+from liger_kernels.transformers.swap import SPEC_ATTRIBUTE
+
+_PLAIN_TYPES = (Tensor, nn.Parameter)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_plain(*tensors: Any) -> bool:
+    """Return whether the ops serve these tensors; None counts as served."""
+    return all(
+        x is None or (type(x) in _PLAIN_TYPES and x.dtype in _DTYPES and not x.is_meta)
+        for x in tensors
+    )
+
+
+class Tally:
+    """The modules that called an op, by id, while a tally runs."""
+
+    def __init__(self) -> None:
+        self.called: set[int] = set()
+        # The attention whose forward runs: its rotary function does not know whose it is.
+        self.attention: nn.Module | None = None
+        # torch.compile traced a patched forward: what it holds runs without Python and is not seen.
+        self.is_compiled = False
+
+
+_TALLY: ContextVar[Tally | None] = ContextVar("tally", default=None)
+
+
+@contextmanager
+def tally_calls(modules: Iterable[nn.Module]) -> Iterator[Tally]:
+    """Note which patched modules call their op. Compiled code notes nothing."""
+    tally = Tally()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        tally.attention = module
+
+    hooks = [
+        module.register_forward_pre_hook(enter)
+        for module in modules
+        if isinstance(getattr(type(module), SPEC_ATTRIBUTE, None), RopeSpec)
+    ]
+    token = _TALLY.set(tally)
+    try:
+        yield tally
+    finally:
+        _TALLY.reset(token)
+        for hook in hooks:
+            hook.remove()
+
+
+def note(module: nn.Module | None = None) -> None:
+    if torch.compiler.is_compiling():
+        _note_compiled()
+        return
+    tally = _TALLY.get()
+    if tally is not None:
+        tally.called.add(id(module or tally.attention))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _note_compiled() -> None:
+    """Run once, in Python, where torch.compile traces."""
+    tally = _TALLY.get()
+    if tally is not None:
+        tally.is_compiled = True

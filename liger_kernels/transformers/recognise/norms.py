@@ -1,0 +1,314 @@
+"""Norms: root mean square, layer and gated ones, with their eps, offset and rounding."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from liger_kernels.ops.gated_rms_norm import ACTIVATIONS as GATE_ACTIVATIONS
+from liger_kernels.ops.gated_rms_norm import gated_rms_norm_ref
+from liger_kernels.ops.rms_norm import rms_norm_ref
+from liger_kernels.transformers.recognise.probe import (
+    call_forward,
+    forward_inputs,
+    is_close,
+    new_generator,
+    original_class,
+    quiet,
+    randn,
+    stand_in,
+    uniform,
+)
+from liger_kernels.transformers.recognise.specs import (
+    Cast,
+    GatedNormSpec,
+    LayerNormSpec,
+    NormSpec,
+    Refusal,
+)
+
+Found = NormSpec | LayerNormSpec | GatedNormSpec | Refusal | None
+# (x, weight, eps, cast) -> the output of a form.
+_Form = Callable[[Tensor, Tensor | None, float, Cast], Tensor]
+
+_ODD_ROUNDING = Refusal("norm that rounds at a point no kernel reproduces")
+_ROWS = 16
+# What classes write in their forward when no attribute holds eps.
+_EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)
+
+
+def recognise_norm(module: nn.Module) -> Found:
+    """Return the form of a norm module, or why it has none that a kernel computes."""
+    cls = original_class(type(module))
+    is_named_norm = "Norm" in cls.__name__ and not module._modules
+    if cls.__module__.startswith("torch.") and cls not in (nn.LayerNorm, nn.RMSNorm):
+        return None
+    if module._parameters.get("weight") is None and not is_named_norm:
+        return None
+    inputs = forward_inputs(cls) or ()
+    found: Found = None
+    if _has_known_shape(module):
+        with quiet():
+            if len(inputs) == 1:
+                found = _tried(_plain, module) or _tried(_describe, module)
+            elif len(inputs) == 2:
+                found = _tried(functools.partial(_gated, inputs), module, has_gate=True)
+    if found is None and is_named_norm:
+        more = f" of {len(inputs)} inputs ({', '.join(inputs)})" if len(inputs) > 1 else ""
+        return Refusal(f"norm{more} of a form that no kernel computes")
+    return found if is_named_norm or not isinstance(found, Refusal) else None
+
+
+def _tried(recognise: Callable[[_Probe], Found], module: nn.Module, **options: bool) -> Found:
+    try:
+        return recognise(_Probe(module, **options))
+    except Exception:
+        # Whatever the class does with the probe, it is not the formula.
+        return None
+
+
+def _has_known_shape(module: nn.Module) -> bool:
+    """Return whether a module holds what a norm over the last dimension may hold."""
+    parameters = module._parameters
+    is_flat = all(p is None or p.dim() == 1 for p in parameters.values())
+    shape = getattr(module, "normalized_shape", (2,))
+    return (
+        is_flat
+        and not module._modules
+        and parameters.keys() <= {"weight", "bias"}
+        and len(shape) == 1
+    )
+
+
+class _Probe:
+    """A norm module with weights of its own, called on a few rows."""
+
+    def __init__(self, module: nn.Module, *, has_gate: bool = False) -> None:
+        self.module = module
+        generator = new_generator()
+        given = module._parameters.get("weight")
+        # torch's norms insist on their width; others without a weight take any.
+        buffers = [b.shape for b in module._buffers.values() if b is not None and b.dim() == 1]
+        shape: Any = getattr(module, "normalized_shape", (*buffers, (16,))[0])
+        self.width: int = (shape if given is None else given.shape)[0]
+        self.weight = None if given is None else uniform(generator, self.width)
+        has_bias = module._parameters.get("bias") is not None
+        self.bias = randn(generator, self.width) if has_bias else None
+        # A buffer is no part of any form, so that its numbers must not matter.
+        self.buffers = {
+            name: randn(generator, *buffer.shape)
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        }
+        self.x = randn(generator, _ROWS, self.width)
+        self.gate = 2 * randn(generator, _ROWS, self.width) if has_gate else None
+
+    def __call__(
+        self,
+        x: Tensor,
+        dtype: torch.dtype = torch.float32,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Return the output for x, with weights in a dtype; the gate has x's."""
+        tensors = {"weight": self.weight, "bias": self.bias}
+        parameters = {k: v.to(dtype) for k, v in tensors.items() if v is not None}
+        clone = stand_in(self.module, parameters, attributes=attributes, buffers=self.buffers)
+        return call_forward(clone, x, *(() if self.gate is None else (self.gate.to(x.dtype),)))
+
+    def epsilons(self) -> Iterator[tuple[str, float]]:
+        """Yield what may be eps: (attribute, its value), then ("", number).
+
+        An attribute is a small positive number; the usual names come first.
+        """
+        values = {k: v for k, v in vars(self.module).items() if isinstance(v, float)}
+        for name in sorted(values, key=lambda name: "eps" not in name):
+            if 0 < values[name] < 0.1:
+                yield name, values[name]
+        for number in _EPSILONS:
+            yield "", number
+
+    def matches(self, form: _Form, attribute: str, eps: float) -> bool:
+        """Return whether the module computes a form, with that eps and no other."""
+
+        def agrees(x: Tensor, eps: float, attributes: Mapping[str, Any] | None = None) -> bool:
+            y = self(x, attributes=attributes)
+            return is_close(y, form(x, self.weight, eps, "end"))
+
+        # Inputs this small let eps decide, and another eps in the attribute proves that it is the
+        # one read.
+        small, moved = eps**0.5 * self.x, 0.37
+        return (
+            agrees(self.x, eps)
+            and agrees(small, eps)
+            and (not attribute or agrees(small, moved, {attribute: moved}))
+        )
+
+    def rounding(self, form: _Form, eps: float) -> tuple[Cast, bool] | None:
+        """Return where a norm rounds, and whether only if x and weight have the same dtype.
+
+        Its bits in bf16 show it, and its dtype with an fp32 weight.
+        """
+        narrow = (3 * self.x).bfloat16()
+        for cast in get_args(Cast):
+            agrees = []
+            for dtype in (torch.bfloat16, torch.float32):
+                weight = None if self.weight is None else self.weight.to(dtype)
+                agrees.append(_is_same(self(narrow, dtype), form(narrow, weight, eps, cast)))
+            # T5's rounds x / rms to the dtype that the weight has.
+            if all(agrees) or (agrees[0] and cast == "mid"):
+                return cast, not agrees[1]
+        return None
+
+
+def _is_same(y: Tensor, wanted: Tensor) -> bool:
+    # x * rsqrt(v) and x / sqrt(v) differ in the last bit of fp32, which seldom flips one in bf16;
+    # another place of rounding flips every fifth.
+    return y.dtype == wanted.dtype and (y != wanted).float().mean().item() < 0.02
+
+
+# One input --------------------------------------------------------------------------------------
+
+
+def _plain(probe: _Probe) -> NormSpec | LayerNormSpec | Refusal | None:
+    if probe.width < 2:
+        return None
+    has_weight, has_bias = probe.weight is not None, probe.bias is not None
+    for name, eps in probe.epsilons():
+        number = None if name else eps
+        for offset in (0.0, 1.0) if has_weight else (0.0,):
+            if probe.matches(_layer_norm_form(probe, offset), name, eps):
+                return _layer_norm(probe, LayerNormSpec(has_weight, has_bias, name, number, offset))
+            if not has_bias and probe.matches(_rms_norm_form(offset), name, eps):
+                return _rms_norm(probe, NormSpec(offset, "end", has_weight, name, number), eps)
+        if not (has_weight or has_bias) and probe.matches(_l2_norm, name, eps):
+            spec = NormSpec(0.0, "end", False, name, number, is_l2=True)
+            return spec if probe.rounding(_l2_norm, eps) else _ODD_ROUNDING
+    return None
+
+
+def _layer_norm_form(probe: _Probe, offset: float) -> _Form:
+    def form(x: Tensor, weight: Tensor | None, eps: float, cast: Cast) -> Tensor:
+        weight = None if weight is None else weight + offset
+        return F.layer_norm(x, (probe.width,), weight, probe.bias, eps)
+
+    return form
+
+
+def _rms_norm_form(offset: float) -> _Form:
+    def form(x: Tensor, weight: Tensor | None, eps: float, cast: Cast) -> Tensor:
+        return rms_norm_ref(x, weight, eps, offset=offset, cast=cast)
+
+    return form
+
+
+def _l2_norm(x: Tensor, weight: Tensor | None, eps: float, cast: Cast) -> Tensor:
+    """Return x over the root of the sum of its squares, rounded once."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _layer_norm(probe: _Probe, spec: LayerNormSpec) -> LayerNormSpec | Refusal:
+    y = probe(probe.x.bfloat16(), torch.bfloat16)
+    if y.dtype != torch.bfloat16 or not is_close(y, probe(probe.x), 3e-2):
+        return Refusal("layer norm that rounds in its own way")
+    return spec
+
+
+def _rms_norm(probe: _Probe, spec: NormSpec, eps: float) -> NormSpec | Refusal:
+    rounding = probe.rounding(_rms_norm_form(spec.offset), eps)
+    if rounding is not None:
+        return replace(spec, cast=rounding[0], needs_one_dtype=rounding[1])
+    narrow = probe.x.bfloat16()
+    scale = torch.rsqrt(narrow.float().pow(2).mean(-1, keepdim=True) + eps).bfloat16()
+    if probe.weight is None and _is_same(probe(narrow), narrow * scale):
+        return Refusal("norm that rounds its scale before the product: no kernel does")
+    return _ODD_ROUNDING
+
+
+def _describe(probe: _Probe) -> Refusal | None:
+    """Return what a look-alike of one input computes instead; None if that is not known."""
+    x, width = probe.x, probe.width
+    try:
+        y = probe(x)
+    except Exception:
+        y = None
+    if isinstance(y, Tensor) and y.shape == (_ROWS, 1):
+        return Refusal("gives the scale of a norm, not its product with x: no kernel")
+    if isinstance(y, Tensor) and is_close(probe(2 * x) - y, y - probe(0 * x), 1e-4):
+        return Refusal("shifts and scales by stored numbers, not by those of x: nothing to fuse")
+    form = _rms_norm_form(0.0)
+    eps = torch.finfo(x.dtype).eps
+    if isinstance(y, Tensor) and probe.matches(form, "", eps):
+        return Refusal("norm whose eps is its dtype's: no kernel")
+    image = x.t().reshape(1, width, 4, 4)
+    for _, eps in probe.epsilons() if y is None else ():
+        form = _layer_norm_form(probe, 0.0)
+        wanted = form(x, probe.weight, eps, "end").t().reshape(image.shape)
+        if is_close(probe(image), wanted):
+            return Refusal("layer norm over channels that are not the last dimension: no kernel")
+    return None
+
+
+# x and a gate -----------------------------------------------------------------------------------
+
+
+def _gated(inputs: tuple[str, ...], probe: _Probe) -> GatedNormSpec | Refusal | None:
+    if probe.width < 2 or probe.bias is not None:
+        return None
+    options = itertools.product((False, True), GATE_ACTIVATIONS, _group_counts(probe))
+    specs = [
+        GatedNormSpec(
+            gate_first,
+            activation,
+            "end",
+            num_groups,
+            has_weight=probe.weight is not None,
+            inputs=(inputs[0], inputs[1]),
+            eps_attr="",
+        )
+        for gate_first, activation, num_groups in options
+    ]
+    for name, eps in probe.epsilons():
+        for spec in specs:
+            form = _gated_form(probe, spec)
+            if not probe.matches(form, name, eps):
+                continue
+            rounding = probe.rounding(form, eps)
+            if rounding is None or rounding[1]:
+                return _ODD_ROUNDING
+            return replace(spec, cast=rounding[0], eps_attr=name, eps=None if name else eps)
+    return None
+
+
+def _gated_form(probe: _Probe, spec: GatedNormSpec) -> _Form:
+    def form(x: Tensor, weight: Tensor | None, eps: float, cast: Cast) -> Tensor:
+        assert probe.gate is not None
+        y: Tensor = gated_rms_norm_ref(
+            x,
+            probe.gate.to(x.dtype),
+            weight,
+            eps,
+            gate_first=spec.gate_first,
+            activation=spec.activation,
+            cast=cast,
+            num_groups=spec.num_groups,
+        )
+        return y
+
+    return form
+
+
+def _group_counts(probe: _Probe) -> list[int]:
+    """Return how many groups there may be: an attribute is their number or the width of one."""
+    counts = {1}
+    for value in vars(probe.module).values():
+        if isinstance(value, int) and value > 1 and probe.width % value == 0:
+            counts |= {value, probe.width // value}
+    return sorted(counts)

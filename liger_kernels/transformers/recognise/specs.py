@@ -1,0 +1,162 @@
+"""What a recogniser returns: a spec of what a module computes, or a Refusal with the reason."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Cast = Literal["mid", "end"]
+Layout = Literal["separate", "gate_first", "up_first", "interleaved"]
+Style = Literal["half", "pairs", "pairs_to_half"]
+# How the function gets its angles: cos and sin as [c, c], [c] or each number twice in a row; or one
+# complex tensor instead of the two, for each sample or (T, 1, D / 2) for all of them; or as [c, c]
+# of three kinds of positions (3, B, T, D), and how many numbers of a head each kind turns.
+Angles = Literal["twice", "once", "repeated", "complex", "complex_shared", "sections"]
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """A root mean square norm: (weight + offset) * x / rms(x), rounded as `cast` says."""
+
+    offset: float
+    cast: Cast
+    has_weight: bool
+    # "" where forward has a number of its own, which is then eps.
+    eps_attr: str
+    eps: float | None = None
+    # True: x is divided by the root of the sum of its squares, not of their mean; no weight.
+    is_l2: bool = False
+    # True: the class rounds in yet another way where x and weight differ in dtype.
+    needs_one_dtype: bool = False
+
+
+@dataclass(frozen=True)
+class LayerNormSpec:
+    """A layer norm over the last dimension, times (weight + offset)."""
+
+    has_weight: bool
+    has_bias: bool
+    # As in NormSpec.
+    eps_attr: str
+    eps: float | None = None
+    # Added in the weight's dtype.
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class GatedNormSpec:
+    """A root mean square norm of two inputs, x and gate: as the options of gated_rms_norm say."""
+
+    gate_first: bool
+    activation: str
+    cast: Cast
+    num_groups: int
+    has_weight: bool
+    # What forward calls its inputs.
+    inputs: tuple[str, str]
+    # As in NormSpec.
+    eps_attr: str
+    eps: float | None = None
+
+
+@dataclass(frozen=True)
+class MlpSpec:
+    """A gated MLP: down(activation(gate(x)) * up(x)); gate and up may be one fused linear layer."""
+
+    layout: Layout
+    gate: str
+    # The same name as gate when the two are fused.
+    up: str
+    down: str
+    activation: str
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """Experts as 3-D weights, whose gate is computed by `_apply_gate` or between two products."""
+
+    layout: Layout
+    activation: str
+    # Whether the plain loop over experts is the one `run_experts` does, so that it can be replaced.
+    has_plain_loop: bool
+    # True: forward takes as many rows for every expert, sorted, and is two products of all experts.
+    is_sorted: bool = False
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """An attention whose forward calls the module-level function `function` to rotate q and k."""
+
+    function: str
+    style: Style
+    angles: Angles
+    # Where cos and sin gain a dimension when the call does not say; -2 counts from the right of q.
+    unsqueeze_dim: int
+    # True: the function takes one tensor, not q and k.
+    is_single: bool
+    # True: the result keeps q's dtype even if cos has a wider one.
+    keeps_dtype: bool
+    # True: it turns the other way round.
+    is_backward: bool = False
+    # True: it turns the last numbers of a head, not the first.
+    is_last: bool = False
+    # The module-level function that forward calls and that calls `function`; "" for forward itself.
+    inside: str = ""
+    # The same of other functions that forward may call instead, as its configuration decides.
+    others: tuple[RopeSpec, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What happens to logits before a loss: times scale, then softcap * tanh(logits / softcap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """The language-model head: whatever makes its logits is resolved when it is called."""
+
+
+Spec = NormSpec | LayerNormSpec | GatedNormSpec | MlpSpec | ExpertsSpec | RopeSpec | HeadSpec
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a module that looks like a candidate is left as it is."""
+
+    reason: str
+    # True: the form is one the ops know, and a setting of this module rules it out.
+    is_known_form: bool = False
+
+
+@dataclass(frozen=True)
+class Mismatch(Refusal):
+    """A class that does not compute what its family's row says."""
+
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "linear": lambda x: x,
+}
+# The op that computes activation(gate) * up; the other activations have no kernel.
+GLU_OPS = {"silu": "swiglu", "gelu_tanh": "geglu", "gelu": "geglu"}
+
+
+def no_kernel(activation: str) -> Refusal:
+    """Return why a gated MLP or experts with another activation are left alone."""
+    return Refusal(f"activation {activation} has no kernel", is_known_form=True)
