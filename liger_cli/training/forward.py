@@ -24,8 +24,10 @@ class LossOf:
     def __init__(self, model: Any, device: torch.device) -> None:
         parameters = inspect.signature(model.forward).parameters
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        # Models that take the keyword and ignore it say so with this attribute of theirs.
-        self._counts_items = getattr(model, "accepts_loss_kwargs", takes_any)
+        # Models that take the keyword and ignore it say so with this attribute; not all do.
+        self._counts_items = getattr(
+            model, "accepts_loss_kwargs", takes_any and _leaves_loss_to_transformers(model)
+        )
         # Keys and values kept for generation would cost memory in every step.
         self._options = {"use_cache": False} if "use_cache" in parameters else {}
         self._device = device
@@ -56,3 +58,11 @@ class LossOf:
             del inputs["labels"]
             return model(**inputs).logits.sum() * 0.0
         return model(**inputs).loss * (own_labels / num_labels)
+
+
+def _leaves_loss_to_transformers(model: Any) -> bool:
+    """Whether forward calls the loss that divides by num_items_in_batch, or reads that itself."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    code = inspect.unwrap(type(base).forward).__code__
+    names = {*code.co_names, *code.co_varnames, *code.co_consts}
+    return bool(names & {"loss_function", "num_items_in_batch"})

@@ -1,0 +1,172 @@
+"""Makes `import liger_kernel` resolve to liger_kernels.compat, and takes it back."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import liger_kernels
+
+if TYPE_CHECKING:
+    from liger_kernels.compat.patching import Patching
+
+_NAME = "liger_kernel"
+_DISTRIBUTION = "liger-kernel"
+# What callers compare: transformers asks for 0.3.0, TRL for 0.8.2. The rest says who answers.
+INTERFACE_VERSION = f"0.8.2+liger.kernels.{liger_kernels.__version__}"
+
+# The submodules of liger_kernel.transformers that documentation and tools name, and their contents;
+# functional has all functional forms, monkey_patch the patching functions.
+_HOMES: dict[str, tuple[str, ...]] = {
+    "cross_entropy": ("LigerCrossEntropyLoss",),
+    "functional": (),
+    "fused_linear_cross_entropy": ("LigerFusedLinearCrossEntropyLoss",),
+    "geglu": ("LigerGEGLUMLP",),
+    "layer_norm": ("LigerLayerNorm",),
+    "monkey_patch": (),
+    "rms_norm": ("LigerRMSNorm",),
+    "rope": ("liger_rotary_pos_emb",),
+    "swiglu": ("LigerSwiGLUMLP",),
+}
+_PACKAGES = (_NAME, f"{_NAME}.transformers")
+_MODULES = (*_PACKAGES, *(f"{_NAME}.transformers.{name}" for name in _HOMES))
+
+
+def install() -> None:
+    """Make `import liger_kernel` resolve to this package until uninstall(); twice is once.
+
+    Raises:
+        ImportError: The original liger_kernel is installed or has been imported.
+    """
+    if _installed() is not None:
+        return
+    _refuse_original()
+    sys.meta_path.append(AliasFinder())
+    _tell_transformers(True)
+
+
+def uninstall() -> None:
+    """Undo install(): liger_kernel is not found any more, and no class mode is left on.
+
+    Models that were patched stay so until liger_kernels.transformers.restore(model).
+    """
+    finder = _installed()
+    if finder is None:
+        return
+    sys.meta_path.remove(finder)
+    for name in _MODULES:
+        sys.modules.pop(name, None)
+    if finder.patching is not None:
+        finder.patching.undo()
+    _tell_transformers(False)
+
+
+def _installed() -> AliasFinder | None:
+    return next((finder for finder in sys.meta_path if isinstance(finder, AliasFinder)), None)
+
+
+def _refuse_original() -> None:
+    where: Any = None
+    if _NAME in sys.modules:
+        where = f"imported, from {getattr(sys.modules[_NAME], '__file__', None)}"
+    elif (spec := importlib.util.find_spec(_NAME)) is not None:
+        where = f"installed, at {spec.origin or list(spec.submodule_search_locations or ())}"
+    if where is not None:
+        raise ImportError(
+            f"liger_kernels.compat.install() stands in for {_NAME}, which is {where}: uninstall it "
+            f"(pip uninstall {_DISTRIBUTION}), or use liger_kernels under its own name",
+            name=_NAME,
+        )
+
+
+def _tell_transformers(is_there: bool) -> None:
+    """Correct what transformers remembers of its own look: 5 keeps a cache, 4 a flag."""
+    checks: Any = sys.modules.get("transformers.utils.import_utils")
+    if checks is None:
+        return
+    if hasattr(checks.is_liger_kernel_available, "cache_clear"):
+        checks.is_liger_kernel_available.cache_clear()
+    if hasattr(checks, "_liger_kernel_available"):
+        checks._liger_kernel_available = is_there
+
+
+class AliasFinder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
+    """Finds liger_kernel, its submodules and its version; loads each module with our names.
+
+    It stands last in sys.meta_path and holds what an installation has of state.
+    """
+
+    def __init__(self) -> None:
+        self.patching: Patching | None = None
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return the spec of a module of the drop-in."""
+        if fullname not in _MODULES:
+            return None
+        spec = ModuleSpec(fullname, self, origin=__file__, is_package=fullname in _PACKAGES)
+        # With a file: a package without one passes for a folder that happens to have the name.
+        spec.has_location = True
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Leave it to Python to make the module."""
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Put our names into a module."""
+        if module.__name__ == _NAME:
+            vars(module)["__version__"] = INTERFACE_VERSION
+            return
+        names = self._names(module.__name__.removeprefix(_PACKAGES[1]).removeprefix("."))
+        vars(module).update(names, __all__=sorted(names))
+
+    def _names(self, home: str) -> dict[str, Any]:
+        from liger_kernels.compat import functional, modules
+        from liger_kernels.compat.patching import Patching
+
+        self.patching = self.patching or Patching()
+        functions = {name: getattr(functional, name) for name in functional.__all__}
+        if home == "functional":
+            return functions
+        if home == "monkey_patch":
+            return self.patching.names
+        classes = {name: getattr(modules, name) for name in modules.__all__}
+        names = {
+            "liger_rotary_pos_emb": functional.liger_rope,
+            **classes,
+            **self.patching.names,
+        }
+        return {name: names[name] for name in _HOMES[home]} if home else names
+
+    def find_distributions(
+        self, context: importlib.metadata.DistributionFinder.Context | None = None
+    ) -> Iterable[importlib.metadata.Distribution]:
+        """Return the distribution whose version callers compare."""
+        name = None if context is None else context.name
+        # Asked for no name, all distributions are wanted.
+        if name is None or name.lower().replace("_", "-") == _DISTRIBUTION:
+            return [_AliasDistribution()]
+        return []
+
+
+class _AliasDistribution(importlib.metadata.Distribution):
+    def read_text(self, filename: str) -> str | None:
+        return {
+            "METADATA": (
+                f"Metadata-Version: 2.1\nName: {_DISTRIBUTION}\nVersion: {INTERFACE_VERSION}\n"
+                "Summary: Stand-in by liger-kernels\n"
+            ),
+            "top_level.txt": f"{_NAME}\n",
+        }.get(filename)
+
+    def locate_file(self, path: Any) -> Path:
+        return Path(__file__).parent / path
