@@ -3,9 +3,10 @@
 python scripts/coverage_corpus.py                              writes docs/coverage.md, minutes
 python scripts/coverage_corpus.py --types llama,mixtral --output /dev/stdout
 
-A type is patched with ops="all", by its row or by recognition, and one training step in fp32 on
-text is compared with the stock model's: loss and every gradient, with dropout and the same random
-numbers. Each type runs in a process of its own, so that a hang or a crash is a line of the result.
+A type is patched with ops="all", by its row or by recognition, and a training step in fp32 on text
+and one on images, where the type takes them, are compared with the stock model's: loss and every
+gradient, with dropout and the same random numbers. Each type runs in a process of its own, so that
+a hang or a crash is a line of the result.
 Exit code 7 if some patched model differs from stock or fails where stock runs.
 """
 
@@ -51,7 +52,7 @@ HEADINGS = {
     "refused": "built, nothing patched, every candidate refused with a reason",
     "different": "patched, and not equal to stock",
     "failed": "patched, and does not run though stock does; or no result in time",
-    "not built": "no tiny model of the type that trains on text alone",
+    "not built": "no tiny model of the type that trains on text or on images",
 }
 
 
@@ -65,7 +66,9 @@ class Row:
     detail: str = ""
     source: str = ""
     coverage: dict[str, dict[str, int]] = field(default_factory=dict)
-    # Modules folded: [op or None, class, reason, count], and patched but not reached by the text.
+    # What it was trained on: "text", "image".
+    inputs: list[str] = field(default_factory=list)
+    # Modules folded: [op or None, class, reason, count], and patched but not reached by a step.
     skips: list[list[Any]] = field(default_factory=list)
     not_run: list[list[Any]] = field(default_factory=list)
     loss_error: float = 0.0
@@ -84,12 +87,12 @@ class Step:
     grads: dict[str, torch.Tensor]
 
 
-def train_step(model: nn.Module) -> Step:
+def train_step(model: nn.Module, batch: dict[str, Any]) -> Step:
     model.zero_grad(set_to_none=True)
     torch.manual_seed(0)
     random.seed(0)
     numpy.random.seed(0)
-    loss = model(**tiny_models.training_inputs()).loss
+    loss = model(**batch).loss
     loss.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return Step(loss.item(), grads)
@@ -108,10 +111,10 @@ def difference(ours: Step, stock: Step) -> tuple[float, float, str]:
     return loss_error, *worst
 
 
-def is_noise(model: nn.Module, ours: Step, stock: Step) -> bool:
+def is_noise(model: nn.Module, batch: dict[str, Any], ours: Step, stock: Step) -> bool:
     """Return whether the stock model in fp64 tells that the two differ by rounding alone."""
     try:
-        truth = train_step(copy.deepcopy(model).double())
+        truth = train_step(copy.deepcopy(model).double(), _double(batch))
     except RuntimeError:
         # Some stock models mix in an fp32 of their own.
         return False
@@ -119,44 +122,55 @@ def is_noise(model: nn.Module, ours: Step, stock: Step) -> bool:
     return noise <= MOST_NOISE and error <= 2 * noise + TOLERANCE
 
 
+def _double(batch: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+
+
 def check(model_type: str) -> Row:
-    """Build a type, patch it and compare one training step with stock; then undo."""
+    """Build a type, patch it and compare a training step on each input with stock; then undo."""
     try:
-        model = tiny_models.build(model_type)
-        stock = train_step(model)
+        tiny = tiny_models.build(model_type)
+        model, batches = tiny.model, tiny.batches
+        stock = {kind: train_step(model, batch) for kind, batch in batches.items()}
     except Exception as problem:
         return Row(model_type, "not built", f"{type(problem).__name__}: {problem}")
-    noise = max(difference(train_step(model), stock)[:2])
+    noise = max(
+        max(difference(train_step(model, batch), stock[kind])[:2])
+        for kind, batch in batches.items()
+    )
     if not noise <= TOLERANCE:
         return Row(model_type, "not built", f"stock differs from itself by {noise:.0e}")
     try:
         record = apply_liger_kernel(model, ops="all")
         with record.count_calls():
-            ours = train_step(model)
+            ours = {kind: train_step(model, batch) for kind, batch in batches.items()}
         record.undo()
-        undone = train_step(model)
+        undone = {kind: train_step(model, batch) for kind, batch in batches.items()}
     except Exception as problem:
         return Row(model_type, "failed", f"{type(problem).__name__}: {problem}")
-    loss_error, grad_error, name = difference(ours, stock)
+    errors = {kind: difference(ours[kind], stock[kind]) for kind in batches}
     detail = ""
-    if not max(loss_error, grad_error) <= TOLERANCE and not is_noise(model, ours, stock):
-        detail = f"loss {loss_error:.0e}, gradient {grad_error:.0e} at {name}"
-    if not detail and not max(difference(undone, stock)[:2]) <= noise:
-        detail = "not as it was after undo()"
+    for kind, (loss_error, grad_error, name) in errors.items():
+        is_same = max(loss_error, grad_error) <= TOLERANCE
+        if not is_same and not is_noise(model, batches[kind], ours[kind], stock[kind]):
+            detail = f"{kind}: loss {loss_error:.0e}, gradient {grad_error:.0e} at {name}"
+        elif not max(difference(undone[kind], stock[kind])[:2]) <= noise:
+            detail = detail or "not as it was after undo()"
     return Row(
         model_type,
         "different" if detail else "equal" if record.patches else "refused",
         detail,
         record.plan.source,
         record.plan.coverage,
+        list(batches),
         _fold((skip.op, skip.module_class, skip.reason) for skip in record.skipped),
         _fold(
-            (patch.op, patch.module_class, "patched, not reached by text alone")
+            (patch.op, patch.module_class, "patched, not reached by these inputs")
             for patch in record.patches
             if patch.name in record.unused
         ),
-        loss_error,
-        grad_error,
+        max(loss_error for loss_error, _, _ in errors.values()),
+        max(grad_error for _, grad_error, _ in errors.values()),
     )
 
 
@@ -241,16 +255,16 @@ def render(rows: list[Row], facts: dict[str, str], seconds: float, command: str)
         "on a CPU in fp32.",
         "",
         "Each causal-LM and image-text type of transformers is built tiny with random weights and "
-        'patched by `apply_liger_kernel(model, ops="all")`; a training step on text is compared '
-        f"with the stock model's. Equal means within {TOLERANCE:.0e} of the largest number of each "
-        "gradient or, where fp32 itself is no better, no more than twice as far from fp64. "
-        "Image-text types are given text alone here; the tests train the listed families on images "
-        "too.",
+        'patched by `apply_liger_kernel(model, ops="all")`; a training step on text, and one on '
+        "images where the type takes them, are compared with the stock model's. Equal means within "
+        f"{TOLERANCE:.0e} of the largest number of each gradient or, where fp32 itself is no "
+        "better, no more than twice as far from fp64.",
         "",
         "| types | | |",
         "|---:|---|---|",
         f"| {len(rows)} | tried | |",
         f"| {len(built)} | built | |",
+        f"| {sum('image' in row.inputs for row in built)} | trained on images | |",
         *(f"| {counts[name]} | {name} | {meaning} |" for name, meaning in HEADINGS.items()),
         "",
         "## Built",
@@ -258,10 +272,10 @@ def render(rows: list[Row], facts: dict[str, str], seconds: float, command: str)
         "Patched / candidates for each op. *row*: the type is listed in `families.py`; "
         "*recognised*: everything was found by what the modules compute. Skipped modules are "
         "left alone: candidates of an op with the op in brackets, the others of none. "
-        "Not run: patched, and not reached by a step on text (vision parts, mostly).",
+        "Not run: patched, and reached by none of the steps.",
         "",
-        "| type | found by | patched | skipped, and why | result |",
-        "|---|---|---|---|---|",
+        "| type | found by | trained on | patched | skipped, and why | result |",
+        "|---|---|---|---|---|---|",
         *map(_built_line, built),
         "",
         "## Not built",
@@ -291,7 +305,8 @@ def _built_line(row: Row) -> str:
     total = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     skipped = f"<details><summary>{total}</summary>{reasons}</details>" if total else "none"
     result = row.verdict if not row.detail else f"**{row.verdict}**: {_cell(row.detail)}"
-    return f"| {row.model_type} | {row.source} | {coverage or 'none'} | {skipped} | {result} |"
+    cells = (row.model_type, row.source, ", ".join(row.inputs), coverage or "none", skipped, result)
+    return f"| {' | '.join(cells)} |"
 
 
 def _cell(text: str) -> str:

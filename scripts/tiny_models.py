@@ -9,10 +9,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
+from tiny_fields import DEPTHS, OWN, SIZES, VARIATIONS
+from tiny_images import image_batches, with_text
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -27,169 +30,7 @@ MODEL_CLASSES: dict[str, str] = {
     **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     **MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 }
-VOCAB_SIZE = 128
 MAX_PARAMETERS = 60_000_000
-
-# What a field is set to, by its name alone.
-_SIZES: dict[str, Any] = {
-    # Vocabulary and positions.
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB_SIZE),
-    **dict.fromkeys(("max_position_embeddings", "n_positions"), 128),
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    # Width.
-    **dict.fromkeys(
-        (
-            *("hidden_size", "n_embd", "d_model", "embed_dim", "hidden_dim", "out_hidden_size"),
-            *("word_embed_proj_dim", "projection_dim", "vision_hidden_size", "lru_width"),
-            "mamba_d_ssm",
-        ),
-        32,
-    ),
-    **dict.fromkeys(
-        (
-            *("intermediate_size", "n_inner", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim"),
-            *("ffn_hidden_size", "mlp_hidden_size", "dense_intermediate_size"),
-            "intermediate_size_mlp",
-        ),
-        48,
-    ),
-    **dict.fromkeys(
-        (
-            *("moe_intermediate_size", "shared_expert_intermediate_size"),
-            *("expert_ffn_hidden_size", "q_lora_rank", "kv_lora_rank", "qk_head_dim"),
-        ),
-        16,
-    ),
-    # Depth.
-    **dict.fromkeys(
-        (
-            *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"),
-            *("encoder_layers", "depth"),
-        ),
-        2,
-    ),
-    **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers", "num_kv_shared_layers"), 0),
-    # Heads.
-    **dict.fromkeys(
-        (
-            *("num_attention_heads", "n_head", "n_heads", "num_heads", "global_attention_heads"),
-            *("decoder_attention_heads", "encoder_attention_heads", "linear_num_value_heads"),
-        ),
-        4,
-    ),
-    **dict.fromkeys(
-        (
-            *("num_key_value_heads", "num_global_key_value_heads", "num_key_value_groups"),
-            *("linear_num_key_heads", "index_n_heads"),
-        ),
-        2,
-    ),
-    **dict.fromkeys(
-        (
-            *("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "global_head_dim"),
-            *("rotary_dim", "rotary_ndims", "linear_key_head_dim", "linear_value_head_dim"),
-            *("index_head_dim", "query_pre_attn_scalar", "hidden_size_per_layer_input"),
-            "laurel_rank",
-        ),
-        8,
-    ),
-    "index_topk": 4,
-    "sliding_window": 16,
-    "attention_window_size": 16,
-    "attention_chunk_size": 64,
-    # Experts.
-    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
-    **dict.fromkeys(
-        (
-            *("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"),
-            *("zero_expert_num", "num_dense_layers", "moe_num_shared_experts"),
-        ),
-        1,
-    ),
-    "expert_capacity": 64,
-    "moe_latent_size": None,
-    # State spaces.
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "conv_kernel"), 4),
-    **dict.fromkeys(
-        (
-            *("mamba_d_head", "mamba_d_state", "mamba_chunk_size", "mamba_head_dim"),
-            *("state_size", "ssm_state_size", "d_state", "chunk_size"),
-        ),
-        8,
-    ),
-    **dict.fromkeys(("mamba_n_groups", "mamba_expand", "n_groups"), 1),
-    "expand": 2,
-    "altup_num_inputs": 2,
-    # Vision.
-    "image_size": 16,
-    "patch_size": 4,
-    "num_channels": 3,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-    "deepstack_visual_indexes": [0],
-    "num_position_embeddings": 16,
-}
-_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
-_HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
-_FULL_ROPE = {
-    "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
-    "layer_types": ["full_attention", "full_attention"],
-}
-_TEXT_IDS = {"image_token_id": 100, "video_token_id": 101, "vision_start_token_id": 102}
-
-
-def _mrope(sections: list[int], **more: Any) -> dict[str, Any]:
-    """Return positions of three kinds, each with its part of a head's frequencies."""
-    parameters = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections, **more}
-    return {"rope_parameters": parameters}
-
-
-# What names alone cannot tell, for types worth it.
-_OWN: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": {**_HYBRID, "linear_num_heads": 4, "linear_head_dim": 8},
-    "bamba": {"attn_layer_indices": [1], "mamba_expand": 1},
-    "cohere_compass": {"text_config": _FULL_ROPE},
-    "cohere_compass_text": _FULL_ROPE,
-    "glm46v": {"text_config": _mrope([1, 1, 2])},
-    "glm4v": {"text_config": _mrope([1, 1, 2])},
-    "glm4v_moe": {"text_config": _mrope([1, 1, 2], partial_rotary_factor=1.0)},
-    "glm_ocr": {"text_config": _mrope([1, 1, 2])},
-    "glmga": {"text_config": _mrope([1, 1, 2])},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": {**_HYBRID, "mamba_expand": 1},
-    "kimi_linear": {**_HYBRID, "linear_num_heads": 4, "linear_head_dim": 8},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "mamba2": {"num_heads": 8, "head_dim": 8},
-    "qwen2_5_omni_thinker": {"text_config": _mrope([1, 1, 2]), **_TEXT_IDS},
-    "qwen2_5_vl": {"text_config": _mrope([1, 1, 2])},
-    "qwen2_vl": {"text_config": _mrope([1, 1, 2])},
-    "qwen3_omni_moe_thinker": {"text_config": _mrope([1, 1, 2]), **_TEXT_IDS},
-    # Its dropout and its hashes draw from seeds of their own, another each time.
-    "reformer": {
-        "is_decoder": True,
-        "axial_pos_embds": False,
-        "hash_seed": 0,
-        "hidden_dropout_prob": 0.0,
-        "local_attention_probs_dropout_prob": 0.0,
-    },
-    "xlm": {"emb_dim": 32},
-    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
-    "zaya": {"num_experts_per_tok": 1},
-}
-# Tried in this order: fields left at their default, and another depth (patterns of layer types have
-# a period).
-_VARIATIONS: tuple[tuple[tuple[str, ...], int], ...] = (
-    ((), 2),
-    ((), 4),
-    ((), 8),
-    (("head_dim",), 2),
-    (("num_key_value_heads",), 2),
-    (("head_dim", "num_key_value_heads"), 2),
-    (("sliding_window",), 2),
-)
 
 
 def training_inputs() -> dict[str, torch.Tensor]:
@@ -200,16 +41,25 @@ def training_inputs() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def build(model_type: str) -> PreTrainedModel:
-    """Return a tiny model of a type, in training mode, whose loss is finite.
+@dataclass(frozen=True)
+class TinyModel:
+    """A model in training mode and what it was seen to train on."""
+
+    model: PreTrainedModel
+    # "text" and "image", one of them at least: each with a finite loss.
+    batches: dict[str, dict[str, Any]]
+
+
+def build(model_type: str) -> TinyModel:
+    """Return a tiny model of a type with the batches that it takes.
 
     Raises:
         Exception: The first variation's, when no variation gives such a model.
     """
     model_class = getattr(transformers, MODEL_CLASSES[model_type])
-    sizes = _merge(_fields(CONFIG_MAPPING[model_type]), _OWN.get(model_type, {}))
+    sizes = _merge(_fields(CONFIG_MAPPING[model_type]), OWN.get(model_type, {}))
     problem = None
-    for without, depth in _VARIATIONS:
+    for without, depth in VARIATIONS:
         try:
             return _build(model_class, CONFIG_MAPPING[model_type], _vary(sizes, without, depth))
         except Exception as error:
@@ -218,7 +68,7 @@ def build(model_type: str) -> PreTrainedModel:
     raise problem
 
 
-def _build(model_class: Any, config_class: Any, fields: dict[str, Any]) -> PreTrainedModel:
+def _build(model_class: Any, config_class: Any, fields: dict[str, Any]) -> TinyModel:
     torch.manual_seed(0)
     config = config_class(**fields)
     with torch.device("meta"):
@@ -230,13 +80,62 @@ def _build(model_class: Any, config_class: Any, fields: dict[str, Any]) -> PreTr
     model.train()
     # Weights wide enough for every part to matter; some types overflow with them.
     _spread(model, 5.0)
-    loss = model(**training_inputs()).loss
-    if loss is not None and not loss.isfinite():
+    try:
+        return TinyModel(model, _batches(model))
+    except OverflowError:
         _spread(model, 0.2)
-        loss = model(**training_inputs()).loss
-    if loss is None or not loss.isfinite():
-        raise ValueError(f"its loss is {loss}")
-    return model
+        return TinyModel(model, _batches(model))
+
+
+def _batches(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """Return the batches that a model trains on: text, and images that reach more weights."""
+    text = training_inputs()
+    batches: dict[str, dict[str, Any]] = {}
+    reached: set[str] = set()
+    problem = None
+    # Some want to be told the type of every token, also where all are text.
+    for batch in (text, with_text(model, {}, text, 0)):
+        try:
+            reached = _reached(model, batch)
+            batches["text"] = batch
+            break
+        except Exception as error:
+            problem = problem or error
+    for batch in image_batches(model, text) if _takes_images(model) else ():
+        try:
+            if _reached(model, batch) - reached:
+                batches["image"] = batch
+                break
+        except Exception:
+            # Another way of passing an image may be the model's.
+            continue
+    if problem is not None and not batches:
+        raise problem
+    return batches
+
+
+def _takes_images(model: PreTrainedModel) -> bool:
+    names = inspect.signature(model.forward).parameters
+    return bool({"pixel_values", "flattened_patches"} & set(names))
+
+
+def _reached(model: PreTrainedModel, batch: dict[str, Any]) -> set[str]:
+    """Return the parameters that a training step gives a gradient.
+
+    Raises:
+        OverflowError: The loss is not finite.
+    """
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)
+    loss = model(**batch).loss
+    if loss is None:
+        raise ValueError("its loss is None")
+    if not loss.isfinite():
+        raise OverflowError(f"its loss is {loss}")
+    loss.backward()
+    names = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    model.zero_grad(set_to_none=True)
+    return names
 
 
 def _spread(model: torch.nn.Module, scale: float) -> None:
@@ -258,7 +157,7 @@ def _fields(config_class: Any, depth: int = 0) -> dict[str, Any]:
     # A list where most types have a number stays as it is.
     fields = {
         name: value
-        for name, value in _SIZES.items()
+        for name, value in SIZES.items()
         if name in names and isinstance(_value(default, name), list) <= isinstance(value, list)
     }
     for name, part in _parts(config_class) if depth < 3 else ():
@@ -307,5 +206,5 @@ def _vary(fields: dict[str, Any], without: tuple[str, ...], depth: int) -> dict[
         if isinstance(value, dict):
             varied[name] = _vary(value, without, depth)
         elif name not in without:
-            varied[name] = depth if name in _DEPTHS else value
+            varied[name] = depth if name in DEPTHS else value
     return varied

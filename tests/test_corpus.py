@@ -27,22 +27,37 @@ def corpus() -> Any:
         sys.path.remove(str(ROOT / "scripts"))
 
 
-# A row, a type without one, an encoder that has no rope, one that asks for an image.
+# A row, a type without one, an encoder that has no rope, a gated norm, a type that takes images,
+# one that takes nothing else, one that asks for more than images.
 @pytest.mark.parametrize(
-    ("model_type", "verdict", "source", "ops"),
+    ("model_type", "verdict", "source", "inputs", "ops"),
     [
-        ("llama", "equal", "row", ("rope", "rms_norm", "swiglu", "fused_linear_cross_entropy")),
-        ("stablelm", "equal", "recognised", ("rope", "layer_norm", "swiglu")),
-        ("roberta", "equal", "recognised", ("layer_norm", "fused_linear_cross_entropy")),
-        ("blip", "not built", "", ()),
+        ("llama", "equal", "row", ["text"], ("rope", "rms_norm", "swiglu")),
+        ("stablelm", "equal", "recognised", ["text"], ("rope", "layer_norm", "swiglu")),
+        ("roberta", "equal", "recognised", ["text"], ("layer_norm", "fused_linear_cross_entropy")),
+        ("mamba2", "equal", "recognised", ["text"], ("gated_rms_norm", "rms_norm")),
+        ("qwen2_vl", "equal", "row", ["text", "image"], ("rope", "layer_norm", "swiglu")),
+        ("blip", "equal", "recognised", ["image"], ("layer_norm",)),
+        ("pi0", "not built", "", [], ()),
     ],
 )
-def test_type(corpus, model_type, verdict, source, ops):
+def test_type(corpus, model_type, verdict, source, inputs, ops):
     row = corpus.check(model_type)
-    assert (row.verdict, row.source) == (verdict, source)
+    assert (row.verdict, row.source, row.inputs) == (verdict, source, inputs)
     assert set(ops) <= set(row.coverage)
     assert all(n["patched"] == n["candidates"] > 0 for n in row.coverage.values())
-    assert row.detail == "" if verdict == "equal" else "pixel_values" in row.detail
+    assert not row.not_run
+    assert row.detail == "" if verdict == "equal" else "'state'" in row.detail
+
+
+def test_an_image_is_one_only_if_it_reaches_weights(corpus):
+    tiny = corpus.tiny_models.build("qwen2_vl")
+    reached = {
+        kind: corpus.train_step(tiny.model, batch).grads for kind, batch in tiny.batches.items()
+    }
+    vision = {name for name in reached["image"] if ".visual." in name}
+    assert vision
+    assert not vision & reached["text"].keys()
 
 
 def test_wrong_numbers_are_seen(corpus, monkeypatch):
@@ -78,7 +93,7 @@ def test_crash_and_hang_are_rows(corpus, monkeypatch, fate, detail):
 def test_command(corpus, monkeypatch, tmp_path):
     monkeypatch.setattr(corpus, "run_types", lambda types, **_: [corpus.check(t) for t in types])
     page, rows = tmp_path / "page.md", tmp_path / "rows.json"
-    arguments = ["--types", "llama,blip", "--output", str(page), "--json", str(rows)]
+    arguments = ["--types", "llama,pi0", "--output", str(page), "--json", str(rows)]
     monkeypatch.setattr(sys, "argv", ["coverage_corpus.py", *arguments])
     assert corpus.main() == 0
     assert [row["verdict"] for row in json.loads(rows.read_text())["rows"]] == [
@@ -86,7 +101,8 @@ def test_command(corpus, monkeypatch, tmp_path):
         "not built",
     ]
     text = page.read_text()
-    assert "| llama | row | rope 2/2, rms_norm 5/5, swiglu 2/2, " in text
+    ops = "rope 2/2, rms_norm 5/5, fused_add_rms_norm 2/2, swiglu 2/2, "
+    assert f"| llama | row | text | {ops}" in text
     assert "| 1 | built |" in text
     monkeypatch.setattr(sys, "argv", ["coverage_corpus.py", "--types", "lama"])
     with pytest.raises(SystemExit) as error:
@@ -96,12 +112,13 @@ def test_command(corpus, monkeypatch, tmp_path):
 
 def test_page_is_of_all_types(corpus):
     text = PAGE.read_text()
-    assert "| type | found by | patched | skipped, and why | result |" in text
+    assert "| type | found by | trained on | patched | skipped, and why | result |" in text
     assert "by `python scripts/coverage_corpus.py`" in text
     assert "transformers 5." in text
     built, missing = text.split("## Built")[1].split("## Not built")
     lines = [line.split(" | ") for line in built.splitlines() if line.startswith("| ")][1:]
-    assert len(lines) >= 200
+    assert len(lines) >= 260
+    assert sum("image" in line[2] for line in lines) >= 75
     # The result is the last cell; all are equal, or refused for reasons in the one before.
     results = {line[0].removeprefix("| "): line[-1].removesuffix(" |") for line in lines}
     assert set(results.values()) <= {"equal", "refused"}

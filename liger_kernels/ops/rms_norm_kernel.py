@@ -326,7 +326,7 @@ def _torch_fwd(x, weight, options, residual, rstd):
 
 
 def _torch_bwd(dy, x, weight, rstd, options, needs_dw, dtotal):
-    rstd = rstd[..., None]
+    rstd = rstd.reshape(x.shape[:-1])[..., None]
     x_hat = upcast(x) * rstd
     dy = upcast(dy).reshape(x.shape)
     dw = None
