@@ -14,7 +14,7 @@ mlp          gated, eager N*s*4I: gate, up, activation, product; patched N*s*3I.
 experts      the same for the experts a token goes to, and N*s*H an expert for its gathered input
 logits       eager N*V*(s+12): the logits, which the output keeps, and in backward three fp32
              tensors of their size (N*V*16 in fp32). Patched cross_entropy N*V*2s. Fused: one chunk
-head buffers only the fused loss: gradients of the head (V*H, in fp32 over more than four chunks)
+head buffers only the fused loss: gradients of the head (V*H, in fp32 over more than eight chunks)
              and of its input (N*H), made in forward
 
 The peak is the largest of four moments: the loss (all activations and the logits; gradients too
@@ -33,6 +33,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from liger_kernels.ops.chunked_linear import accumulator_dtype, chunk_tokens
+from liger_kernels.ops.launch import cdiv
+
 __all__ = [
     "MemoryEstimate",
     "ModelShape",
@@ -45,10 +50,10 @@ __all__ = [
 Coverage = Mapping[str, Mapping[str, int]]
 
 _FP32_BYTES = 4
-# Chunks of the fused loss, as liger_kernels.ops.chunked_linear cuts them at most.
-_GPU_CHUNK_BYTES, _GPU_CHUNK_TOKENS = 512 << 20, (1024, 4096)
-_CPU_CHUNK_BYTES, _CPU_CHUNK_TOKENS = 32 << 20, 8
-_MAX_BF16_CHUNKS = 4
+# By bytes of a value; memory is the same for the other half precision.
+_DTYPES = {2: torch.bfloat16, 4: torch.float32}
+# Multiprocessors of an H100, by which chunks of the fused loss are cut.
+_GPU_SMS = 132
 
 
 @dataclass(frozen=True)
@@ -245,26 +250,22 @@ class _LossBytes:
 def _loss(shape: ModelShape, coverage: Coverage, tokens: int, step: StepShape) -> _LossBytes:
     s = step.compute_bytes
     if _patched(coverage, "fused_linear_cross_entropy"):
-        chunk = min(tokens, _chunk_tokens(shape.vocab, step))
-        logits = chunk * shape.vocab * s
+        compute, parameter = (_DTYPES[size] for size in (s, step.parameter_bytes))
+        device = torch.device("cpu" if step.on_cpu else "cuda")
+        chunk = chunk_tokens(
+            tokens, shape.hidden, shape.vocab, compute, device, step.is_head_trainable, _GPU_SMS
+        )
+        logits = min(tokens, chunk) * shape.vocab * s
         input_gradient = tokens * shape.hidden * s
         if not step.is_head_trainable:
             return _LossBytes(logits, input_gradient=input_gradient)
         head = shape.vocab * shape.hidden
-        is_narrow = s == step.parameter_bytes == 2 and tokens <= _MAX_BF16_CHUNKS * chunk
-        if is_narrow or step.parameter_bytes == _FP32_BYTES:
-            return _LossBytes(logits, head * step.parameter_bytes, 0, input_gradient)
-        return _LossBytes(logits, head * _FP32_BYTES, head * step.parameter_bytes, input_gradient)
+        summed = accumulator_dtype(compute, parameter, cdiv(tokens, chunk), device)
+        copy = 0 if summed == parameter else head * step.parameter_bytes
+        return _LossBytes(logits, head * summed.itemsize, copy, input_gradient)
     if _patched(coverage, "cross_entropy"):
         return _LossBytes(tokens * shape.vocab * 2 * s)
     return _LossBytes(tokens * shape.vocab * (s + 3 * _FP32_BYTES))
-
-
-def _chunk_tokens(vocab: int, step: StepShape) -> int:
-    if step.on_cpu:
-        return max(_CPU_CHUNK_TOKENS, _CPU_CHUNK_BYTES // (_FP32_BYTES * vocab))
-    least, most = _GPU_CHUNK_TOKENS
-    return max(least, min(most, _GPU_CHUNK_BYTES // (vocab * step.compute_bytes)))
 
 
 def _candidates(coverage: Coverage, op: str) -> int:

@@ -21,15 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liger_kernels.ops.autograd import differentiable_once
-from liger_kernels.ops.handover import handed_over, scaled
+from liger_kernels.ops.handover import early_factor, handed_over, late_factor, scaled
 from liger_kernels.ops.launch import rows_of
-from liger_kernels.ops.loss_kernel import loss_rows, wide_dtype
 from liger_kernels.ops.loss_options import (
     LossOptions,
     check_options,
     check_target,
     inverse_of_mean,
+    wide_dtype,
 )
+from liger_kernels.ops.loss_rows import loss_rows
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic, upcast
 
 
@@ -66,13 +67,13 @@ class _Call:
 
 
 def _cross_entropy_fwd(x, call):
-    """Return the loss, and the gradient of a sum before _factor, if it is needed."""
+    """Return the loss, and the gradient of a sum before late_factor, if it is needed."""
     losses = torch.empty(x.shape[0], dtype=wide_dtype(x.dtype), device=x.device)
     kwargs = {"class_weight": call.class_weight, "loss": losses}
     if call.inverse is None:
         loss_rows(x, call.label, call.options, **kwargs)
         return losses, None
-    coef = (call.inverse / _factor(x.dtype, call.inverse)).expand(x.shape[:1])
+    coef = early_factor(call.inverse, x.dtype).expand(x.shape[:1])
     dx = _empty_rows(x) if call.needs_grad else None
     loss_rows(x, call.label, call.options, coef=coef, dx=dx, **kwargs)
     return losses.sum() * call.inverse, dx
@@ -83,15 +84,6 @@ def _cross_entropy_bwd(dy, x, call):
     dx = _empty_rows(x)
     loss_rows(x, call.label, call.options, class_weight=call.class_weight, coef=dy, dx=dx)
     return dx
-
-
-def _factor(dtype, inverse):
-    """Return what is left to multiply the gradient of a sum by.
-
-    fp16 would lose a gradient divided by many labels; it is divided in backward, where the loss
-    scale of mixed precision multiplies it again.
-    """
-    return inverse if dtype == torch.float16 else torch.ones_like(inverse)
 
 
 def _empty_rows(x):
@@ -115,7 +107,7 @@ class _CrossEntropy(torch.autograd.Function):
         if ctx.dx is None:
             raise handed_over("cross_entropy")
         dx, ctx.dx = ctx.dx, None
-        return scaled(dx, dy * _factor(ctx.dtype, ctx.call.inverse), ctx.dtype), None
+        return scaled(dx, late_factor(dy, ctx.call.inverse, ctx.dtype), ctx.dtype), None
 
 
 # torch.compile does not look into an operator: inside, the kernels run as in eager code.
@@ -177,7 +169,7 @@ def _backward(ctx, dys):
         dx = _cross_entropy_backward_op(dys[0], *ctx.saved_tensors, *ctx.options)
     else:
         dx, inverse = ctx.saved_tensors
-        dx = (dx * (dys[0] * _factor(dx.dtype, inverse))).to(dx.dtype)
+        dx = (dx * late_factor(dys[0], inverse, dx.dtype)).to(dx.dtype)
     return dx, *[None] * 9
 
 
@@ -280,7 +272,7 @@ OP = Op(
     summary="Cross entropy of given logits; keeps their gradient instead of three fp32 copies.",
     function=cross_entropy,
     reference=cross_entropy_ref,
-    # Each option alone, then all; vocabularies on both sides of a block of 8192.
+    # Each option alone, then all; vocabularies of one block of a program and of several.
     cases=(
         Case("tiny", (3, 8)),
         Case("odd", (5, 127)),
@@ -302,7 +294,9 @@ OP = Op(
         Case("all-ignored", (4, 20), {"ignored": 1.0}),
         Case("no-rows", (0, 20)),
         Case("one-block", (3, 8192), {"spread": 1.0}),
-        Case("two-blocks", (3, 8193), {"label_smoothing": 0.1}),
+        Case("two-blocks", (3, 8193)),
+        Case("three-blocks-all", (3, 16385), _ALL),
+        Case("eight-blocks", (3, 65537), {"label_smoothing": 0.1}),
         Case("real", (4096, 32000), needs_gpu=True),
         Case("real-wide", (1024, 262208), _ALL, needs_gpu=True),
     ),

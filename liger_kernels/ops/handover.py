@@ -2,13 +2,13 @@
 
 import torch
 
-from liger_kernels.ops.launch import cdiv, device_guard, num_sms, runs_triton, tl, triton
+from liger_kernels.ops.launch import cdiv, device_guard, jit, num_sms, runs_triton, tl
 
 # Elements a program takes at a time.
 _BLOCK = 4096
 
 
-@triton.jit
+@jit
 def _scale_kernel(
     x_ptr,  # (N,)
     out_ptr,  # (N,), may be x_ptr
@@ -51,6 +51,20 @@ def scaled(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.T
             num_warps=8,
         )
     return out
+
+
+def early_factor(inverse: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what the gradients of a sum of losses times inverse are multiplied by in forward.
+
+    fp16 would lose a gradient divided by many labels; it is divided in backward, where the loss
+    scale of mixed precision multiplies it again.
+    """
+    return torch.ones_like(inverse) if dtype == torch.float16 else inverse
+
+
+def late_factor(dy: torch.Tensor, inverse: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what they are multiplied by in backward."""
+    return dy * inverse if dtype == torch.float16 else dy
 
 
 def handed_over(name: str) -> RuntimeError:

@@ -13,12 +13,10 @@ from liger_kernels.ops.chunked_linear import (
     HeadGradients,
     count_labels,
     is_capturing,
-    rows_with_labels,
     sweep,
 )
-from liger_kernels.ops.handover import handed_over
-from liger_kernels.ops.loss_kernel import wide_dtype
-from liger_kernels.ops.loss_options import LossOptions
+from liger_kernels.ops.handover import early_factor, handed_over, late_factor
+from liger_kernels.ops.loss_options import LossOptions, wide_dtype
 
 Tensors = tuple[Tensor, ...]
 
@@ -26,22 +24,13 @@ Tensors = tuple[Tensor, ...]
 def total_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, inverse: Tensor
 ) -> tuple[Tensors, HeadGradients]:
-    """Return call.outputs, the losses summed times inverse, and the gradients before _factor."""
-    coef = (inverse / _factor(call.compute_dtype, inverse)).expand(call.label.shape)
+    """Return call.outputs, the losses summed times inverse, and gradients before late_factor."""
+    coef = early_factor(inverse, call.compute_dtype).expand(call.label.shape)
     found, grads = sweep(
         hidden, weight, bias, call, outputs=call.outputs, coef=coef, needs=call.needs
     )
     found["loss"] = found["loss"].sum() * inverse
     return tuple(found.values()), grads
-
-
-def _factor(compute_dtype: torch.dtype, inverse: Tensor) -> Tensor:
-    """Return what is left to multiply the gradients of a sum by.
-
-    fp16 would lose a gradient divided by many labels; it is divided in backward, where the loss
-    scale of mixed precision multiplies it again.
-    """
-    return inverse if compute_dtype == torch.float16 else torch.ones_like(inverse)
 
 
 def per_token_bwd(
@@ -86,7 +75,7 @@ class TotalLoss(torch.autograd.Function):
         inverse: Tensor,
     ) -> Tensors:
         outputs, ctx.grads = total_fwd(hidden, weight, bias, call, inverse)
-        ctx.factor = _factor(call.compute_dtype, inverse)
+        ctx.inverse, ctx.compute_dtype = inverse, call.compute_dtype
         ctx.dtypes = _dtypes(hidden, weight, bias)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
@@ -100,7 +89,8 @@ class TotalLoss(torch.autograd.Function):
         if ctx.grads is None:
             raise handed_over("fused_linear_cross_entropy")
         grads, ctx.grads = ctx.grads, None
-        return *grads.times(dy * ctx.factor, ctx.dtypes), None, None
+        factor = late_factor(dy, ctx.inverse, ctx.compute_dtype)
+        return *grads.times(factor, ctx.dtypes), None, None
 
 
 class PerTokenLoss(torch.autograd.Function):
@@ -135,17 +125,16 @@ class PerTokenLoss(torch.autograd.Function):
 
 def _rebuilt(label, class_weight, options, compute_dtype, outputs, needs):
     """Return the call an operator stands for; the labels are counted inside, and waited for."""
-    rows = None
+    count = None
     if options.ignore_index is not None and not is_capturing(label):
-        bound = count_labels(label, options.ignore_index).wait()
-        rows = rows_with_labels(label, options.ignore_index, bound)
+        count = count_labels(label, options.ignore_index)
     return HeadCall(
-        label, options, compute_dtype, tuple(outputs.split()), (), tuple(needs), class_weight, rows
+        label, options, compute_dtype, tuple(outputs.split()), (), tuple(needs), class_weight, count
     )
 
 
 def _grad_dtypes(weight, compute_dtype):
-    """Return dtypes that hold what is not yet times _factor; they must not depend on the labels."""
+    """Return dtypes that hold gradients before late_factor, whatever the labels."""
     wide = wide_dtype(compute_dtype)
     is_final = weight.dtype == compute_dtype != torch.float16
     return compute_dtype, compute_dtype if is_final else wide, wide
@@ -248,7 +237,7 @@ def _backward(ctx, dys):
         made = _head_loss_backward_op(*ctx.saved_tensors, *coefs, *ctx.options, ctx.needs)
     else:
         inverse, *made = ctx.saved_tensors
-        factor = given["loss"] * _factor(ctx.options[-1], inverse)
+        factor = late_factor(given["loss"], inverse, ctx.options[-1])
         made = [grad * factor for grad in made]
     made = iter(made)
     grads = [next(made) if is_needed else None for is_needed in ctx.needs]

@@ -34,6 +34,11 @@ class LossOptions:
         return cls(ignore_index, float(label_smoothing), float(z_loss), cap, float(scale))
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype losses are computed and returned in: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def check_options(
     options: LossOptions, reduction: str, vocab: int, class_weight: torch.Tensor | None, name: str
 ) -> None:

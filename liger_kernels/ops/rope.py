@@ -10,15 +10,14 @@ Backward: the opposite angle, with the two layouts of a pair exchanged; the same
 Source: Su et al., RoFormer, https://arxiv.org/abs/2104.09864, eq. 34.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from liger_kernels.ops.autograd import differentiable_once
-from liger_kernels.ops.launch import cdiv, device_guard, next_power_of_2, runs_triton
+from liger_kernels.ops.launch import runs_triton
 from liger_kernels.ops.op import Case, Op, Sample, randn, upcast
-from liger_kernels.ops.rope_kernel import rope_kernel
+from liger_kernels.ops.rope_kernel import RopeOptions, launch_rope, pair_layouts
 
 STYLES = ("half", "pairs", "pairs_to_half")
 
@@ -46,45 +45,17 @@ def _broadcast(table, rank, width, head_axis):
     return table[..., : width // 2].unsqueeze(head_axis)
 
 
-# Elements of q or k in a program's tile: 32 a lane of 4 warps, 44 registers, no shared memory in
-# style "half". First guess, to be replaced by measurements.
-_TILE = 4096
-# Heads in it, which share cos and sin; alone, a head would read as much of those as of itself.
-_MAX_HEADS = 8
-
-
-@dataclass(frozen=True)
-class _Options:
-    style: str
-    rotary_dim: int
-    # Counted from the right: -3 in (B, H, T, D), -2 in (B, T, H, D).
-    head_axis: int
-
-
-def _pair_layouts(options: _Options, is_backward: bool) -> tuple[bool, bool]:
-    """Return whether the two elements of a pair are neighbours where they are read, and written."""
-    layouts = options.style != "half", options.style == "pairs"
-    return layouts[::-1] if is_backward else layouts
-
-
 def _empty_like(x: torch.Tensor) -> torch.Tensor:
     """Return memory in the order of x's dimensions, gaps left out; D is contiguous in any case."""
     y = torch.empty_like(x)
     return y if y.stride(-1) == 1 else torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def _strides(x: torch.Tensor | None, head_axis: int) -> tuple[int, int, int]:
-    """Return the strides of batch (0 if there is none), heads and tokens."""
-    if x is None:
-        return 0, 0, 0
-    return x.stride(0) if x.dim() == 4 else 0, x.stride(head_axis), x.stride(-5 - head_axis)
-
-
 def _turn(x, y, cos, sin, options, is_backward):
     width = options.rotary_dim
     pairs = slice(0, width, 2), slice(1, width, 2)
     halves = slice(0, width // 2), slice(width // 2, width)
-    reads_pairs, writes_pairs = _pair_layouts(options, is_backward)
+    reads_pairs, writes_pairs = pair_layouts(options, is_backward)
     wide_x = upcast(x)
     # One temporary at most, and none in fp32: on a CPU each pass over memory counts.
     wide_y = y if y.dtype == wide_x.dtype else torch.empty_like(y, dtype=wide_x.dtype)
@@ -105,7 +76,7 @@ def _turn(x, y, cos, sin, options, is_backward):
 
 def _rope(moves, cos, sin, options, is_backward=False):
     """Turn by the angle, or by its opposite: from the first to the second of one or two moves."""
-    if not all(runs_triton(x) for x, _ in moves):
+    if not (runs_triton(moves[0][0]) and runs_triton(moves[-1][0])):
         for x, y in moves:
             _turn(x, y, cos, sin, options, is_backward)
         return
@@ -115,59 +86,12 @@ def _rope(moves, cos, sin, options, is_backward=False):
     k = k if k is None or k.stride(-1) == 1 else k.contiguous()
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
-    axis, width, head_size = options.head_axis, options.rotary_dim, q.shape[-1]
-    num_tokens = q.shape[-5 - axis]
-    num_q_heads, num_k_heads = q.shape[axis], 0 if k is None else k.shape[axis]
-    reads_pairs, writes_pairs = _pair_layouts(options, is_backward)
-    strides_q, strides_yq = _strides(q, axis), _strides(yq, axis)
-    strides_k, strides_yk = _strides(k, axis), _strides(yk, axis)
-    block_r = next_power_of_2(width // 2)
-    block_h = min(next_power_of_2(max(num_q_heads, num_k_heads)), _MAX_HEADS)
-    block_t = max(1, _TILE // (2 * block_r * block_h))
-    groups = cdiv(num_q_heads, block_h) + cdiv(num_k_heads, block_h)
-    batch = q.shape[0] if q.dim() == 4 else 1
-    with device_guard(q):
-        rope_kernel[(batch * cdiv(num_tokens, block_t) * groups,)](
-            q_ptr=q,
-            k_ptr=k,
-            yq_ptr=yq,
-            yk_ptr=yk,
-            cos_ptr=cos,
-            sin_ptr=sin,
-            stride_qb=strides_q[0],
-            stride_qh=strides_q[1],
-            stride_qt=strides_q[2],
-            stride_kb=strides_k[0],
-            stride_kh=strides_k[1],
-            stride_kt=strides_k[2],
-            stride_yqb=strides_yq[0],
-            stride_yqh=strides_yq[1],
-            stride_yqt=strides_yq[2],
-            stride_ykb=strides_yk[0],
-            stride_ykh=strides_yk[1],
-            stride_ykt=strides_yk[2],
-            stride_cb=cos.stride(0) if cos.dim() == 3 and cos.shape[0] > 1 else 0,
-            stride_ct=cos.stride(-2),
-            stride_cr=cos.stride(-1),
-            T=num_tokens,
-            HQ=num_q_heads,
-            HK=num_k_heads,
-            D=head_size,
-            R=width,
-            PAIRS_IN=reads_pairs,
-            PAIRS_OUT=writes_pairs,
-            IS_BACKWARD=is_backward,
-            BLOCK_T=block_t,
-            BLOCK_H=block_h,
-            BLOCK_R=block_r,
-            BLOCK_TAIL=next_power_of_2(head_size - width),
-            num_warps=4,
-        )
+    launch_rope(q, k, yq, yk, cos, sin, options, is_backward)
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q, k, cos, sin, options: _Options):
+    def forward(ctx: Any, q, k, cos, sin, options: RopeOptions):
         yq, yk = _empty_like(q), None if k is None else _empty_like(k)
         _rope([(q, yq)] if k is None else [(q, yq), (k, yk)], cos, sin, options)
         ctx.save_for_backward(cos, sin)
@@ -239,7 +163,7 @@ def rope(
     return _Rope.apply(q, k, cos, sin, options)
 
 
-def _check(q, k, cos, sin, style, rotary_dim, unsqueeze_dim) -> _Options:
+def _check(q, k, cos, sin, style, rotary_dim, unsqueeze_dim) -> RopeOptions:
     rank = q.dim()
     if rank not in (3, 4) or not q.is_floating_point():
         raise ValueError(f"q must be floating of rank 3 or 4, got {q.dtype} {tuple(q.shape)}")
@@ -287,7 +211,7 @@ def _check(q, k, cos, sin, style, rotary_dim, unsqueeze_dim) -> _Options:
         raise ValueError(
             f"cos must be as wide as rotary_dim {width} or half of it, got {cos.shape[-1]}"
         )
-    return _Options(style, width, head_axis)
+    return RopeOptions(style, width, head_axis)
 
 
 def _sample(case: Case, dtype, device, generator) -> Sample:

@@ -1,6 +1,48 @@
 """The kernel of rope.py, which see: q and k in one launch, a tile of tokens and heads a program."""
 
-from liger_kernels.ops.launch import tl, triton
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from liger_kernels.ops.launch import (
+    cdiv,
+    device_guard,
+    jit,
+    next_power_of_2,
+    remembered,
+    tl,
+    triton,
+)
+
+
+@dataclass(frozen=True)
+class RopeOptions:
+    """What rope's arguments say of all heads."""
+
+    style: str
+    rotary_dim: int
+    # Counted from the right: -3 in (B, H, T, D), -2 in (B, T, H, D).
+    head_axis: int
+
+
+class _Tile(NamedTuple):
+    """What a program turns."""
+
+    # Of q or k, padding included.
+    num_elements: int
+    # They share cos and sin; alone, a head would read as much of those as of itself.
+    num_heads: int
+    num_warps: int
+
+
+# H100, share of one read and one write at the rate of a copy, forward / backward
+# (docs/results/tune-rope-h100.jsonl):
+#                             4x4096x32/8x128   8x2048x32/8x64
+#   2048, 8 heads, 4 warps        0.94 / 0.94      0.91 / 0.91
+#   2048, 8 heads, 8 warps        0.95 / 0.94      0.90 / 0.90
+#   2048, 32 heads, 4 warps       0.92 / 0.93      0.91 / 0.91
+#   4096, 8 heads, 4 warps        0.93 / 0.93      0.89 / 0.88
+#   8192, 8 heads, 8 warps        0.93 / 0.93      0.88 / 0.89
+_TILE = _Tile(2048, 8, 4)
 
 
 @triton.jit
@@ -57,7 +99,7 @@ def _turn_rows(
         tl.store(y_rows + tail, x, mask=mask_tail)
 
 
-@triton.jit
+@jit
 def rope_kernel(
     q_ptr,  # (B, HQ, T, D) in whatever order its strides say; D is contiguous
     k_ptr,  # (B, HK, T, D) likewise, or None where HK is 0
@@ -145,3 +187,83 @@ def rope_kernel(
             BLOCK_R=BLOCK_R,
             BLOCK_TAIL=BLOCK_TAIL,
         )
+
+
+def launch_rope(q, k, yq, yk, cos, sin, options: RopeOptions, is_backward: bool) -> None:
+    """Fill yq and yk, whose last dimensions are contiguous as those of q and k are."""
+    grid, arguments = _launch_of(
+        (q.shape, q.stride(), yq.stride()),
+        None if k is None else (k.shape, k.stride(), yk.stride()),
+        (cos.shape, cos.stride()),
+        options,
+        is_backward,
+        _TILE,
+    )
+    with device_guard(q):
+        rope_kernel[grid](
+            q_ptr=q, k_ptr=k, yq_ptr=yq, yk_ptr=yk, cos_ptr=cos, sin_ptr=sin, **arguments
+        )
+
+
+@remembered
+def _launch_of(q_layout, k_layout, table_layout, options, is_backward, tile):
+    """Return the grid, and the arguments besides tensors; a layout is a shape and strides."""
+    axis, width = options.head_axis, options.rotary_dim
+    shape, strides_q, strides_yq = q_layout
+    num_tokens, num_q_heads, num_k_heads = shape[-5 - axis], shape[axis], 0
+    strides_q, strides_yq = _strides(strides_q, axis), _strides(strides_yq, axis)
+    strides_k = strides_yk = (0, 0, 0)
+    if k_layout is not None:
+        k_shape, strides_k, strides_yk = k_layout
+        num_k_heads = k_shape[axis]
+        strides_k, strides_yk = _strides(strides_k, axis), _strides(strides_yk, axis)
+    table_shape, strides_table = table_layout
+    reads_pairs, writes_pairs = pair_layouts(options, is_backward)
+    block_r = next_power_of_2(width // 2)
+    block_h = min(next_power_of_2(max(num_q_heads, num_k_heads)), tile.num_heads)
+    block_t = max(1, tile.num_elements // (2 * block_r * block_h))
+    groups = cdiv(num_q_heads, block_h) + cdiv(num_k_heads, block_h)
+    batch = shape[0] if len(shape) == 4 else 1
+    has_batch = len(table_shape) == 3 and table_shape[0] > 1
+    arguments = {
+        "stride_qb": strides_q[0],
+        "stride_qh": strides_q[1],
+        "stride_qt": strides_q[2],
+        "stride_kb": strides_k[0],
+        "stride_kh": strides_k[1],
+        "stride_kt": strides_k[2],
+        "stride_yqb": strides_yq[0],
+        "stride_yqh": strides_yq[1],
+        "stride_yqt": strides_yq[2],
+        "stride_ykb": strides_yk[0],
+        "stride_ykh": strides_yk[1],
+        "stride_ykt": strides_yk[2],
+        "stride_cb": strides_table[0] if has_batch else 0,
+        "stride_ct": strides_table[-2],
+        "stride_cr": strides_table[-1],
+        "T": num_tokens,
+        "HQ": num_q_heads,
+        "HK": num_k_heads,
+        "D": shape[-1],
+        "R": width,
+        "PAIRS_IN": reads_pairs,
+        "PAIRS_OUT": writes_pairs,
+        "IS_BACKWARD": is_backward,
+        "BLOCK_T": block_t,
+        "BLOCK_H": block_h,
+        "BLOCK_R": block_r,
+        "BLOCK_TAIL": next_power_of_2(shape[-1] - width),
+        "num_warps": tile.num_warps,
+    }
+    return (batch * cdiv(num_tokens, block_t) * groups,), arguments
+
+
+def _strides(strides: tuple[int, ...], head_axis: int) -> tuple[int, int, int]:
+    """Return those of batch (0 if there is none), heads and tokens."""
+    return strides[0] if len(strides) == 4 else 0, strides[head_axis], strides[-5 - head_axis]
+
+
+def pair_layouts(options: RopeOptions, is_backward: bool) -> tuple[bool, bool]:
+    """Return whether the two elements of a pair are neighbours where they are read, and written."""
+    layouts = options.style != "half", options.style == "pairs"
+    return layouts[::-1] if is_backward else layouts

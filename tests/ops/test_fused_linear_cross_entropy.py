@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
@@ -133,14 +134,62 @@ def test_every_case_again_in_chunks_of_three_tokens(op, dtype, device):
             assert result.ok, str(result)
 
 
-def test_chunks_fill_waves_and_are_of_equal_size(monkeypatch):
-    monkeypatch.setattr(chunked_linear, "num_sms", lambda device: 132)
-    gpu, bf16 = torch.device("cuda"), torch.bfloat16
-    for width, vocab, tokens in [(4096, 128256, 2048), (4096, 32000, 4096), (2304, 256000, 1024)]:
-        assert chunked_linear.chunk_tokens(8192, width, vocab, bf16, gpu) == tokens
-    # 9000 tokens are five chunks of 1800, in whole tiles of 128.
-    assert chunked_linear.chunk_tokens(9000, 4096, 128256, bf16, gpu) == 1920
-    assert chunked_linear.chunk_tokens(5, 4096, 128256, bf16, gpu) == 128
+# The benchmark's heads (tokens, width, vocabulary), and how many tokens a chunk has: of all, of the
+# 40 % with labels, of all with a frozen head.
+HEADS = {
+    (8192, 4096, 128256): (2048, 2048, 768),
+    (4096, 4096, 128256): (2048, 1024, 1024),
+    (16384, 2048, 128256): (2048, 2048, 640),
+    # Five chunks: four of 2048 take 12 MiB more than are allowed.
+    (8192, 2304, 256000): (1792, 1920, 512),
+    (4096, 4096, 32000): (2048, 1024, 2048),
+}
+H100 = {"device": torch.device("cuda"), "sms": 132}
+
+
+@pytest.mark.parametrize(("shape", "chunks"), HEADS.items(), ids=str)
+def test_chunks_of_the_benchmark(shape, chunks):
+    tokens, width, vocab = shape
+    sizes = width, vocab, torch.bfloat16
+    found = [chunked_linear.chunk_tokens(n, *sizes, **H100) for n in (tokens, tokens * 2 // 5)]
+    found.append(chunked_linear.chunk_tokens(tokens, *sizes, needs_weight=False, **H100))
+    assert tuple(found) == chunks
+
+
+@pytest.mark.parametrize("needs_weight", [True, False])
+@pytest.mark.parametrize(("tokens", "width", "vocab"), HEADS)
+def test_chunks_stay_within_memory(tokens, width, vocab, needs_weight):
+    chunk = chunked_linear.chunk_tokens(
+        tokens, width, vocab, torch.bfloat16, needs_weight=needs_weight, **H100
+    )
+    num_bytes = 2 * (chunk * vocab + tokens * width)
+    most = (1024 if vocab >= 256000 else 600) if needs_weight else 300
+    assert num_bytes <= (most - 1) << 20
+    if needs_weight:
+        bf16, num_chunks = torch.bfloat16, -(-tokens // chunk)
+        assert chunked_linear.accumulator_dtype(bf16, bf16, num_chunks, H100["device"]) == bf16
+
+
+@pytest.mark.parametrize("needs_weight", [True, False])
+@pytest.mark.parametrize("width", [640, 2048, 4096])
+@pytest.mark.parametrize("vocab", [32000, 151936])
+def test_no_chunk_is_a_short_tail(vocab, width, needs_weight):
+    """A tail of a few tokens would cost a whole reading of the weight, and of its gradient."""
+    for tokens in (1, 127, 2049, 8192, 9000, 16385):
+        chunk = chunked_linear.chunk_tokens(
+            tokens, width, vocab, torch.bfloat16, needs_weight=needs_weight, **H100
+        )
+        assert chunk % 128 == 0
+        assert chunk < tokens + 128
+        assert (tokens % chunk or chunk) >= min(tokens, chunk / 4)
+
+
+def test_chunks_of_a_small_vocabulary_grow_to_keep_the_sum_in_bf16():
+    sizes = 2048, 32000, torch.bfloat16
+    for tokens, chunk in ((16384, 2048), (17000, 2176), (32768, 4096)):
+        assert chunked_linear.chunk_tokens(tokens, *sizes, **H100) == chunk
+        frozen = chunked_linear.chunk_tokens(tokens, *sizes, needs_weight=False, **H100)
+        assert frozen <= 2048
 
 
 def test_a_chunk_on_a_cpu_is_bounded_in_bytes():
@@ -231,6 +280,48 @@ def test_ignored_tokens_are_left_out_before_the_product(device):
     assert set(made.rows) == {10}
     assert_close(ours, truth((hidden, weight, None), target), 2 * FP32)
     assert ours[1][:390].abs().max().item() == 0.0
+
+
+class Counting:
+    """Stands in for the event of a count on its way, and notes the wait among the operators."""
+
+    def __init__(self, made: list[str]) -> None:
+        self.made = made
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        self.made.append("wait")
+
+
+@plain_torch
+@pytest.mark.parametrize("ignored", [0, 20])
+def test_a_gpu_has_something_to_do_while_its_host_waits(ignored, device, monkeypatch):
+    """What needs no count is started before the wait; little is between that and the products."""
+    tensors = head(40, 8, 50, device=device)
+    target = labels(40, vocab=50, ignored=ignored, device=device)
+    made = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    def count(target, ignore_index):
+        return LabelCount((target != ignore_index).sum(), Counting(made))
+
+    module = importlib.import_module("liger_kernels.ops.fused_linear_cross_entropy")
+    monkeypatch.setattr(module, "count_labels", count)
+    with Names():
+        ours = run(fused_linear_cross_entropy, tensors, target)
+    assert_close(ours, truth(tensors, target), 2 * FP32)
+    assert made.count("wait") == 1
+    after = made[made.index("wait") + 1 :]
+    between = set(after[: after.index("addmm")])
+    views = {"alias", "expand", "slice", "t"}
+    gathered = {"index", "index_select"} if ignored else set()
+    assert between <= views | gathered | {"_local_scalar_dense", "empty", "fill_", "zeros"}
 
 
 def test_case_3_all_labels_ignored_gives_zero(device):
@@ -596,6 +687,17 @@ def test_case_12_bf16_weight_gradient_of_many_chunks_is_as_good_as_one_product(m
     eager = run(fused_linear_cross_entropy_ref, (hidden, weight, None), target)[2]
     wanted = truth((hidden, weight, None), target)[2]
     assert error(ours, wanted) <= 1.25 * error(eager, wanted)
+
+
+@pytest.mark.gpu
+def test_case_12_bf16_weight_gradient_of_eight_chunks_stays_within_twice_eagers(monkeypatch):
+    monkeypatch.setattr(chunked_linear, "chunk_tokens", lambda *_: 512)
+    hidden, weight = gpu_head(4096, 512, 32000)
+    target = labels(4096, vocab=32000, device="cuda")
+    ours = run(fused_linear_cross_entropy, (hidden, weight, None), target)[2]
+    eager = run(fused_linear_cross_entropy_ref, (hidden, weight, None), target)[2]
+    wanted = truth((hidden, weight, None), target)[2]
+    assert (ours - wanted).norm() <= 2 * (eager - wanted).norm()
 
 
 @pytest.mark.gpu
