@@ -113,8 +113,8 @@ def fused_add_rms_norm(
         # A grid of size zero is no launch; this keeps the graph and gives zero gradients.
         return fused_add_rms_norm_ref(x, residual, weight, eps, offset=offset, cast=cast)
     if torch.compiler.is_compiling():
-        # The compiler fuses the sum with what is around it; and dynamo of torch 2.11 loses gradients
-        # of a function that gives two inputs the same one.
+        # The compiler fuses the sum with what is around it; and dynamo of torch 2.11 loses the
+        # gradients of a function that gives two inputs the same one.
         total = x + residual
         return rms_norm(total, weight, eps, offset=offset, cast=cast), total
     return _FusedAddRmsNorm.apply(x, residual, weight, options)

@@ -28,6 +28,7 @@ from liger_kernels.ops.gated_rms_norm_kernel import (
 from liger_kernels.ops.launch import (
     cdiv,
     device_guard,
+    is_traced_as_torch,
     lookup,
     num_sms,
     row_stages,
@@ -271,7 +272,7 @@ def gated_rms_norm(
         product_dtype,
         out_dtype=product_dtype if gate_first else x.dtype,
     )
-    if x.numel() == 0:
+    if x.numel() == 0 or is_traced_as_torch(x):
         # A grid of size zero is no launch; this keeps the graph and gives zero gradients.
         return gated_rms_norm_ref(
             x,

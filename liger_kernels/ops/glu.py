@@ -18,6 +18,7 @@ from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.launch import (
     cdiv,
     device_guard,
+    is_traced_as_torch,
     next_power_of_2,
     rows_of,
     runs_triton,
@@ -257,7 +258,7 @@ def _glu(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
             )
     if up.shape != gate.shape:
         raise ValueError(f"up must be {tuple(gate.shape)} as gate is, got {tuple(up.shape)}")
-    if gate.numel() == 0:
+    if gate.numel() == 0 or is_traced_as_torch(gate):
         # A grid of size zero is no launch; this keeps the graph and gives zero gradients.
         return _act(gate, activation) * up
     return _Glu.apply(rows_of(gate), rows_of(up), activation).view(gate.shape)

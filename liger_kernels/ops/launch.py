@@ -58,6 +58,15 @@ def runs_triton(x: torch.Tensor) -> bool:
     return backend(x.device) != "torch" and x.dtype != torch.float64
 
 
+def is_traced_as_torch(x: torch.Tensor) -> bool:
+    """Return whether torch.compile is to see plain torch code, differentiated by itself.
+
+    It makes kernels of its own from that; and on a CPU dynamo of torch 2.11 loses the gradients of
+    the autograd functions around torch code.
+    """
+    return torch.compiler.is_compiling() and not runs_triton(x)
+
+
 def runs_triton_rows(x: torch.Tensor) -> bool:
     """Return whether Triton kernels serve x's whole rows: one fits a program's registers."""
     return runs_triton(x) and x.shape[-1] <= _MAX_ROW_WIDTH
@@ -183,7 +192,8 @@ _MAX_ROW_WIDTH = 65536
 _ROW_TILE = 2048
 # (bytes of a tile of x and dy, stages of the load pipeline): shared memory holds one tile less than
 # there are stages, here 64 KB at most, so that smaller cards can launch it too.
-_ROW_STAGES = ((2**15, 3), (2**16, 2), (2**20, 1))
+_ROW_STAGES = ((2**14, 5), (2**15, 3), (2**16, 2), (2**20, 1))
+_USUAL_STAGES = 3
 # Elements that one persistent program takes alone: partial sums and a launch that adds them up cost
 # the host more than the GPU gains.
 _ALONE = 2**16
@@ -197,7 +207,7 @@ class RowShape(NamedTuple):
     num_warps: int
     # The others are for persistent programs. Stages are at most so many as memory allows.
     programs_per_sm: int = 1
-    num_stages: int = 3
+    num_stages: int = _USUAL_STAGES
     # Whether row_split() takes rows apart.
     splits: bool = True
 
@@ -234,7 +244,8 @@ def row_split(width: int) -> tuple[int, int]:
 
 def row_stages(block_m: int, block_n: int, *tensors: torch.Tensor) -> int:
     """Return how many stages a loop that loads one such tile of each tensor may have."""
-    return lookup(_ROW_STAGES, block_m * block_n * sum(x.element_size() for x in tensors))
+    num_bytes = block_m * block_n * sum(x.element_size() for x in tensors)
+    return min(lookup(_ROW_STAGES, num_bytes), _USUAL_STAGES)
 
 
 @remembered

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from liger_kernels.ops.autograd import differentiable_once
-from liger_kernels.ops.launch import in_rows
+from liger_kernels.ops.launch import in_rows, is_traced_as_torch
 from liger_kernels.ops.layer_norm_kernel import LayerNormOptions, layer_norm_bwd, layer_norm_fwd
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic, upcast
 
@@ -89,7 +89,7 @@ def layer_norm(
                 f"{name} must be ({x.shape[-1]},) as x's width, got {tuple(value.shape)}"
             )
     out_dtype = _out_dtype(x)
-    if x.numel() == 0:
+    if x.numel() == 0 or is_traced_as_torch(x):
         # A grid of size zero is no launch; this keeps the graph and gives zero gradients.
         return layer_norm_ref(x, weight, bias, eps).to(out_dtype)
     return _LayerNorm.apply(x, weight, bias, LayerNormOptions(float(eps), out_dtype))

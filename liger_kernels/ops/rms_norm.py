@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from liger_kernels.ops.autograd import differentiable_once
-from liger_kernels.ops.launch import in_rows
+from liger_kernels.ops.launch import in_rows, is_traced_as_torch
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic, upcast
 from liger_kernels.ops.rms_norm_kernel import NormOptions, rms_norm_bwd, rms_norm_fwd
 
@@ -114,7 +114,7 @@ def rms_norm(
     Source: https://arxiv.org/abs/1910.07467, equation 4.
     """
     options = norm_options(x, x.dtype, weight, eps, offset, cast)
-    if x.numel() == 0:
+    if x.numel() == 0 or is_traced_as_torch(x):
         # A grid of size zero is no launch; this keeps the graph and gives zero gradients.
         return rms_norm_ref(x, weight, eps, offset=offset, cast=cast)
     return _RmsNorm.apply(x, weight, options)
