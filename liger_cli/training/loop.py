@@ -213,7 +213,7 @@ def train(
                 saved = save_checkpoint(run_dir, step, model, tokenizer, state, config)
             if stopping and step < last_step:
                 raise _interrupted(step, saved)
-            if evaluates:
+            if evaluates and evaluate is not None:
                 evals.write({"step": step, **asdict(evaluate(model))})
             if saves or evaluates:
                 timer.start()

@@ -47,11 +47,12 @@ def test_eight_billion_parameters_without_weights(liger: Callable[..., Any]) -> 
     assert result["coverage"] == {
         "rope": {"patched": 32, "candidates": 32},
         "rms_norm": {"patched": 65, "candidates": 65},
+        "fused_add_rms_norm": {"patched": 32, "candidates": 32},
         "swiglu": {"patched": 32, "candidates": 32},
         "fused_linear_cross_entropy": {"patched": 1, "candidates": 1},
     }
     # Every module has a row, not every kind of module.
-    assert len(result["modules"]) == 130
+    assert len(result["modules"]) == 162
     for row in result["modules"]:
         assert set(row) == {"name", "class", "op", "status", "backend", "reason"}
         assert row["status"] == "patched"
@@ -67,7 +68,8 @@ def test_what_a_person_reads(liger: Callable[..., Any]) -> None:
     lines = ran.out.splitlines()
     assert lines[0] == "llama: LlamaForCausalLM, type llama (a listed family), 134.5 M parameters"
     assert lines[-1] == (
-        "kernels: rope 30/30  rms_norm 61/61  swiglu 30/30  fused_linear_cross_entropy 1/1"
+        "kernels: rope 30/30  rms_norm 61/61  fused_add_rms_norm 30/30  swiglu 30/30  "
+        "fused_linear_cross_entropy 1/1"
     )
     [row] = [line for line in lines if "post_attention_layernorm" in line]
     assert row.split()[:4] == [
@@ -85,7 +87,7 @@ def test_what_was_not_asked_for_has_a_reason(liger: Callable[..., Any]) -> None:
     assert result["coverage"]["rope"] == {"patched": 0, "candidates": 2}
     assert result["coverage"]["rms_norm"] == {"patched": 5, "candidates": 5}
     skipped = [row for row in result["modules"] if row["status"] == "skipped"]
-    assert len(skipped) == 2 + 2 + 1
+    assert len(skipped) == 2 + 2 + 2 + 1
     assert all(row["reason"] and row["backend"] is None for row in skipped)
 
 
