@@ -486,12 +486,12 @@ def apply_rotary_interleaved(q, k, cos, sin, unsqueeze_dim=1):
 
 
 def apply_rotary_single(x, cos, sin, unsqueeze_dim=1):
-    return modeling_llama.apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim)[0]
+    return modeling_llama.apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=unsqueeze_dim)[0]
 
 
 def apply_rotary_backwards(q, k, cos, sin, unsqueeze_dim=1):
     """nanochat: the other sign."""
-    return modeling_llama.apply_rotary_pos_emb(q, k, cos, -sin, unsqueeze_dim)
+    return modeling_llama.apply_rotary_pos_emb(q, k, cos, -sin, unsqueeze_dim=unsqueeze_dim)
 
 
 def apply_rotary_sin_first(x, sin, cos):
@@ -517,7 +517,7 @@ def apply_rotary_odd(q, k, cos, sin, unsqueeze_dim=1):
 
 
 def apply_rotary_with_sections(q, k, cos, sin, mrope_section, unsqueeze_dim=1):
-    return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+    return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
 
 
 def _attention(function):
