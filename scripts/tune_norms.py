@@ -2,8 +2,8 @@
 
 python3 scripts/tune_norms.py --output runs/tune
 
-A line a measurement. "norm kernel" feeds _FWD_SHAPES and _BWD_SHAPES of rms_norm_kernel.py, which
-rms_norm and fused_add_rms_norm share, and of layer_norm_kernel.py: its variant is a RowShape
+A line a measurement. "norm kernel" feeds the tables of rms_norm_kernel.py, where
+fused_add_rms_norm has a backward of its own, and of layer_norm_kernel.py: its variant is a RowShape
 (elements, warps, programs, stages, splits), its plan the RowPlan that this became. "sum kernel"
 feeds _SUM_TILE of launch.py, and "host" its _ALONE: 64 rows of 1024 are one program's, 65 are not.
 """
@@ -149,14 +149,19 @@ def make_norm(op: str, rows: int, width: int) -> Norm:
 
 def variants(op: str, is_backward: bool, width: int) -> list[RowShape]:
     module = kernels_of(op)
-    table = module._BWD_SHAPES if is_backward else module._FWD_SHAPES
+    table = getattr(module, table_of(op, is_backward))
     more = (BACKWARD if is_backward else FORWARD)[width]
     return list(dict.fromkeys((lookup(table, width), *more)))
 
 
+def table_of(op: str, is_backward: bool) -> str:
+    if not is_backward:
+        return "_FWD_SHAPES"
+    return "_ADD_BWD_SHAPES" if op == "fused_add_rms_norm" else "_BWD_SHAPES"
+
+
 def use(op: str, is_backward: bool, shape: RowShape) -> None:
-    name = "_BWD_SHAPES" if is_backward else "_FWD_SHAPES"
-    setattr(kernels_of(op), name, ((1 << 62, shape),))
+    setattr(kernels_of(op), table_of(op, is_backward), ((1 << 62, shape),))
 
 
 def compile_kernels(task: tuple[str, int]) -> None:
@@ -175,7 +180,6 @@ def compile_kernels(task: tuple[str, int]) -> None:
 
 def tune_kernels(results: Results, op: str, rows: int, width: int) -> None:
     module = kernels_of(op)
-    usual = module._FWD_SHAPES, module._BWD_SHAPES
     norm = make_norm(op, rows, width)
     wanted_y, *wanted_gradients = norm.wanted()
     best_ms = 0.0
@@ -184,6 +188,8 @@ def tune_kernels(results: Results, op: str, rows: int, width: int) -> None:
         num_bytes = units * rows * width * BF16.itemsize
         itemsize = 6 if op == "fused_add_rms_norm" else 4
         times = []
+        table = table_of(op, is_backward)
+        usual = getattr(module, table)
         for shape in variants(op, is_backward, width):
             plan = (
                 persistent_row_plan(shape, width, rows, itemsize, torch.device("cuda", 0))
@@ -211,7 +217,7 @@ def tune_kernels(results: Results, op: str, rows: int, width: int) -> None:
             ms = time_ms(run, rep=20)
             times.append(ms)
             results.add("norm kernel", **described, ms=ms, share=results.copy_share(num_bytes, ms))
-        module._FWD_SHAPES, module._BWD_SHAPES = usual
+        setattr(module, table, usual)
         best_ms += min(times)
     share = results.copy_share(sum(UNITS[op]) * rows * width * BF16.itemsize, best_ms)
     results.add("norm at best", norm=op, shape=(rows, width), direction="both", share=share)

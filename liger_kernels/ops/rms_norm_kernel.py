@@ -25,22 +25,35 @@ from liger_kernels.ops.launch import (
 )
 from liger_kernels.ops.op import upcast
 
-# (width, launch). Shares of a copy's rate on an H100, in bf16: 0.88 at 128 columns, 0.89 at 2048,
-# 0.94 at 4096 and at 8192.
+# (width, launch), from docs/results/tune-norms-h100.jsonl. Shares of a copy's rate on an H100, in
+# bf16: 0.89 at 128 columns, 0.89 at 2048, 0.94 at 4096, 0.90 at 5120, 0.94 at 8192; with the sum of
+# fused_add_rms_norm 0.94 to 0.98.
 _FWD_SHAPES = (
-    (1024, RowShape(2048, 4)),
-    (4096, RowShape(2048, 8)),
+    (1024, RowShape(4096, 4)),
+    (2048, RowShape(4096, 4)),
+    (6144, RowShape(2048, 8)),
     (16384, RowShape(2048, 16)),
     (65536, RowShape(2048, 32)),
 )
-# 0.81 at 128 columns (0.67 with 2048 elements, 4 warps and 4 programs), 0.79 at 2048, 0.88 at 4096,
-# 0.90 at 8192.
+# 0.82 at 128 columns, 0.83 at 2048, 0.90 at 4096, 0.81 at 5120, 0.90 at 8192.
 _BWD_SHAPES = (
-    (1024, RowShape(8192, 8, 1)),
-    (2048, RowShape(2048, 4, 2)),
-    (4096, RowShape(2048, 8, 2)),
-    (16384, RowShape(2048, 16, 1)),
-    (65536, RowShape(2048, 32, 1)),
+    (2048, RowShape(8192, 8)),
+    (3072, RowShape(2048, 8, 2)),
+    (4096, RowShape(8192, 8)),
+    (6144, RowShape(2048, 8, splits=False)),
+    (16384, RowShape(2048, 16)),
+    (65536, RowShape(2048, 32)),
+)
+# With the gradient of the sum there is a third tensor to load ahead, and the same tiles overflow
+# shared memory: 0.83, 0.86, 0.93, 0.88, 0.89.
+_ADD_BWD_SHAPES = (
+    (1024, RowShape(4096, 4, 2)),
+    (2048, RowShape(4096, 8, num_stages=5)),
+    (3072, RowShape(8192, 8)),
+    (4096, RowShape(2048, 8, num_stages=5)),
+    (8192, RowShape(2048, 8)),
+    (16384, RowShape(2048, 16)),
+    (65536, RowShape(2048, 32)),
 )
 
 
@@ -269,10 +282,11 @@ def rms_norm_bwd(
     num_rows = x.numel() // width
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     itemsize = x.element_size() + dy.element_size()
+    shapes = _BWD_SHAPES
     if dtotal is not None:
         itemsize += dtotal.element_size()
-    shape = lookup(_BWD_SHAPES, width)
-    plan = persistent_row_plan(shape, width, num_rows, itemsize, x.device)
+        shapes = _ADD_BWD_SHAPES
+    plan = persistent_row_plan(lookup(shapes, width), width, num_rows, itemsize, x.device)
     dw = None
     if needs_dw and plan.num_programs == 1:
         dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
