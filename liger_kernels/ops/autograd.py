@@ -1,10 +1,27 @@
 """What the backward of every op has in common."""
 
+import ctypes
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+_this_thread = threading.local()
+
+
+def _keep_thread_state() -> None:
+    """Let Python's state of this thread live as long as the thread does.
+
+    Autograd runs backward on threads of its own, one a device. Python makes a state for such a
+    thread whenever it is entered there and destroys it when it is left, memory maps included: for
+    every node of the graph, several times, at 10 us and more each. One reference that is never
+    given back ends that; for a thread that Python started itself it changes nothing.
+    """
+    if not hasattr(_this_thread, "is_kept"):
+        _this_thread.is_kept = True
+        ctypes.pythonapi.PyGILState_Ensure()
 
 
 def differentiable_once(name: str) -> Callable[[Any], Any]:
@@ -19,11 +36,13 @@ def differentiable_once(name: str) -> Callable[[Any], Any]:
         def checked(ctx: Any, *grads: Any) -> Any:
             # Autograd turns gradients on inside a backward if, and only if, create_graph is set;
             # a tracer has them on.
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                raise RuntimeError(
-                    f"{name} is not differentiable twice: call backward or grad without "
-                    "create_graph=True, or use torch's own operation there"
-                )
+            if not torch.compiler.is_compiling():
+                if torch.is_grad_enabled():
+                    raise RuntimeError(
+                        f"{name} is not differentiable twice: call backward or grad without "
+                        "create_graph=True, or use torch's own operation there"
+                    )
+                _keep_thread_state()
             return backward(ctx, *grads)
 
         return checked
