@@ -31,6 +31,7 @@ def _rotary(original: Callable[..., Any], spec: RopeSpec) -> Callable[..., Any]:
     names, num_inputs = rope_parameters(original), rope_inputs(original)
     is_complex = spec.angles in ("complex", "complex_shared")
     num_required = num_inputs + (1 if is_complex else 2)
+    sin_first = is_sin_first(original)
     called = original.forward if isinstance(original, nn.Module) else original
 
     @functools.wraps(called)
@@ -38,7 +39,7 @@ def _rotary(original: Callable[..., Any], spec: RopeSpec) -> Callable[..., Any]:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         required = [given.pop(name, None) for name in names[:num_required]]
         inputs, angles = required[:num_inputs], required[num_inputs:]
-        if is_sin_first(original):
+        if sin_first:
             angles.reverse()
         axis = given.pop("unsqueeze_dim", spec.unsqueeze_dim)
         if spec.angles == "sections":
