@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from liger_cli.environment import environment
 from liger_cli.report import RunReport
-from liger_cli.training.model import ModelSource, build_meta_model
+from liger_cli.training.adapters import model_under
+from liger_cli.training.checkpoint_files import find_checkpoints
+from liger_cli.training.model import ModelSource, build_meta_model, resolve_model
 from liger_kernels.ops.launch import backend
 from liger_kernels.transformers.api import inspect_model
 from liger_kernels.transformers.plan import PatchPlan
 
-__all__ = ["describe_model", "inspect_source"]
+__all__ = ["describe_model", "find_model", "inspect_source"]
+
+
+def find_model(name: str, notify: Callable[[str], None]) -> ModelSource:
+    """Returns where a model comes from; the directory of a run stands for the model it trained.
+
+    Args:
+        name: As --model takes it, or the directory of a run.
+        notify: Told what a run's directory stands for.
+
+    Raises:
+        ConfigError: As resolve_model.
+        EnvironmentProblem: As resolve_model.
+    """
+    run = Path(name).expanduser()
+    config_file = run / "config.yaml"
+    if not config_file.is_file() or (run / "config.json").is_file():
+        return resolve_model(name)
+    # All checkpoints of a run are of one model, and no weights are read: any will do.
+    if checkpoints := find_checkpoints(run):
+        model = str(checkpoints[-1].absolute())
+    else:
+        model = yaml.safe_load(config_file.read_text(encoding="utf-8"))["model"]
+    notify(f"{name} is the directory of a run; its model is {model}")
+    return resolve_model(model)
 
 
 def inspect_source(source: ModelSource, ops: str) -> RunReport:
@@ -23,7 +52,8 @@ def inspect_source(source: ModelSource, ops: str) -> RunReport:
         ConfigError: The configuration builds no model.
         ValueError: ops is not as resolve_ops wants it.
     """
-    model = build_meta_model(source)
+    # Of an adapted model the base with the adapter in it, whose names are those of the model.
+    model = model_under(build_meta_model(source))
     plan = inspect_model(model, ops)
     here = backend(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return RunReport(
@@ -36,6 +66,7 @@ def inspect_source(source: ModelSource, ops: str) -> RunReport:
             {**row, "backend": here} if row["status"] == "patched" else row for row in plan.modules
         ],
         missing=list(plan.missing),
+        others=plan.others,
     )
 
 

@@ -2,54 +2,56 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from liger_cli.announce import announce_data, announce_kernels, notify
 from liger_cli.config import RunConfig
-from liger_cli.environment import environment
-from liger_cli.errors import ConfigError, RequirementFailed
-from liger_cli.estimate import StepShape, estimate_memory_ratio
-from liger_cli.inspection import describe_model
+from liger_cli.dry_run import describe_dry_run
+from liger_cli.errors import ConfigError
 from liger_cli.report import (
-    DataPart,
-    EvalPart,
-    GainPart,
+    PeerPart,
     RunReport,
-    TrainPart,
     TrainProgress,
-    format_count,
-    show_lines,
-    unmet_requirements,
+    eval_texts,
 )
-from liger_cli.training.arms import ArmResult, run_arm
-from liger_cli.training.batches import BatchPlan, count_labels, count_tokens
-from liger_cli.training.checkpoint import StepMetrics, check_same_run
+from liger_cli.requirements import check_places, check_required, parse_ops
+from liger_cli.run_report import (
+    add_evaluation,
+    add_training,
+    find_gain,
+    read_report,
+    report_of,
+)
+from liger_cli.training.adapters import adapts, quantization, trained_line
+from liger_cli.training.arms import run_arm
+from liger_cli.training.auto_fit import is_out_of_memory
+from liger_cli.training.checkpoint_files import step_of
 from liger_cli.training.evaluate import EvalResult, evaluate
-from liger_cli.training.feed import make_feed
-from liger_cli.training.loop import TrainResult, plan_batches, total_steps, train
-from liger_cli.training.model import resolve_model
-from liger_cli.training.packing import PackedRows, check_packed
-from liger_cli.training.setup import (
-    Inputs,
+from liger_cli.training.feed import plan_batches, total_steps
+from liger_cli.training.inputs import Inputs, load_inputs
+from liger_cli.training.launch import choose_run_dir, make_accelerator, quiet_libraries
+from liger_cli.training.loading import load_patched
+from liger_cli.training.loop import train
+from liger_cli.training.memory_errors import (
+    RunMemory,
     check_memory,
-    choose_run_dir,
-    load_inputs,
-    load_patched,
-    make_accelerator,
-    parameter_dtype,
-    parse_ops,
-    quiet_libraries,
+    evaluation_out_of_memory,
+    out_of_memory,
 )
+from liger_cli.training.model import resolve_model
+from liger_cli.training.optimizers import check_optimization
+from liger_cli.training.packing import check_packed
+from liger_cli.training.peer_patch import apply_peer_patch
+from liger_cli.training.result import StepMetrics, TrainResult
+from liger_cli.training.resume import describe_resume
+from liger_cli.training.trackers import check_trackers, prefixed, tracking
 from liger_kernels.transformers.api import inspect_model
-from liger_kernels.transformers.plan import PatchPlan
 
-__all__ = ["check_required", "run_eval", "run_train"]
-
-# Rows whose longest stands for all in the memory estimate.
-_ROWS_LOOKED_AT = 1000
+__all__ = ["run_eval", "run_train"]
 
 
 def run_train(
@@ -60,6 +62,7 @@ def run_train(
     resume: str | None = None,
     dry_run: bool = False,
     measure_only: bool = False,
+    peer_patch: bool = False,
 ) -> RunReport | None:
     """Trains and returns the report; None on processes other than the main one.
 
@@ -68,70 +71,146 @@ def run_train(
         require: Ops that must be patched throughout.
         resume: "auto", or a checkpoint or run to go on from.
         dry_run: Stop before weights are loaded.
-        measure_only: Write no checkpoint and evaluate nothing.
+        measure_only: Write no checkpoint, evaluate nothing and report to no tracker.
+        peer_patch: Let a peer's own patch follow, for a comparison.
 
     Raises:
         LigerError: Anything a user can mend; what is cheap to find out comes first.
     """
     parse_ops(config.ops, require)
     quiet_libraries()
-    accelerator = make_accelerator(config)
-    if baseline and accelerator.num_processes > 1:
-        raise ConfigError("--baseline measures one process; this launch has several")
-    run_dir, checkpoint = choose_run_dir(config, resume, accelerator)
+    if measure_only:
+        config = config.model_copy(update={"report_to": None, "profile_steps": None})
+    source = resolve_model(config.model, notify)
+    accelerator = make_accelerator(config, adapts=adapts(config, source))
+    quantization(config, source, accelerator.device)
+    check_optimization(config, accelerator.device)
+    check_trackers(config)
+    if accelerator.num_processes > 1:
+        _refuse_several_processes(config, baseline)
+    run_dir, checkpoint = choose_run_dir(config, resume, accelerator, notify)
     config = config.model_copy(update={"output_dir": run_dir})
-    inputs = load_inputs(config, notify=_notify)
+    inputs = load_inputs(config, source=source, notify=notify)
     batches = plan_batches(config, inputs.train, accelerator)
     num_steps = total_steps(config, batches)
+    if config.profiled_steps and config.profiled_steps[-1] > num_steps:
+        raise ConfigError(
+            f"profile_steps is {config.profile_steps}, and the run has {num_steps} steps"
+        )
     plan = inspect_model(inputs.meta_model, config.ops)
-    report = _report("train", config, inputs, plan)
-    _check_places(plan)
+    report = report_of("train", config, inputs, plan)
+    check_places(plan)
     check_required(report, require)
     is_main = accelerator.is_main_process
     if is_main:
-        _tell_data(inputs, batches, num_steps)
+        announce_data(inputs, batches, num_steps)
+        notify(f"model: {trained_line(inputs.meta_model)}")
+    memory = RunMemory.of(config, inputs, accelerator.device)
     if dry_run:
-        if is_main:
-            _tell_first_batch(inputs, batches)
-        return report if is_main else None
-    done = check_same_run(checkpoint, config) if checkpoint else 0
+        check_memory(config, inputs.meta_model, accelerator.device)
+        return (
+            describe_dry_run(report, inputs, batches, memory, accelerator.device)
+            if is_main
+            else None
+        )
+    done = step_of(checkpoint) if checkpoint else 0
     report_file = run_dir / "report.json"
     if done >= num_steps and report_file.is_file():
-        _notify(f"{run_dir} is finished: {done} of {num_steps} steps")
-        return _read_report(report_file) if is_main else None
+        notify(f"{run_dir} is finished: {done} of {num_steps} steps")
+        return read_report(report_file) if is_main else None
     if done >= num_steps and not (run_dir / "metrics.jsonl").is_file():
         raise ConfigError(
             f"{checkpoint} is at step {done} of {num_steps}: nothing is left to train",
             hint="A larger --max-steps or --num-train-epochs goes on from it.",
         )
+    if checkpoint and is_main:
+        notify(describe_resume(checkpoint, config, accelerator.device))
 
     check_memory(config, inputs.meta_model, accelerator.device)
     eager = None
     if baseline:
-        _notify(f"baseline: {baseline} eager steps in a process of their own")
-        eager = run_arm(config, name="eager", ops="none", steps=baseline)
+        notify(f"baseline: {baseline} eager steps in a process of their own")
+        plain = config.model_copy(update={"torch_compile": False})
+        eager = run_arm(plain, name="eager", ops="none", steps=baseline)
     if is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
+        # Of a run that ended earlier; there is none until this one ends.
+        report_file.unlink(missing_ok=True)
+    try:
+        result, record, peer = _train_loaded(
+            config,
+            inputs,
+            accelerator=accelerator,
+            run_dir=run_dir,
+            checkpoint=checkpoint,
+            first_step=done,
+            num_steps=num_steps,
+            measure_only=measure_only,
+            peer_patch=peer_patch,
+        )
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error, memory, accelerator.device) from error
+        raise
+    accelerator.end_training()
+    if not is_main:
+        return None
+    fitted = {
+        "per_device_train_batch_size": result.plan.batch_size,
+        "gradient_accumulation_steps": result.plan.accumulation,
+    }
+    report = report_of("train", config.model_copy(update=fitted), inputs, record)
+    add_training(report, result)
+    report.peer = PeerPart(**peer) if peer else None
+    report.gain = find_gain(memory, report, result, eager, baseline)
+    report.write(report_file)
+    return report
+
+
+def _refuse_several_processes(config: RunConfig, baseline: int) -> None:
+    if config.auto_fit:
+        raise ConfigError(
+            "auto_fit is for one process: the others would wait for the one that ran out"
+        )
+    if baseline:
+        raise ConfigError("--baseline measures one process; this launch has several")
+
+
+def _train_loaded(
+    config: RunConfig,
+    inputs: Inputs,
+    *,
+    accelerator: Any,
+    run_dir: Path,
+    checkpoint: Path | None,
+    first_step: int,
+    num_steps: int,
+    measure_only: bool,
+    peer_patch: bool,
+) -> tuple[TrainResult, Any, dict[str, Any] | None]:
+    """Loads the weights and trains: all that takes the device's memory."""
+    is_main = accelerator.is_main_process
     source = resolve_model(str(checkpoint)) if checkpoint else inputs.source
-    model, record = load_patched(config, source, accelerator.device, _notify)
+    keep_base = run_dir if is_main and not measure_only else None
+    model, record = load_patched(config, source, accelerator.device, notify, keep_base=keep_base)
+    peer = apply_peer_patch(model) if peer_patch else None
     if config.packing:
         check_packed(model, flatten=inputs.collator.flatten)
     if is_main:
+        announce_kernels(record)
         # The directory stays free for another try until there is something to run.
         (run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
 
     def evaluate_now(prepared: Any) -> EvalResult:
-        return evaluate(
-            prepared,
-            inputs.eval,
-            inputs.collator,
-            batch_size=config.per_device_eval_batch_size,
-            accelerator=accelerator,
-        )
+        return _evaluate(config, prepared, inputs, accelerator)
 
-    with TrainProgress(num_steps, first_step=done) as progress:
+    with (
+        tracking(config, run_dir, is_main=is_main) as track,
+        TrainProgress(num_steps, first_step=first_step) as progress,
+    ):
 
         def show(metrics: StepMetrics, last_step: int) -> None:
+            track(prefixed("train", asdict(metrics)), metrics.step)
             if metrics.step % config.logging_steps == 0 or metrics.step == last_step:
                 progress.update(
                     metrics.step,
@@ -139,6 +218,13 @@ def run_train(
                     tokens_per_s=metrics.tokens_per_s,
                     peak_memory_bytes=metrics.peak_memory_bytes,
                 )
+
+        def show_evaluation(found: EvalResult, step: int) -> None:
+            track(prefixed("eval", found.by_name()), step)
+            report = RunReport(command="train")
+            add_evaluation(report, found)
+            for text in eval_texts(report):
+                progress.note(f"eval {step}/{num_steps}  {text}")
 
         result = train(
             config,
@@ -149,20 +235,31 @@ def run_train(
             accelerator=accelerator,
             record=record,
             run_dir=run_dir,
-            evaluate=None if inputs.eval is None or measure_only else evaluate_now,
+            evaluate=evaluate_now if inputs.eval and not measure_only else None,
             on_step=show,
+            on_eval=show_evaluation,
             resume_from=checkpoint,
             save=not measure_only,
         )
-    accelerator.end_training()
-    if not is_main:
-        return None
-    report = _report("train", config, inputs, record)
-    report.train = TrainPart(**result.summary())
-    report.eval = EvalPart(**asdict(result.eval)) if result.eval else None
-    report.gain = _gain(config, inputs, report, result, eager, baseline, accelerator.device)
-    report.write(report_file)
-    return report
+    return result, record, peer
+
+
+def _evaluate(
+    config: RunConfig, model: Any, inputs: Inputs, accelerator: Any, **options: Any
+) -> EvalResult:
+    try:
+        return evaluate(
+            model,
+            inputs.eval,
+            inputs.collator,
+            batch_size=config.per_device_eval_batch_size,
+            accelerator=accelerator,
+            **options,
+        )
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise evaluation_out_of_memory(error, config) from error
+        raise
 
 
 def run_eval(config: RunConfig) -> RunReport | None:
@@ -173,154 +270,29 @@ def run_eval(config: RunConfig) -> RunReport | None:
     """
     parse_ops(config.ops)
     quiet_libraries()
-    accelerator = make_accelerator(config)
-    inputs = load_inputs(config, trains=False, notify=_notify)
+    source = resolve_model(config.model, notify)
+    is_adapted = adapts(config, source, trains=False)
+    accelerator = make_accelerator(config, adapts=is_adapted)
+    inputs = load_inputs(config, source=source, trains=False, notify=notify)
     check_memory(config, inputs.meta_model, accelerator.device, trains=False)
-    model, record = load_patched(config, inputs.source, accelerator.device, _notify)
+    model, record = load_patched(config, source, accelerator.device, notify, trains=False)
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    result = evaluate(
-        model,
-        inputs.eval,
-        inputs.collator,
-        batch_size=config.per_device_eval_batch_size,
-        accelerator=accelerator,
-        record=record,
-    )
+    is_main = accelerator.is_main_process
+    rows_at_once = config.per_device_eval_batch_size * accelerator.num_processes
+    num_batches = sum(math.ceil(len(rows) / rows_at_once) for rows in inputs.eval.values())
+    done = itertools.count(1)
+    with TrainProgress(num_batches, description="eval") as progress:
+
+        def show() -> None:
+            if (number := next(done)) % config.logging_steps == 0:
+                progress.update(number)
+
+        result = _evaluate(
+            config, model, inputs, accelerator, record=record, on_batch=show if is_main else None
+        )
     accelerator.end_training()
-    if not accelerator.is_main_process:
+    if not is_main:
         return None
-    report = _report("eval", config, inputs, record)
-    report.eval = EvalPart(**asdict(result))
+    report = report_of("eval", config, inputs, record)
+    add_evaluation(report, result)
     return report
-
-
-def _report(command: str, config: RunConfig, inputs: Inputs, patches: Any) -> RunReport:
-    """The report of a PatchPlan, or of the PatchRecord of a patched model."""
-    plan = getattr(patches, "plan", patches)
-    return RunReport(
-        command=command,
-        model=describe_model(inputs.source, inputs.meta_model, plan),
-        config=config.model_dump(mode="json"),
-        environment=environment(),
-        coverage=patches.coverage,
-        modules=patches.modules,
-        missing=list(plan.missing),
-        data=DataPart(
-            name=inputs.data.name,
-            eval_rows=0 if inputs.eval is None else len(inputs.eval),
-            **asdict(inputs.data.stats),
-        ),
-    )
-
-
-def _read_report(path: Path) -> RunReport:
-    try:
-        return RunReport.from_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} cannot be read as a report: {str(error).splitlines()[0]}",
-            hint="Without that file, --resume writes it anew.",
-        ) from error
-
-
-def check_required(report: RunReport, require: str, *, is_reported: bool = False) -> None:
-    """Checks the ops of --require, in the plan and again when it is known which modules ran.
-
-    Raises:
-        RequirementFailed: One is not patched wherever the model has a place for it.
-    """
-    if unmet := unmet_requirements(report, parse_ops("none", require)):
-        raise RequirementFailed("\n".join(unmet), is_reported=is_reported)
-
-
-def _check_places(plan: PatchPlan) -> None:
-    if plan.ops and not any(op in plan.coverage for op in plan.ops):
-        raise RequirementFailed(
-            f"{plan.model_type} has no place for any of {', '.join(plan.ops)}",
-            hint="liger inspect shows its modules; --ops none trains it as it is.",
-        )
-
-
-def _gain(
-    config: RunConfig,
-    inputs: Inputs,
-    report: RunReport,
-    result: TrainResult,
-    eager: ArmResult | None,
-    num_steps: int,
-    device: torch.device,
-) -> GainPart | None:
-    """The measured gain over the same steps of an eager run, else an estimate of the memory's."""
-    if eager is not None:
-        patched = result.speed(num_steps)
-        return GainPart(
-            source="measured",
-            speed=patched["tokens_per_s"] / eager.tokens_per_s,
-            memory=patched["peak_memory_bytes"] / eager.peak_memory_bytes,
-        )
-    if not any(counts["patched"] for counts in (report.coverage or {}).values()):
-        return None
-    is_autocast = config.bf16 or config.fp16
-    parameter_bytes = parameter_dtype(config, device).itemsize
-    step = StepShape(
-        batch_size=config.per_device_train_batch_size,
-        sequence_length=_longest_row(config, inputs),
-        parameter_bytes=parameter_bytes,
-        compute_bytes=2 if is_autocast else parameter_bytes,
-        num_parameters=sum(p.numel() for p in inputs.meta_model.parameters()),
-        gradient_checkpointing=config.gradient_checkpointing,
-        accumulates=config.gradient_accumulation_steps > 1,
-        on_cpu=device.type == "cpu",
-    )
-    try:
-        shape = inputs.meta_model.config.to_dict()
-        return GainPart(
-            source="estimated", memory=estimate_memory_ratio(shape, report.coverage or {}, step)
-        )
-    except ValueError:
-        # A configuration without the usual sizes has no estimate.
-        return None
-
-
-def _longest_row(config: RunConfig, inputs: Inputs) -> int:
-    # A stream has no rows to look at, and images would be read for their lengths alone.
-    if config.streaming or inputs.data.has_images:
-        return config.max_length
-    count = min(_ROWS_LOOKED_AT, len(inputs.train))
-    return max(len(inputs.train[i]["input_ids"]) for i in range(count))
-
-
-def _tell_data(inputs: Inputs, batches: BatchPlan, num_steps: int) -> None:
-    data, stats = inputs.data, inputs.data.stats
-    if batches.num_rows:
-        notes = [
-            f"{format_count(stats.rows)} rows",
-            f"{format_count(stats.tokens)} tokens, {format_count(stats.trained_tokens)} trained on",
-            *data.notes,
-        ]
-        if isinstance(inputs.train, PackedRows):
-            notes.append(f"packed into {format_count(len(inputs.train))} rows")
-    else:
-        notes = ["streamed; the report counts what was read"]
-    if stats.dropped_rows:
-        notes.append(f"{format_count(stats.dropped_rows)} rows left out: nothing to train on")
-    if stats.truncated_rows:
-        notes.append(f"{format_count(stats.truncated_rows)} rows cut to max_length")
-    if inputs.eval is not None:
-        notes.append(f"{format_count(len(inputs.eval))} rows for evaluation")
-    licence = f" ({data.licence})" if data.licence else ""
-    _notify(f"data: {data.name}{licence}: " + "; ".join(notes))
-    epoch = f", {batches.steps_per_epoch} an epoch" if batches.num_rows else ""
-    _notify(f"plan: {num_steps} steps{epoch}")
-
-
-def _tell_first_batch(inputs: Inputs, batches: BatchPlan) -> None:
-    [window] = make_feed(inputs.train, batches, inputs.collator).windows(1, 1)
-    shapes = ", ".join("x".join(map(str, batch["input_ids"].shape)) for batch in window)
-    num_tokens = sum(map(count_tokens, window))
-    num_trained = sum(map(count_labels, window))
-    _notify(f"first step: {shapes}; {num_tokens} tokens, {num_trained} trained on")
-
-
-def _notify(message: str) -> None:
-    show_lines(message, stderr=True)

@@ -6,6 +6,7 @@ gradient, error(op) <= 2 * error(eager) + floor[dtype]. Used by the tests and by
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -69,11 +70,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """Whether an op may be used on a device, and if not, why."""
+    """Whether an op may be used on a device, and if not, why; ms is how long it took to tell."""
 
     op: str
     ok: bool
     reason: str | None = None
+    ms: float = 0.0
 
 
 def error(value: torch.Tensor, truth: torch.Tensor) -> float:
@@ -174,21 +176,40 @@ def compare(
     return Comparison(op.name, case.id, dtype, name, tuple(errors))
 
 
-def check_op(name: str, device: torch.device | str = "cpu") -> CheckResult:
-    """Return whether an op's first case passes on a device, in fp32 and, on a GPU, in bf16."""
+def check_op(
+    name: str,
+    device: torch.device | str = "cpu",
+    *,
+    case: Case | None = None,
+    dtype: torch.dtype | None = None,
+) -> CheckResult:
+    """Return whether an op passes on a device, whatever context it is called in.
+
+    Args:
+        name: The op, or a short name of it.
+        device: Where it runs.
+        case: What it runs on; its first case by default.
+        dtype: Of its inputs; fp32 and, on a GPU that has it, bf16 by default.
+    """
     from liger_kernels.ops.registry import find_op
 
     op = find_op(name)
     device = torch.device(device)
-    dtypes = [torch.float32]
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+    dtypes = [torch.float32 if dtype is None else dtype]
+    if dtype is None and device.type == "cuda" and torch.cuda.is_bf16_supported():
         dtypes.append(torch.bfloat16)
+    began = time.perf_counter()
+    reason = None
     for dtype in dtypes:
         try:
-            result = compare(op, op.cases[0], dtype, device)
+            # Samples are drawn on the CPU, where a model may be being built on another device.
+            with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+                result = compare(op, case or op.cases[0], dtype, device)
         except Exception as problem:
             # A kernel that does not compile here is a finding about this machine, not a crash.
-            return CheckResult(op.name, False, f"{type(problem).__name__}: {problem}")
-        if not result.ok:
-            return CheckResult(op.name, False, str(result))
-    return CheckResult(op.name, True)
+            reason = f"{type(problem).__name__}: {problem}"
+        else:
+            reason = None if result.ok else str(result)
+        if reason is not None:
+            break
+    return CheckResult(op.name, reason is None, reason, (time.perf_counter() - began) * 1e3)

@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from liger_cli.report import RunReport, format_bytes, format_count, verdict
-from liger_cli.report_ops import OpsReport, Table, markdown
+from liger_cli.report import AgainstPart, RunReport, verdict
+from liger_cli.report.bench import ARM_COLUMNS, arm_cells
+from liger_cli.report.ops import OpsReport, Table, markdown
+from liger_cli.training.peer_patch import PEER
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -37,8 +41,10 @@ How to read the tables:
   cache flushed before each call. "full" is forward and backward as a stream sees it: where the host
   is slower than the card, that counts. "GPU" is the same without the host.
 - "share" is the least work of the op over its GPU time and the limit of the hardware, measured in
-  the same run: bytes over the rate of a copy, or FLOPs over the rate of a matrix product. A loss of
-  given logits is counted as one read and one write, since its gradient is made in forward.
+  the same run: bytes over the rate of a copy, or FLOPs over the rate of a matrix product. That
+  product takes its turn in every round of such an op ("of TFLOP/s"), since a card at its power
+  limit slows down within seconds. A loss of given logits is counted as one read and one write,
+  since its gradient is made in forward.
 - "transient" is what a forward and its backward add to the allocated memory at most, gradients
   included. Ours never writes into its inputs; a side that does says so.
 - Cards and hosts differ by 10 to 15 %. Compare figures of one run, and look at ratios.
@@ -50,7 +56,41 @@ _NO_OPS = """
 No run of `liger bench ops` on a GPU is recorded yet.
 """
 
-_STEP_COLUMNS = ("side", "tokens/s", "step ms", "peak", "speed", "memory")
+_STEP_COLUMNS = ("side", "tokens/s", "step ms", "p20 - p80", "peak", "speed", "memory", "note")
+_TARGET_COLUMNS = ("patched against", "figure", "target (on an H100)", "found", "")
+
+
+@dataclass(frozen=True)
+class StepTarget:
+    """A bound on the patched side against another: speed at least, memory at most."""
+
+    against: str
+    figure: Literal["speed", "memory"]
+    limit: float
+
+    def row(self, part: AgainstPart | None) -> tuple[str, ...]:
+        """Returns the line of the table, with whether the target is met."""
+        found = None if part is None else getattr(part.ratios, self.figure)
+        is_floor = self.figure == "speed"
+        bound = f"{'>=' if is_floor else '<='} {self.limit:.2f}x"
+        if found is None:
+            return self.against, self.figure, bound, "not measured", ""
+        met = found >= self.limit if is_floor else found <= self.limit
+        return self.against, self.figure, bound, f"{found:.2f}x", "met" if met else "MISSED"
+
+
+# By model, batch size, sequence length and whether activations are made again in backward.
+STEP_TARGETS = {
+    ("llama-1b", 8, 2048, False): (
+        StepTarget(PEER, "speed", 1.10),
+        StepTarget("compile", "speed", 1.20),
+        StepTarget(PEER, "memory", 0.80),
+    ),
+    ("llama-3b", 4, 4096, True): (
+        StepTarget(PEER, "speed", 1.08),
+        StepTarget(PEER, "memory", 0.95),
+    ),
+}
 
 
 def page(results: Path = RESULTS) -> str:
@@ -70,38 +110,44 @@ def page(results: Path = RESULTS) -> str:
 
 
 def _step(report: RunReport) -> str:
-    """Return one comparison of `liger bench`: every side, against the first, which is eager."""
+    """Return one comparison of `liger bench`: every side against the first, then the targets."""
     config, where, arms = report.config or {}, report.environment or {}, report.arms or []
     versions = [f"{name} {where.get(name)}" for name in ("torch", "triton", "transformers")]
     device = where["devices"][0]["name"]
-    size = f"{config['per_device_train_batch_size']} x {config['max_length']}"
-    lines = [
-        f"    {', '.join([device, *versions])}",
-        f"    $ liger bench --model {config['model']}",
-    ]
-    base = arms[0]
-    rows: list[tuple[str, ...]] = []
-    for arm in arms:
-        rows.append(
-            (
-                arm.name,
-                "" if arm.tokens_per_s is None else format_count(arm.tokens_per_s),
-                "" if arm.step_ms is None else f"{arm.step_ms:.1f}",
-                "" if arm.peak_memory_bytes is None else format_bytes(arm.peak_memory_bytes),
-                _times(arm.tokens_per_s, base.tokens_per_s),
-                _times(arm.peak_memory_bytes, base.peak_memory_bytes),
-            )
-        )
-    table = Table(f"{config['model']}, {size} tokens a step", _STEP_COLUMNS, rows)
-    title, _, rest = table.markdown().partition("\n")
-    text = "\n".join([title, "", *lines, rest])
-    if report.ratios is not None and report.parity is not None:
-        text += f"\n{verdict(report.ratios, report.parity)}.\n"
-    return text
+    batch, length = config["per_device_train_batch_size"], config["max_length"]
+    checkpoints = bool(config.get("gradient_checkpointing"))
+    against = report.against or {}
+    words = ["liger", "bench", "--model", config["model"]]
+    words += ["--against", ",".join(against)] if against else []
+    words += ["--per-device-train-batch-size", str(batch)] if batch != 8 else []
+    words += ["--max-length", str(length)] if length != 2048 else []
+    words += ["--gradient-checkpointing"] * checkpoints
+    words += ["--peer-path", "DIR"] * (PEER in against)
+    lines = [f"    {', '.join([device, *versions])}", f"    $ {' '.join(words)}"]
+    rows = [_step_row(arm_cells(arm, arms[0])) for arm in arms]
+    title = f"{config['model']}, {batch} x {length} tokens a step"
+    title += ", with gradient checkpointing" if checkpoints else ""
+    used = [i for i in range(len(_STEP_COLUMNS)) if any(row[i] for row in rows)]
+    columns = tuple(_STEP_COLUMNS[i] for i in used)
+    shown = [tuple(row[i] for i in used) for row in rows]
+    heading, _, rest = Table(title, columns, shown).markdown().partition("\n")
+    text = "\n".join([heading, "", *lines, rest])
+    targets = STEP_TARGETS.get((config["model"], batch, length, checkpoints), ())
+    # Reports from before there were several sides say nothing of the targets.
+    if targets and against:
+        target_rows = [target.row(against.get(target.against)) for target in targets]
+        table = Table("", _TARGET_COLUMNS, target_rows).markdown().partition("\n")[2]
+        text += table.rstrip("\n") + "\n"
+    verdicts = [part.verdict for part in against.values()]
+    if not verdicts and report.ratios is not None and report.parity is not None:
+        verdicts = [verdict(report.ratios, report.parity)]
+    return text + "".join(f"\n{words}.\n" for words in verdicts)
 
 
-def _times(value: float | None, base: float | None) -> str:
-    return f"{value / base:.2f}x" if value is not None and base else ""
+def _step_row(cells: tuple[str, ...]) -> tuple[str, ...]:
+    """The cells of an arm that the page shows."""
+    shown = dict(zip(ARM_COLUMNS, cells, strict=True))
+    return tuple(shown["arm" if column == "side" else column] for column in _STEP_COLUMNS)
 
 
 def main() -> int:

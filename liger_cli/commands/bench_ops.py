@@ -51,9 +51,9 @@ def command(
     """
     import torch
 
-    from liger_cli.op_bench import plan_ops, require_checks, run_ops
+    from liger_cli.bench.op_bench import plan_ops, require_checks, run_ops
     from liger_cli.report import show_lines
-    from liger_cli.report_ops import show_ops_report, write_reports
+    from liger_cli.report.ops import show_ops_report, write_reports
 
     plan = plan_ops(
         ops,

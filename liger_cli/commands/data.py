@@ -30,8 +30,8 @@ def _preview(
 ) -> None:
     """Render rows with their trained tokens marked; show lengths, cuts and what packing gains."""
     from liger_cli.preview import preview_data
-    from liger_cli.report_data import show_preview
-    from liger_cli.training.setup import quiet_libraries
+    from liger_cli.report.data import show_preview
+    from liger_cli.training.launch import quiet_libraries
 
     quiet_libraries()
     show_preview(preview_data(config, num_rows), as_json=as_json)

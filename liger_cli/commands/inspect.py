@@ -6,14 +6,15 @@ from typing import Annotated
 
 import typer
 
-from liger_cli.errors import RequirementFailed
-
 __all__ = ["command"]
 
 
 def command(
     model: Annotated[
-        str, typer.Option("--model", "-m", help="Preset, directory, config.json or hub id.")
+        str,
+        typer.Option(
+            "--model", "-m", help="Preset, directory (of a run too), config.json or hub id."
+        ),
     ],
     ops: Annotated[
         str, typer.Option("--ops", help="auto, all, none, a list, or auto,-rope.")
@@ -24,16 +25,20 @@ def command(
             "--require", metavar="OPS", help="Exit 7 unless these are patched throughout."
         ),
     ] = "",
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also the file and line of each forward.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Show module by module what would be patched, and why the rest would not. Needs no weights."""
-    from liger_cli.inspection import inspect_source
-    from liger_cli.report import show_report, unmet_requirements
-    from liger_cli.training.model import resolve_model
-    from liger_cli.training.setup import parse_ops
+    from functools import partial
 
-    required = parse_ops(ops, require)
-    report = inspect_source(resolve_model(model), ops)
-    show_report(report, as_json=as_json, details=True)
-    if unmet := unmet_requirements(report, required):
-        raise RequirementFailed("\n".join(unmet), is_reported=True)
+    from liger_cli.inspection import find_model, inspect_source
+    from liger_cli.report import show_lines, show_report
+    from liger_cli.requirements import check_required, parse_ops
+
+    parse_ops(ops, require)
+    source = find_model(model, notify=partial(show_lines, stderr=True))
+    report = inspect_source(source, ops)
+    show_report(report, as_json=as_json, details=True, verbose=verbose)
+    check_required(report, require, is_reported=True)

@@ -35,11 +35,13 @@ def command(
         typer.Option("--dry-run", help="Show plan, coverage and the first batch; no training."),
     ] = False,
     measure_only: Annotated[bool, typer.Option("--measure-only", hidden=True)] = False,
+    peer_patch: Annotated[bool, typer.Option("--peer-patch", hidden=True)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Fine-tune a model with fused kernels and measure what they gain."""
     from liger_cli.report import show_report
-    from liger_cli.runs import check_required, run_train
+    from liger_cli.requirements import check_required
+    from liger_cli.runs import run_train
 
     report = run_train(
         config,
@@ -48,6 +50,7 @@ def command(
         resume=resume,
         dry_run=dry_run,
         measure_only=measure_only,
+        peer_patch=peer_patch,
     )
     if report is not None:
         show_report(report, as_json=as_json)

@@ -47,6 +47,16 @@ _ELSEWHERE = {
     "gradient_clipping": "max_grad_norm",
     "out_dir": "output_dir",
     "no_cuda": "use_cpu",
+    "use_peft": "adapter",
+    "use_dora": "adapter",
+    "finetuning_type": "adapter",
+    "lora_rank": "lora_r",
+    "lora_target": "lora_target_modules",
+    "target_modules": "lora_target_modules",
+    "modules_to_save": "lora_modules_to_save",
+    "qlora": "load_in_4bit",
+    "compile": "torch_compile",
+    "auto_find_batch_size": "auto_fit",
 }
 
 

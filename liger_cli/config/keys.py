@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,12 +17,16 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from liger_cli.config.conflicts import CONFLICTS
+from liger_cli.config.eval_sets import EvalSets, join_sets, metric_names, read_sets
+from liger_cli.config.pairs import Pairs, are_pairs, join_pairs, read_pairs, split_names
 from liger_cli.config.yaml_file import to_yaml
 
 __all__ = ["ALIASES", "RunConfig"]
@@ -92,11 +95,22 @@ _Datasets = Annotated[
 ]
 
 
+_TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml")
+
+# Spellings of other programs for what has another name here.
+_OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_hf": "adamw_torch",
+    "adamw_bnb_8bit": "adamw_8bit",
+}
+
+
 def _key(group: str, default: Any, description: str, **limits: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"group": group}, **limits)
 
 
 _model = functools.partial(_key, "Model and kernels")
+_adapter = functools.partial(_key, "Adapter")
 _data = functools.partial(_key, "Data")
 _batch = functools.partial(_key, "Batches")
 _optimizer = functools.partial(_key, "Optimizer and schedule")
@@ -114,13 +128,36 @@ class RunConfig(BaseModel):
         "auto", "auto, all, none, a list such as rope,rmsnorm,flce, or auto,-rope."
     )
     attn_implementation: str | None = _model(None, "Attention of transformers: eager, sdpa, ...")
+    save_memory: bool = _model(
+        True, "Make norm outputs and gated products again in backward instead of keeping them."
+    )
+    torch_compile: bool = _model(False, "Compile the patched model with torch.compile.")
+
+    adapter: Literal["none", "lora", "dora"] = _adapter(
+        "none", "Train an adapter beside the frozen model; none trains the model itself."
+    )
+    lora_r: int = _adapter(16, "Rank of the adapter's matrices.", ge=1)
+    lora_alpha: int = _adapter(32, "Scale of the adapter; it is divided by the rank.", ge=1)
+    lora_dropout: float = _adapter(0.0, "Dropout of the adapter's input.", ge=0, lt=1)
+    lora_target_modules: _Names = _adapter(
+        "all-linear", "Names of the modules that get one; all-linear is all but the head."
+    )
+    lora_modules_to_save: _Names | None = _adapter(
+        None, "Names of modules that are trained whole and saved with the adapter."
+    )
+    use_rslora: bool = _adapter(False, "Divide the scale by the root of the rank.")
+    load_in_4bit: bool = _adapter(
+        False, "QLoRA: hold the frozen model in 4 bits; needs a CUDA GPU and bitsandbytes."
+    )
 
     dataset: _Datasets = _data(
         "chitchat",
         "A file, folder, glob or hub name, chitchat or synthetic; several as NAME:WEIGHT,NAME.",
         min_length=1,
     )
-    eval_dataset: str | None = _data(None, "Evaluation data, named as the dataset is.")
+    eval_dataset: EvalSets | None = _data(
+        None, "Evaluation data, named as the dataset is; several sets as NAME=DATA,NAME=DATA."
+    )
     eval_fraction: float = _data(0.0, "Part of the dataset kept for evaluation.", ge=0, lt=1)
     max_eval_samples: int | None = _data(
         None, "Rows evaluated at most (32 of the sample's own split, else all).", ge=1
@@ -142,16 +179,38 @@ class RunConfig(BaseModel):
     gradient_accumulation_steps: int = _batch(1, "Forward passes of an optimizer step.", ge=1)
     num_train_epochs: float = _batch(3.0, "Passes over the dataset.", gt=0)
     max_steps: int = _batch(-1, "Optimizer steps; -1 leaves it to num_train_epochs.", ge=-1)
+    auto_fit: bool = _batch(
+        False, "Out of memory: halve the micro-batch, double the accumulation and go on."
+    )
 
-    optim: Literal["adamw"] = _optimizer("adamw", "Optimizer.")
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "sgd", "muon"] = (
+        _optimizer("adamw_torch_fused", "Optimizer.")
+    )
+    optim_args: Pairs | None = _optimizer(
+        None, "More arguments of the optimizer, such as momentum=0.9,nesterov=true."
+    )
     learning_rate: float = _optimizer(5e-5, "Highest learning rate.", ge=0)
     weight_decay: float = _optimizer(0.0, "Decay of matrices; vectors have none.", ge=0)
     adam_beta1: float = _optimizer(0.9, "Decay of the first moment.", ge=0, lt=1)
     adam_beta2: float = _optimizer(0.999, "Decay of the second moment.", ge=0, lt=1)
     adam_epsilon: float = _optimizer(1e-8, "Added to the root of the second moment.", gt=0)
     max_grad_norm: float = _optimizer(1.0, "Norm the gradient is clipped to; 0 is off.", ge=0)
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = _optimizer(
-        "linear", "Learning rate after the warm-up."
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "constant",
+        "constant_with_warmup",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+        "reduce_lr_on_plateau",
+        "greedy",
+    ] = _optimizer("linear", "Learning rate after the warm-up.")
+    lr_scheduler_kwargs: Pairs | None = _optimizer(
+        None, "More arguments of the schedule, such as num_cycles=2."
     )
     warmup_steps: int = _optimizer(0, "Steps of warm-up.", ge=0)
     warmup_ratio: float = _optimizer(0.0, "Warm-up as a part of all steps.", ge=0, lt=1)
@@ -160,9 +219,36 @@ class RunConfig(BaseModel):
         None, "Directory of the run (runs/MODEL-TIME when not given).", strict=False
     )
     logging_steps: int = _run(10, "Steps between printed lines; metrics.jsonl has all.", ge=1)
+    eval_strategy: Literal["no", "steps", "epoch"] | None = _run(
+        None, "Evaluate never, every eval_steps, or after each epoch; and in the end unless no."
+    )
     eval_steps: int = _run(0, "Steps between evaluations; 0 evaluates at the end.", ge=0)
+    eval_on_start: bool = _run(False, "Also evaluate before the first step.")
     save_steps: int = _run(500, "Steps between checkpoints; 0 saves at the end.", ge=0)
-    save_total_limit: int | None = _run(None, "Checkpoints kept; older ones are deleted.", ge=1)
+    save_minutes: float = _run(0.0, "Minutes between checkpoints, besides save_steps.", ge=0)
+    save_total_limit: int | None = _run(
+        None, "Checkpoints kept, the best among them; older ones are deleted.", ge=1
+    )
+    load_best_model_at_end: bool = _run(
+        False, "Save whenever an evaluation is the best, which `best` in the directory links to."
+    )
+    metric_for_best_model: str | None = _run(
+        None,
+        "loss (the default), perplexity, token_accuracy, entropy; of a named set NAME_loss.",
+    )
+    greater_is_better: bool | None = _run(
+        None, "Whether the best metric is the largest; by default that of an accuracy is."
+    )
+    early_stopping_patience: int | None = _run(
+        None, "Evaluations in turn without a better metric that end the run.", ge=1
+    )
+    early_stopping_threshold: float = _run(0.0, "How much better counts as better.", ge=0)
+    report_to: _Names | None = _run(
+        None, f"Trackers of the metrics: none, or some of {', '.join(_TRACKERS)}."
+    )
+    profile_steps: str | None = _run(
+        None, "Steps to trace with torch.profiler, as 3 or 3-5, into profile-3-5.json."
+    )
     seed: int = _run(42, "Seed of weights and dropout.", ge=0, lt=2**31)
     data_seed: int | None = _run(
         None, "Seed of the data's order (the seed when not given).", ge=0, lt=2**31
@@ -173,6 +259,9 @@ class RunConfig(BaseModel):
     )
     bf16: bool = _machine(False, "Autocast to bfloat16 over float32 parameters.")
     fp16: bool = _machine(False, "Autocast to float16, with loss scaling.")
+    master_weights: bool = _machine(
+        False, "Keep float32 copies of bfloat16 parameters in the optimizer, and update those."
+    )
     gradient_checkpointing: bool = _machine(False, "Recompute activations to save memory.")
     use_cpu: bool = _machine(False, "Stay on the CPU although there is a GPU.")
 
@@ -188,6 +277,84 @@ class RunConfig(BaseModel):
             # A shell expands the ~ of a flag; in a file nobody does, and a directory ~ is a trap.
             if str(value).startswith("~"):
                 return type(value)(os.path.expanduser(value))
+        return value
+
+    @field_validator("optim", mode="before")
+    @classmethod
+    def _other_spellings(cls, value: object) -> object:
+        return _OPTIMIZERS.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("optim_args", "lr_scheduler_kwargs", mode="before")
+    @classmethod
+    def _join_pairs(cls, value: object) -> object:
+        return join_pairs(value)
+
+    @field_validator("optim_args", "lr_scheduler_kwargs")
+    @classmethod
+    def _named_pairs(cls, value: str | None) -> str | None:
+        if value is not None and not are_pairs(value):
+            raise ValueError("should be NAME=VALUE,NAME=VALUE")
+        return value
+
+    @field_validator("eval_dataset", mode="before")
+    @classmethod
+    def _join_sets(cls, value: object) -> object:
+        return join_sets(value)
+
+    @field_validator("eval_dataset")
+    @classmethod
+    def _named_sets(cls, value: str | None) -> str | None:
+        read_sets(value)
+        return value
+
+    @field_validator("eval_strategy", mode="before")
+    @classmethod
+    def _no_of_yaml(cls, value: object) -> object:
+        # YAML reads a bare no as false.
+        return "no" if value is False else value
+
+    @field_validator("metric_for_best_model")
+    @classmethod
+    def _known_metric(cls, value: str | None, info: ValidationInfo) -> str | None:
+        # Which sets there are is not known where eval_dataset is wrong itself.
+        if value is None or "eval_dataset" not in info.data:
+            return value
+        known = metric_names(name for name in read_sets(info.data["eval_dataset"]) if name)
+        # HF's names begin with eval_; a set's name may as well.
+        value = value if value in known else value.removeprefix("eval_")
+        if value not in known:
+            raise ValueError(f"should be one of {', '.join(known)}")
+        return value
+
+    @field_validator("lora_target_modules", "lora_modules_to_save")
+    @classmethod
+    def _some_names(cls, value: str | None) -> str | None:
+        if value is not None and not split_names(value):
+            raise ValueError("should name a module")
+        return value
+
+    @field_validator("report_to")
+    @classmethod
+    def _known_trackers(cls, value: str | None) -> str | None:
+        names = split_names(value)
+        if value is None or names == ["none"]:
+            return None
+        if not names or not set(names) <= set(_TRACKERS):
+            raise ValueError(f"should be none, or some of {', '.join(_TRACKERS)}")
+        return ",".join(names)
+
+    @field_validator("profile_steps", mode="before")
+    @classmethod
+    def _one_step(cls, value: object) -> object:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _some_profile(cls, value: str | None) -> str | None:
+        if value is not None:
+            match = re.fullmatch(r"([1-9]\d{0,8})(?:-([1-9]\d{0,8}))?", value, re.ASCII)
+            if match is None or int(match[2] or match[1]) < int(match[1]):
+                raise ValueError("should be a step such as 3, or steps such as 3-5")
         return value
 
     @field_validator("ops")
@@ -214,7 +381,7 @@ class RunConfig(BaseModel):
     def _no_conflicts(self) -> RunConfig:
         found = [
             {"keys": keys, "message": message}
-            for keys, message, is_conflict in _CONFLICTS
+            for keys, message, is_conflict in CONFLICTS
             if is_conflict(self)
         ]
         if found:
@@ -227,47 +394,55 @@ class RunConfig(BaseModel):
         """The seed of the data's order."""
         return self.seed if self.data_seed is None else self.data_seed
 
+    @property
+    def eval_sets(self) -> dict[str, str]:
+        """The evaluation data by name; the name of a set alone is ""."""
+        return read_sets(self.eval_dataset)
+
+    @property
+    def evaluates_on_the_way(self) -> bool:
+        """Whether there are evaluations between the first step and the last."""
+        return self.eval_steps > 0 or self.eval_strategy == "epoch"
+
+    @property
+    def best_metric(self) -> tuple[str, bool]:
+        """The metric that tells which evaluation is the best, and whether the largest is."""
+        metric = self.metric_for_best_model or "loss"
+        greater = self.greater_is_better
+        return metric, metric.endswith("accuracy") if greater is None else greater
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in report_to."""
+        return split_names(self.report_to)
+
+    @property
+    def profiled_steps(self) -> range:
+        """The steps of profile_steps; empty where there is none."""
+        first, _, last = (self.profile_steps or "").partition("-")
+        return range(int(first), int(last or first) + 1) if first else range(0)
+
+    @property
+    def adapter_targets(self) -> str | list[str]:
+        """lora_target_modules as peft takes them."""
+        names = split_names(self.lora_target_modules)
+        return names[0] if names == ["all-linear"] else names
+
+    @property
+    def saved_modules(self) -> list[str] | None:
+        """lora_modules_to_save as peft takes them."""
+        return split_names(self.lora_modules_to_save) or None
+
+    @property
+    def optimizer_arguments(self) -> dict[str, Any]:
+        """The pairs of optim_args."""
+        return read_pairs(self.optim_args)
+
+    @property
+    def schedule_arguments(self) -> dict[str, Any]:
+        """The pairs of lr_scheduler_kwargs."""
+        return read_pairs(self.lr_scheduler_kwargs)
+
     def to_yaml(self) -> str:
         """Returns the YAML that load_config reads back to an equal configuration."""
         return to_yaml(self.model_dump(mode="json"))
-
-
-# Keys that do not go together, why, and when. A conflict is never one of default values alone.
-_CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[RunConfig], bool]], ...] = (
-    (("bf16", "fp16"), "bf16 and fp16 exclude each other", lambda c: c.bf16 and c.fp16),
-    (
-        ("fp16", "dtype"),
-        "fp16 needs float32 or bfloat16 parameters, dtype is float16",
-        lambda c: c.fp16 and c.dtype == "float16",
-    ),
-    (
-        ("warmup_steps", "warmup_ratio"),
-        "warmup_steps and warmup_ratio exclude each other; set one to 0",
-        lambda c: c.warmup_steps > 0 and c.warmup_ratio > 0,
-    ),
-    (
-        ("eval_dataset", "eval_fraction"),
-        "eval_dataset and eval_fraction exclude each other",
-        lambda c: c.eval_dataset is not None and c.eval_fraction > 0,
-    ),
-    (
-        ("streaming", "max_steps"),
-        "streaming needs max_steps: nobody knows how many rows an epoch has",
-        lambda c: c.streaming and c.max_steps < 0,
-    ),
-    (
-        ("streaming", "eval_fraction"),
-        "streaming and eval_fraction exclude each other; eval_dataset has rows of its own",
-        lambda c: c.streaming and c.eval_fraction > 0,
-    ),
-    (
-        ("streaming", "dataset_num_proc"),
-        "streaming tokenises in the run's own process; set dataset_num_proc to 1",
-        lambda c: c.streaming and c.dataset_num_proc > 1,
-    ),
-    (
-        ("streaming", "dataloader_num_workers"),
-        "streaming collates in the run's own process; set dataloader_num_workers to 0",
-        lambda c: c.streaming and c.dataloader_num_workers > 0,
-    ),
-)

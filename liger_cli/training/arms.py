@@ -2,78 +2,193 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from liger_cli.bench.peer_interpreter import PeerInterpreter
 from liger_cli.config import RunConfig
-from liger_cli.errors import LigerError
+from liger_cli.errors import LigerError, OutOfMemory
+from liger_cli.measure import median_after_warm_up
 
-__all__ = ["ArmResult", "run_arm"]
+__all__ = ["ArmResult", "ArmSpec", "run_arm"]
+
+_PROCESS = "liger_cli.arm_process"
+
+
+@dataclass(frozen=True)
+class ArmSpec:
+    """One side of a comparison: what is patched, by whom, and whether torch.compile runs too."""
+
+    name: str
+    ops: str
+    torch_compile: bool = False
+    # Where a peer is installed that patches the model instead of ours.
+    peer: PeerInterpreter | None = None
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """What `liger train` measured in its own process; losses has one number a step."""
+    """What `liger train` measured in its own process.
+
+    Attributes:
+        steps: The lines of metrics.jsonl.
+        peer: The `peer` part of its report, if a peer patched it.
+    """
 
     name: str
-    tokens_per_s: float
-    step_ms: float
-    peak_memory_bytes: int
-    losses: list[float]
+    steps: Sequence[dict[str, Any]]
     coverage: dict[str, dict[str, int]]
     modules: list[dict[str, str | None]]
+    peer: dict[str, Any] | None = None
+
+    @property
+    def tokens_per_s(self) -> float:
+        return median_after_warm_up(self._values("tokens_per_s"))
+
+    @property
+    def step_ms(self) -> float:
+        return median_after_warm_up(self.steps_ms)
+
+    @property
+    def steps_ms(self) -> list[float]:
+        return self._values("step_ms")
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        return int(max(self._values("peak_memory_bytes")))
+
+    @property
+    def losses(self) -> list[float | None]:
+        return [step["loss"] for step in self.steps]
+
+    @property
+    def grad_norms(self) -> list[float | None]:
+        return [step["grad_norm"] for step in self.steps]
+
+    def _values(self, key: str) -> list[float]:
+        return [step[key] for step in self.steps]
 
 
-def run_arm(config: RunConfig, *, name: str, ops: str, steps: int) -> ArmResult:
+def run_arm(
+    config: RunConfig,
+    *,
+    name: str,
+    ops: str,
+    steps: int,
+    torch_compile: bool = False,
+    peer: PeerInterpreter | None = None,
+) -> ArmResult:
     """Trains `steps` steps with `ops` in a process of its own and returns what it measured.
 
-    The arm writes no checkpoint and evaluates nothing; its directory is deleted.
+    The arm writes no checkpoint and evaluates nothing; its directory is deleted. Whatever ends this
+    process meanwhile ends the other with all that it started.
 
     Args:
         config: The run; its seeds, batches and data are the arm's, its resume and output are not.
         name: Name of the arm, also in the message of its failure.
         ops: The arm's `--ops`.
         steps: Optimizer steps.
+        torch_compile: Whether the model is compiled, whatever config says.
+        peer: Where the peer is installed whose patch is applied after `ops`.
 
     Raises:
         LigerError: The process failed; with its message and its exit code.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came.
     """
     with tempfile.TemporaryDirectory(prefix="liger-arm-") as folder:
         run_dir = Path(folder) / "run"
         config_file = Path(folder) / "config.yaml"
+        arm = {"ops": ops, "max_steps": steps, "torch_compile": torch_compile}
+        config = config.model_copy(update={**arm, "output_dir": run_dir})
         config_file.write_text(config.to_yaml(), encoding="utf-8")
-        command = [sys.executable, "-m", "liger_cli", "train", "--config", str(config_file)]
-        command += ["--ops", ops, "--max-steps", str(steps), "--output-dir", str(run_dir)]
-        command += ["--measure-only", "--json"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = [peer.executable if peer else sys.executable, "-m", _PROCESS, "train"]
+        command += ["--config", str(config_file), "--measure-only", "--json"]
+        command += ["--peer-patch"] * (peer is not None)
+        done = _run(command, peer.environment if peer else None)
         if done.returncode:
             raise _failure(name, done)
         report: dict[str, Any] = json.loads(done.stdout)
         lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    measured = report["train"]
     return ArmResult(
         name=name,
-        tokens_per_s=measured["tokens_per_s"],
-        step_ms=measured["step_ms"],
-        peak_memory_bytes=measured["peak_memory_bytes"],
-        losses=[json.loads(line)["loss"] for line in lines],
+        steps=[json.loads(line) for line in lines],
         coverage=report["coverage"],
         modules=report["modules"],
+        peer=report.get("peer"),
     )
+
+
+def _run(
+    command: Sequence[str], environment: dict[str, str] | None
+) -> subprocess.CompletedProcess[str]:
+    """subprocess.run, which however leaves no process behind."""
+    with _sigterm_raises(), _open_pipe() as reads:
+        # A session of its own: all its processes end together, and Ctrl-C comes to us alone.
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=reads,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            stdout, stderr = process.communicate()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+@contextlib.contextmanager
+def _open_pipe() -> Iterator[int]:
+    """The end of a pipe to read from, whose other end is open as long as this process lives."""
+    reads, writes = os.pipe()
+    try:
+        yield reads
+    finally:
+        os.close(reads)
+        os.close(writes)
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Makes SIGTERM a KeyboardInterrupt, as SIGINT is, instead of an end without a last word."""
+    # Python delivers signals to the main thread, and lets no other thread ask for them.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _failure(name: str, done: subprocess.CompletedProcess[str]) -> LigerError:
     """The child's own error, under its own exit code."""
+    if done.returncode == -signal.SIGKILL:
+        return OutOfMemory(
+            f"the {name} run was killed (signal 9), as Linux does to a process for which there is "
+            "no memory left"
+        )
     lines = done.stderr.strip().splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith("error: ")), -1)
     message = "\n".join(lines[start:]).removeprefix("error: ") if lines else "no message"
     kinds = {kind.exit_code: kind for kind in LigerError.__subclasses__()}
-    # A process ended by a signal has a negative code, which is no kind of error.
+    # A process ended by another signal has a negative code, which is no kind of error.
     return kinds.get(done.returncode, LigerError)(
         f"the {name} run failed (exit code {done.returncode}): {message}"
     )

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liger_cli.errors import EnvironmentProblem
-from liger_cli.training.presets import DemoPackage, ModelSource
+from liger_cli.training.presets import DemoPackage, ModelSource, list_presets
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["cache_directory", "converted_model"]
+__all__ = ["cache_directory", "converted_model", "converted_preset"]
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def converted_model(source: ModelSource, notify: Callable[[str], None] | None = 
     """
     package = source.package
     assert package is not None
-    target = cache_directory() / "models" / f"{source.name}-{package.sha256[:12]}-layout{_LAYOUT}"
+    target = cache_directory() / "models" / _directory_name(source.name, package)
     if target.is_dir():
         return target
     from filelock import FileLock
@@ -84,6 +84,18 @@ def converted_model(source: ModelSource, notify: Callable[[str], None] | None = 
             hint="set XDG_CACHE_HOME to a directory with 300 MB to spare",
         ) from error
     return target
+
+
+def converted_preset(path: Path) -> str | None:
+    """Returns the preset whose converted model has the name of a directory, which may be gone."""
+    for source in list_presets():
+        if source.package and path.name == _directory_name(source.name, source.package):
+            return source.name
+    return None
+
+
+def _directory_name(preset: str, package: DemoPackage) -> str:
+    return f"{preset}-{package.sha256[:12]}-layout{_LAYOUT}"
 
 
 def _convert_into(

@@ -1,118 +1,235 @@
-"""Loss, perplexity and token accuracy over all tokens with a label, whatever the batches.
+"""Loss, perplexity, accuracy and entropy over all tokens with a label, whatever the batches.
 
-The loss comes from the model's own forward, told to make no logits where its head is patched. The
-accuracy comes from the head's input, recorded on its way in: a few rows at a time go through the
-head once more, those with a label only. Scaling and capping logits does not change the largest.
+The loss comes from the model's own forward, told to make no logits where its head is patched. What
+its cross-entropy was given is noted on the way in: from that, accuracy and entropy are taken a few
+rows at a time, those with a label only.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from liger_cli.training.adapters import model_under
 from liger_cli.training.batches import IGNORED, count_labels, load_windows
 from liger_cli.training.forward import LossOf
+from liger_cli.training.random_state import kept_random_state
 from liger_kernels.transformers.pending_logits import is_lazy_head
 
 __all__ = ["EvalResult", "evaluate"]
 
-# Logits made at a time: 256 MiB in float32.
-_CHUNK_ELEMENTS = 2**26
+# Logits made at a time: 128 MiB in float32, and twice as much for probabilities and entropies.
+_CHUNK_ELEMENTS = 2**25
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Means over `tokens` tokens with a label; token_accuracy is None where there is no head."""
+    """Means over `tokens` tokens with a label.
+
+    Attributes:
+        token_accuracy: Share of them that have the largest logit.
+        entropy: Of the predicted distributions, in nats. Both are None where the model's loss is
+            not one cross-entropy of these tokens.
+        sets: The same for each evaluation set, where there are several with names.
+    """
 
     loss: float
     perplexity: float
     token_accuracy: float | None
+    entropy: float | None
     tokens: int
+    sets: Mapping[str, EvalResult] = field(default_factory=dict)
+
+    def figures(self) -> dict[str, Any]:
+        """Returns the numbers of all sets together, by name."""
+        return {name: getattr(self, name) for name in _FIGURES}
+
+    def by_name(self) -> dict[str, Any]:
+        """Returns the numbers of all together as loss, those of a set as NAME_loss."""
+        named = {
+            f"{name}_{key}": value
+            for name, part in self.sets.items()
+            for key, value in part.figures().items()
+        }
+        return {**self.figures(), **named}
+
+    @classmethod
+    def from_names(cls, values: Mapping[str, Any]) -> EvalResult:
+        """Returns the result of what by_name returned; a number that JSON has not is NaN again."""
+        names = [key.removesuffix("_loss") for key in values if key.endswith("_loss")]
+        sets = {name: cls._from_names(values, f"{name}_") for name in names}
+        return replace(cls._from_names(values, ""), sets=sets)
+
+    @classmethod
+    def _from_names(cls, values: Mapping[str, Any], prefix: str) -> EvalResult:
+        figures = {name: values[f"{prefix}{name}"] for name in _FIGURES}
+        means = {name: math.nan for name in ("loss", "perplexity") if figures[name] is None}
+        return cls(**figures | means)
+
+
+_FIGURES = [entry.name for entry in fields(EvalResult) if entry.name != "sets"]
 
 
 @torch.no_grad()
 def evaluate(
     model: Any,
-    examples: Any,
+    sets: Mapping[str, Any],
     collator: Any,
     *,
     batch_size: int,
     accelerator: Any,
     record: Any = None,
+    on_batch: Callable[[], None] | None = None,
 ) -> EvalResult:
-    """Evaluates a model and leaves it in the mode it was in.
+    """Evaluates a model; its mode and every random generator are as they were afterwards.
+
+    A model that is compiled is run as it is without: its graphs are for the shapes of training. The
+    loss is the language model's alone, without the balance of experts that some train on too.
 
     Args:
         model: The prepared model.
-        examples: Rows with input_ids and labels, at least one of which has a label.
+        sets: Rows with input_ids and labels by the name of their set, at least one of which has a
+            label; one set alone may have the name "".
         collator: Makes a padded batch of rows.
         batch_size: Rows of a batch on each process; the result does not depend on it.
         accelerator: Of the run; the rows are shared among its processes.
         record: A PatchRecord that counts the calls of the first batch.
+        on_batch: Called after each batch of this process.
     """
-    device = accelerator.device
     model = accelerator.unwrap_model(model)
-    loss_of = LossOf(model, device)
-    head = model.get_output_embeddings()
-    options = {"skip_logits": True} if head is not None and is_lazy_head(head) else {}
-    rows = range(accelerator.process_index, len(examples), accelerator.num_processes)
-    windows = [[list(rows[i : i + batch_size])] for i in range(0, len(rows), batch_size)]
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums_of = _SumsOf(model, collator, batch_size, accelerator, on_batch)
     was_training = model.training
     model.eval()
     try:
-        for i, [batch] in enumerate(load_windows(examples, iter(windows), collator)):
-            is_counted = record is not None and i == 0
-            with (
-                record.count_calls() if is_counted else contextlib.nullcontext(),
-                _inputs_of(head) as hidden,
-            ):
-                loss = loss_of(model, batch, 1, **options)
-            with accelerator.autocast():
-                num_correct = _num_correct(head, hidden, batch["labels"])
-            sums += torch.tensor([float(loss), num_correct, count_labels(batch)])
+        with kept_random_state(accelerator.device):
+            found = {}
+            for name, examples in sets.items():
+                found[name] = sums_of(examples, record)
+                record = None
     finally:
         model.train(was_training)
-    if accelerator.num_processes > 1:
-        sums = accelerator.reduce(sums.to(device), "sum").cpu()
-    loss_sum, correct, num_labels = sums.tolist()
+    named = {name: _result(sums) for name, sums in found.items() if name}
+    return replace(_result(sum(found.values())), sets=named)
+
+
+def _result(sums: Any) -> EvalResult:
+    loss_sum, correct, entropy, num_labels = sums.tolist()
     mean = loss_sum / num_labels
+    is_known = math.isfinite(correct)
     return EvalResult(
         loss=mean,
-        perplexity=math.exp(mean) if mean < 700 else math.inf,
-        token_accuracy=None if head is None else correct / num_labels,
+        perplexity=math.inf if mean > 700 else math.exp(mean),
+        token_accuracy=correct / num_labels if is_known else None,
+        entropy=entropy / num_labels if is_known else None,
         tokens=int(num_labels),
     )
 
 
-@contextlib.contextmanager
-def _inputs_of(head: nn.Module | None) -> Iterator[list[torch.Tensor]]:
-    """Records what the head is given."""
-    inputs: list[torch.Tensor] = []
-    if head is None:
-        yield inputs
-        return
-    handle = head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    try:
-        yield inputs
-    finally:
-        handle.remove()
+class _SumsOf:
+    """Sums over the labels of a set: loss, right tokens, entropy, and how many they are."""
+
+    def __init__(
+        self,
+        model: Any,
+        collator: Any,
+        batch_size: int,
+        accelerator: Any,
+        on_batch: Callable[[], None] | None,
+    ) -> None:
+        self._model = model
+        self._collator = collator
+        self._batch_size = batch_size
+        self._accelerator = accelerator
+        self._on_batch = on_batch
+        self._loss_of = LossOf(model, accelerator.device)
+        self._options = _options(model)
+
+    def __call__(self, examples: Any, record: Any) -> torch.Tensor:
+        accelerator, size = self._accelerator, self._batch_size
+        rows = range(accelerator.process_index, len(examples), accelerator.num_processes)
+        windows = [[list(rows[i : i + size])] for i in range(0, len(rows), size)]
+        sums = torch.zeros(4, dtype=torch.float64)
+        for i, [batch] in enumerate(load_windows(examples, iter(windows), self._collator)):
+            is_counted = record is not None and i == 0
+            with record.count_calls() if is_counted else contextlib.nullcontext():
+                sums += self._batch(batch)
+            if self._on_batch is not None:
+                self._on_batch()
+        if accelerator.num_processes > 1:
+            sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
+        return sums
+
+    def _batch(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        uncompiled = functools.partial(nn.Module._call_impl, self._model)
+        with _NotedLosses() as noted:
+            loss = self._loss_of(uncompiled, batch, 1, **self._options)
+        num_labels = count_labels(batch)
+        stats = sum((_token_sums(*call) for call in noted.calls), torch.zeros(3))
+        correct, entropy, num_noted = stats.tolist()
+        if num_noted != num_labels:
+            correct = entropy = math.nan
+        return torch.tensor([float(loss), correct, entropy, num_labels], dtype=torch.float64)
 
 
-def _num_correct(head: Any, inputs: list[torch.Tensor], labels: torch.Tensor) -> int:
-    """How many labels have the largest logit."""
-    if head is None:
-        return 0
-    hidden = inputs[-1][:, :-1]
-    target = labels[:, 1:].to(hidden.device)
-    is_label = target != IGNORED
-    hidden, target = hidden[is_label], target[is_label]
-    size = max(1, _CHUNK_ELEMENTS // head.out_features)
-    pairs = zip(hidden.split(size), target.split(size), strict=True)
-    return sum(int((head(rows).argmax(-1) == ids).sum()) for rows, ids in pairs)
+def _options(model: Any) -> dict[str, bool]:
+    """What a model's forward is told besides the batch, as far as it takes it."""
+    head = model.get_output_embeddings()
+    options = {"skip_logits": True} if head is not None and is_lazy_head(head) else {}
+    if "output_router_logits" in inspect.signature(model_under(model).forward).parameters:
+        # With them a model adds the balance of its experts to the loss, if its configuration asks.
+        options["output_router_logits"] = False
+    return options
+
+
+class _NotedLosses(TorchFunctionMode):
+    """Notes what F.cross_entropy is given, real logits or such as nobody has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, torch.Tensor]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.cross_entropy:
+            self.calls.append((args[0], args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+def _token_sums(logits: Any, target: torch.Tensor) -> torch.Tensor:
+    """How many labels have the largest logit, the entropies' sum, and how many labels there are."""
+    sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
+    if logits.dim() != 2 or target.dtype != torch.int64:
+        return sums.cpu()
+    numbers = (target != IGNORED).nonzero().flatten()
+    sums[2] = len(numbers)
+    for chunk in numbers.split(max(1, _CHUNK_ELEMENTS // logits.shape[-1])):
+        part = _make(logits, chunk.to(logits.device)).float()
+        is_right = part.argmax(-1) == target[chunk].to(part.device)
+        sums[0] += is_right.sum()
+        sums[1] += torch.special.entr(part.softmax(-1)).sum(dtype=torch.float64)
+    return sums.cpu()
+
+
+def _make(logits: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows of logits, be they there or not."""
+    pending = getattr(logits, "_pending", None)
+    if pending is None:
+        return logits[rows]
+    if pending.has_been_made():
+        return pending.real()[rows]
+    with pending.as_recorded(False):
+        made = pending.head_output(pending.rows[rows])
+        for step in pending.arithmetic():
+            made = step.apply(made)
+    return made

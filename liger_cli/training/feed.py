@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
+import pyarrow.compute
 import torch
+from datasets import Dataset
 
+from liger_cli.config import RunConfig
 from liger_cli.training.batches import BatchPlan, load_windows, placeholder
 from liger_cli.training.cache import Counts
+from liger_cli.training.packing import PackedRows
 from liger_cli.training.stream import Place, Stream
 
-__all__ = ["Feed", "make_feed", "num_rows"]
+__all__ = ["Feed", "identity", "make_feed", "plan_batches", "total_steps"]
 
 Window = list[dict[str, torch.Tensor]]
 
@@ -30,9 +36,44 @@ class Feed(Protocol):
         """Goes to that place, before the first window."""
 
 
-def num_rows(examples: Any) -> int:
-    """Returns the rows of an epoch; 0 of a stream, whose number nobody knows."""
-    return 0 if isinstance(examples, Stream) else len(examples)
+def plan_batches(config: RunConfig, examples: Any, accelerator: Any) -> BatchPlan:
+    """Returns the order of the training data on this process."""
+    return BatchPlan(
+        # Nobody knows the rows of a stream.
+        num_rows=0 if isinstance(examples, Stream) else len(examples),
+        batch_size=config.per_device_train_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        seed=config.order_seed,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+
+
+def total_steps(config: RunConfig, plan: BatchPlan) -> int:
+    """Returns the optimizer steps of a whole run."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return math.ceil(config.num_train_epochs * plan.steps_per_epoch)
+
+
+def identity(examples: Any) -> dict[str, Any]:
+    """Returns what tells whether data are the same as before.
+
+    That is a hash of all ids and labels; of a stream and of images, which are made as they are
+    asked for, no more than their size.
+    """
+    if isinstance(examples, Stream):
+        return {"bytes": sum(source.num_bytes for source, _ in examples.sources)}
+    rows = examples.rows if isinstance(examples, PackedRows) else examples
+    found: dict[str, Any] = {"rows": len(rows)}
+    if isinstance(rows, Dataset):
+        digest = hashlib.sha256()
+        for batch in rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(10_000):
+            for column in batch.columns:
+                digest.update(pyarrow.compute.list_value_length(column).to_numpy())
+                digest.update(pyarrow.compute.list_flatten(column).to_numpy())
+        found["sha256"] = digest.hexdigest()
+    return found
 
 
 def make_feed(

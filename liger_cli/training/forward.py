@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from liger_cli.training.adapters import model_under
 from liger_cli.training.batches import count_labels
 
 __all__ = ["LossOf"]
@@ -22,7 +23,8 @@ class LossOf:
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:
-        parameters = inspect.signature(model.forward).parameters
+        # An adapter's own forward hides it as well.
+        parameters = inspect.signature(model_under(model).forward).parameters
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         # Models that take the keyword and ignore it say so with this attribute; not all do.
         self._counts_items = getattr(
@@ -62,7 +64,6 @@ class LossOf:
 
 def _leaves_loss_to_transformers(model: Any) -> bool:
     """Whether forward calls the loss that divides by num_items_in_batch, or reads that itself."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    code = inspect.unwrap(type(base).forward).__code__
+    code = inspect.unwrap(type(model_under(model)).forward).__code__
     names = {*code.co_names, *code.co_varnames, *code.co_consts}
     return bool(names & {"loss_function", "num_items_in_batch"})

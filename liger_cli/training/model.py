@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
+from liger_cli.training.adapters import ADAPTER_CONFIG, find_base, load_adapter, with_adapter
 from liger_cli.training.demo_model import converted_model
+from liger_cli.training.dtypes import choose_dtype
 from liger_cli.training.hub import as_problem, fetch_config
 from liger_cli.training.presets import ModelSource, list_presets, preset_names, read_preset
+from liger_cli.training.run_models import find_run_model
 from liger_cli.training.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -24,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = [
     "ModelSource",
     "build_meta_model",
-    "choose_dtype",
     "list_presets",
     "load_model",
     "load_tokenizer",
@@ -34,15 +36,22 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+_WHOLE_MODEL = ("model*.safetensors*", "pytorch_model*.bin*")
 
 
-def resolve_model(name: str) -> ModelSource:
+def resolve_model(name: str, notify: Callable[[str], None] | None = None) -> ModelSource:
     """Returns where a model comes from: a preset, a directory, a config.json, or the hub.
 
-    A preset goes before a directory of the same name; write ./name for the directory.
+    A preset goes before a directory of the same name; write ./name for the directory. That of a run
+    stands for its best checkpoint, else its last.
+
+    Args:
+        name: As --model takes it.
+        notify: Told which checkpoint of a run it is, and of damaged ones; logged otherwise.
 
     Raises:
         ConfigError: No preset and no path has this name, or the path holds no model.
+        DataError: Every checkpoint of the run is damaged.
         EnvironmentProblem: A hub id is out of reach.
     """
     if not name:
@@ -53,7 +62,7 @@ def resolve_model(name: str) -> ModelSource:
         return read_preset(preset)
     path = Path(name).expanduser()
     if path.is_dir():
-        return _resolve_directory(name, path)
+        return _resolve_directory(name, find_run_model(path, notify or _log.warning))
     if path.is_file():
         return _resolve_config_file(name, path)
     if name.endswith(".json") or name[:1] in "./~" or name[-1:] == "/" or name.count("/") > 1:
@@ -71,13 +80,11 @@ def resolve_model(name: str) -> ModelSource:
 
 def _resolve_directory(name: str, path: Path) -> ModelSource:
     config_file = path / "config.json"
+    # Some programs save the base model's config.json with an adapter.
+    if (path / ADAPTER_CONFIG).is_file() and not _holds(path, _WHOLE_MODEL):
+        return with_adapter(resolve_model(find_base(path)), name, path)
     if config_file.is_file():
         return _source("directory", name, path, _read_json(config_file), "a local directory")
-    if (path / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"{path} holds an adapter, not a model: adapter_config.json without a config.json",
-            hint="merge the adapter into its base model and save that",
-        )
     raise ConfigError(f"{path} has no config.json, so it is not a model's directory")
 
 
@@ -109,14 +116,33 @@ def _source(
     return ModelSource(kind, name, path, config, description, config["model_type"])
 
 
-def build_meta_model(source: ModelSource) -> PreTrainedModel:
+def build_meta_model(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    trains_adapter: bool = False,
+) -> PreTrainedModel:
     """Returns the model without weights, from its configuration alone.
 
     It is built of the same class as load_model's, on the meta device: seconds at any size.
+
+    Args:
+        source: What resolve_model found.
+        dtype: Of the parameters; None leaves the choice to transformers.
+        attn_implementation: As in load_model.
+        trains_adapter: The same.
     """
     config = _make_config(source)
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    attn_implementation = attn_implementation or _attention_of(config)
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
     with torch.device("meta"):
-        return _build(source, config)
+        model = _build(source, config, **options)
+    if source.adapter is None:
+        return model
+    return load_adapter(model, source.adapter, trains=trains_adapter)
 
 
 def load_model(
@@ -126,6 +152,8 @@ def load_model(
     device: str | torch.device = "cpu",
     seed: int = 0,
     attn_implementation: str | None = None,
+    quantization: Any = None,
+    trains_adapter: bool = False,
     notify: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
     """Returns the model with its weights, on the device, in evaluation mode.
@@ -140,6 +168,9 @@ def load_model(
         seed: Of random weights.
         attn_implementation: As in transformers. None leaves the choice to it, but takes eager
             attention where scores are capped.
+        quantization: The quantization_config of transformers, for weights that are never trained.
+        trains_adapter: Whether the adapter of the source, if any, is run under autocast and may be
+            trained; else it is frozen.
         notify: Told of a conversion, of missing weights, and of what a model needed to run at all;
             logged as warnings otherwise.
 
@@ -155,6 +186,8 @@ def load_model(
     attn_implementation = attn_implementation or _attention_of(config)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        options["quantization_config"] = quantization
     tell = notify or _log.warning
     if source.kind in ("random", "config"):
         model = _build_random(source, config, device, seed, options)
@@ -168,6 +201,8 @@ def load_model(
     # Whether or not anything is patched later: the stock model could not run.
     if (repair := repair_model(model)) is not None:
         tell(f"{source.name}: {repair}")
+    if source.adapter is not None:
+        model = load_adapter(model, source.adapter, trains=trains_adapter).eval()
     return model
 
 
@@ -291,17 +326,22 @@ def _load_weights(
     if missing := sorted(info["missing_keys"]):
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         notify(f"{source.name}: {len(missing)} weights are not in its files and random: {shown}")
-    return model.to(device).eval()
+    # Weights of 4 bits are where they are to be, and cannot be moved.
+    return model.eval() if "quantization_config" in options else model.to(device).eval()
 
 
 def _check_weights(source: ModelSource) -> None:
     if source.kind != "directory" or source.path is None:
         return
-    if not any(next(source.path.glob(pattern), None) for pattern in _WEIGHTS):
+    if not _holds(source.path, _WEIGHTS):
         raise ConfigError(
             f"{source.path} has a config.json and no weights (model.safetensors)",
             hint=f"--model {source.path / 'config.json'} takes random weights of its shape",
         )
+
+
+def _holds(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(next(path.glob(pattern), None) for pattern in patterns)
 
 
 def _check_device(device: str | torch.device) -> torch.device:
@@ -312,15 +352,3 @@ def _check_device(device: str | torch.device) -> torch.device:
         first_line = str(error).strip().splitlines()[0]
         raise EnvironmentProblem(f"device {device} cannot be used: {first_line}") from error
     return checked
-
-
-def choose_dtype(dtype: Literal["auto"] | torch.dtype, device: torch.device) -> torch.dtype:
-    """Returns a dtype of parameters; "auto" is bfloat16 on an accelerator that has it."""
-    if dtype != "auto":
-        return dtype
-    if device.type == "cuda":
-        # Emulated bfloat16 is slower than float32, and counts as supported unless it is left out.
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_bfloat16 = device.type == "xpu"
-    return torch.bfloat16 if has_bfloat16 else torch.float32

@@ -49,6 +49,7 @@ class ModelSource:
         family: The model type of the configuration.
         num_parameters: Only of a preset.
         package: Only of the kind package.
+        adapter: The directory of an adapter that comes on top; the rest is its base model's.
     """
 
     kind: Literal["package", "random", "directory", "config", "hub"]
@@ -59,6 +60,7 @@ class ModelSource:
     family: str
     num_parameters: int | None = None
     package: DemoPackage | None = None
+    adapter: Path | None = None
 
 
 def configs_directory() -> Path:

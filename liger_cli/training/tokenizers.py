@@ -71,6 +71,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         ConfigError: A directory has no tokenizer that can be read.
         EnvironmentProblem: A demo package is missing, or the hub is out of reach.
     """
+    if source.adapter is not None and has_tokenizer(source.adapter):
+        return _from_files(str(source.adapter), source)
     if source.kind == "random":
         return byte_tokenizer()
     if source.kind == "package":

@@ -6,17 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from liger_kernels.transformers.api import (
-        AutoLigerKernelForCausalLM,
-        apply_liger_kernel,
-        inspect_model,
-        patched,
-    )
+    from liger_kernels.transformers.api import apply_liger_kernel, inspect_model, patched
     from liger_kernels.transformers.engine import PatchRecord, restore
+    from liger_kernels.transformers.loading import AutoLigerKernelForCausalLM
     from liger_kernels.transformers.plan import Patch, PatchPlan, Skip
 
 _HOMES = {
-    "AutoLigerKernelForCausalLM": "api",
+    "AutoLigerKernelForCausalLM": "loading",
     "Patch": "plan",
     "PatchPlan": "plan",
     "PatchRecord": "engine",
@@ -45,7 +41,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     if name.startswith(_FAMILY_PREFIX):
-        functions = importlib.import_module(f"{__name__}.api").FAMILY_FUNCTIONS
+        functions = importlib.import_module(f"{__name__}.class_mode").FAMILY_FUNCTIONS
         if name in functions:
             return functions[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,12 +11,12 @@ from torch import nn
 
 from liger_kernels.ops.launch import backend
 from liger_kernels.transformers.calls import tally_calls
-from liger_kernels.transformers.lazy_logits import HeadPatch, install_head, num_fused
+from liger_kernels.transformers.head_patch import HeadPatch, install_head, num_fused
 from liger_kernels.transformers.plan import (
-    LOSSES,
     Patch,
     PatchPlan,
     Skip,
+    coverage_line,
     coverage_of,
     module_row,
     row_order,
@@ -24,6 +24,7 @@ from liger_kernels.transformers.plan import (
 from liger_kernels.transformers.recognise import BASE_ATTRIBUTE, original_class
 from liger_kernels.transformers.replace import patched_class
 from liger_kernels.transformers.residual import AddNormSpec, patched_layer
+from liger_kernels.transformers.selection import LOSSES
 from liger_kernels.transformers.swap import is_patched, swap
 
 
@@ -56,7 +57,7 @@ class PatchRecord:
 
     @property
     def modules(self) -> list[dict[str, str | None]]:
-        """One row for each module: name, class, op, status, backend, reason."""
+        """One row for each module: name, class, op, status, backend, reason, source."""
         rows = [self._row(patch) for patch in self.patches]
         rows += [module_row(skip, "skipped", reason=skip.reason) for skip in self.skipped]
         return sorted(rows, key=row_order)
@@ -66,7 +67,10 @@ class PatchRecord:
         if module is None and patch.name in self._heads:
             module = self._heads[patch.name][0]
         if patch.name in self.unused:
-            reason = "no call reached the op while calls were counted"
+            reason = (
+                "no call reached the op in the step that was counted: its inputs do not need the "
+                "module, or other code computes it"
+            )
             return module_row(patch, "unused", backend=self._backend(module), reason=reason)
         return module_row(patch, "patched", backend=self._backend(module))
 
@@ -83,6 +87,10 @@ class PatchRecord:
 
         Under torch.compile a module that the compiled code holds cannot tell; it stays patched.
         """
+        if getattr(self.model, "_compiled_call_impl", None) is not None:
+            # It could not tell, and the hooks of a tally would have it compiled again without them.
+            yield
+            return
         losses = {name: num_fused(head) for name, (head, _) in self._heads.items()}
         with tally_calls(self._swapped.values()) as tally:
             yield
@@ -109,9 +117,7 @@ class PatchRecord:
 
     def summary(self) -> str:
         """Return one line: patched and candidates of each op, and what is unused or missing."""
-        parts = [f"{op} {n['patched']}/{n['candidates']}" for op, n in self.coverage.items()]
-        parts += [f"{op} 0/0" for op in self.plan.missing]
-        line = "  ".join(parts) or "nothing to patch"
+        line = coverage_line(self.coverage, self.plan.missing)
         return f"{line}  ({len(self.unused)} unused)" if self.unused else line
 
     def to_dict(self) -> dict[str, Any]:

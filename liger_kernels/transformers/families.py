@@ -11,10 +11,11 @@ Rows name the classes of transformers 4.57 and 5; a class that a version lacks i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from liger_kernels.transformers.recognise import (
+    NO_KERNEL,
     ExpertsSpec,
     LayerNormSpec,
     Layout,
@@ -75,30 +76,46 @@ class Family:
 
     def check(self, class_name: str, found: Spec | Refusal | None) -> Spec | Refusal | None:
         """Return `found`, or a Mismatch if the row says something else about the class."""
-        norm, gate = self.norms.get(class_name), self.gates.get(class_name)
+        if found is None or isinstance(found, Refusal):
+            if class_name not in self.ops or (found is not None and found.is_known_form):
+                return found
+            return self._mismatch(class_name, found.reason if found else "of no known form")
+        seen: Any = found
+        expected: Any = None
         if isinstance(found, MlpSpec):
-            matches = gate in (None, Gate(found.layout, found.gate, found.up, found.down))
+            seen = Gate(found.layout, found.gate, found.up, found.down)
+            expected = self.gates.get(class_name)
         elif isinstance(found, ExpertsSpec):
-            matches = gate in (None, Gate(found.layout))
+            seen, expected = Gate(found.layout), self.gates.get(class_name)
         elif isinstance(found, RopeSpec):
             # Whether an fp32 cos widens q is no part of what is computed.
             ropes = [
                 replace(rope, keeps_dtype=found.keeps_dtype)
                 for rope in self.ropes.get(class_name, ())
             ]
-            matches = not ropes or found in ropes
+            expected = found if found in ropes else next(iter(ropes), None)
         elif isinstance(found, (NormSpec, LayerNormSpec)):
-            matches = norm in (None, found)
-        else:
-            is_setting = isinstance(found, Refusal) and found.is_known_form
-            matches = is_setting or class_name not in self.ops
-        if matches:
+            expected = self.norms.get(class_name)
+        elif class_name in self.ops:
+            return self._mismatch(class_name, f"found {type(found).__name__}")
+        if expected in (None, seen):
             return found
-        seen = found.reason if isinstance(found, Refusal) else f"found {found or 'nothing known'}"
+        return self._mismatch(class_name, _difference(expected, seen))
+
+    def _mismatch(self, class_name: str, seen: str) -> Mismatch:
         return Mismatch(
-            f"{class_name} does not compute what is known of model type {self.model_type}, perhaps "
-            f"since this transformers version ({seen})"
+            f"{class_name} does not compute what is known of model type {self.model_type} "
+            f"({seen.removesuffix(NO_KERNEL)}): its own code runs; report it with the version of "
+            "transformers"
         )
+
+
+def _difference(expected: Any, seen: Any) -> str:
+    """Return in words how two forms differ."""
+    if type(expected) is not type(seen):
+        return f"found {type(seen).__name__}"
+    pairs = ((f.name, getattr(expected, f.name), getattr(seen, f.name)) for f in fields(expected))
+    return ", ".join(f"{name} is {new!r}, not {old!r}" for name, old, new in pairs if new != old)
 
 
 LLAMA_NORM = NormSpec(0.0, "mid", has_weight=True, eps_attr="variance_epsilon")

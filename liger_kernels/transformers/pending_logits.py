@@ -217,7 +217,7 @@ def same_layout(before: Weights, now: Weights) -> bool:
     return [entry[:2] for entry in before] == [entry[:2] for entry in now]
 
 
-# The head. Its class is swapped by lazy_logits.py; `_lazy_call` is the HeadCall of a forward whose
+# The head. Its class is swapped by head_patch.py; `_lazy_call` is the HeadCall of a forward whose
 # logits are pending, else None.
 
 

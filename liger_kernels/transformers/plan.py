@@ -2,139 +2,43 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from liger_kernels.compare import check_op
+from liger_kernels.compare import CheckResult
 from liger_kernels.ops.launch import backend
-from liger_kernels.ops.registry import OPS
-from liger_kernels.transformers.families import FAMILIES, Family
-from liger_kernels.transformers.lazy_logits import head_problem
-from liger_kernels.transformers.recognise import (
-    GLU_OPS,
-    ExpertsSpec,
-    GatedNormSpec,
-    HeadSpec,
-    LayerNormSpec,
-    Mismatch,
-    MlpSpec,
-    NormSpec,
-    Recogniser,
-    Refusal,
-    RopeSpec,
-    Spec,
-    is_linear,
-    original_class,
-    rope_functions,
-)
-from liger_kernels.transformers.residual import AddNormSpec, find_layers, layer_problem
-from liger_kernels.transformers.swap import can_swap
+from liger_kernels.transformers.families import FAMILIES
+from liger_kernels.transformers.fold import others_text, tree_text
+from liger_kernels.transformers.head_patch import head_problem
+from liger_kernels.transformers.origin import Foreign, source_of
+from liger_kernels.transformers.recognise import NormSpec, Refusal, Spec, original_class
+from liger_kernels.transformers.residual import AddNormSpec, layer_problem
+from liger_kernels.transformers.selection import LOSSES, PATCH_OPS, OpSelection, resolve_ops
+from liger_kernels.transformers.survey import Found, inner_model, survey
+from liger_kernels.transformers.swap import can_swap, is_patched
+from liger_kernels.transformers.trials import try_op
 
-# In the order reports show them.
-PATCH_OPS = (
-    "rope",
-    "rms_norm",
-    "fused_add_rms_norm",
-    "layer_norm",
-    "gated_rms_norm",
-    "swiglu",
-    "geglu",
-    "cross_entropy",
-    "fused_linear_cross_entropy",
-)
-# These two are ways to compute the same loss.
-LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
-_WORDS = ("auto", "all", "none")
-
-
-# Requests ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class OpSelection:
-    """Ops asked for."""
-
-    ops: tuple[str, ...]
-    # Those spelled out by name: a model without a place for one is worth telling.
-    named: tuple[str, ...] = ()
-    # Whether ops that fail their check on the model's device are left out.
-    is_auto: bool = False
-    # Whether norm outputs and gated products are made again in backward instead of kept.
-    save_memory: bool = True
-
-
-def resolve_ops(ops: str | Sequence[str] | OpSelection) -> OpSelection:
-    """Return the ops that a request names, in a fixed order.
-
-    Args:
-        ops: "auto", "all", "none", names, or removals after one of these ("auto,-rope"), as one
-            comma-separated string or a sequence. "all" is every op except cross_entropy, which must
-            be named; "auto" is "all" without ops that fail their check on the device. Short names
-            (rmsnorm, layernorm, ce, flce) and dashes for underscores are accepted.
-
-    Raises:
-        ValueError: A name is unknown (the message names the nearest) or no string, the words are
-            combined in a way that says nothing, or both losses are asked for.
-    """
-    if isinstance(ops, OpSelection):
-        return ops
-    items = ops.split(",") if isinstance(ops, str) else ops
-    # A mapping of names to booleans would lose the booleans.
-    is_list = isinstance(items, Collection) and not isinstance(items, Mapping)
-    if not is_list or not all(isinstance(item, str) for item in items):
-        raise ValueError(f"ops must be a string or a sequence of names, got {ops!r}")
-    items = [item.strip() for item in items]
-    if not any(items):
-        raise ValueError(f"ops is empty: {ops!r}; write 'none' to patch nothing")
-    chosen: set[str] = set()
-    named: list[str] = []
-    removed: set[str] = set()
-    words = [item.lower() for item in items if item.lower() in _WORDS]
-    if len(words) > 1 or (words == ["none"] and len(items) > 1):
-        raise ValueError(
-            f"ops must hold one of {', '.join(_WORDS)} at most, and none alone: {ops!r}"
-        )
-    for item in items:
-        if item.lower() in ("auto", "all"):
-            chosen |= set(PATCH_OPS) - {"cross_entropy"}
-        elif item.startswith("-"):
-            removed.add(_op_name(item[1:]))
-        elif item.lower() != "none":
-            named.append(_op_name(item))
-    if removed and not (chosen or named):
-        raise ValueError(f"ops removes from nothing: {ops!r}; write 'auto,{items[0]}'")
-    chosen = (chosen | set(named)) - removed
-    if set(LOSSES) <= chosen:
-        raise ValueError(
-            "ops asks for cross_entropy and fused_linear_cross_entropy, which compute the same "
-            "loss; keep one, for example 'auto,-fused_linear_cross_entropy,cross_entropy'"
-        )
-    return OpSelection(
-        tuple(op for op in PATCH_OPS if op in chosen),
-        tuple(op for op in named if op in chosen),
-        words == ["auto"],
-    )
-
-
-def _op_name(name: str) -> str:
-    names = {alias: op.name for op in OPS.values() for alias in (op.name, *op.aliases)}
-    names = {alias: op for alias, op in names.items() if op in PATCH_OPS}
-    wanted = name.strip().lower().replace("-", "_")
-    if wanted in names:
-        return names[wanted]
-    near = difflib.get_close_matches(wanted, [*names, *_WORDS], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise ValueError(f"unknown op {name!r}{hint} Known: {', '.join((*PATCH_OPS, *_WORDS))}")
-
-
-# Plans ------------------------------------------------------------------------------------------
+# The names of selection.py are a plan's too.
+__all__ = [
+    "LOSSES",
+    "PATCH_OPS",
+    "OpSelection",
+    "Patch",
+    "PatchPlan",
+    "Skip",
+    "build_plan",
+    "coverage_line",
+    "coverage_of",
+    "module_row",
+    "resolve_ops",
+    "row_order",
+]
 
 
 @dataclass(frozen=True)
@@ -145,6 +49,8 @@ class Patch:
     module_class: str
     op: str
     spec: Spec | AddNormSpec
+    # File and line of the forward that the op stands in for.
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -155,6 +61,10 @@ class Skip:
     module_class: str
     op: str | None
     reason: str
+    # File and line of the class's forward.
+    source: str | None = None
+    # The package whose kernels the module runs instead.
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -174,6 +84,10 @@ class PatchPlan:
     backend: str | None = None
     # Whether norm outputs and gated products are made again in backward instead of kept.
     save_memory: bool = True
+    # What auto tried on the model's device, each form of an op once.
+    trials: tuple[CheckResult, ...] = ()
+    # Modules that run ops of ours already: what the plan says is then of the model restored.
+    num_patched: int = 0
 
     @property
     def coverage(self) -> dict[str, dict[str, int]]:
@@ -181,11 +95,38 @@ class PatchPlan:
         return coverage_of((p.op for p in self.patches), (s.op for s in self.skips))
 
     @property
+    def failures(self) -> list[CheckResult]:
+        """The checks for which auto leaves ops out."""
+        return [trial for trial in self.trials if not trial.ok]
+
+    @property
     def modules(self) -> list[dict[str, str | None]]:
-        """One row for each module: name, class, op, status, backend, reason."""
+        """One row for each module: name, class, op, status, backend, reason, source."""
         rows = [module_row(patch, "patched", backend=self.backend) for patch in self.patches]
         rows += [module_row(skip, "skipped", reason=skip.reason) for skip in self.skips]
         return sorted(rows, key=row_order)
+
+    @property
+    def others(self) -> dict[str, int]:
+        """How many modules run the kernels of each other package."""
+        owners = {(skip.owner, skip.name) for skip in self.skips if skip.owner is not None}
+        return dict(Counter(owner for owner, _ in sorted(owners) if owner is not None))
+
+    def summary(self) -> str:
+        """Return one line: patched and candidates of each op, and kernels of others."""
+        line = coverage_line(self.coverage, self.missing)
+        return f"{line}  ({others_text(self.others)})" if self.others else line
+
+    def __str__(self) -> str:
+        how = "a listed family" if self.source == "row" else "recognised by what it computes"
+        parts = [f"model type {self.model_type} ({how})", tree_text(self.modules), self.summary()]
+        if self.num_patched:
+            parts.insert(
+                1,
+                f"{self.num_patched} modules are patched already; this is what patching would do "
+                "after undo() of its record, or restore(model)",
+            )
+        return "\n".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for JSON."""
@@ -195,6 +136,8 @@ class PatchPlan:
             "ops": list(self.ops),
             "missing": list(self.missing),
             "save_memory": self.save_memory,
+            "num_patched": self.num_patched,
+            "others": self.others,
             "coverage": self.coverage,
             "modules": self.modules,
         }
@@ -212,6 +155,12 @@ def coverage_of(
     }
 
 
+def coverage_line(coverage: dict[str, dict[str, int]], missing: Iterable[str]) -> str:
+    """Return patched and candidates of each op in a line, and the ops that have no place."""
+    parts = [f"{op} {n['patched']}/{n['candidates']}" for op, n in coverage.items()]
+    return "  ".join([*parts, *(f"{op} 0/0" for op in missing)]) or "nothing to patch"
+
+
 def module_row(
     entry: Patch | Skip, status: str, *, backend: str | None = None, reason: str | None = None
 ) -> dict[str, str | None]:
@@ -223,6 +172,7 @@ def module_row(
         "status": status,
         "backend": backend,
         "reason": reason,
+        "source": entry.source,
     }
 
 
@@ -261,21 +211,33 @@ def build_plan(
     patches: list[Patch] = []
     skips: list[Skip] = []
     ops_of: dict[nn.Module, str] = {}
-    for name, module, op, found in _survey(model, row) if row or recognise else ():
+    norms: dict[nn.Module, NormSpec] = {}
+    trials: dict[CheckResult, None] = {}
+    for name, module, op, found in survey(model, row) if row or recognise else ():
         if op == "cross_entropy" and op not in selection.ops:
             # The head already stands for the fused loss.
             continue
-        class_name = original_class(type(module)).__name__
+        cls = original_class(type(module))
+        class_name, source = cls.__name__, source_of(cls)
         reason = found.reason if isinstance(found, Refusal) else None
         if reason is None and op is not None:
-            reason = _refusal(model, module, op, selection, device)
+            reason = _refusal(model, module, op, selection)
         if reason is None and isinstance(found, AddNormSpec):
             reason = layer_problem(module, found, ops_of)
+        if reason is None and op is not None and selection.is_auto and op not in selection.named:
+            trial = _try(op, found, module, model, norms)
+            if trial is not None:
+                trials[trial] = None
+                if not trial.ok:
+                    reason = f"left out by auto, its check fails on {device.type}: {trial.reason}"
         if reason is not None:
-            skips.append(Skip(name, class_name, op, reason))
+            owner = found.owner if isinstance(found, Foreign) else None
+            skips.append(Skip(name, class_name, op, reason, source, owner))
         elif op is not None and not isinstance(found, Refusal):
-            patches.append(Patch(name, class_name, op, found))
+            patches.append(Patch(name, class_name, op, found, source))
             ops_of[module] = op
+            if isinstance(found, NormSpec):
+                norms[module] = found
     candidates = {patch.op for patch in patches} | {skip.op for skip in skips}
     return PatchPlan(
         model_type,
@@ -286,126 +248,36 @@ def build_plan(
         tuple(op for op in selection.named if op not in candidates),
         None if device.type == "meta" else backend(device),
         selection.save_memory,
+        tuple(trials),
+        sum(map(is_patched, model.modules())),
     )
 
 
-Found = Spec | AddNormSpec | Refusal
-
-
-def _survey(
-    model: nn.Module, row: Family | None
-) -> Iterator[tuple[str, nn.Module, str | None, Found]]:
-    """Yield the modules worth a word: name, module, the op it is a candidate of, what was found."""
-    recogniser = Recogniser(model)
-    norms: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        class_name = original_class(type(module)).__name__
-        found = recogniser.recognise(module)
-        if isinstance(found, RopeSpec) and not getattr(module, "use_rope", True):
-            found = Refusal("attention without rotary positions in this layer", is_known_form=True)
-        if row is not None:
-            found = row.check(class_name, found)
-        if isinstance(found, NormSpec) and not found.is_l2:
-            norms.add(module)
-        if found is None:
-            reason = _idle_attention(name, module)
-            found = None if reason is None else Refusal(reason)
-        if found is not None:
-            op = _op_of(found)
-            if row is not None and isinstance(found, Mismatch):
-                op = row.ops[class_name]
-            yield name, module, op, found
-    # After all norms, which these layers call.
-    for name, module, layer in find_layers(model, norms):
-        yield name, module, _op_of(layer), layer
-    head = _head_of(model)
-    if head is not None:
-        name, module = head
-        for op in LOSSES:
-            yield name, module, op, HeadSpec()
-
-
-def _op_of(found: Found) -> str | None:
-    if isinstance(found, NormSpec):
-        return "rms_norm"
-    if isinstance(found, AddNormSpec):
-        return "fused_add_rms_norm"
-    if isinstance(found, LayerNormSpec):
-        return "layer_norm"
-    if isinstance(found, GatedNormSpec):
-        return "gated_rms_norm"
-    if isinstance(found, (MlpSpec, ExpertsSpec)):
-        return GLU_OPS[found.activation]
-    return "rope" if isinstance(found, RopeSpec) else None
-
-
-def _idle_attention(name: str, module: nn.Module) -> str | None:
-    """Return why an attention is no candidate of rope; None for other modules."""
-    cls = original_class(type(module))
-    is_attention = "Attention" in cls.__name__ or "Attn" in cls.__name__
-    if not is_attention or not any(is_linear(child) for child in module.children()):
-        return None
-    if rope_functions(cls):
-        return None
-    if "Cross" in cls.__name__ or "cross" in name.rpartition(".")[2]:
-        return "cross-attention: no rotary positions"
-    return "attention without rotary positions"
-
-
-def inner_model(model: nn.Module) -> nn.Module:
-    """Return the transformers model inside the wrappers of PEFT, torch.compile and DDP."""
-    inner: Any = model
-    while True:
-        if hasattr(type(inner), "get_base_model"):
-            inner = inner.get_base_model()
-        elif "_orig_mod" in inner._modules:
-            inner = inner._modules["_orig_mod"]
-        elif "module" in inner._modules and not hasattr(inner, "get_output_embeddings"):
-            inner = inner._modules["module"]
-        else:
-            assert isinstance(inner, nn.Module)
-            return inner
-
-
-def _head_of(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """Return the name and module of the language-model head, if the model has one."""
-    find: Any = getattr(inner_model(model), "get_output_embeddings", None)
-    try:
-        head = None if find is None else find()
-    except (AttributeError, NotImplementedError):
-        return None
-    return next((entry for entry in model.named_modules() if entry[1] is head), None)
-
-
-def _refusal(
-    model: nn.Module, module: nn.Module, op: str, selection: OpSelection, device: torch.device
-) -> str | None:
+def _refusal(model: nn.Module, module: nn.Module, op: str, selection: OpSelection) -> str | None:
     """Return why a module that a kernel could serve is left alone."""
     other = next((loss for loss in LOSSES if loss != op and loss in selection.ops), None)
     if op in LOSSES and op not in selection.ops and other is not None:
-        return f"{other} was chosen for this head"
+        return f"{other} was chosen for this head, which has one loss"
     if op not in selection.ops:
-        return "not requested"
+        return f"not requested: add {op} to ops"
     if op == "fused_add_rms_norm" and "rms_norm" not in selection.ops:
-        return "needs rms_norm, which was not requested"
+        return "needs rms_norm, which was not requested: add it to ops"
     if op in LOSSES:
         problem = head_problem(inner_model(model))
         if problem is not None:
             return problem
     elif not can_swap(module):
         return "another forward is set on the module and hides its class's: patch before setting it"
-    if selection.is_auto and op not in selection.named:
-        failure = _failure(op, device)
-        if failure is not None:
-            return f"left out by auto, its check fails on {device.type}: {failure}"
     return None
 
 
-def _failure(op: str, device: torch.device) -> str | None:
-    # torch code is the reference itself, and the interpreter is a tool of the tests.
-    return _kernel_failure(op, device) if backend(device) == "triton" else None
-
-
-@cache
-def _kernel_failure(op: str, device: torch.device) -> str | None:
-    return check_op(op, device).reason
+def _try(
+    op: str, found: Found, module: nn.Module, model: nn.Module, norms: Mapping[nn.Module, NormSpec]
+) -> CheckResult | None:
+    """Return whether the op of a module is right in that module's form; None if untried."""
+    if isinstance(found, AddNormSpec):
+        children = (module.get_submodule(name) for name in found.norms)
+        module = next(child for child in children if child in norms)
+        found = norms[module]
+    assert not isinstance(found, Refusal)
+    return try_op(op, found, module, model)

@@ -61,7 +61,7 @@ def patched_class(base: Any, spec: Spec, saves_memory: bool = True) -> type[nn.M
     elif isinstance(spec, ExpertsSpec):
         namespace = _experts_namespace(base, spec)
     else:
-        assert isinstance(spec, RopeSpec), "heads belong to lazy_logits.py"
+        assert isinstance(spec, RopeSpec), "heads belong to head_patch.py"
         namespace = {"forward": attention_forward(base, spec)}
     namespace["_saves_memory"] = saves_memory
     return stand_in(base, spec, namespace, make_patched, saves_memory)

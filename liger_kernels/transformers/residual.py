@@ -95,14 +95,14 @@ def layer_problem(
         ops_of: The modules that will be patched otherwise, and the ops they will run.
     """
     if layer in ops_of:
-        return f"its class is swapped for {ops_of[layer]}"
+        return f"it runs {ops_of[layer]}, and a module runs one op: nothing to do"
     norms = {name: layer.get_submodule(name) for name in spec.norms}
     if any(norm in ops_of and _is_bare(norm) for norm in norms.values()):
         return None
     name, norm = next(iter(norms.items()))
     if norm in ops_of:
-        return f"a hook or another forward is set on {name}, which the op would not call"
-    return f"{name} is not patched"
+        return f"a hook or another forward is set on {name}, which the op would not call: remove it"
+    return f"its {name} is not patched: see there"
 
 
 def _is_bare(norm: nn.Module) -> bool:

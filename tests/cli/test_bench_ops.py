@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 
-from liger_cli import op_arms, op_targets
+from liger_cli.bench import op_arms, op_targets
+from liger_cli.bench.op_arms import check
+from liger_cli.bench.op_bench import judge, measure
+from liger_cli.bench.op_targets import MIB, Target, Workload, select
+from liger_cli.bench.op_timing import Arm, Stopwatch, Times
 from liger_cli.errors import ConfigError
 from liger_cli.measure import transient_bytes
-from liger_cli.op_arms import check
-from liger_cli.op_bench import judge, measure
-from liger_cli.op_targets import MIB, Target, Workload, select
-from liger_cli.op_timing import Arm, Stopwatch, Times
-from liger_cli.report_ops import (
+from liger_cli.report.ops import (
     ArmPart,
     CheckPart,
     OpRow,
@@ -50,8 +50,8 @@ TINY = (
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes of milliseconds, and few calls."""
     monkeypatch.setattr(op_targets, "_SMALL", TINY)
-    monkeypatch.setattr("liger_cli.op_timing._HOST_CALLS", 2)
-    monkeypatch.setattr("liger_cli.op_bench._BUDGET_MS", 0.0)
+    monkeypatch.setattr("liger_cli.bench.op_timing._HOST_CALLS", 2)
+    monkeypatch.setattr("liger_cli.bench.op_bench._BUDGET_MS", 0.0)
 
 
 def break_op(monkeypatch: pytest.MonkeyPatch, name: str, width: int | None = None) -> None:
@@ -79,7 +79,7 @@ def break_op(monkeypatch: pytest.MonkeyPatch, name: str, width: int | None = Non
 def test_wrong_words_measure_nothing_case_99(
     words: list[str], message: str, liger: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("liger_cli.op_bench.measure", pytest.fail)
+    monkeypatch.setattr("liger_cli.bench.op_bench.measure", pytest.fail)
     ran = liger("bench", "ops", *words, "--json")
     assert (ran.code, list(ran.json())) == (2, ["error"])
     assert message in ran.err
@@ -122,6 +122,9 @@ def test_json_has_every_figure(liger: Callable[..., Any], tmp_path: Path) -> Non
             assert arm[part]["share"] > 0
         assert (arm["host_us"], arm["transient_bytes"], arm["error"]) == (None, None, None)
     assert all(arm["host_us"] > 0 for arm in rows["rms_norm", "64x1024", "host time"]["arms"])
+    # The limit of products is read anew beside what it limits.
+    assert norm["matmul_flops_per_s"] is None
+    assert all(row["matmul_flops_per_s"] > 0 for row in rows.values() if row["op"] == fused)
     frozen = rows[fused, "8x8x32", "frozen head"]
     (ours,) = frozen["arms"]
     assert (ours["name"], ours["forward"], ours["host_us"]) == ("ours", None, None)
@@ -322,7 +325,9 @@ def test_peer_that_ends_gives_rows_that_say_so(liger: Callable[..., Any], peer: 
 def test_peer_needs_only_torch_and_what_is_its_own() -> None:
     """Its interpreter need not have what the program is made of."""
     absent = ("pydantic", "rich", "typer", "yaml", "psutil", "transformers", "accelerate")
-    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import liger_cli.peer_ops"
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent})); import liger_cli.bench.peer_ops"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

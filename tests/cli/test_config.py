@@ -69,7 +69,7 @@ def test_saved_configuration_loads_again(tmp_path):
         ),
         ("model: a\nlearning_rate: -1\n", "learning_rate should be greater than or equal to 0"),
         ("model: a\nmax_steps: 0\n", "run.yaml:2:12: max_steps should be -1 or at least 1, got 0"),
-        ("model: a\noptim: sgd\n", "run.yaml:2:8: optim should be 'adamw', got 'sgd'"),
+        ("model: a\noptim: sdg\n", "run.yaml:2:8: optim should be 'adamw_torch', "),
         ("model: a\nseed: 1\nseed: 2\n", "run.yaml:3:1: 'seed' is set twice, first at "),
         ("model: a\nmodel_name_or_path: b\n", "run.yaml:2:1: 'model_name_or_path' is set twice"),
         ("model: a\n  seed: 1\n", "run.yaml:2:7: not valid YAML: there is a second ':'"),
@@ -279,7 +279,7 @@ def test_schema_says_what_the_loader_checks():
         "minimum": 2,
         "type": "integer",
     }
-    assert schema["properties"]["lr_scheduler_type"]["enum"] == ["linear", "cosine", "constant"]
+    assert schema["properties"]["packing_strategy"]["enum"] == ["bfd", "sequential"]
     assert {"type": "array", "items": {"type": "string"}} in schema["properties"]["ops"]["anyOf"]
 
 

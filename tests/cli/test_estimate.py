@@ -1,15 +1,31 @@
-"""The memory estimate: numbers worked out by hand, and steps measured on a GPU."""
+"""The memory estimate: beside real tensors, by hand, and beside steps measured on a GPU."""
 
 from __future__ import annotations
 
+import json
+import weakref
+from pathlib import Path
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from liger_cli.estimate import StepShape, estimate_memory, estimate_memory_ratio, model_shape
-from liger_kernels.ops.chunked_linear import chunk_tokens
+from liger_cli.config import load_config
+from liger_cli.errors import ConfigError
+from liger_cli.estimate import Batch, estimate_memory, meta_model_of, step_memory
+from liger_cli.estimate.cards import CARDS, find_card
+from liger_cli.estimate.fit import largest_that_fits
+from liger_cli.training.adapters import attach_adapter, new_adapter
+from liger_cli.training.forward import LossOf
+from liger_cli.training.model import load_model, resolve_model
+from liger_kernels.transformers.api import apply_liger_kernel
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+MIB = 1 << 20
 # 2 layers, 4 heads of 2, 2 key heads: small enough to follow on paper.
 TINY = {
+    "model_type": "llama",
     "hidden_size": 8,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -17,179 +33,372 @@ TINY = {
     "intermediate_size": 16,
     "vocab_size": 100,
     "tie_word_embeddings": False,
+    "pad_token_id": 0,
 }
-LLAMA_1B = {
+# Llama 3.2 1B with 2 of its 16 layers.
+SMALL = TINY | {
     "hidden_size": 2048,
-    "num_hidden_layers": 16,
+    "intermediate_size": 8192,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "head_dim": 64,
-    "intermediate_size": 8192,
     "vocab_size": 128256,
     "tie_word_embeddings": True,
 }
-LLAMA_3B = {
-    **LLAMA_1B,
-    "hidden_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 24,
-    "head_dim": 128,
-}
+# The head of case 105: as wide as Llama's, with Gemma's vocabulary.
+WIDE_HEAD = {**TINY, "hidden_size": 4096, "num_attention_heads": 32, "vocab_size": 262144}
+FAMILIES = (
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gemma3-text",
+    "glm4",
+    "granite",
+    "llama4-text",
+    "mistral",
+    "mixtral",
+    "mllama",
+    "olmo2",
+    "paligemma",
+    "phi3",
+    "qwen2",
+    "qwen2-5-vl",
+    "qwen2-vl",
+    "qwen3",
+    "qwen3-moe",
+)
 
 
-def _coverage(num_layers: int, *patched: str) -> dict[str, dict[str, int]]:
-    candidates = {
-        "rope": num_layers,
-        "rms_norm": 2 * num_layers + 1,
-        "swiglu": num_layers,
-        "fused_linear_cross_entropy": 1,
-    }
-    return {
-        op: {"patched": num if op in patched or "all" in patched else 0, "candidates": num}
-        for op, num in candidates.items()
-    }
+def run(model: str, batch: int = 8, length: int = 2048, **keys):
+    flags = {"model": model, "per_device_train_batch_size": batch, "max_length": length, **keys}
+    return load_config(flags=flags)
 
 
-def test_eager_parts_by_hand() -> None:
-    estimate = estimate_memory(TINY, _coverage(2), StepShape(batch_size=2, sequence_length=5))
-    # Embeddings and head 2*100*8; a layer: attention 8*(2*8 + 2*4), MLP 3*8*16.
-    num_parameters = 1600 + 2 * (192 + 384)
-    assert estimate.weights == 2 * num_parameters
-    assert estimate.gradients == 2 * num_parameters
-    assert estimate.optimizer == 4 * num_parameters
-    # 10 tokens. Norms: 5 of 8 wide, each fp32 copy + normalised + output = 4 + 2 + 2 bytes.
-    assert estimate.activations["norms"] == 10 * 5 * 8 * 8
-    # q and output 8 wide, k and v 4 wide, 2 bytes, 2 layers.
-    assert estimate.activations["attention"] == 10 * 2 * (8 + 8 + 4 + 4) * 2
-    # gate, up, activation, product: 4 of 16.
-    assert estimate.activations["mlp"] == 10 * 2 * 4 * 16 * 2
-    # bf16 logits and three fp32 tensors.
-    assert estimate.logits == 10 * 100 * 14
-    assert estimate.head_buffers == 0
-    assert estimate.peak == 6 * num_parameters + 3200 + 960 + 2560 + 14000
+def estimate(config, *, on_gpu: bool = True, num_shards: int = 1, **batch):
+    size = Batch(config.per_device_train_batch_size, config.max_length, **batch)
+    source = resolve_model(config.model)
+    return estimate_memory(config, source, size, on_gpu=on_gpu, num_shards=num_shards)
 
 
-def test_patched_parts_by_hand() -> None:
-    step = StepShape(batch_size=2, sequence_length=5)
-    estimate = estimate_memory(TINY, _coverage(2, "all"), step)
-    # Input and output of a norm; gate, up, product of an MLP.
-    assert estimate.activations["norms"] == 10 * 5 * 8 * (2 + 2)
-    assert estimate.activations["mlp"] == 10 * 2 * 3 * 16 * 2
-    # All logits fit into one chunk; gradients of head (100 x 8) and hidden states (10 x 8).
-    assert estimate.logits == 10 * 100 * 2
-    assert estimate.head_buffers == 100 * 8 * 2 + 10 * 8 * 2
+@pytest.fixture
+def config_file(tmp_path):
+    def write(values: dict) -> str:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(values), encoding="utf-8")
+        return str(path)
+
+    return write
 
 
-def test_chunk_bounds_the_fused_logits() -> None:
-    coverage = _coverage(16, "all")
-    # 512 MiB hold 2092 rows of 128256 logits in bf16: 16 tiles of 128.
-    assert estimate_memory(LLAMA_1B, coverage, StepShape(8, 2048)).logits == 2048 * 128256 * 2
-    # A vocabulary so large that 1024 tokens take more; a small one of which 2048 are enough.
-    large = {**LLAMA_1B, "vocab_size": 2**20}
-    assert estimate_memory(large, coverage, StepShape(8, 2048)).logits == 1024 * 2**20 * 2
-    assert estimate_memory(TINY, _coverage(2, "all"), StepShape(8, 2048)).logits == 2048 * 100 * 2
+@pytest.fixture
+def small(config_file) -> str:
+    return config_file(SMALL)
 
 
-@pytest.mark.parametrize("vocab", [1000, 49152, 2**20])
-def test_chunk_on_a_cpu_is_that_of_the_op(vocab: int) -> None:
-    step = StepShape(8, 4096, parameter_bytes=4, compute_bytes=4, on_cpu=True)
-    estimate = estimate_memory({**TINY, "vocab_size": vocab}, _coverage(2, "all"), step)
-    tokens = chunk_tokens(8 * 4096, 8, vocab, torch.float32, torch.device("cpu"))
-    assert estimate.logits == tokens * vocab * 4
+class Alive(TorchDispatchMode):
+    """The bytes of real storages that were made while it is the mode, and are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[int, int] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self._sizes.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.device.type == "cpu":
+                self.add(x)
+        return result
+
+    def add(self, x: torch.Tensor) -> None:
+        storage = x.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = -(-storage.nbytes() // 512) * 512
+            weakref.finalize(storage, self._sizes.pop, key, None)
 
 
-def test_head_gradient_is_summed_in_fp32_over_many_chunks() -> None:
-    head, inputs = 128256 * 2048, 16384 * 2048
-    few = estimate_memory(LLAMA_1B, _coverage(16, "all"), StepShape(8, 2048))
-    assert few.head_buffers == head * 2 + inputs * 2
-    many = estimate_memory(LLAMA_1B, _coverage(16, "all"), StepShape(16, 2048))
-    assert many.head_buffers == head * (4 + 2) + 2 * inputs * 2
-
-
-def test_each_op_saves_what_it_says() -> None:
-    step = StepShape(8, 2048)
-    eager = estimate_memory(LLAMA_1B, _coverage(16), step)
-    norms = estimate_memory(LLAMA_1B, _coverage(16, "rms_norm"), step)
-    assert eager.peak - norms.peak == 33 * 2048 * 16384 * 4
-    mlp = estimate_memory(LLAMA_1B, _coverage(16, "swiglu"), step)
-    assert eager.peak - mlp.peak == 16 * 8192 * 16384 * 2
-    assert estimate_memory(LLAMA_1B, _coverage(16, "rope"), step).peak == eager.peak
-
-
-def test_frozen_head_has_no_gradient_buffer_case_105() -> None:
-    config = {**LLAMA_1B, "hidden_size": 4096, "vocab_size": 262144}
-    trainable = estimate_memory(config, _coverage(16, "all"), StepShape(1, 1024))
-    frozen = estimate_memory(
-        config, _coverage(16, "all"), StepShape(1, 1024, is_head_trainable=False)
+def kept_by_real_tensors(config) -> int:
+    """What a forward of the real model on the CPU leaves for backward."""
+    model = load_model(
+        resolve_model(config.model),
+        dtype=torch.float32,
+        attn_implementation=config.attn_implementation,
     )
-    assert trainable.head_buffers - frozen.head_buffers == 262144 * 4096 * 2
+    if config.adapter != "none":
+        model = attach_adapter(model, new_adapter(config, model), base="")
+    apply_liger_kernel(model, config.ops, save_memory=config.save_memory)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    shape = (config.per_device_train_batch_size, config.max_length)
+    ids = torch.randint(1, 200, shape, generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones(shape).long()}
+    loss_of, alive = LossOf(model, torch.device("cpu")), Alive()
+    for parameter in model.parameters():
+        # They are there before, and views of them are no new memory.
+        alive.add(parameter)
+    before = alive.num_bytes
+    with alive:
+        loss = loss_of(model, inputs, ids.numel())
+    assert loss.requires_grad
+    return alive.num_bytes - before
 
 
-def test_lora_has_moments_for_what_is_trained_only() -> None:
-    estimate = estimate_memory(TINY, _coverage(2), StepShape(1, 1, num_trainable=10))
-    assert (estimate.gradients, estimate.optimizer) == (20, 40)
+def kept_by_estimate(config) -> int:
+    found = estimate(config, on_gpu=False)
+    return sum(found.activations.values()) + found.kept_for_loss
 
 
-def test_autocast_keeps_a_copy_of_the_weights() -> None:
-    step = StepShape(1, 1, parameter_bytes=4, compute_bytes=2, num_parameters=1000)
-    assert estimate_memory(TINY, _coverage(2), step).weights == 6000
+@pytest.mark.parametrize("ops", ["none", "auto"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_keeps_what_real_tensors_keep(family: str, ops: str) -> None:
+    config = run(family, 2, 64, ops=ops, dtype="float32", use_cpu=True)
+    assert kept_by_estimate(config) == pytest.approx(kept_by_real_tensors(config), rel=0.05)
 
 
-def test_accumulation_has_gradients_beside_the_activations() -> None:
-    once = estimate_memory(LLAMA_1B, _coverage(16), StepShape(8, 2048))
-    more = estimate_memory(LLAMA_1B, _coverage(16), StepShape(8, 2048, accumulates=True))
-    assert more.peak - once.peak == once.gradients
-
-
-def test_experts_count_those_a_token_goes_to() -> None:
-    config = {**TINY, "num_local_experts": 8, "num_experts_per_tok": 2}
-    coverage = {"swiglu": {"patched": 0, "candidates": 2}}
-    estimate = estimate_memory(config, coverage, StepShape(1, 10))
-    # Two experts of 16, four kept tensors, and two gathered inputs of 8.
-    assert estimate.activations["mlp"] == 10 * 2 * (2 * 2 * 16 * 4 + 2 * 8 * 2)
-    assert model_shape(config).num_parameters(is_gated=True) == 1600 + 2 * (192 + 3 * 8 * 16 * 8)
-
-
-def test_plain_mlp_keeps_two_tensors_patched_or_not() -> None:
-    coverage = {"layer_norm": {"patched": 5, "candidates": 5}}
-    estimate = estimate_memory(TINY, coverage, StepShape(1, 10))
-    assert estimate.activations["mlp"] == 10 * 2 * (2 * 2 * 16)
-    assert estimate_memory_ratio(TINY, coverage, StepShape(1, 10)) == 1.0
-
-
-def test_text_part_of_an_image_text_model() -> None:
-    assert model_shape({"text_config": TINY, "vision_config": {}}) == model_shape(TINY)
-
-
-def test_missing_size_is_named() -> None:
-    config = {key: value for key, value in TINY.items() if key != "vocab_size"}
-    with pytest.raises(ValueError, match="vocab_size"):
-        estimate_memory(config, _coverage(2), StepShape(1, 1))
-
-
-# Peaks of whole training steps on one H100 (torch 2.11, transformers 5.17, bf16, AdamW, sdpa);
-# the patched ones ran another package's kernels, which keep the same tensors.
 @pytest.mark.parametrize(
-    ("config", "batch", "length", "checkpointing", "eager_gib", "patched_gib"),
+    "keys",
     [
-        pytest.param(LLAMA_1B, 8, 2048, False, 61.2, 26.3, id="1b"),
-        pytest.param(LLAMA_1B, 32, 512, True, 35.6, 10.7, id="1b-checkpointing"),
-        pytest.param(LLAMA_3B, 4, 4096, True, 48.4, 25.6, id="3b-checkpointing"),
+        pytest.param({"gradient_checkpointing": True}, id="checkpointing"),
+        pytest.param({"save_memory": False}, id="keeps-all"),
+        pytest.param({"adapter": "lora"}, id="lora"),
+        pytest.param({"attn_implementation": "eager"}, id="eager-attention"),
+        pytest.param({"adapter": "lora", "gradient_checkpointing": True}, id="lora-checkpointing"),
     ],
 )
-def test_measured_steps(
-    config: dict[str, int],
-    batch: int,
-    length: int,
-    checkpointing: bool,
-    eager_gib: float,
-    patched_gib: float,
-) -> None:
-    step = StepShape(batch, length, gradient_checkpointing=checkpointing)
-    num_layers = config["num_hidden_layers"]
-    eager = estimate_memory(config, _coverage(num_layers), step)
-    patched = estimate_memory(config, _coverage(num_layers, "all"), step)
-    assert eager.peak / 2**30 == pytest.approx(eager_gib, rel=0.05)
-    assert patched.peak / 2**30 == pytest.approx(patched_gib, rel=0.05)
-    ratio = estimate_memory_ratio(config, _coverage(num_layers, "all"), step)
-    assert ratio == pytest.approx(patched_gib / eager_gib, rel=0.05)
+@pytest.mark.parametrize("family", ["mistral", "gemma3-text", "qwen3-moe"])
+@pytest.mark.parametrize("ops", ["none", "auto"])
+def test_so_it_does_with_options(family: str, ops: str, keys: dict) -> None:
+    if "adapter" in keys:
+        pytest.importorskip("peft")
+    config = run(family, 2, 64, ops=ops, dtype="float32", use_cpu=True, **keys)
+    assert kept_by_estimate(config) == pytest.approx(kept_by_real_tensors(config), rel=0.05)
+
+
+def test_eager_parts_by_hand(config_file) -> None:
+    """2 x 5 tokens in bfloat16; blocks are of 512 bytes, so that everything tiny is one."""
+    config = run(config_file(TINY | {"hidden_size": 256, "intermediate_size": 512}), 2, 64)
+    eager = config.model_copy(update={"ops": "none"})
+    found, patched = estimate(eager), estimate(config)
+    tokens, width, inner = 2 * 64, 256, 512
+    # A norm: an fp32 copy of the input, the normalised value, and the output; 5 norms, of which the
+    # last one's output goes to the head. And a number a row.
+    assert found.activations["norms"] == 5 * (tokens * width * (4 + 2 + 2) + tokens * 4)
+    # gate, up, activation and product.
+    assert found.activations["mlp"] == 2 * tokens * inner * 4 * 2
+    assert patched.activations["mlp"] == 2 * tokens * inner * 2 * 2
+    # q and the output are as wide as the model, keys and values half, and fp32 sums a head.
+    assert found.activations["attention"] == 2 * tokens * (2 * width + 2 * width // 2) * 2 + (
+        2 * tokens * 4 * 4
+    )
+    # In bfloat16, in fp32, and the fp32 probabilities: then only these, and two gradients.
+    assert found.logits == pytest.approx(tokens * 100 * 4 * 3, rel=0.02)
+    assert patched.logits < found.logits
+
+
+def test_weights_moments_and_gradients(config_file) -> None:
+    config = run(config_file(TINY), 1, 8)
+    found = estimate(config)
+    num_parameters = sum(
+        p.numel() for p in meta_model_of(config, resolve_model(config.model)).parameters()
+    )
+    for size, factor in ((found.weights, 2), (found.gradients, 2), (found.optimizer, 4)):
+        # A tensor takes a block of 512 bytes at least.
+        assert size == pytest.approx(factor * num_parameters, abs=30 * 1024)
+
+
+def test_optimizers_have_their_own_state(small) -> None:
+    weights = estimate(run(small, batch=1, length=128)).weights
+
+    def state(**keys) -> float:
+        return estimate(run(small, batch=1, length=128, **keys)).optimizer / weights
+
+    assert state() == pytest.approx(2, rel=0.01)
+    assert state(optim="sgd") == 0
+    assert state(optim="adamw_8bit") == pytest.approx(1, rel=0.02)
+    assert state(optim="adafactor") < 0.01
+    # Of the layers one moment, of the embedding two.
+    assert state(optim="muon") == pytest.approx((121.6 + 2 * 262.7) / 384.3, rel=0.01)
+
+
+def test_the_step_of_a_loop_over_lists_takes_a_copy_of_the_moments(small) -> None:
+    fused, lists = (
+        estimate(run(small, batch=1, length=128, optim=f"adamw_torch{kind}"))
+        for kind in ("_fused", "")
+    )
+    assert lists.phases["optimizer"] - fused.phases["optimizer"] == pytest.approx(
+        fused.weights, rel=0.01
+    )
+
+
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("batch", [1, 16], ids=["few-chunks", "many-chunks"])
+def test_head_sized_gradient_buffers_case_105(config_file, is_frozen: bool, batch: int) -> None:
+    """H 4096, V 262144: as large as the head, in fp32 where many chunks are summed, or none."""
+    config = run(config_file(WIDE_HEAD), batch, 1024)
+    model = meta_model_of(config, resolve_model(config.model))
+    model.get_output_embeddings().requires_grad_(not is_frozen)
+    found = step_memory(config, model, Batch(batch, 1024))
+    head = 262144 * 4096
+    # Of the sum in fp32 there is one in bfloat16 as well when it is handed over.
+    expected = 0 if is_frozen else head * 2 if batch == 1 else head * 4
+    assert found.head_buffers == expected
+    assert found.at_peak.get("head buffers", 0) + found.at_peak.get("gradients", 0) >= expected
+    assert found.logits < 1.5 * 960 * MIB + batch * 1024 * 4096 * 2
+
+
+def test_master_weights_and_autocast(small) -> None:
+    half = estimate(run(small, batch=1, length=128))
+    mixed = estimate(run(small, batch=1, length=128, bf16=True))
+    # fp32 weights; the copies that autocast keeps are there from forward to backward.
+    assert mixed.weights == pytest.approx(2 * half.weights, rel=0.01)
+    assert mixed.activations["mlp"] - half.activations["mlp"] == pytest.approx(
+        2 * 3 * 2048 * 8192 * 2, rel=0.05
+    )
+    master = estimate(run(small, batch=1, length=128, master_weights=True))
+    assert master.optimizer == pytest.approx(6 * half.weights, rel=0.01)
+
+
+def test_adapter_has_moments_for_what_is_trained_only(small) -> None:
+    pytest.importorskip("peft")
+    whole, few = estimate(run(small)), estimate(run(small, adapter="lora"))
+    assert few.optimizer < 0.05 * whole.optimizer
+    assert few.head_buffers == 0
+    packed = estimate(run(small, adapter="lora", load_in_4bit=True))
+    # All but embedding, norms and adapter is in 4 bits.
+    assert few.weights - packed.weights == pytest.approx((2 - 0.516) * 2 * 60_817_408, rel=0.01)
+
+
+def test_accumulation_has_gradients_beside_the_activations(small) -> None:
+    once, more = estimate(run(small)), estimate(run(small, gradient_accumulation_steps=2))
+    assert more.phases["forward"] - once.phases["forward"] == more.gradients
+
+
+def test_gradient_checkpointing_keeps_inputs_of_layers(small) -> None:
+    found = estimate(run(small, gradient_checkpointing=True))
+    assert sum(found.activations.values()) == pytest.approx(3 * 8 * 2048 * 2048 * 2, rel=0.01)
+
+
+def test_attention_by_implementation_and_mask(small) -> None:
+    flash = estimate(run(small, batch=2)).activations["attention"]
+    eager = estimate(run(small, batch=2, attn_implementation="eager")).activations["attention"]
+    scores = 2 * 32 * 2048 * 2048
+    # Probabilities in fp32 and in bfloat16; and keys and values of every head.
+    assert eager - flash >= 2 * scores * 6
+    for masked in ({"is_packed": True}, {"is_padded": True}):
+        found = estimate(run(small, batch=2), **masked).activations["attention"]
+        # A mask of 2 x 2048 x 2048 a layer, and keys and values of every head; no scores.
+        assert flash < found < flash + 2 * scores
+
+
+def test_float32_shares_no_keys_and_so_makes_scores(small) -> None:
+    half, whole = (
+        estimate(run(small, batch=2, length=1024, dtype=dtype)).activations["attention"]
+        for dtype in ("bfloat16", "float32")
+    )
+    assert whole - 2 * half >= 2 * 2 * 32 * 1024 * 1024 * 4
+
+
+def test_experts_keep_the_tokens_that_they_get() -> None:
+    found = estimate(run("qwen3-moe", 2, 64))
+    # 2 layers, 2 experts a token, 96 wide: at least gate and up, and the gathered input.
+    assert found.activations["experts"] >= 2 * 2 * 128 * (2 * 96 + 128) * 2
+    assert "mlp" not in found.activations
+
+
+def test_fully_sharded_devices_share_and_gather() -> None:
+    alone, shared = (
+        estimate(run("llama-3b", 1, 512)),
+        estimate(run("llama-3b", 1, 512), num_shards=8),
+    )
+    for part in ("weights", "gradients", "optimizer"):
+        assert getattr(shared, part) == pytest.approx(getattr(alone, part) / 8, rel=0.01)
+    # The embedding stays whole; a layer is gathered while the next one is.
+    assert shared.at_peak["gathered weights"] > 128256 * 3072 * 2
+    assert alone.peak / 8 < shared.peak < alone.peak / 3
+
+
+@pytest.mark.parametrize("arm", ["eager"])
+def test_measured_steps_of_a_bench(arm: str) -> None:
+    report = json.loads((RESULTS / "bench-llama-1b-h100.json").read_text(encoding="utf-8"))
+    [measured] = [a["peak_memory_bytes"] for a in report["arms"] if a["name"] == arm]
+    assert estimate(run("llama-1b", ops="none")).peak == pytest.approx(measured, rel=0.05)
+
+
+def test_a_model_that_cannot_be_followed_says_so(monkeypatch) -> None:
+    def forward(self, *args, **kwargs):
+        raise RuntimeError("needs values")
+
+    config = run("qwen3", 1, 8, ops="none")
+    model = meta_model_of(config, resolve_model("qwen3"))
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.raises(ValueError, match="qwen3 model cannot be estimated: RuntimeError: needs"):
+        step_memory(config, model, Batch(1, 8))
+    assert (
+        torch.nn.functional.scaled_dot_product_attention.__module__
+        != "liger_cli.estimate.attention"
+    )
+
+
+def test_generators_are_left_alone() -> None:
+    before = torch.get_rng_state()
+    estimate(run("qwen3", 1, 8))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("limit", [0, 7, 100, 1009, 10**9])
+@pytest.mark.parametrize("start", [1, 8, 900])
+def test_largest_size_that_fits(limit: int, start: int) -> None:
+    calls = []
+
+    def peak_of(size: int) -> int:
+        calls.append(size)
+        return 5 + size + size * size // 50
+
+    expected = max((n for n in range(1, 1001) if 5 + n + n * n // 50 <= limit), default=None)
+    assert largest_that_fits(peak_of, limit, start=start, most=1000) == expected
+    assert len(calls) <= 20
+
+
+def test_cards_by_name_and_by_size() -> None:
+    assert find_card("h100-80gb") == CARDS["H100-80GB"] == find_card("H100-80GB")
+    assert find_card("l4").name == "L4-24GB"
+    assert find_card("24").usable == 24_000_000_000 - (1 << 30)
+    assert find_card("24GB") == find_card("24")
+    for text, match in (("a100", "more than one card"), ("h10-80gb", "did you mean H100-80GB")):
+        with pytest.raises(ConfigError, match=match):
+            find_card(text)
+    with pytest.raises(ConfigError, match="needs more than"):
+        find_card("0.5")
+
+
+def test_command_shows_parts_room_and_remedies(liger, small) -> None:
+    done = liger("estimate", "--model", small, "--seq-len", 2048, "--gpu", "12", "--json")
+    assert done.code == 0, done.err
+    report = done.json()
+    assert report["peak"] == sum(row["at_peak"] for row in report["parts"])
+    assert report["card"]["free"] == report["card"]["usable"] - report["peak"] > 0
+    assert report["remedies"] == []
+    done = liger("estimate", "--model", small, "--seq-len", 2048, "--gpu", "6")
+    assert done.code == 5
+    assert "are missing" in done.out
+    assert "--gradient-checkpointing" in done.out
+
+
+def test_command_fits_batch_and_sequence(liger, small) -> None:
+    done = liger("estimate", "--model", small, "--gpu", "12", "--fit", "batch", "--json")
+    assert done.code == 0, done.err
+    report = done.json()
+    fit = report["fit"]
+    assert fit["key"] == "per_device_train_batch_size"
+    assert report["peak"] <= report["card"]["usable"]
+    larger = estimate(run(small, batch=fit["value"] + 1, length=1024))
+    assert larger.peak > report["card"]["usable"]
+    done = liger("estimate", "--model", small, "--gpu", "3", "--fit", "seq")
+    assert done.code == 5
+    assert "does not fit into 3 GB with max_length 64" in done.err
+    assert liger("estimate", "--model", small, "--fit", "seq").code == 2

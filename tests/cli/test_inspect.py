@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from liger_cli.report import RunReport, unmet_requirements
+from liger_cli.report import RunReport, show_report, unmet_requirements
 
 # Model types without a row.
 GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 64}
@@ -54,12 +55,13 @@ def test_eight_billion_parameters_without_weights(liger: Callable[..., Any]) -> 
     # Every module has a row, not every kind of module.
     assert len(result["modules"]) == 162
     for row in result["modules"]:
-        assert set(row) == {"name", "class", "op", "status", "backend", "reason"}
+        assert set(row) == {"name", "class", "op", "status", "backend", "reason", "source"}
+        assert re.fullmatch(r"(transformers|torch)/[\w/]+\.py:\d+", row["source"])
         assert row["status"] == "patched"
         assert row["backend"] in ("triton", "triton-interpreter", "torch")
     assert result["missing"] == []
     assert result["environment"]["torch"]
-    assert "model.layers.0-31.self_attn" in ran.err
+    assert "\n  .layers.0-31 " in ran.err
 
 
 def test_what_a_person_reads(liger: Callable[..., Any]) -> None:
@@ -71,13 +73,23 @@ def test_what_a_person_reads(liger: Callable[..., Any]) -> None:
         "kernels: rope 30/30  rms_norm 61/61  fused_add_rms_norm 30/30  swiglu 30/30  "
         "fused_linear_cross_entropy 1/1"
     )
-    [row] = [line for line in lines if "post_attention_layernorm" in line]
-    assert row.split()[:4] == [
-        "model.layers.0-29.post_attention_layernorm",
-        "x30",
-        "LlamaRMSNorm",
-        "rms_norm",
+    tree = lines[lines.index("") + 1 : -2]
+    assert [line.split() for line in tree[:5]] == [
+        ["module", "count", "class", "op", "status"],
+        ["model"],
+        [".layers.0-29", "x30", "LlamaDecoderLayer", "fused_add_rms_norm", "patched"],
+        [".self_attn", "x30", "LlamaAttention", "rope", "patched"],
+        [".input_layernorm", "x30", "LlamaRMSNorm", "rms_norm", "patched"],
     ]
+    assert [line.index(".") for line in tree[2:4]] == [2, 4]
+
+
+def test_verbose_adds_where_each_forward_is_written(liger: Callable[..., Any]) -> None:
+    ran = liger("inspect", "--model", "mistral", "--verbose")
+    assert ran.code == 0
+    [row] = [line for line in ran.out.splitlines() if ".self_attn" in line]
+    source = row.split()[-1]
+    assert re.fullmatch(r"transformers/models/mistral/modeling_mistral\.py:\d+", source)
 
 
 def test_what_was_not_asked_for_has_a_reason(liger: Callable[..., Any]) -> None:
@@ -108,7 +120,11 @@ def test_nothing_of_a_model_type_without_a_row_is_silent_case_70(
     assert (result["model"]["model_type"], result["model"]["source"]) == ("gpt2", "recognised")
     assert result["coverage"]["layer_norm"] == {"patched": 5, "candidates": 5}
     assert "rope" not in result["coverage"]
-    assert all(row["reason"] for row in result["modules"] if row["op"] is None)
+    reasons = {row["class"]: row["reason"] for row in result["modules"] if row["op"] is None}
+    assert reasons == {
+        "GPT2Attention": "attention without rotary positions: nothing to do",
+        "GPT2MLP": "MLP of another form: no kernel, its own code runs; nothing to do",
+    }
 
 
 def test_checkpoint_directory(liger: Callable[..., Any], tmp_path: Path) -> None:
@@ -118,6 +134,59 @@ def test_checkpoint_directory(liger: Callable[..., Any], tmp_path: Path) -> None
     result = ran.json()
     assert result["model"]["kind"] == "directory"
     assert result["coverage"]["rope"] == {"patched": 2, "candidates": 2}
+
+
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+def test_the_directory_of_a_run_is_the_model_it_trained(
+    has_checkpoint: bool, liger: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("model: mistral\n")
+    if has_checkpoint:
+        for step in (9, 10):
+            (run / f"checkpoint-{step}").mkdir()
+        _config_file(run / "checkpoint-10", STARCODER2)
+    ran = liger("inspect", "--model", str(run), "--json")
+    assert ran.code == 0
+    assert ran.json()["model"]["model_type"] == ("starcoder2" if has_checkpoint else "mistral")
+    told = f"{run / 'checkpoint-10'}" if has_checkpoint else "mistral"
+    assert f"is the directory of a run; its model is {told}\n" in ran.err
+
+
+def test_an_adapter_is_its_base_model_adapted(liger: Callable[..., Any], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    settings.base_model_name_or_path = "mistral"
+    # No weights are read.
+    settings.save_pretrained(tmp_path)
+    ran = liger("inspect", "--model", str(tmp_path), "--json")
+    assert ran.code == 0
+    result, stock = ran.json(), liger("inspect", "--model", "mistral", "--json").json()
+    assert result["model"]["class"] == "MistralForCausalLM"
+    assert result["model"]["num_parameters"] > stock["model"]["num_parameters"]
+    # The names are those of the model, not of the wrapper around it.
+    assert result["modules"] == stock["modules"]
+
+
+def test_kernels_of_others_have_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[dict[str, str | None]] = [
+        {
+            "name": "norm",
+            "class": "LigerRMSNorm",
+            "op": "rms_norm",
+            "status": "skipped",
+            "backend": None,
+            "reason": "liger-kernel computes it",
+        }
+    ]
+    counts = {"rms_norm": {"patched": 0, "candidates": 1}}
+    others = {"liger-kernel": 1, "unsloth": 2}
+    report = RunReport(command="inspect", coverage=counts, modules=rows, others=others)
+    show_report(report, as_json=True)
+    output = capsys.readouterr()
+    assert "kernels of others: liger-kernel in 1 module, unsloth in 2 modules\n" in output.err
+    assert RunReport.from_json(output.out).others == others
 
 
 def test_require_names_the_op_that_has_no_place(liger: Callable[..., Any], tmp_path: Path) -> None:
@@ -132,7 +201,10 @@ def test_require_names_the_op_that_has_no_place(liger: Callable[..., Any], tmp_p
 def test_require_says_why_an_op_is_not_patched(liger: Callable[..., Any]) -> None:
     ran = liger("inspect", "--model", "mistral", "--ops", "all,-rope", "--require", "rope")
     assert ran.code == 7
-    assert "rope is required, but 0 of 2 modules have it (2: not requested)" in ran.err
+    assert (
+        "rope is required, but 0 of 2 modules have it: "
+        "not model.layers.0-1.self_attn (not requested: add rope to ops)"
+    ) in ran.err
 
 
 def test_require_says_that_cross_entropy_must_be_named(liger: Callable[..., Any]) -> None:
@@ -154,7 +226,7 @@ def test_a_place_left_out_or_unused_does_not_meet_a_requirement() -> None:
         command="train", coverage={"rope": {"patched": 1, "candidates": 2}}, modules=rows
     )
     assert unmet_requirements(report, ["rope"]) == [
-        "rope is required, but 1 of 2 modules have it (1: no call reached it)"
+        "rope is required, but 1 of 2 modules have it: not b (no call reached it)"
     ]
 
 

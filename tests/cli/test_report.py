@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from liger_cli.figures import format_bytes, format_count
 from liger_cli.report import (
     Arm,
     EvalPart,
@@ -24,8 +25,6 @@ from liger_cli.report import (
     arms_table,
     coverage_table,
     fold_modules,
-    format_bytes,
-    format_count,
     last_line,
     modules_table,
     show_report,
@@ -252,8 +251,8 @@ def test_fold_leaves_numbers_inside_words_and_the_root() -> None:
 def test_modules_table() -> None:
     rows = [_row(f"h.{i}.mlp", None, "skipped", "plain [ungated] MLP") for i in range(12)]
     assert _render(modules_table(_report(modules=rows))) == (
-        "module      count  class   op  status   backend  why\n"
-        "h.0-11.mlp  x12    Module      skipped           plain [ungated] MLP"
+        "module      count  class   status   why\n"
+        "h.0-11.mlp  x12    Module  skipped  plain [ungated] MLP"
     )
 
 
@@ -292,9 +291,9 @@ def test_arms_table_is_side_by_side() -> None:
         ),
     ]
     assert _render(arms_table(_report(arms=arms))) == (
-        "arm      tokens/s  step ms  peak    first loss  last loss\n"
-        "eager    10 000    100.0    2.0 GB  2.0000      1.0000\n"
-        "patched  20 000    50.0     1.0 GB  2.0000      not finite"
+        "arm      tokens/s  step ms  peak    speed  memory  first loss  last loss\n"
+        "eager    10 000    100.0    2.0 GB  1.00x  1.00x   2.0000      1.0000\n"
+        "patched  20 000    50.0     1.0 GB  2.00x  0.50x   2.0000      not finite"
     )
 
 
@@ -317,6 +316,28 @@ def test_verdict_is_honest_case_104(speed: float | None, memory: float | None, w
     text = verdict(RatiosPart(speed=speed, memory=memory), EQUAL)
     assert text == (
         f"patched against eager: {words}; losses agree over 5 steps (at most 1e-05 apart)"
+    )
+
+
+@pytest.mark.parametrize("speed", [0.8, 1.0, 1.3])
+def test_verdict_of_single_runs_judges_nothing_case_104(speed: float) -> None:
+    ratios = RatiosPart(speed=speed, memory=0.5, noise=None, memory_noise=None)
+    text = verdict(ratios, EQUAL, names=("patched", "compile"))
+    assert text.startswith(
+        f"patched against compile: {speed:.2f}x the speed in one run; 0.50x the memory in one run; "
+        "each side ran once, so the noise is unknown (--repeats 2 measures it); losses agree"
+    )
+
+
+def test_arms_table_says_why_there_are_no_figures_and_shows_the_spread() -> None:
+    arms = [
+        Arm(name="eager", runs=0, error="out of memory"),
+        Arm(name="patched", step_ms=5, step_p20_ms=4, step_p80_ms=6.5, first_step_ms=900),
+    ]
+    assert _render(arms_table(_report(arms=arms))) == (
+        "arm      step ms  p20 - p80  first step ms  note\n"
+        "eager                                       out of memory\n"
+        "patched  5.0      4.0 - 6.5  900"
     )
 
 
@@ -347,7 +368,8 @@ def test_show_report_puts_the_last_line_last(capsys: pytest.CaptureFixture[str])
     out, err = capsys.readouterr()
     assert err == ""
     assert out.splitlines()[-1] == LAST_LINE
-    assert "model.layers.0-29.mlp" in out
+    assert "\n  .layers.0-29 " in out
+    assert "\n    .mlp " in out
 
 
 def test_show_report_as_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
@@ -364,7 +386,7 @@ def test_show_report_says_that_nothing_was_patched(capsys: pytest.CaptureFixture
         parity=EQUAL,
     )
     show_report(report, as_json=False)
-    assert "nothing was patched: both sides ran the same code" in capsys.readouterr().out
+    assert "nothing was patched, so both sides ran the same code" in capsys.readouterr().out
 
 
 def test_show_report_of_an_evaluation(capsys: pytest.CaptureFixture[str]) -> None:

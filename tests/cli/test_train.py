@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +14,13 @@ import pytest
 import torch
 import yaml
 
+from liger_cli import runs
 from liger_cli.config import load_config
+from liger_cli.errors import ConfigError
 from liger_cli.training.batches import BatchPlan, count_labels, load_windows
-from liger_cli.training.checkpoint import find_checkpoints
-from liger_cli.training.loop import _StopRequest
+from liger_cli.training.checkpoint_files import find_checkpoints
+from liger_cli.training.inputs import load_inputs
+from liger_cli.training.model import load_model, resolve_model
 
 METRICS = {
     "step",
@@ -64,7 +66,7 @@ def test_run_directory_and_json(train, run_dir):
     }
     assert report["gain"]["source"] == "estimated"
     assert report["gain"]["speed"] is None
-    assert set(report["eval"]) == {"loss", "perplexity", "token_accuracy", "tokens"}
+    assert set(report["eval"]) == {"loss", "perplexity", "token_accuracy", "entropy", "tokens"}
     rows = metrics(run_dir)
     assert [set(row) for row in rows] == [METRICS] * 3
     assert report["train"]["tokens"] == sum(row["tokens"] for row in rows)
@@ -117,6 +119,51 @@ def test_case_59_95_accumulation_equals_one_batch(train, tmp_path, ops):
     assert all((first[key] - second[key]).abs().max() < 1e-4 for key in first)
 
 
+@pytest.mark.parametrize("ops", ["all", "none"])
+def test_case_95_last_window_of_an_epoch(train, run_dir, data, ops):
+    """10 micro-batches in windows of 4: the third step of an epoch has the 2 that are left.
+
+    Its update is that of the mean over the tokens it really has, by torch alone.
+    """
+    rows = data.read_text().splitlines(keepends=True)[:20]
+    data.write_text("".join(rows))
+    words = ("--per-device-train-batch-size", 2, "--gradient-accumulation-steps", 4, "--ops", ops)
+    words += ("--optim", "sgd", "--lr-scheduler-type", "constant", "--max-grad-norm", 0)
+    done = train(*words, "--learning-rate", 0.5, "--max-steps", 6, "--save-steps", 1)
+    assert done.code == 0, done.err
+    assert "3 an epoch" in done.err
+
+    config = load_config(run_dir / "config.yaml")
+    inputs = load_inputs(config)
+    order = [
+        [row for batch in window for row in batch]
+        for window in BatchPlan(20, 2, 4, config.order_seed).windows(1, 6)
+    ]
+    assert [len(window) for window in order] == [8, 8, 4, 8, 8, 4]
+    assert sorted(sum(order[:3], [])) == sorted(sum(order[3:], [])) == list(range(20))
+    for step in (3, 6):
+        before, after = (weights(run_dir / f"checkpoint-{n}") for n in (step - 1, step))
+        source = resolve_model(str(run_dir / f"checkpoint-{step - 1}"))
+        model = load_model(source, dtype=torch.float32)
+        loss_sum, num_labels = 0.0, 0
+        for row in order[step - 1]:
+            ids, labels = (torch.tensor(inputs.train[row][key]) for key in ("input_ids", "labels"))
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+            loss_sum += torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum")
+            num_labels += int((labels[1:] != -100).sum())
+        loss = loss_sum / num_labels
+        loss.backward()
+        assert metrics(run_dir, "loss", "trained_tokens")[step - 1] == (
+            pytest.approx(loss.item(), rel=1e-4),
+            num_labels,
+        )
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        for name, value in before.items():
+            torch.testing.assert_close(
+                after[name], value - 0.5 * gradients[name], rtol=1e-4, atol=1e-5
+            )
+
+
 def test_loss_falls_and_is_learned(train):
     done = train(
         *("--max-steps", 30, "--learning-rate", 3e-3, "--per-device-train-batch-size", 23),
@@ -150,13 +197,64 @@ def test_seed_decides_and_data_seed_moves_only_the_data(train, tmp_path):
     assert runs["data"][0][0] == runs["other"][0][0]
 
 
-@pytest.mark.parametrize("precision", ["--bf16", "--fp16", "--dtype=bfloat16"])
-def test_precisions_train(train, run_dir, precision):
+@pytest.mark.parametrize("precision", ["--bf16", "--dtype=bfloat16"])
+def test_precisions_train(train, run_dir, tmp_path, precision):
     done = train(precision, "--gradient-checkpointing", "--json")
     assert done.code == 0, done.err
     assert done.json()["coverage"]["fused_linear_cross_entropy"]["patched"] == 1
     dtype = torch.bfloat16 if "dtype" in precision else torch.float32
     assert {value.dtype for value in weights(run_dir / "checkpoint-3").values()} == {dtype}
+    assert train("--output-dir", tmp_path / "exact").code == 0
+    (loss,), (exact,) = (metrics(path, "loss")[0] for path in (run_dir, tmp_path / "exact"))
+    # Computed in bfloat16: near, and not the same.
+    assert loss == pytest.approx(exact, rel=1e-2)
+    assert loss != exact
+
+
+@pytest.mark.parametrize("words", [(), ("--adapter", "lora")], ids=["full", "lora"])
+def test_gradient_checkpointing_recomputes_every_layer(
+    train, run_dir, tmp_path, monkeypatch, words
+):
+    from torch._subclasses import FakeTensor
+    from transformers import modeling_utils
+
+    original, calls = modeling_utils.checkpoint, []
+
+    def checkpoint(*args, **options):
+        # The estimate of the memory, at the end, runs a step on tensors without data.
+        if not any(isinstance(value, FakeTensor) for value in args):
+            calls.append(options["use_reentrant"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(modeling_utils, "checkpoint", checkpoint)
+    assert train(*words).code == 0
+    assert not calls
+    done = train(*words, "--gradient-checkpointing", "--output-dir", tmp_path / "less")
+    assert done.code == 0, done.err
+    assert calls == [False] * (3 * 2)
+    for key in ("loss", "grad_norm"):
+        plain = [value for (value,) in metrics(run_dir, key)]
+        assert [value for (value,) in metrics(tmp_path / "less", key)] == pytest.approx(plain)
+
+
+@pytest.mark.parametrize("words", [("--fp16",), ("--adapter", "lora", "--dtype", "float16")])
+def test_float16_on_a_cpu_is_refused(train, words):
+    """accelerate would compute in float32 without a word."""
+    done = train(*words)
+    assert done.code == 3
+    assert "fp16 autocast needs a GPU, and this run is on cpu" in done.err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("words", [("--fp16",), ("--adapter", "lora", "--fp16")])
+def test_float16_scales_its_loss(train, run_dir, words):
+    """The scale starts so high that the first steps overflow and are left out, then it learns."""
+    done = train(*words, "--no-use-cpu", "--max-steps", 12, "--save-steps", 6, "--json")
+    assert done.code == 0, done.err
+    state = torch.load(run_dir / "checkpoint-12" / "trainer_state.pt", weights_only=True)
+    assert state["scaler"]["scale"] > 0
+    assert any(norm is not None for (norm,) in metrics(run_dir, "grad_norm"))
+    assert train(*words, "--no-use-cpu", "--max-steps", 14, "--resume", "auto").code == 0
 
 
 def test_checkpoints_are_kept_to_the_limit(train, run_dir):
@@ -249,6 +347,19 @@ def test_baseline_measures_the_gain(train, run_dir):
     assert "(measured)" in done.err
 
 
+def test_baseline_is_plain_eager(train, monkeypatch):
+    """What it is compared with is neither patched nor compiled."""
+    seen = {}
+
+    def stop(config, **options):
+        seen.update(options, torch_compile=config.torch_compile)
+        raise ConfigError("that is enough")
+
+    monkeypatch.setattr(runs, "run_arm", stop)
+    assert train("--baseline", 2, "--torch-compile").code == 2
+    assert seen == {"name": "eager", "ops": "none", "steps": 2, "torch_compile": False}
+
+
 def test_small_configuration_runs_as_it_is(liger, run_dir):
     path = Path(__file__).parents[2] / "configs" / "train" / "pretrain.yaml"
     done = liger("train", "-c", path, "-o", run_dir, "--use-cpu", "--max-steps", 2, "--json")
@@ -288,19 +399,6 @@ def test_case_88_89_two_processes_equal_one(train, run_dir, data, tmp_path):
         "rng-0.pt",
         "rng-1.pt",
     ]
-
-
-def test_second_interrupt_acts_at_once():
-    # A shell starts what runs in its background with SIGINT ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with _StopRequest() as stop:
-            signal.raise_signal(signal.SIGINT)
-            assert stop.requested
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_windows_cover_every_row_once_an_epoch():

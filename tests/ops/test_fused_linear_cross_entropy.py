@@ -718,6 +718,31 @@ def test_case_11_frozen_weight_saves_its_gradient():
     assert torch.equal(*grads)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [1000, 70001])
+def test_case_31_whether_each_label_is_the_likeliest(vocab):
+    hidden, weight = gpu_head(300, 64, vocab, dtype=torch.float32)
+    likeliest = (hidden @ weight.t()).argmax(-1)
+    target = labels(300, vocab=vocab, device="cuda")
+    target[::3] = likeliest[::3]
+    target[:40] = -100
+    _, stats = fused_linear_cross_entropy(hidden, weight, target, return_stats=True)
+    assert torch.equal(stats.correct.bool(), likeliest == target)
+    assert stats.correct.sum() >= 80
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [65535, 65536, 65537, 102400, 262208])
+def test_case_40_any_vocabulary(vocab):
+    tensors = (*gpu_head(3, 64, vocab, dtype=torch.float32), None)
+    target = torch.tensor([0, vocab - 1, vocab // 2], device="cuda")
+    ours = run(fused_linear_cross_entropy, tensors, target)
+    eager = run(fused_linear_cross_entropy_ref, tensors, target)
+    wanted = truth(tensors, target)
+    for mine, theirs, true in zip(ours[:3], eager[:3], wanted[:3], strict=True):
+        assert error(mine, true) <= 2 * error(theirs, true) + FP32
+
+
 @pytest.mark.whole_card
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 7, 4096])

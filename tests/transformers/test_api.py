@@ -25,8 +25,8 @@ from liger_kernels.transformers import (
     AutoLigerKernelForCausalLM,
     apply_liger_kernel,
     apply_liger_kernel_to_llama,
+    class_mode,
 )
-from liger_kernels.transformers import api as api_module
 from liger_kernels.transformers.families import FAMILIES
 from liger_kernels.transformers.plan import build_plan
 from liger_kernels.transformers.repair import repair_model
@@ -152,7 +152,8 @@ def test_unsupported_model_case_70(tmp_path):
     model = GPT2LMHeadModel(config)
     message = (
         r"model type 'gpt2' stays unpatched: no place for rope, swiglu; it has places for "
-        r"layer_norm \(5, not requested\), fused_linear_cross_entropy \(1, not requested\)\. "
+        r"layer_norm \(5, not requested: add layer_norm to ops\), fused_linear_cross_entropy "
+        r"\(1, not requested: add fused_linear_cross_entropy to ops\)\. "
         r"Known model types: llama"
     )
     with pytest.warns(UserWarning, match=message):
@@ -296,7 +297,7 @@ def test_broken_family_case_76(monkeypatch):
         pass
 
     Importer.import_module = staticmethod(import_module)
-    monkeypatch.setattr(api_module, "importlib", Importer)
+    monkeypatch.setattr(class_mode, "importlib", Importer)
     message = r"'gemma2' cannot be imported.*vanished.*4\.57 to 5\.24"
     with pytest.raises(ImportError, match=message):
         liger_kernels.apply_liger_kernel_to_gemma2()

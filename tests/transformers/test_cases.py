@@ -108,7 +108,7 @@ def test_cross_entropy_is_called_case_57(family, monkeypatch):
         return op(logits, target, **options)
 
     monkeypatch.setattr(head_loss_module, "cross_entropy", counted)
-    functions = importlib.import_module("liger_kernels.transformers.api").FAMILY_FUNCTIONS
+    functions = importlib.import_module("liger_kernels.transformers.class_mode").FAMILY_FUNCTIONS
     record = functions[f"apply_liger_kernel_to_{family}"](
         model=model, cross_entropy=True, fused_linear_cross_entropy=False
     )

@@ -317,7 +317,7 @@ def test_unused_modules_are_told():
     assert record.coverage["fused_linear_cross_entropy"] == {"patched": 0, "candidates": 1}
     row = next(row for row in record.modules if row["name"] == "lonely")
     assert row["status"] == "unused"
-    assert row["reason"] == "no call reached the op while calls were counted"
+    assert row["reason"].startswith("no call reached the op in the step that was counted")
     assert record.summary().endswith("(2 unused)")
 
 
@@ -469,7 +469,7 @@ def test_pickle_loads_in_another_process_case_50(tmp_path):
     assert losses == pytest.approx(wanted, rel=1e-6)
 
 
-# Case 75: ops need no transformers; only patching does, and says so.
+# Case 75: ops need no transformers, nor does patching; only loading does, and says so.
 def test_ops_import_without_transformers_case_75():
     script = """
         import sys
@@ -481,7 +481,7 @@ def test_ops_import_without_transformers_case_75():
         plan = build_plan(torch.nn.Sequential(torch.nn.LayerNorm(8)), "all")
         assert plan.coverage["layer_norm"]["patched"] == 1
         try:
-            liger_kernels.transformers.apply_liger_kernel
+            liger_kernels.transformers.AutoLigerKernelForCausalLM
         except ImportError as problem:
             print("transformers" in str(problem))
     """

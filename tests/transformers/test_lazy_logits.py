@@ -18,12 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_kernels.ops.launch import INTERPRETED
 from liger_kernels.transformers import head_loss
-from liger_kernels.transformers.lazy_logits import (
-    LazyLogits,
-    head_problem,
-    install_head,
-    num_fused,
-)
+from liger_kernels.transformers.head_patch import head_problem, install_head, num_fused
+from liger_kernels.transformers.lazy_logits import LazyLogits
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs without the interpreter")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import zoo
 from torch import nn
 from transformers.models.llama import modeling_llama
 
+from liger_kernels.compare import CheckResult
 from liger_kernels.transformers import inspect_model, patched
 from liger_kernels.transformers.plan import PATCH_OPS, resolve_ops
 
@@ -98,8 +100,10 @@ def test_coverage_counts_candidates_that_were_not_requested():
         "fused_linear_cross_entropy": {"patched": 0, "candidates": 1},
     }
     reasons = {skip.op: skip.reason for skip in plan.skips}
-    assert reasons["rms_norm"] == "not requested"
-    assert reasons["fused_linear_cross_entropy"] == "cross_entropy was chosen for this head"
+    assert reasons["rms_norm"] == "not requested: add rms_norm to ops"
+    assert reasons["fused_linear_cross_entropy"] == (
+        "cross_entropy was chosen for this head, which has one loss"
+    )
     assert "cross_entropy" not in inspect_model(zoo.build("llama"), "rope").coverage
 
 
@@ -115,13 +119,15 @@ def test_modules_in_order_and_json():
     assert [row["name"] for row in rows if row["op"] == "rope"] == [
         f"model.layers.{i}.self_attn" for i in range(11)
     ]
+    source = rows[0].pop("source")
+    assert re.fullmatch(r"transformers/models/qwen3/modeling_qwen3\.py:\d+", source)
     assert rows[0] == {
         "name": "model.layers.0.self_attn",
         "class": "Qwen3Attention",
         "op": "rope",
         "status": "skipped",
         "backend": None,
-        "reason": "not requested",
+        "reason": "not requested: add rope to ops",
     }
     assert {row["status"] for row in rows if row["op"] == "rms_norm"} == {"patched"}
     assert {row["backend"] for row in rows if row["op"] == "rms_norm"} == {"torch"}
@@ -134,8 +140,8 @@ def test_modules_that_are_no_candidates_have_a_reason():
     plan = inspect_model(zoo.build("mllama"), "all")
     reasons = {skip.module_class: skip.reason for skip in plan.skips if skip.op is None}
     assert reasons == {
-        "MllamaTextCrossAttention": "cross-attention: no rotary positions",
-        "MllamaVisionAttention": "attention without rotary positions",
+        "MllamaTextCrossAttention": "cross-attention without rotary positions: nothing to do",
+        "MllamaVisionAttention": "attention without rotary positions: nothing to do",
         "MllamaVisionMLP": "plain MLP (no gate): nothing to fuse",
     }
 
@@ -143,7 +149,8 @@ def test_modules_that_are_no_candidates_have_a_reason():
 def test_activation_without_a_kernel_is_no_candidate_case_21():
     plan = inspect_model(zoo.build("llama", hidden_act="relu2"), "all")
     assert "swiglu" not in plan.coverage
-    assert {s.reason for s in plan.skips} == {"activation relu2 has no kernel"}
+    (reason,) = {s.reason for s in plan.skips}
+    assert reason == "activation relu2: no kernel, its own code runs; nothing to do"
     # Which gelu is meant is read from the module, not from its name.
     plan = inspect_model(zoo.build("llama", hidden_act="gelu"), "all")
     assert {p.spec.activation for p in plan.patches if p.op == "geglu"} == {"gelu"}
@@ -159,6 +166,18 @@ def test_listed_class_that_changed_is_refused(monkeypatch):
     reason = next(skip.reason for skip in plan.skips if skip.op == "rms_norm")
     assert "LlamaRMSNorm does not compute what is known of model type llama" in reason
     assert plan.coverage["swiglu"]["patched"] == 2
+
+
+def test_what_differs_from_the_row_is_named(monkeypatch):
+    def forward(self, hidden_states):
+        x = hidden_states.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (1 + self.weight) * x.to(hidden_states.dtype)
+
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", forward)
+    plan = inspect_model(zoo.build("llama"), "all")
+    (reason,) = {skip.reason for skip in plan.skips if skip.op == "rms_norm"}
+    assert "model type llama (offset is 1.0, not 0.0): its own code runs; report it" in reason
 
 
 def test_listed_class_with_other_layers_is_refused(monkeypatch):
@@ -184,7 +203,8 @@ def test_unlisted_type_is_recognised():
         "swiglu": {"patched": 2, "candidates": 2},
         "fused_linear_cross_entropy": {"patched": 1, "candidates": 1},
     }
-    assert "attention without rotary positions in this layer" in {s.reason for s in plan.skips}
+    reasons = {s.reason for s in plan.skips}
+    assert "attention without rotary positions in this layer: nothing to do" in reasons
 
 
 def test_module_without_configuration():
@@ -196,9 +216,10 @@ def test_module_without_configuration():
 def test_auto_leaves_out_what_fails_on_the_device(monkeypatch):
     from liger_kernels.transformers import plan as plan_module
 
-    monkeypatch.setattr(
-        plan_module, "_failure", lambda op, device: "no compiler" if op == "rope" else None
-    )
+    def try_op(op, *where):
+        return CheckResult(op, op != "rope", "no compiler")
+
+    monkeypatch.setattr(plan_module, "try_op", try_op)
     model = zoo.build("llama")
     skip = next(s for s in inspect_model(model, "auto").skips if s.op == "rope")
     assert skip.reason == "left out by auto, its check fails on cpu: no compiler"

@@ -30,6 +30,7 @@ from liger_kernels.transformers.recognise import (
     recognise_norm,
     recognise_rope,
     rope_functions,
+    unserved,
 )
 
 
@@ -242,8 +243,8 @@ NORMS = {
         GatedNormSpec(False, "sigmoid", "end", 1, True, ("hidden", "z"), "eps"),
     ),
     "gated-narrow": (GatedNarrowNorm, "rounds at a point"),
-    "gated-tanh": (GatedTanhNorm, "norm of 2 inputs (x, gate) of a form that no kernel"),
-    "two-inputs": (TwoInputNorm, "norm of 2 inputs (q, k) of a form that no kernel"),
+    "gated-tanh": (GatedTanhNorm, "norm of 2 inputs (x, gate) of another form"),
+    "two-inputs": (TwoInputNorm, "norm of 2 inputs (q, k) of another form"),
     "l2": (L2Norm, NormSpec(0.0, "end", False, "eps", is_l2=True)),
     "idle-buffer": (IdleBufferNorm, NormSpec(0.0, "mid", False, "eps")),
     "buffer": (BufferNorm, "no kernel"),
@@ -398,14 +399,14 @@ MLPS = {
     "square": (lambda: Mlp(width=8, inner=8), _separate("silu")),
     "gelu": (lambda: Mlp(F.gelu), _separate("gelu")),
     "gelu-tanh": (lambda: Mlp(nn.GELU("tanh")), _separate("gelu_tanh")),
-    "relu2": (lambda: Mlp(lambda x: F.relu(x).square()), "activation relu2 has no kernel"),
+    "relu2": (lambda: Mlp(lambda x: F.relu(x).square()), "activation relu2: no kernel"),
     "quick-gelu": (
         lambda: Mlp(lambda x: x * torch.sigmoid(1.702 * x)),
-        "activation quick_gelu has no kernel",
+        "activation quick_gelu: no kernel",
     ),
-    "linear": (lambda: Mlp(lambda x: x), "activation linear has no kernel"),
-    "other-activation": (lambda: Mlp(nn.Mish()), "activation Mish has no kernel"),
-    "clipped": (lambda: Mlp(nn.Hardtanh()), "activation Hardtanh has no kernel"),
+    "linear": (lambda: Mlp(lambda x: x), "activation linear: no kernel"),
+    "other-activation": (lambda: Mlp(nn.Mish()), "activation Mish: no kernel"),
+    "clipped": (lambda: Mlp(nn.Hardtanh()), "activation Hardtanh: no kernel"),
     "unknown-activation": (lambda: Mlp(torch.sin), None),
     "gate-first": (FusedMLP, MlpSpec("gate_first", "both", "both", "down", "silu")),
     "up-first": (
@@ -655,9 +656,9 @@ def test_experts_layouts():
     assert found.activation == "silu"
     assert found.has_plain_loop
     experts.act_fn = nn.Tanh()
-    assert recognise_experts(experts) == Refusal("activation tanh has no kernel", True)
+    assert recognise_experts(experts) == unserved("activation tanh", is_known_form=True)
     experts.act_fn = nn.Softsign()
-    assert recognise_experts(experts) == Refusal("activation Softsign has no kernel", True)
+    assert recognise_experts(experts) == unserved("activation Softsign", is_known_form=True)
     experts._modules.pop("act_fn")
     experts.act_fn = torch.sin
     assert "gate of their own" in recognise_experts(experts).reason
@@ -699,9 +700,9 @@ def test_sorted_experts():
         found = recognise_experts(SortedExperts(order))
         assert found == ExpertsSpec(order, "silu", False, is_sorted=True)
     experts.act_fn = nn.Tanh()
-    assert recognise_experts(experts) == Refusal("activation tanh has no kernel", True)
+    assert recognise_experts(experts) == unserved("activation tanh", is_known_form=True)
     experts.act_fn = nn.Softsign()
-    assert recognise_experts(experts) == Refusal("activation Softsign has no kernel", True)
+    assert recognise_experts(experts) == unserved("activation Softsign", is_known_form=True)
     experts._modules.pop("act_fn")
     experts.act_fn = torch.sin
     for unknown in (experts, ScaledExperts(), FixedWidthExperts()):

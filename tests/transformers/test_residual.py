@@ -457,7 +457,9 @@ def test_hook_set_before_is_a_reason():
     model = build(Usual)
     add_hook(model)
     (skip,) = (s for s in inspect_model(model, OPS).skips if s.op == OP)
-    assert skip.reason == "a hook or another forward is set on norm, which the op would not call"
+    assert skip.reason == (
+        "a hook or another forward is set on norm, which the op would not call: remove it"
+    )
 
 
 class OwnTensor(torch.Tensor):
@@ -550,10 +552,10 @@ def test_needs_rms_norm():
     plan = inspect_model(zoo.build("llama"), OP)
     assert plan.coverage[OP] == {"patched": 0, "candidates": 2}
     assert {s.reason for s in plan.skips if s.op == OP} == {
-        "needs rms_norm, which was not requested"
+        "needs rms_norm, which was not requested: add it to ops"
     }
     plan = inspect_model(zoo.build("llama"), "flce")
-    assert {s.reason for s in plan.skips if s.op == OP} == {"not requested"}
+    assert {s.reason for s in plan.skips if s.op == OP} == {f"not requested: add {OP} to ops"}
 
 
 def test_norm_that_is_left_alone_is_a_reason():
@@ -564,7 +566,7 @@ def test_norm_that_is_left_alone_is_a_reason():
     (skip,) = (skip for skip in plan.skips if skip.op == OP)
     assert (skip.name, skip.reason) == (
         "model.layers.0",
-        "post_attention_layernorm is not patched",
+        "its post_attention_layernorm is not patched: see there",
     )
 
 
@@ -579,7 +581,8 @@ class Rotating(Layer):
 def test_layer_that_rotates_by_itself_has_one_patch():
     plan = inspect_model(nn.Sequential(Rotating()), "rope," + OPS)
     assert {patch.op for patch in plan.patches if patch.name == "0"} == {"rope"}
-    assert [s.reason for s in plan.skips if s.op == OP] == ["its class is swapped for rope"]
+    reasons = [s.reason for s in plan.skips if s.op == OP]
+    assert reasons == ["it runs rope, and a module runs one op: nothing to do"]
 
 
 def test_modules_are_listed():
@@ -748,7 +751,7 @@ def test_norms_that_peft_wraps_run_as_modules(order):
         record = apply_liger_kernel(wrapped := wrap(zoo.build("llama")), OPS)
         assert record.coverage[OP] == {"patched": 0, "candidates": 2}
         reasons = {skip.reason for skip in record.skipped if skip.op == OP}
-        assert reasons == {"post_attention_layernorm is not patched"}
+        assert reasons == {"its post_attention_layernorm is not patched: see there"}
     assert_same(run(wrapped, inputs), stock)
 
 

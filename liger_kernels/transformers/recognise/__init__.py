@@ -42,6 +42,7 @@ from liger_kernels.transformers.recognise.ropes import (
 from liger_kernels.transformers.recognise.specs import (
     ACTIVATIONS,
     GLU_OPS,
+    NO_KERNEL,
     ExpertsSpec,
     GatedNormSpec,
     HeadSpec,
@@ -54,12 +55,14 @@ from liger_kernels.transformers.recognise.specs import (
     RopeSpec,
     Spec,
     Tail,
+    unserved,
 )
 
 __all__ = [
     "ACTIVATIONS",
     "BASE_ATTRIBUTE",
     "GLU_OPS",
+    "NO_KERNEL",
     "ExpertsSpec",
     "GatedNormSpec",
     "HeadSpec",
@@ -87,6 +90,7 @@ __all__ = [
     "rope_parameters",
     "run_experts",
     "split_gate",
+    "unserved",
 ]
 
 
@@ -122,7 +126,7 @@ class Recogniser:
         if cls not in self._known:
             found = recognise_rope(module)
             if isinstance(found, RopeSpec) and cls.__module__ in self._split:
-                found = Refusal("rotary tables with other angles in their second half: no kernel")
+                found = unserved("rotary tables with other angles in their second half")
             self._known[cls] = found
         return self._known[cls]
 

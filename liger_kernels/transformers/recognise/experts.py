@@ -29,7 +29,8 @@ from liger_kernels.transformers.recognise.specs import (
     ExpertsSpec,
     Layout,
     Refusal,
-    no_kernel,
+    other_activation,
+    unserved,
 )
 
 _ROWS = 32
@@ -44,14 +45,12 @@ def recognise_experts(module: nn.Module) -> ExpertsSpec | Refusal | None:
     gate = getattr(cls, "_apply_gate", None)
     if gate is None:
         in_order = _probe_sorted(module, fused, down) if takes_one_tensor(cls) else None
-        return in_order or Refusal(
-            "experts whose activation runs inside their own forward: no place for a kernel"
-        )
+        return in_order or unserved("experts whose activation runs inside their own forward")
     inner = fused.shape[2 if getattr(module, "is_transposed", False) else 1] // 2
     x = 3 * randn(new_generator(), _ROWS, 2 * inner)
     found = _gate_of(module, functools.partial(gate, stand_in(module)), lambda gated: gated, x, x)
     if found is None:
-        return Refusal("experts with a gate of their own: no kernel")
+        return unserved("experts with a gate of their own")
     if isinstance(found, Refusal):
         return found
     return ExpertsSpec(*found, _has_plain_loop(module))
@@ -84,14 +83,13 @@ def _gate_of(
                 # A clamp inside the gate shows only far out.
                 if found and best(activations, 30.0):
                     layout, activation = found
-                    is_served = activation in GLU_OPS
-                    return (
-                        (cast(Layout, layout), activation) if is_served else no_kernel(activation)
-                    )
+                    if activation in GLU_OPS:
+                        return cast(Layout, layout), activation
+                    return other_activation(activation)
             # What else it does: a limit is out of the reach of small numbers.
-            for shift, reason in ((0.0, CLAMPS), (1.0, SHIFTS)):
+            for shift, what in ((0.0, CLAMPS), (1.0, SHIFTS)):
                 if best(ACTIVATIONS, 0.1, shift):
-                    return Refusal(reason)
+                    return unserved(what)
     except Exception:
         return None
     return None

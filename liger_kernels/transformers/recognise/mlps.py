@@ -26,13 +26,14 @@ from liger_kernels.transformers.recognise.specs import (
     Layout,
     MlpSpec,
     Refusal,
-    no_kernel,
+    other_activation,
+    unserved,
 )
 
 Activations = Mapping[str, Callable[[Tensor], Tensor]]
 
-CLAMPS = "gate that clamps its inputs: no kernel"
-SHIFTS = "gate that is multiplied with up + 1: no kernel"
+CLAMPS = "gate that clamps its inputs"
+SHIFTS = "gate that is multiplied with up + 1"
 # Sizes of the probe: rows, and the width of x. The inner width stays the module's own, since some
 # forwards split by a stored size.
 _ROWS, _WIDTH = 32, 16
@@ -65,7 +66,7 @@ def recognise_mlp(module: nn.Module) -> MlpSpec | Refusal | None:
             or _probe(module, linears, ACTIVATIONS, is_near=True)
         )
     if found is None and any(word in cls.__name__ for word in ("MLP", "Mlp", "FeedForward")):
-        return Refusal("MLP of a form that no kernel computes")
+        return unserved("MLP of another form")
     return found
 
 
@@ -153,25 +154,27 @@ def _probe_gated(trial: _Trial, activations: Activations) -> MlpSpec | Refusal |
     # A clamp inside the gate shows only far out.
     far = {k: error for error, k in trial.errors(activations, 30.0)}
     if not far.get(key, 1.0) < 2e-5:
-        return Refusal(CLAMPS)
+        return unserved(CLAMPS)
     y = trial.call()
     for part in (trial.clone, *trial.clone.children()):
         part.training = True
     if not torch.equal(trial.call(), y):
-        return Refusal("MLP with dropout inside: training and evaluation differ")
+        return Refusal(
+            "MLP with dropout inside, which no kernel draws: set it to 0 in the configuration"
+        )
     layout, gate, up, activation = key
     if activation not in GLU_OPS:
-        return no_kernel(activation)
+        return other_activation(activation)
     down = next(name for name, layer in trial.layers.items() if layer is trial.down)
     return MlpSpec(cast(Layout, layout), gate, up, down, activation)
 
 
 def _probe_near(trial: _Trial, activations: Activations) -> Refusal | None:
     """Return what a gate does besides an activation that it has near 0: a limit is far from it."""
-    for shift, reason in ((0.0, CLAMPS), (1.0, SHIFTS)):
+    for shift, what in ((0.0, CLAMPS), (1.0, SHIFTS)):
         errors = trial.errors(activations, 0.1, shift)
         if errors and errors[0][0] < 2e-5:
-            return Refusal(reason)
+            return unserved(what)
     return None
 
 

@@ -32,13 +32,14 @@ from liger_kernels.transformers.recognise.specs import (
     LayerNormSpec,
     NormSpec,
     Refusal,
+    unserved,
 )
 
 Found = NormSpec | LayerNormSpec | GatedNormSpec | Refusal | None
 # (x, weight, eps, cast) -> the output of a form.
 _Form = Callable[[Tensor, Tensor | None, float, Cast], Tensor]
 
-_ODD_ROUNDING = Refusal("norm that rounds at a point no kernel reproduces")
+_ODD_ROUNDING = unserved("norm that rounds at a point of its own")
 _ROWS = 16
 # What classes write in their forward when no attribute holds eps.
 _EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)
@@ -62,7 +63,7 @@ def recognise_norm(module: nn.Module) -> Found:
                 found = _tried(functools.partial(_gated, inputs), module, has_gate=True)
     if found is None and is_named_norm:
         more = f" of {len(inputs)} inputs ({', '.join(inputs)})" if len(inputs) > 1 else ""
-        return Refusal(f"norm{more} of a form that no kernel computes")
+        return unserved(f"norm{more} of another form")
     return found if is_named_norm or not isinstance(found, Refusal) else None
 
 
@@ -217,7 +218,7 @@ def _l2_norm(x: Tensor, weight: Tensor | None, eps: float, cast: Cast) -> Tensor
 def _layer_norm(probe: _Probe, spec: LayerNormSpec) -> LayerNormSpec | Refusal:
     y = probe(probe.x.bfloat16(), torch.bfloat16)
     if y.dtype != torch.bfloat16 or not is_close(y, probe(probe.x), 3e-2):
-        return Refusal("layer norm that rounds in its own way")
+        return unserved("layer norm that rounds at a point of its own")
     return spec
 
 
@@ -228,7 +229,7 @@ def _rms_norm(probe: _Probe, spec: NormSpec, eps: float) -> NormSpec | Refusal:
     narrow = probe.x.bfloat16()
     scale = torch.rsqrt(narrow.float().pow(2).mean(-1, keepdim=True) + eps).bfloat16()
     if probe.weight is None and _is_same(probe(narrow), narrow * scale):
-        return Refusal("norm that rounds its scale before the product: no kernel does")
+        return unserved("norm that rounds its scale before the product")
     return _ODD_ROUNDING
 
 
@@ -240,19 +241,19 @@ def _describe(probe: _Probe) -> Refusal | None:
     except Exception:
         y = None
     if isinstance(y, Tensor) and y.shape == (_ROWS, 1):
-        return Refusal("gives the scale of a norm, not its product with x: no kernel")
+        return unserved("gives the scale of a norm, not its product with x")
     if isinstance(y, Tensor) and is_close(probe(2 * x) - y, y - probe(0 * x), 1e-4):
         return Refusal("shifts and scales by stored numbers, not by those of x: nothing to fuse")
     form = _rms_norm_form(0.0)
     eps = torch.finfo(x.dtype).eps
     if isinstance(y, Tensor) and probe.matches(form, "", eps):
-        return Refusal("norm whose eps is its dtype's: no kernel")
+        return unserved("norm whose eps is its dtype's")
     image = x.t().reshape(1, width, 4, 4)
     for _, eps in probe.epsilons() if y is None else ():
         form = _layer_norm_form(probe, 0.0)
         wanted = form(x, probe.weight, eps, "end").t().reshape(image.shape)
         if is_close(probe(image), wanted):
-            return Refusal("layer norm over channels that are not the last dimension: no kernel")
+            return unserved("layer norm over channels that are not the last dimension")
     return None
 
 

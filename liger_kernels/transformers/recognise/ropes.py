@@ -22,7 +22,7 @@ from liger_kernels.transformers.recognise.probe import (
     stand_in,
     uniform,
 )
-from liger_kernels.transformers.recognise.specs import Angles, Refusal, RopeSpec, Style
+from liger_kernels.transformers.recognise.specs import Angles, Refusal, RopeSpec, Style, unserved
 
 
 def reachable_functions(function: Callable[..., Any]) -> list[types.FunctionType]:
@@ -76,7 +76,7 @@ def recognise_rope(module: nn.Module) -> RopeSpec | Refusal | None:
     for name, function in sorted(functions.items()):
         spec = _recognise_function(name, function) or _recognise_inside(name, function)
         if spec is None:
-            return Refusal(f"{name} rotates in a way that no kernel does")
+            return unserved(f"{name} rotates in a way of its own")
         specs.append(spec)
     return replace(specs[0], others=tuple(specs[1:]))
 

@@ -157,6 +157,15 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 GLU_OPS = {"silu": "swiglu", "gelu_tanh": "geglu", "gelu": "geglu"}
 
 
-def no_kernel(activation: str) -> Refusal:
+# After what is different about a look-alike that no op computes.
+NO_KERNEL = ": no kernel, its own code runs; nothing to do"
+
+
+def unserved(what: str, *, is_known_form: bool = False) -> Refusal:
+    """Return why a look-alike that no op computes is left alone."""
+    return Refusal(what + NO_KERNEL, is_known_form)
+
+
+def other_activation(activation: str) -> Refusal:
     """Return why a gated MLP or experts with another activation are left alone."""
-    return Refusal(f"activation {activation} has no kernel", is_known_form=True)
+    return unserved(f"activation {activation}", is_known_form=True)

@@ -1,0 +1,153 @@
+"""Keys that do not go together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from liger_cli.config.keys import RunConfig
+
+__all__ = ["CONFLICTS", "METRIC_SCHEDULES"]
+
+_ADAPTER_KEYS = (
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "lora_modules_to_save",
+    "use_rslora",
+)
+
+
+_ADAM_KEYS = ("adam_beta1", "adam_beta2", "adam_epsilon")
+
+# Schedules that follow a metric instead of the number of the step.
+METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+
+
+def _is_set(key: str, config: RunConfig) -> bool:
+    return bool(getattr(config, key) != type(config).model_fields[key].default)
+
+
+def _lacks_adapter(key: str, config: RunConfig) -> bool:
+    return config.adapter == "none" and _is_set(key, config)
+
+
+def _lacks_moments(key: str, config: RunConfig) -> bool:
+    return config.optim in ("sgd", "adafactor") and _is_set(key, config)
+
+
+def _lacks_evaluations(key: str, config: RunConfig) -> bool:
+    return not config.evaluates_on_the_way and _is_set(key, config)
+
+
+# Keys, why they do not go together, and when. A conflict is never one of default values alone.
+CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[RunConfig], bool]], ...] = (
+    (("bf16", "fp16"), "bf16 and fp16 exclude each other", lambda c: c.bf16 and c.fp16),
+    (
+        ("fp16", "dtype"),
+        "fp16 needs float32 or bfloat16 parameters, dtype is float16",
+        lambda c: c.fp16 and c.dtype == "float16" and c.adapter == "none",
+    ),
+    (
+        ("master_weights", "dtype", "bf16", "fp16"),
+        "master_weights is for bfloat16 parameters; bf16 and fp16 have float32 ones",
+        lambda c: c.master_weights and (c.bf16 or c.fp16 or c.dtype in ("float32", "float16")),
+    ),
+    (
+        ("master_weights", "adapter"),
+        "master_weights is for the model's own parameters; those of an adapter are float32",
+        lambda c: c.master_weights and c.adapter != "none",
+    ),
+    *(
+        (
+            (key, "adapter"),
+            f"{key} is for an adapter; set adapter to lora or dora",
+            functools.partial(_lacks_adapter, key),
+        )
+        for key in _ADAPTER_KEYS
+    ),
+    *(
+        (
+            (key, "optim"),
+            f"{key} is for AdamW and muon; sgd and adafactor do not take it",
+            functools.partial(_lacks_moments, key),
+        )
+        for key in _ADAM_KEYS
+    ),
+    (
+        ("lr_scheduler_type", "eval_steps"),
+        "this lr_scheduler_type follows the loss of the evaluations and needs eval_steps",
+        lambda c: c.lr_scheduler_type in METRIC_SCHEDULES and not c.evaluates_on_the_way,
+    ),
+    (
+        ("lr_scheduler_type", "warmup_steps", "warmup_ratio"),
+        "this lr_scheduler_type has no warm-up; set warmup_steps and warmup_ratio to 0",
+        lambda c: c.lr_scheduler_type in METRIC_SCHEDULES and c.warmup_steps + c.warmup_ratio > 0,
+    ),
+    (
+        ("warmup_steps", "warmup_ratio"),
+        "warmup_steps and warmup_ratio exclude each other; set one to 0",
+        lambda c: c.warmup_steps > 0 and c.warmup_ratio > 0,
+    ),
+    (
+        ("eval_dataset", "eval_fraction"),
+        "eval_dataset and eval_fraction exclude each other",
+        lambda c: c.eval_dataset is not None and c.eval_fraction > 0,
+    ),
+    *(
+        (
+            (key, "eval_steps"),
+            f"{key} looks at the evaluations and needs eval_steps, or eval_strategy epoch",
+            functools.partial(_lacks_evaluations, key),
+        )
+        for key in ("load_best_model_at_end", "early_stopping_patience")
+    ),
+    (
+        ("early_stopping_threshold", "early_stopping_patience"),
+        "early_stopping_threshold is for early_stopping_patience",
+        lambda c: c.early_stopping_threshold > 0 and c.early_stopping_patience is None,
+    ),
+    (
+        ("eval_strategy", "eval_steps"),
+        "eval_strategy steps needs eval_steps",
+        lambda c: c.eval_strategy == "steps" and c.eval_steps == 0,
+    ),
+    (
+        ("eval_strategy", "eval_steps"),
+        "eval_steps is for eval_strategy steps; set it to 0",
+        lambda c: c.eval_strategy in ("no", "epoch") and c.eval_steps > 0,
+    ),
+    (
+        ("eval_strategy", "eval_on_start"),
+        "eval_strategy no and eval_on_start exclude each other",
+        lambda c: c.eval_strategy == "no" and c.eval_on_start,
+    ),
+    (
+        ("streaming", "eval_strategy"),
+        "streaming has no epochs to evaluate after; set eval_steps",
+        lambda c: c.streaming and c.eval_strategy == "epoch",
+    ),
+    (
+        ("streaming", "max_steps"),
+        "streaming needs max_steps: nobody knows how many rows an epoch has",
+        lambda c: c.streaming and c.max_steps < 0,
+    ),
+    (
+        ("streaming", "eval_fraction"),
+        "streaming and eval_fraction exclude each other; eval_dataset has rows of its own",
+        lambda c: c.streaming and c.eval_fraction > 0,
+    ),
+    (
+        ("streaming", "dataset_num_proc"),
+        "streaming tokenises in the run's own process; set dataset_num_proc to 1",
+        lambda c: c.streaming and c.dataset_num_proc > 1,
+    ),
+    (
+        ("streaming", "dataloader_num_workers"),
+        "streaming collates in the run's own process; set dataloader_num_workers to 0",
+        lambda c: c.streaming and c.dataloader_num_workers > 0,
+    ),
+)

@@ -1,0 +1,97 @@
+"""The report of `liger data preview` for a terminal: rows in colour, a histogram, shares."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+from liger_cli.figures import format_count
+from liger_cli.preview import DataPreview, Fill, RowPreview
+from liger_cli.report import show_json, show_lines, show_table
+
+__all__ = ["show_preview"]
+
+_BAR_WIDTH = 40
+_TRAINED = "bold green"
+
+
+def show_preview(preview: DataPreview, *, as_json: bool) -> None:
+    """Prints the rendered rows first and the figures last, or one JSON document.
+
+    Trained tokens are green; where there is no colour they stand in double square brackets.
+    """
+    if as_json:
+        show_json(preview.to_dict())
+        return
+    console = Console(highlight=False, markup=False)
+    for number, row in enumerate(preview.rows, start=1):
+        show_lines(
+            f"row {number}: {row.tokens} tokens, {row.trained_tokens} trained on "
+            f"({_percent(row.trained_tokens, row.tokens)})"
+        )
+        console.print(_text(row, in_colour=console.color_system is not None), soft_wrap=True)
+        show_lines("")
+    show_lines(*_figures(preview), "")
+    most = max(bar.rows for bar in preview.histogram)
+    show_table(
+        ("tokens", "rows", ""),
+        [
+            (
+                f"{bar.first}-{bar.last}" if bar.last > bar.first else str(bar.first),
+                format_count(bar.rows),
+                "#" * -(-bar.rows * _BAR_WIDTH // most),
+            )
+            for bar in preview.histogram
+        ],
+    )
+    show_lines("")
+    show_table(("how rows are fed", "rows", "not padding"), map(_fill_row, preview.fill))
+
+
+def _text(row: RowPreview, *, in_colour: bool) -> Text:
+    text = Text()
+    for piece in row.pieces:
+        shown = _printable(piece.text)
+        if not piece.is_trained:
+            text.append(shown)
+        elif in_colour:
+            text.append(shown, style=_TRAINED)
+        else:
+            text.append(f"[[{shown}]]")
+    return text
+
+
+def _printable(text: str) -> str:
+    """Text without what a terminal obeys; lines and tabs stay."""
+    return "".join(
+        char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text
+    )
+
+
+def _figures(preview: DataPreview) -> list[str]:
+    stats, lengths = preview.stats, preview.lengths
+    licence = f" ({preview.licence})" if preview.licence else ""
+    part = ", the first block of the stream" if preview.is_part else ""
+    read = stats.rows + stats.dropped_rows
+    return [
+        f"{preview.name}{licence}{part}: columns {', '.join(stats.columns) or 'none'}",
+        f"{format_count(stats.rows)} rows, {format_count(stats.tokens)} tokens, "
+        f"{format_count(stats.trained_tokens)} trained on "
+        f"({_percent(stats.trained_tokens, stats.tokens)})",
+        f"cut to max_length {preview.max_length}: {format_count(stats.truncated_rows)} rows "
+        f"({_percent(stats.truncated_rows, stats.rows)})",
+        f"left out, nothing to train on: {format_count(stats.dropped_rows)} rows "
+        f"({_percent(stats.dropped_rows, read)})",
+        "tokens of a row: "
+        + ", ".join(f"{name} {format_count(value)}" for name, value in lengths.items()),
+    ]
+
+
+def _fill_row(fill: Fill) -> tuple[str, str, str]:
+    names = {"unpacked": "batches of rows", "bfd": "packed, best fit"}
+    name = names.get(fill.how, "packed, in order")
+    return name, format_count(fill.rows), f"{fill.efficiency:.1%}"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "0.0%"

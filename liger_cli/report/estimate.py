@@ -1,0 +1,95 @@
+"""The report of `liger estimate`: its values and its table."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from liger_cli.figures import format_bytes
+from liger_cli.report.console import show_json, show_lines, show_table
+
+__all__ = ["CardPart", "EstimateReport", "FitPart", "PartRow", "show_estimate"]
+
+SCHEMA_VERSION = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class PartRow(_Part):
+    """A part of a step's memory: all that it takes, and what of it is there at the peak."""
+
+    name: str
+    size: int
+    at_peak: int
+
+
+class CardPart(_Part):
+    """A card: the bytes that tensors can have, and those that are left, negative if too few."""
+
+    name: str
+    usable: int
+    free: int
+
+
+class FitPart(_Part):
+    """The largest value of a key that fits; `is_limit` is false where nothing larger was tried."""
+
+    key: str
+    value: int
+    is_limit: bool
+
+
+class EstimateReport(_Part):
+    """The memory of a training step, estimated.
+
+    Attributes:
+        phases: The most that is there in the optimizer's step, in forward and in backward.
+        remedies: What would make it fit, in words, the cheapest first.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    command: str = "estimate"
+    model: str
+    batch_size: int
+    sequence_length: int
+    parts: list[PartRow]
+    peak: int
+    phases: dict[str, int]
+    card: CardPart | None = None
+    fit: FitPart | None = None
+    remedies: list[str] = []
+
+
+def show_estimate(report: EstimateReport, *, as_json: bool) -> None:
+    """Prints the report as JSON, or as a table with what follows from it."""
+    if as_json:
+        show_json(report.model_dump(mode="json"))
+        return
+    rows = [(row.name, _bytes(row.size), _bytes(row.at_peak)) for row in report.parts]
+    show_table(("part", "takes", "at the peak"), [*rows, ("peak", "", _bytes(report.peak))])
+    show_lines("", *_lines(report))
+
+
+def _lines(report: EstimateReport) -> list[str]:
+    lines = [
+        f"{report.model}, {report.batch_size} x {report.sequence_length} tokens: "
+        f"at most {format_bytes(report.peak)} at once, in {_widest_phase(report)}"
+    ]
+    if report.fit is not None:
+        largest = "the largest that fits" if report.fit.is_limit else "fits; more was not tried"
+        lines.append(f"{report.fit.key} {report.fit.value}: {largest}")
+    if (card := report.card) is not None:
+        has = f"{card.name} has {format_bytes(card.usable)} for tensors"
+        left = "are left" if card.free >= 0 else "are missing"
+        lines.append(f"{has}: {format_bytes(abs(card.free))} {left}")
+    return lines + report.remedies
+
+
+def _widest_phase(report: EstimateReport) -> str:
+    phase = max(report.phases, key=report.phases.__getitem__)
+    return "the optimizer's step" if phase == "optimizer" else phase
+
+
+def _bytes(size: int) -> str:
+    return format_bytes(size) if size else ""

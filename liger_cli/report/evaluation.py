@@ -1,0 +1,72 @@
+"""What evaluations found, as a table of the sets and as lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from liger_cli.figures import format_count
+from liger_cli.report.bench import loss_text
+from liger_cli.report.tables import Table
+from liger_cli.report.values import EvalPart, RunReport
+
+__all__ = ["eval_lines", "eval_table", "eval_texts", "parts_by_name"]
+
+_FIGURES = ("loss", "perplexity", "token accuracy", "entropy", "tokens")
+
+
+def eval_table(report: RunReport) -> Table | None:
+    """Returns the figures of each evaluation set, and of all together; None without named sets."""
+    if not report.eval_sets:
+        return None
+    rows = [
+        (name, *(_words(part).get(key, "") for key in _FIGURES))
+        for name, part in parts_by_name(report).items()
+    ]
+    return Table.with_used_columns("Evaluation", ("evaluation", *_FIGURES), rows)
+
+
+def eval_lines(report: RunReport) -> list[str]:
+    """Returns what was found of data without names, and what followed from the evaluations."""
+    lines = [] if report.eval_sets else eval_texts(report)
+    if report.stop is not None:
+        lines.append(
+            f"stopped after step {report.stop.step}: {report.stop.evaluations} evaluations in turn "
+            "were no better"
+        )
+    if (best := report.best) is not None:
+        place = f": {best.checkpoint}" if best.checkpoint else ", which was not saved"
+        lines.append(f"best {best.metric} {best.value:.4f} after step {best.step}{place}")
+    return lines
+
+
+def eval_texts(report: RunReport) -> list[str]:
+    """Returns the figures of each evaluation set, and of all together, in a line each."""
+    lines = []
+    for name, part in parts_by_name(report).items():
+        *figures, (_, tokens) = _words(part).items()
+        words = [name] if name else []
+        words += [f"{key} {text}" for key, text in figures]
+        lines.append("  ".join([*words, f"{tokens} tokens"]))
+    return lines
+
+
+def parts_by_name(report: RunReport) -> Mapping[str, EvalPart]:
+    """Returns what was found of each set and of all together; data without a name have ""."""
+    if report.eval is None:
+        return {}
+    if not report.eval_sets:
+        return {"": report.eval}
+    # Of one set with a name, all together would say the same again.
+    is_one = len(report.eval_sets) == 1
+    return report.eval_sets if is_one else {**report.eval_sets, "all sets": report.eval}
+
+
+def _words(part: EvalPart) -> dict[str, str]:
+    words = {"loss": loss_text([part.loss])}
+    if part.perplexity is not None:
+        words["perplexity"] = f"{part.perplexity:.2f}"
+    if part.token_accuracy is not None:
+        words["token accuracy"] = f"{part.token_accuracy:.1%}"
+    if part.entropy is not None:
+        words["entropy"] = f"{part.entropy:.2f}"
+    return {**words, "tokens": format_count(part.tokens)}

@@ -1,0 +1,76 @@
+"""Charts as picture files. matplotlib is imported only where one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from liger_cli.errors import ConfigError, EnvironmentProblem
+
+__all__ = ["Chart", "check_plot", "draw"]
+
+_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over one axis.
+
+    Attributes:
+        lines: y by x of each curve, by its name in the legend.
+        marks: Points of a curve's colour, by the name of the curve; marks_label says what they are.
+    """
+
+    x_label: str
+    y_label: str
+    lines: Mapping[str, Mapping[int, float]]
+    marks: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    marks_label: str = ""
+
+
+def check_plot(path: Path, what: str) -> None:
+    """Finds out whether a chart can be drawn, before there is something to draw.
+
+    Args:
+        path: The picture.
+        what: The flag that asks for it.
+
+    Raises:
+        ConfigError: The name has no ending of a picture.
+        EnvironmentProblem: matplotlib is missing.
+    """
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ConfigError(f"{what} {path} should end in {', '.join(_SUFFIXES)}")
+    try:
+        import_module("matplotlib.figure")
+    # A compiled package that does not fit this machine fails to import in ways of its own.
+    except Exception as error:
+        raise EnvironmentProblem(
+            f"{what} needs matplotlib: {error}", hint="pip install 'liger-kernels[plots]'"
+        ) from error
+
+
+def draw(chart: Chart, path: Path) -> None:
+    """Draws a chart into a file, whose ending tells its kind."""
+    # Without pyplot there is no window, no display and no state that other charts share.
+    figure: Any = import_module("matplotlib.figure").Figure(
+        figsize=(8, 4.5), dpi=150, layout="constrained"
+    )
+    axes = figure.add_subplot(xlabel=chart.x_label, ylabel=chart.y_label)
+    for number, (name, points) in enumerate(chart.lines.items()):
+        # The first is thicker: a curve that is equal to it would hide it.
+        axes.plot(*_columns(points), label=name, linewidth=3 if number == 0 else 1.2)
+        if marks := chart.marks.get(name):
+            color, label = axes.lines[-1].get_color(), f"{name}: {chart.marks_label}"
+            axes.plot(*_columns(marks), "o", color=color, label=label, markeredgecolor="black")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _columns(points: Mapping[int, float]) -> tuple[list[int], list[float]]:
+    return list(points.keys()), list(points.values())

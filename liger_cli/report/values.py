@@ -1,0 +1,286 @@
+"""The values of run reports: what a command found, as one value that goes to JSON and back.
+
+Units: bytes, ms, tokens a second. GB is 1e9 bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+__all__ = [
+    "MIN_MEMORY_NOISE",
+    "MIN_SPEED_NOISE",
+    "AgainstPart",
+    "Arm",
+    "AssertPart",
+    "BestPart",
+    "DataPart",
+    "EvalPart",
+    "Finite",
+    "FitPart",
+    "GainPart",
+    "ModuleRow",
+    "ParityPart",
+    "PeerPart",
+    "RatiosPart",
+    "RunReport",
+    "StopPart",
+    "SweepPoint",
+    "TrainPart",
+]
+
+SCHEMA_VERSION = 1
+
+# Clock and temperature move the speed of equal runs by about this much on a quiet machine.
+MIN_SPEED_NOISE = 0.03
+MIN_MEMORY_NOISE = 0.01
+
+ModuleRow = dict[str, str | None]
+
+
+def _drop_non_finite(value: float | None) -> float | None:
+    return value if value is None or math.isfinite(value) else None
+
+
+# JSON has no NaN or infinity: such a number is None from the start.
+Finite = Annotated[float | None, AfterValidator(_drop_non_finite)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TrainPart(_Part):
+    """What training did. tokens: fed and not padding; trained_tokens: those with a label."""
+
+    steps: int
+    tokens: int
+    trained_tokens: int
+    first_loss: Finite
+    final_loss: Finite
+    tokens_per_s: Finite
+    step_ms: Finite
+    peak_memory_bytes: int | None
+
+
+class GainPart(_Part):
+    """Against the unpatched model: times faster, and the share of its peak memory."""
+
+    source: Literal["measured", "estimated"]
+    speed: Finite = None
+    memory: Finite = None
+
+
+class DataPart(_Part):
+    """The data that were read: the rows used and left out, as DataStats counts them."""
+
+    name: str
+    rows: int
+    dropped_rows: int
+    tokens: int
+    trained_tokens: int
+    truncated_rows: int
+    eval_rows: int
+    columns: list[str]
+
+
+class EvalPart(_Part):
+    """Token-weighted evaluation; tokens are those with a label. entropy is in nats a token."""
+
+    loss: Finite
+    perplexity: Finite
+    token_accuracy: Finite
+    entropy: Finite = None
+    tokens: int
+
+
+class BestPart(_Part):
+    """The best evaluation on the way; checkpoint is that of its step, if there is one."""
+
+    step: int
+    metric: str
+    value: float
+    checkpoint: str | None
+
+
+class StopPart(_Part):
+    """A run that ended before its last step: so many evaluations in turn were no better."""
+
+    step: int
+    evaluations: int
+
+
+class Arm(_Part):
+    """One side of a comparison: medians over all its runs; a loss that is not finite is None.
+
+    The first step of a run, which compiles and warms up, is in first_step_ms alone, where the
+    longest of all runs stands. error says why a side has no figures; note what to know of it.
+    """
+
+    name: str
+    tokens_per_s: Finite = None
+    step_ms: Finite = None
+    step_p20_ms: Finite = None
+    step_p80_ms: Finite = None
+    first_step_ms: Finite = None
+    peak_memory_bytes: int | None = None
+    losses: list[Finite] = []
+    grad_norms: list[Finite] = []
+    runs: int = 1
+    note: str | None = None
+    error: str | None = None
+
+
+class RatiosPart(_Part):
+    """The patched arm against another: speed above 1 is faster, memory below 1 is smaller.
+
+    noise and memory_noise are how far apart equal runs were; a difference below says nothing. They
+    are None where a side ran once: then nobody knows.
+    """
+
+    speed: Finite = None
+    memory: Finite = None
+    noise: Finite = MIN_SPEED_NOISE
+    memory_noise: Finite = MIN_MEMORY_NOISE
+
+
+class ParityPart(_Part):
+    """How far the losses of two arms are apart, step by step from the same weights and data.
+
+    The norms of the gradients are compared alike, where both arms have them; equal is about both.
+    """
+
+    steps: int
+    max_loss_difference: Finite
+    max_relative_difference: Finite
+    tolerance: float
+    max_grad_norm_difference: Finite = None
+    grad_norm_tolerance: Finite = None
+    equal: bool
+
+
+class AgainstPart(_Part):
+    """Two arms compared; the verdict says it in words, with a reason where there is no gain."""
+
+    ratios: RatiosPart
+    parity: ParityPart
+    verdict: str
+
+
+class SweepPoint(_Part):
+    """One size of a sweep.
+
+    An arm with an error has no figures: it did not fit, or was not tried, since a smaller size did
+    not fit either. against: patched against each other arm, and eager with one op against eager.
+    """
+
+    batch_size: int
+    sequence_length: int
+    arms: list[Arm]
+    against: dict[str, AgainstPart] = {}
+
+
+class FitPart(_Part):
+    """What fits of an arm: by sequence length the largest batch, None where none does."""
+
+    arm: str
+    largest_batch_size: int | None
+    longest_sequence: int | None
+    by_sequence: dict[int, int | None]
+
+
+class AssertPart(_Part):
+    """A bound of --assert and what was measured; where is the comparison it was measured in."""
+
+    bound: str
+    where: str
+    found: Finite = None
+    met: bool
+
+
+class PeerPart(_Part):
+    """The library that patched the model instead of ours, and how many modules look different."""
+
+    name: str
+    version: str | None
+    num_changed: int
+
+
+class RunReport(_Part):
+    """The result of one command. Parts it does not have are None here and absent from the JSON.
+
+    Attributes:
+        coverage: {op: {"patched": n, "candidates": m}} for every op with a candidate.
+        modules: One row a module: name, class, op, status, backend, reason, source.
+        missing: Ops asked for by name that have no place in the model.
+        others: How many modules run the kernels of each other package.
+        eval, eval_sets: Of all evaluation data, and of each set where they have names.
+        ratios, parity: The patched arm against the first it was to be compared with.
+        against: The same for every one of them, by name.
+        ablation: By op, eager with that op alone against eager.
+        peer: Only of a run that a peer's patch was measured in.
+        interrupted: True if a comparison was stopped, so that arms are missing or ran less often.
+    """
+
+    command: str
+    model: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None
+    environment: dict[str, Any] | None = None
+    coverage: dict[str, dict[str, int]] | None = None
+    modules: list[ModuleRow] | None = None
+    missing: list[str] | None = None
+    others: dict[str, int] | None = None
+    data: DataPart | None = None
+    train: TrainPart | None = None
+    gain: GainPart | None = None
+    eval: EvalPart | None = None
+    eval_sets: dict[str, EvalPart] | None = None
+    best: BestPart | None = None
+    stop: StopPart | None = None
+    arms: list[Arm] | None = None
+    ratios: RatiosPart | None = None
+    parity: ParityPart | None = None
+    against: dict[str, AgainstPart] | None = None
+    ablation: dict[str, AgainstPart] | None = None
+    sweep: list[SweepPoint] | None = None
+    fits: list[FitPart] | None = None
+    asserted: list[AssertPart] | None = None
+    peer: PeerPart | None = None
+    interrupted: bool | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as plain JSON values, without the parts it does not have."""
+        absent = {name for name in type(self).model_fields if getattr(self, name) is None}
+        # Through pydantic's JSON writer, which turns a NaN in config or environment into null.
+        values = json.loads(self.model_dump_json(exclude=absent))
+        return {"schema_version": SCHEMA_VERSION, **values}
+
+    def to_json(self) -> str:
+        """Returns the report as one JSON document; NaN and infinity are null."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> RunReport:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: The text is no report, or one of a newer schema.
+        """
+        values = json.loads(text)
+        version = values.pop("schema_version", None) if isinstance(values, dict) else None
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"report: schema_version is {version}, expected {SCHEMA_VERSION}")
+        return cls.model_validate(values)
+
+    def write(self, path: Path) -> None:
+        """Writes the report in one step: a reader sees the old file or the whole new one."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished.write_text(self.to_json() + "\n", encoding="utf-8")
+        unfinished.replace(path)

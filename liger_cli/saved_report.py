@@ -1,0 +1,64 @@
+"""Reports as they lie on a disk: a run directory, or the JSON document of a command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from liger_cli.compare import read_run
+from liger_cli.errors import ConfigError
+from liger_cli.report.summary import SavedReport
+from liger_cli.report.values import RunReport
+
+__all__ = ["read_saved"]
+
+_WHAT = (
+    "Name the output_dir of `liger train`, its report.json, or a file that --json of train, eval, "
+    "inspect or bench was written to."
+)
+# Commands whose JSON has other parts, and what shows it.
+_OTHERS = {
+    "bench ops": "its --markdown FILE writes the tables",
+    "verify": "without --json it prints them",
+}
+
+
+def read_saved(path: Path) -> SavedReport:
+    """Returns the report of a run directory, finished or not, or of a file of JSON.
+
+    Raises:
+        ConfigError: There is none, or it cannot be read.
+    """
+    if path.is_dir() and (path / "metrics.jsonl").is_file():
+        run = read_run(path)
+        return SavedReport(run.report, run.steps, run.evaluations, run.is_finished)
+    file = path / "report.json" if path.is_dir() else path
+    if file.name == "report.json" and (file.parent / "metrics.jsonl").is_file():
+        return read_saved(file.parent)
+    try:
+        return SavedReport(_parse(file.read_bytes()))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}", hint=_WHAT) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(
+            f"{file} is no report that this version reads: {where}: {first['msg']}",
+            hint="Another version may have written it.",
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"{file} is no report: {error}", hint=_WHAT) from error
+
+
+def _parse(document: bytes) -> RunReport:
+    try:
+        text = document.decode()
+        values = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"it is not JSON ({error})") from error
+    command = values.get("command") if isinstance(values, dict) else None
+    if command in _OTHERS:
+        raise ValueError(f"liger {command} writes one of its own kind; {_OTHERS[command]}")
+    return RunReport.from_json(text)

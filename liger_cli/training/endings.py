@@ -1,0 +1,71 @@
+"""How a run ends before its last step: somebody stops it, or its numbers are of no use."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from liger_cli.errors import Interrupted, NonFiniteLoss
+
+__all__ = ["StopRequest", "interrupted", "non_finite"]
+
+_log = logging.getLogger(__name__)
+
+# What wraps a run may hand on, at once, the Ctrl-C that the terminal has sent to the run as well.
+_ECHO_S = 1.0
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a flag; a later one acts as it would without this."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._since = 0.0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        # Python delivers signals to the main thread, and lets no other thread ask for them.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
+            _log.warning("stopping after this step; once more stops at once")
+        elif time.monotonic() - self._since > _ECHO_S:
+            self.__exit__()
+            signal.raise_signal(number)
+
+
+def interrupted(step: int, checkpoint: Path | None) -> Interrupted:
+    """Returns the error of a run that was stopped after a step."""
+    if checkpoint is None:
+        return Interrupted(f"interrupted after step {step}")
+    return Interrupted(
+        f"interrupted after step {step}; its checkpoint is {checkpoint}",
+        hint="The same command with --resume auto goes on from there.",
+    )
+
+
+def non_finite(step: int, loss: float, norm: float, checkpoint: Path | None) -> NonFiniteLoss:
+    """Returns the error of a step whose loss or gradient is NaN or infinite."""
+    what = f"loss is {loss}" if not math.isfinite(loss) else f"norm of the gradient is {norm}"
+    kept = f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written"
+    return NonFiniteLoss(
+        f"step {step}: the {what}; {kept}",
+        hint="A lower --learning-rate, a longer --warmup-steps or --dtype float32 may help; "
+        "--save-steps sets how often a checkpoint is written.",
+    )

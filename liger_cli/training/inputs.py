@@ -1,0 +1,196 @@
+"""From a configuration to a model that was found but not loaded, and its data.
+
+What can fail cheaply comes first, so that a typo does not cost the loading of a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from liger_cli.config import RunConfig
+from liger_cli.errors import ConfigError, DataError
+from liger_cli.training.adapters import attach_adapter, new_adapter
+from liger_cli.training.cache import Counts
+from liger_cli.training.collate import Collator
+from liger_cli.training.data import Examples, RowOptions, join_licences, load_examples
+from liger_cli.training.model import ModelSource, build_meta_model, load_tokenizer, resolve_model
+from liger_cli.training.packing import PackedRows, refuse_packing
+from liger_cli.training.samples import SAMPLE_NAME
+from liger_cli.training.sources import SYNTHETIC_NAME, Split
+from liger_cli.training.stream import open_stream
+from liger_cli.training.tokenizers import load_processor
+
+__all__ = ["Inputs", "load_inputs"]
+
+# Rows of the sample's own split that end a run unasked: some seconds on a CPU.
+_UNASKED_EVAL_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A model that was found but not loaded, and its data.
+
+    Attributes:
+        meta_model: The model without weights, its adapter around it.
+        data: As they were read, before a part was kept for evaluation.
+        train: Rows to train on, or a Stream; None where only evaluation was asked for.
+        eval: Rows to evaluate on by the name of their set, which is "" of one alone.
+    """
+
+    source: ModelSource
+    meta_model: Any
+    tokenizer: Any
+    collator: Collator
+    data: Examples
+    train: Any
+    eval: dict[str, Any]
+
+
+def load_inputs(
+    config: RunConfig,
+    *,
+    source: ModelSource | None = None,
+    trains: bool = True,
+    notify: Callable[[str], None] | None = None,
+) -> Inputs:
+    """Finds the model and reads the data; loads no weights.
+
+    Args:
+        source: The model, where it was found before.
+        trains: False reads the evaluation data alone: eval_dataset, or a part or split of dataset.
+        notify: Told what a user should know of the data's cache.
+
+    Raises:
+        LigerError: The model or the data cannot be had.
+    """
+    source = source or resolve_model(config.model)
+    meta_model = build_meta_model(source)
+    if trains and config.adapter != "none":
+        if source.adapter is not None:
+            raise ConfigError(
+                f"adapter is {config.adapter}, but {config.model} is an adapter already",
+                hint="--adapter none trains that one on.",
+            )
+        meta_model = attach_adapter(meta_model, new_adapter(config, meta_model), base="")
+    packs = trains and config.packing
+    if packs:
+        refuse_packing(meta_model, config.max_length)
+    tokenizer = load_tokenizer(source)
+    options = RowOptions(
+        max_length=config.max_length,
+        vocab_size=meta_model.config.get_text_config().vocab_size,
+        completion_only=config.completion_only_loss,
+        assistant_only=config.assistant_only_loss,
+    )
+
+    def load(name: str, split: Split) -> Examples:
+        return load_examples(
+            name,
+            tokenizer,
+            options,
+            split=split,
+            seed=config.order_seed,
+            processor=load_processor(source),
+            num_proc=config.dataset_num_proc,
+            notify=notify,
+        )
+
+    train_rows = None
+    if config.eval_fraction:
+        data = load(config.dataset, "train")
+        train_rows, held_out = _split(data, config)
+        eval_rows = {"": held_out}
+    elif not trains:
+        sets = config.eval_sets or {"": config.dataset}
+        loaded = {name: load(place, "eval") for name, place in sets.items()}
+        data = _together(loaded)
+        eval_rows = {name: part.examples for name, part in loaded.items()}
+    else:
+        if config.streaming:
+            data = open_stream(
+                config.dataset,
+                tokenizer,
+                options,
+                buffer_size=config.shuffle_buffer_size,
+                seed=config.order_seed,
+                packing=config.packing_strategy if packs else None,
+            )
+        else:
+            data = load(config.dataset, "train")
+        train_rows = data.examples
+        eval_rows = _eval_rows(config, load)
+    if trains and config.eval_strategy == "no":
+        eval_rows = {}
+    if packs and not config.streaming:
+        refuse_packing(meta_model, config.max_length, has_images=data.has_images)
+        train_rows = PackedRows.of(train_rows, config.max_length, config.packing_strategy)
+    # Where it looks for documents, flash attention wants a batch of one row.
+    flatten = packs and "flash" in (config.attn_implementation or "")
+    return Inputs(
+        source=source,
+        meta_model=meta_model,
+        tokenizer=tokenizer,
+        collator=Collator.for_tokenizer(tokenizer, flatten=flatten),
+        data=data,
+        train=train_rows,
+        eval={name: _at_most(config.max_eval_samples, rows) for name, rows in eval_rows.items()},
+    )
+
+
+def _eval_rows(config: RunConfig, load: Callable[[str, Split], Examples]) -> dict[str, Any]:
+    """What a training run is evaluated on that keeps none of its own rows for it."""
+    if config.eval_sets:
+        return {name: load(place, "eval").examples for name, place in config.eval_sets.items()}
+    asking = {
+        "eval_steps": config.eval_steps > 0,
+        "eval_strategy": config.eval_strategy == "epoch",
+        "eval_on_start": config.eval_on_start,
+    }
+    key = next((key for key, asks in asking.items() if asks), None)
+    if config.dataset == SAMPLE_NAME or (key and config.dataset == SYNTHETIC_NAME):
+        rows = load(config.dataset, "eval").examples
+        return {"": rows if config.max_eval_samples else _at_most(_UNASKED_EVAL_ROWS, rows)}
+    if key:
+        raise ConfigError(f"{key} needs eval_dataset or eval_fraction")
+    return {}
+
+
+def _at_most(limit: int | None, rows: Any) -> Any:
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def _together(sets: dict[str, Examples]) -> Examples:
+    """What was read of all evaluation sets; the rows are those of the first."""
+    first, *others = sets.values()
+    if not others:
+        return first
+    counts = Counts()
+    for part in sets.values():
+        counts.add(part.counts)
+    licences = [part.licence for part in sets.values() if part.licence]
+    name = ",".join(f"{name}={part.name}" for name, part in sets.items())
+    return replace(first, counts=counts, name=name, licence=join_licences(licences))
+
+
+def _split(data: Examples, config: RunConfig) -> tuple[Any, Any]:
+    """The rows to train on and those kept for evaluation, drawn by the data's seed."""
+    examples = data.examples
+    if len(examples) > data.stats.rows:
+        raise ConfigError(
+            "eval_fraction: the weights of dataset repeat rows, so that the same rows would be "
+            "trained and evaluated on; set eval_dataset"
+        )
+    num_eval = math.ceil(config.eval_fraction * len(examples))
+    if num_eval == len(examples):
+        raise DataError(
+            f"eval_fraction {config.eval_fraction} of {len(examples)} rows leaves none to train on"
+        )
+    generator = torch.Generator().manual_seed(config.order_seed)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    kept, held_out = sorted(order[num_eval:]), sorted(order[:num_eval])
+    return examples.select(kept), examples.select(held_out)

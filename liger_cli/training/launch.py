@@ -1,0 +1,118 @@
+"""How a run begins: quiet libraries, the device and its processes, the run's directory."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import broadcast_object_list
+
+from liger_cli.config import RunConfig
+from liger_cli.errors import ConfigError, EnvironmentProblem
+from liger_cli.training.dtypes import parameter_dtype
+from liger_cli.training.resume import check_same_run, choose_checkpoint
+
+__all__ = ["choose_run_dir", "make_accelerator", "quiet_libraries"]
+
+
+def quiet_libraries() -> None:
+    """Turns off the progress bars of libraries: they would run through the one of the run."""
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def make_accelerator(config: RunConfig, *, adapts: bool = False) -> Accelerator:
+    """Returns the Accelerator of a run: device, processes and autocast.
+
+    Args:
+        adapts: Whether an adapter is on the model: its float32 matrices are computed in the dtype
+            of the frozen ones.
+
+    Raises:
+        EnvironmentProblem: The device cannot do what was asked, or the launch is one of a kind that
+            the loop does not know.
+    """
+    # Said in full: what is left out, accelerate takes from environment variables.
+    precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
+    if adapts and precision == "no":
+        frozen = parameter_dtype(config, PartialState(cpu=config.use_cpu).device, adapts=True)
+        precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(frozen, "no")
+    try:
+        accelerator = Accelerator(mixed_precision=precision, cpu=config.use_cpu)
+    except ValueError as error:
+        raise EnvironmentProblem(f"{precision} autocast: {error}") from None
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate would leave it out without a word.
+        raise EnvironmentProblem(
+            "fp16 autocast needs a GPU, and this run is on cpu",
+            hint="bfloat16 is for both: --bf16.",
+        )
+    known = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in known:
+        raise EnvironmentProblem(
+            f"the launch asks for {accelerator.distributed_type.value}; "
+            "this version trains on one process or with data parallelism (DDP)"
+        )
+    return accelerator
+
+
+def choose_run_dir(
+    config: RunConfig,
+    resume: str | None,
+    accelerator: Accelerator,
+    notify: Callable[[str], None],
+) -> tuple[Path, Path | None]:
+    """Returns the directory of the run and the checkpoint it goes on from, if any.
+
+    Args:
+        resume: None, "auto" (the newest checkpoint of output_dir, or a new run where there is none)
+            or the path of a checkpoint or of a run.
+        notify: Told of checkpoints that are damaged.
+
+    Raises:
+        ConfigError: The directory is taken, or there is nothing to resume.
+        DataError: Every checkpoint is damaged.
+    """
+    # Decided once: the clock and the directory may have moved on for another process.
+    choice: list[Any] = [None]
+    if accelerator.is_main_process:
+        choice = [_choose_run_dir(config, resume, notify)]
+    run_dir, checkpoint = broadcast_object_list(choice)[0]
+    if checkpoint is not None:
+        check_same_run(checkpoint, config, accelerator.num_processes)
+    return run_dir, checkpoint
+
+
+def _choose_run_dir(
+    config: RunConfig, resume: str | None, notify: Callable[[str], None]
+) -> tuple[Path, Path | None]:
+    if resume is None:
+        name = re.sub(r"[^\w.-]+", "-", config.model).strip("-.") or "model"
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        return _check_free(config.output_dir or Path("runs") / f"{name}-{stamp}"), None
+    checkpoint = choose_checkpoint(resume, config.output_dir, notify)
+    if checkpoint is None:
+        assert config.output_dir is not None
+        return config.output_dir, None
+    run_dir = checkpoint.parent
+    if config.output_dir is not None and config.output_dir.resolve() != run_dir.resolve():
+        run_dir = _check_free(config.output_dir)
+    return run_dir, checkpoint
+
+
+def _check_free(run_dir: Path) -> Path:
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"output_dir {run_dir} is a file, not a directory")
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        raise ConfigError(
+            f"output_dir {run_dir} exists and is not empty",
+            hint="--resume auto goes on with the run in it; or take another --output-dir.",
+        )
+    return run_dir

@@ -1,0 +1,51 @@
+"""A peer's own patch on our model, so that the same loop can measure it.
+
+Only its documented interface is called, in the interpreter that it is installed in.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib import metadata
+from typing import Any
+
+from torch import nn
+
+from liger_cli.errors import EnvironmentProblem
+
+__all__ = ["PEER", "PEER_PACKAGE", "apply_peer_patch"]
+
+PEER = "liger-kernel"
+PEER_PACKAGE = "liger_kernel"
+
+
+def apply_peer_patch(model: nn.Module) -> dict[str, Any]:
+    """Lets liger-kernel patch a model in place.
+
+    Returns:
+        The `peer` part of a report. num_changed counts the modules whose class or forward is
+        another than before: none means that the peer does not know the model.
+
+    Raises:
+        EnvironmentProblem: The peer is not installed here.
+    """
+    try:
+        peer = importlib.import_module(f"{PEER_PACKAGE}.transformers")
+    except ImportError as error:
+        raise EnvironmentProblem(f"{PEER} cannot be imported: {error}") from error
+    before = {name: _computes(module) for name, module in model.named_modules()}
+    peer._apply_liger_kernel_to_instance(model=model)
+    changed = sum(before.get(name) != _computes(module) for name, module in model.named_modules())
+    return {"name": PEER, "version": _version(), "num_changed": changed}
+
+
+def _computes(module: nn.Module) -> tuple[type, Any]:
+    """What a module runs: it is the same before and after only if nobody patched it."""
+    return type(module), getattr(module.forward, "__func__", module.forward)
+
+
+def _version() -> str | None:
+    try:
+        return metadata.version(PEER)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,77 @@
+"""What a run did: the numbers of each step, and what became of it in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from liger_cli.measure import median_after_warm_up
+from liger_cli.training.batches import BatchPlan
+from liger_cli.training.evaluate import EvalResult
+from liger_cli.training.evaluations import Best, EarlyStop
+
+__all__ = ["StepMetrics", "TrainResult", "summary"]
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """A line of metrics.jsonl. grad_norm is None where float16 overflowed: the step was skipped."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float | None
+    tokens: int
+    trained_tokens: int
+    step_ms: float
+    tokens_per_s: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run did, step by step; a resumed run includes the steps before it.
+
+    Attributes:
+        eval: Of the model as it is in the end.
+        plan: The order of the data, in the micro-batches that fitted in the end.
+        best: The best evaluation on the way.
+        stop: Why it ended early, if it did.
+    """
+
+    history: tuple[StepMetrics, ...]
+    eval: EvalResult | None
+    plan: BatchPlan
+    best: Best | None = None
+    stop: EarlyStop | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the `train` part of a report; speed is a median without the first step."""
+        return summary(self.history)
+
+    def speed(self, num_steps: int) -> dict[str, Any]:
+        """Returns tokens_per_s, step_ms and peak_memory_bytes of the first `num_steps`."""
+        return _speed(self.history[:num_steps])
+
+
+def summary(history: Sequence[StepMetrics]) -> dict[str, Any]:
+    """Returns the `train` part of a report on these steps."""
+    losses = [step.loss for step in history]
+    tenth = max(1, len(losses) // 10)
+    return {
+        "steps": len(losses),
+        "tokens": sum(step.tokens for step in history),
+        "trained_tokens": sum(step.trained_tokens for step in history),
+        "first_loss": sum(losses[:tenth]) / tenth,
+        "final_loss": sum(losses[-tenth:]) / tenth,
+        **_speed(history),
+    }
+
+
+def _speed(steps: Sequence[StepMetrics]) -> dict[str, Any]:
+    return {
+        "tokens_per_s": median_after_warm_up([step.tokens_per_s for step in steps]),
+        "step_ms": median_after_warm_up([step.step_ms for step in steps]),
+        "peak_memory_bytes": max(step.peak_memory_bytes for step in steps),
+    }

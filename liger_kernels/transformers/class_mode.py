@@ -1,0 +1,180 @@
+"""apply_liger_kernel_to_<family>: one model of a family, or all that are built from now on."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from liger_kernels.transformers.api import apply_selection
+from liger_kernels.transformers.engine import PatchRecord, apply
+from liger_kernels.transformers.families import FAMILIES, Family
+from liger_kernels.transformers.options import COMMON_OPTIONS, select, unknown_option
+from liger_kernels.transformers.plan import PatchPlan, build_plan, coverage_of
+from liger_kernels.transformers.selection import OpSelection
+
+__all__ = ["FAMILY_FUNCTIONS", "FamilyRecord"]
+
+# How deep in constructors of watched classes each thread is: only the outermost model is patched.
+_building = threading.local()
+
+
+class FamilyRecord(PatchRecord):
+    """Class mode: models of a family are patched as they are built, until undo()."""
+
+    def __init__(self, row: Family, selection: OpSelection) -> None:
+        super().__init__(PatchPlan(row.model_type, "row", selection.ops, (), ()), None)
+        self.built: list[PatchPlan] = []
+        self._selection = selection
+        self._classes = _models_of(row)
+        for cls in self._classes:
+            if getattr(cls.__init__, "_is_watched", False):
+                raise ValueError(
+                    f"models of type {row.model_type!r} are patched already; call undo() of the "
+                    "record that did it first"
+                )
+        self._originals = {cls: vars(cls).get("__init__") for cls in self._classes}
+        for cls in self._classes:
+            cls.__init__ = _watched(cls.__init__, self._patch)
+
+    def _patch(self, model: nn.Module) -> None:
+        plan = build_plan(model, self._selection)
+        apply(model, plan)
+        self.built.append(plan)
+
+    @property
+    def coverage(self) -> dict[str, dict[str, int]]:
+        """{op: {"patched": n, "candidates": m}}, summed over the models built so far."""
+        return coverage_of(
+            [patch.op for plan in self.built for patch in plan.patches],
+            [skip.op for plan in self.built for skip in plan.skips],
+        )
+
+    def summary(self) -> str:
+        """Return one line: how many models were built since, and how much of them is patched."""
+        line = f"{len(self.built)} {self.plan.model_type} models patched as they were built"
+        return f"{line}: {super().summary()}" if self.built else line
+
+    def undo(self) -> None:
+        """Build models as before; those built meanwhile stay patched until restore(model)."""
+        for cls, original in self._originals.items():
+            if original is None:
+                del cls.__init__
+            else:
+                cls.__init__ = original
+        self._originals.clear()
+
+
+def _watched(original: Callable[..., None], on_built: Callable[[nn.Module], None]) -> Any:
+    @functools.wraps(original)
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        depth = getattr(_building, "depth", 0)
+        _building.depth = depth + 1
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            _building.depth = depth
+        if not depth:
+            on_built(self)
+
+    __init__._is_watched = True  # type: ignore[attr-defined]
+    return __init__
+
+
+def _models_of(row: Family) -> list[Any]:
+    """Return the model classes of a family, importing that family alone."""
+    try:
+        module = importlib.import_module(row.module)
+    except Exception as problem:
+        raise ImportError(
+            f"model type {row.model_type!r} cannot be imported from transformers "
+            f"{transformers.__version__}: {problem}. Versions 4.57 to 5.24 have it"
+        ) from problem
+    values: list[Any] = list(vars(module).values())
+    return [
+        value
+        for value in values
+        if inspect.isclass(value)
+        and issubclass(value, PreTrainedModel)
+        and value.__module__ == module.__name__
+        and getattr(getattr(value, "config_class", None), "model_type", None) == row.model_type
+    ]
+
+
+def _family_function(row: Family) -> Callable[..., PatchRecord]:
+    known, name = row.options, f"apply_liger_kernel_to_{row.model_type}"
+    common = ("model", *COMMON_OPTIONS)
+
+    def apply_to_family(
+        *,
+        model: nn.Module | None = None,
+        save_memory: bool = True,
+        fused_add_rms_norm: bool = True,
+        **options: bool,
+    ) -> PatchRecord:
+        for option in options:
+            if option not in known:
+                rest = f"Besides {', '.join(common)} it has {', '.join(known)}"
+                raise unknown_option(option, (*known, *common), name, rest)
+        ops = {**known, **options, "fused_add_rms_norm": fused_add_rms_norm}
+        selection = select(ops, save_memory, name)
+        if model is None:
+            return FamilyRecord(row, selection)
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if model_type is None:
+            raise ValueError(f"{name}: model must be a transformers model, got {model!r}")
+        if model_type != row.model_type:
+            raise ValueError(
+                f"{name} got a model of type {model_type!r}; use apply_liger_kernel(model), or "
+                f"apply_liger_kernel_to_{model_type} if there is one"
+            )
+        return apply_selection(model, selection)
+
+    apply_to_family.__name__ = apply_to_family.__qualname__ = name
+    apply_to_family.__doc__ = f"""Patch {row.model_type} models; each option turns one op on or off.
+
+        Args:
+            {", ".join(known)}: Whether to use the op.
+            model: The model to patch. None: models of this type built from now on are patched, by
+                from_pretrained, from_config or their class; existing ones stay as they are.
+            save_memory: As apply_liger_kernel takes it.
+            fused_add_rms_norm: Whether to use the op, in layers that have a place for it and whose
+                norms run rms_norm.
+
+        Returns:
+            The record. In class mode its undo() makes construction as it was.
+
+        Raises:
+            ValueError: An option is unknown, both losses are asked for, or the model is of another
+                type or patched already.
+            ImportError: This transformers version lacks the family (class mode).
+        """
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    apply_to_family.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            *(
+                inspect.Parameter(option, keyword, default=default, annotation="bool")
+                for option, default in known.items()
+            ),
+            inspect.Parameter("model", keyword, default=None, annotation="nn.Module | None"),
+            *(
+                inspect.Parameter(option, keyword, default=True, annotation="bool")
+                for option in COMMON_OPTIONS
+            ),
+        ],
+        return_annotation="PatchRecord",
+    )
+    return apply_to_family
+
+
+FAMILY_FUNCTIONS = {
+    f"apply_liger_kernel_to_{model_type}": _family_function(row)
+    for model_type, row in FAMILIES.items()
+}

@@ -1,0 +1,34 @@
+"""Ops as keyword options, on or off: how loaders and the functions of families take them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+from liger_kernels.transformers.selection import LOSSES, PATCH_OPS, OpSelection
+
+__all__ = ["COMMON_OPTIONS", "select", "unknown_option"]
+
+# Every family has these besides those of its row.
+COMMON_OPTIONS = ("save_memory", "fused_add_rms_norm")
+
+
+def select(options: dict[str, bool], save_memory: bool, where: str) -> OpSelection:
+    """Return the ops that keyword options turn on."""
+    for name, value in {**options, "save_memory": save_memory}.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{where} got {name}={value!r}; it is True or False")
+    if all(options.get(loss) for loss in LOSSES):
+        raise ValueError(
+            f"{where} got cross_entropy=True and fused_linear_cross_entropy=True, which compute "
+            "the same loss: set one of them to False"
+        )
+    ops = tuple(op for op in PATCH_OPS if options.get(op))
+    return OpSelection(ops, is_auto=True, save_memory=save_memory)
+
+
+def unknown_option(name: str, known: Collection[str], where: str, rest: str) -> ValueError:
+    """Return the error for an option that `where` does not know, with the nearest one."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return ValueError(f"{where} got an unknown option {name!r}{hint} {rest}")

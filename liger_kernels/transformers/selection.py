@@ -1,0 +1,104 @@
+"""OpSelection: the ops that a request names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from liger_kernels.ops.registry import OPS
+
+__all__ = ["LOSSES", "PATCH_OPS", "OpSelection", "resolve_ops"]
+
+# In the order reports show them.
+PATCH_OPS = (
+    "rope",
+    "rms_norm",
+    "fused_add_rms_norm",
+    "layer_norm",
+    "gated_rms_norm",
+    "swiglu",
+    "geglu",
+    "cross_entropy",
+    "fused_linear_cross_entropy",
+)
+# These two are ways to compute the same loss.
+LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
+_WORDS = ("auto", "all", "none")
+
+
+@dataclass(frozen=True)
+class OpSelection:
+    """Ops asked for."""
+
+    ops: tuple[str, ...]
+    # Those spelled out by name: a model without a place for one is worth telling.
+    named: tuple[str, ...] = ()
+    # Whether ops that fail their check on the model's device are left out.
+    is_auto: bool = False
+    # Whether norm outputs and gated products are made again in backward instead of kept.
+    save_memory: bool = True
+
+
+def resolve_ops(ops: str | Sequence[str] | OpSelection) -> OpSelection:
+    """Return the ops that a request names, in a fixed order.
+
+    Args:
+        ops: "auto", "all", "none", names, or removals after one of these ("auto,-rope"), as one
+            comma-separated string or a sequence. "all" is every op except cross_entropy, which must
+            be named; "auto" is "all" without ops that fail their check on the device. Short names
+            (rmsnorm, layernorm, ce, flce) and dashes for underscores are accepted.
+
+    Raises:
+        ValueError: A name is unknown (the message names the nearest) or no string, the words are
+            combined in a way that says nothing, or both losses are asked for.
+    """
+    if isinstance(ops, OpSelection):
+        return ops
+    items = ops.split(",") if isinstance(ops, str) else ops
+    # A mapping of names to booleans would lose the booleans.
+    is_list = isinstance(items, Collection) and not isinstance(items, Mapping)
+    if not is_list or not all(isinstance(item, str) for item in items):
+        raise ValueError(f"ops must be a string or a sequence of names, got {ops!r}")
+    items = [item.strip() for item in items]
+    if not any(items):
+        raise ValueError(f"ops is empty: {ops!r}; write 'none' to patch nothing")
+    chosen: set[str] = set()
+    named: list[str] = []
+    removed: set[str] = set()
+    words = [item.lower() for item in items if item.lower() in _WORDS]
+    if len(words) > 1 or (words == ["none"] and len(items) > 1):
+        raise ValueError(
+            f"ops must hold one of {', '.join(_WORDS)} at most, and none alone: {ops!r}"
+        )
+    for item in items:
+        if item.lower() in ("auto", "all"):
+            chosen |= set(PATCH_OPS) - {"cross_entropy"}
+        elif item.startswith("-"):
+            removed.add(_op_name(item[1:]))
+        elif item.lower() != "none":
+            named.append(_op_name(item))
+    if removed and not (chosen or named):
+        raise ValueError(f"ops removes from nothing: {ops!r}; write 'auto,{items[0]}'")
+    chosen = (chosen | set(named)) - removed
+    if set(LOSSES) <= chosen:
+        raise ValueError(
+            "ops asks for cross_entropy and fused_linear_cross_entropy, which compute the same "
+            "loss; keep one, for example 'auto,-fused_linear_cross_entropy,cross_entropy'"
+        )
+    return OpSelection(
+        tuple(op for op in PATCH_OPS if op in chosen),
+        tuple(op for op in named if op in chosen),
+        words == ["auto"],
+    )
+
+
+def _op_name(name: str) -> str:
+    names = {alias: op.name for op in OPS.values() for alias in (op.name, *op.aliases)}
+    names = {alias: op for alias, op in names.items() if op in PATCH_OPS}
+    wanted = name.strip().lower().replace("-", "_")
+    if wanted in names:
+        return names[wanted]
+    near = difflib.get_close_matches(wanted, [*names, *_WORDS], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise ValueError(f"unknown op {name!r}{hint} Known: {', '.join((*PATCH_OPS, *_WORDS))}")

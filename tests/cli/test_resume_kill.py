@@ -1,0 +1,158 @@
+"""case_93: kill -9 at any moment, two processes, Ctrl-C in a terminal: the unbroken run again."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from run_files import assert_same, metrics, names, stopped_copy
+
+from liger_cli.app import main
+from liger_cli.training import checkpoint_files
+from liger_cli.training.checkpoint_files import find_checkpoints, step_of
+
+# Forked from a process that has imported everything and computed nothing: a run starts at once.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["liger_cli.runs", "peft", __name__])
+
+STEPS = ("--max-steps", 12, "--save-steps", 2, "--learning-rate", 1e-3)
+STEPS += ("--per-device-train-batch-size", 2, "--gradient-accumulation-steps", 2)
+
+
+def run(words, rank=None, num_processes=1, port=0, dies_at=None):
+    """`liger WORDS` in a process of its own, as one of several if it has a rank.
+
+    dies_at: It kills itself before this one of the times that a save waits for the disk.
+    """
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for as long as it lives)
+    if rank is not None:
+        values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes}
+        values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in values.items()})
+    if dies_at is not None:
+        sync, times = checkpoint_files._sync, iter(range(dies_at))
+
+        def die_or_sync(path):
+            if next(times, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            sync(path)
+
+        checkpoint_files._sync = die_or_sync
+    main([str(word) for word in words])
+
+
+def start(*words, **options):
+    process = _FORKS.Process(target=run, args=(words,), kwargs=options)
+    process.start()
+    return process
+
+
+def words_of(data, run_dir, *more):
+    words = ("train", "-m", "qwen3", "-d", data, "-o", run_dir, "--use-cpu", "--max-length", 64)
+    return (*words, *STEPS, *more)
+
+
+def kill_until_done(words, run_dir, draw, num_kills):
+    """Starts a run and kills it, so many times, and lets it end; every other time in a save."""
+    num_killed = 0
+    while num_killed < num_kills:
+        is_saving = num_killed % 2
+        process = start(*words, dies_at=draw.randrange(40) if is_saving else None)
+        if not is_saving:
+            process.join(draw.uniform(0.2, 2.5))
+            process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        num_killed += process.exitcode != 0
+        if process.exitcode == 0:
+            # It came to its end first, so it is taken back to a step it had come through.
+            step = draw.randrange(8)
+            for path in find_checkpoints(run_dir):
+                if step_of(path) > step:
+                    shutil.rmtree(path)
+    process = start(*words)
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_case_93_killed_at_20_random_moments(data, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    evals = ("--eval-fraction", 0.2, "--eval-steps", 3)
+    process = start(*words_of(data, whole, *evals))
+    process.join()
+    assert process.exitcode == 0
+    words = words_of(data, killed, *evals, "--resume", "auto")
+    kill_until_done(words, killed, random.Random(93), 20)
+    assert_same(whole, killed)
+    ours, theirs = (json.loads((path / "report.json").read_text()) for path in (killed, whole))
+    for key in ("steps", "tokens", "trained_tokens", "first_loss", "final_loss"):
+        assert ours["train"][key] == theirs["train"][key]
+    assert ours["eval"] == theirs["eval"]
+    assert not list(killed.glob(".*"))
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_case_93_two_processes(data, tmp_path, port):
+    """Dropout differs by process, so each must find its own random numbers again."""
+    words = ("--adapter", "lora", "--lora-dropout", 0.3, "--save-steps", 5)
+
+    def launch(run_dir, *more):
+        ranks = [
+            start(*words_of(data, run_dir, *words, *more), rank=rank, num_processes=2, port=port)
+            for rank in (0, 1)
+        ]
+        for process in ranks:
+            process.join()
+        return [process.exitcode for process in ranks]
+
+    whole = tmp_path / "whole"
+    assert launch(whole) == [0, 0]
+    again = stopped_copy(whole, tmp_path / "again", 5)
+    assert launch(again, "--resume", "auto") == [0, 0]
+    assert_same(whole, again)
+    # One process would feed other rows in a step.
+    alone = stopped_copy(whole, tmp_path / "alone", 5)
+    process = start(*words_of(data, alone, *words, "--resume", "auto"))
+    process.join()
+    assert process.exitcode == 2
+
+
+def test_ctrl_c_of_a_launcher_stops_all_after_the_same_step(data, tmp_path):
+    run_dir = tmp_path / "run"
+    words = words_of(data, run_dir, "--max-steps", 100000, "--save-steps", 0)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*command, "-m", "liger_cli", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    log = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 2):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    [(last,)] = metrics(run_dir, "step")[-1:]
+    assert names(run_dir) == [f"checkpoint-{last}"]
+    assert f"interrupted after step {last}; its checkpoint is " in err
+    assert len(list((run_dir / f"checkpoint-{last}").glob("rng-*.pt"))) == 2

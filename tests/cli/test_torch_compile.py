@@ -1,0 +1,85 @@
+"""torch_compile: the same numbers, and the coverage still says what ran."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+# Rows of one length: each other one compiles anew.
+ONE_LENGTH = ("--dataset", "synthetic", "--max-length", 32)
+
+
+def metrics(run_dir, key):
+    return [json.loads(line)[key] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """Traces forward and backward and runs them as they are: C++ takes minutes to compile."""
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager")
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--adapter", "lora", "--lora-r", 4, "--learning-rate", 1e-2),
+        ("--gradient-accumulation-steps", 2, "--gradient-checkpointing"),
+    ],
+    ids=["full", "lora", "accumulation"],
+)
+def test_compiled_run_equals_the_other(train, tmp_path, words, quick_compiler):
+    check_compiled_run(train, tmp_path, words)
+
+
+@pytest.mark.slow
+def test_run_compiled_by_inductor_equals_the_other(train, tmp_path):
+    check_compiled_run(train, tmp_path, ())
+
+
+def check_compiled_run(train, tmp_path, words):
+    from torch._dynamo import utils
+
+    reports = {}
+    for name, more in (("eager", ()), ("compiled", ("--torch-compile",))):
+        utils.counters.clear()
+        done = train(*ONE_LENGTH, *words, *more, "--output-dir", tmp_path / name, "--json")
+        assert done.code == 0, done.err
+        reports[name] = done.json()
+        assert (utils.counters["stats"]["calls_captured"] > 0) == bool(more)
+        assert ("torch_compile: the first step" in done.err) == bool(more)
+    for key in ("loss", "grad_norm"):
+        assert metrics(tmp_path / "compiled", key) == [
+            pytest.approx(value, rel=1e-3) for value in metrics(tmp_path / "eager", key)
+        ]
+    assert reports["compiled"]["coverage"] == reports["eager"]["coverage"]
+    assert {row["status"] for row in reports["compiled"]["modules"] if row["op"]} == {"patched"}
+    for part in ("model.safetensors", "adapter_model.safetensors"):
+        files = [tmp_path / name / "checkpoint-3" / part for name in ("eager", "compiled")]
+        assert files[0].exists() == files[1].exists()
+
+
+def test_compiled_run_resumes_and_is_evaluated(train, run_dir, quick_compiler):
+    words = (*ONE_LENGTH, "--torch-compile", "--eval-fraction", 0.2)
+    words += ("--max-steps", 4, "--save-steps", 2)
+    done = train(*words, "--json")
+    assert done.code == 0, done.err
+    losses = metrics(run_dir, "loss")
+    (run_dir / "report.json").unlink()
+    again = train(*words, "--json", "--resume", run_dir / "checkpoint-2")
+    assert again.code == 0, again.err
+    assert metrics(run_dir, "loss") == [pytest.approx(loss, rel=1e-5) for loss in losses]
+    assert again.json()["eval"]["loss"] == pytest.approx(done.json()["eval"]["loss"], rel=1e-5)
