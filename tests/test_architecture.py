@@ -101,7 +101,24 @@ FORBIDDEN = {
         "liger_kernels.transformers.engine",
         "liger_kernels.transformers.api",
     ),
-    "liger_cli.training": ("liger_cli.commands", "liger_cli.report", "liger_cli.app", "typer"),
+    **dict.fromkeys(
+        (
+            "liger_kernels.transformers.selection",
+            "liger_kernels.transformers.survey",
+            "liger_kernels.transformers.origin",
+            "liger_kernels.transformers.fold",
+            "liger_kernels.transformers.trials",
+            "liger_kernels.transformers.head_patch",
+        ),
+        ("liger_kernels.transformers.engine", "liger_kernels.transformers.api"),
+    ),
+    "liger_cli.training": (
+        "liger_cli.commands",
+        "liger_cli.report",
+        "liger_cli.bench",
+        "liger_cli.app",
+        "typer",
+    ),
     "liger_cli.report": ("liger_cli.commands", "liger_cli.training", "liger_cli.app", "typer"),
     "liger_cli.config": ("liger_cli.commands", "liger_cli.training", "liger_cli.report"),
 }

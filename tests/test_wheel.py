@@ -58,6 +58,7 @@ def test_inspect_outside_the_checkout(installed):
 def test_wheel_carries_configs_and_licence(installed):
     (wheel,) = installed.glob("*.whl")
     names = run(sys.executable, "-m", "zipfile", "-l", wheel, cwd=installed)
+    assert "liger_cli/report/templates/report.html" in names
     assert "liger_cli/configs/models/llama-8b.yaml" in names
     assert "licenses/LICENSE" in names
     assert "tests/" not in names

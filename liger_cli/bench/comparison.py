@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from liger_cli.bench.figures import compare_arms, merge_runs, noise_of
-from liger_cli.bench.peer_interpreter import PeerInterpreter
 from liger_cli.bench.plan import BenchPlan
 from liger_cli.bench.reasons import Facts, no_gain
 from liger_cli.bench.summary import INTERRUPTED, OUT_OF_MEMORY, find_fits, judge_bounds
@@ -15,6 +14,7 @@ from liger_cli.config import RunConfig
 from liger_cli.environment import environment
 from liger_cli.errors import Interrupted, LigerError, OutOfMemory
 from liger_cli.inspection import describe_model
+from liger_cli.peer_interpreter import PeerInterpreter
 from liger_cli.report import (
     MIN_MEMORY_NOISE,
     MIN_SPEED_NOISE,

@@ -15,7 +15,7 @@ import torch
 
 from liger_cli.bench.op_targets import Workload
 from liger_cli.bench.op_timing import Part, Times
-from liger_cli.bench.peer_interpreter import PeerInterpreter
+from liger_cli.peer_interpreter import PeerInterpreter
 
 __all__ = ["PeerArm", "PeerFailed", "PeerProcess"]
 

@@ -10,9 +10,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from liger_cli.bench.peer_interpreter import PeerInterpreter
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError
+from liger_cli.peer_interpreter import PeerInterpreter
 from liger_cli.training.peer_patch import PEER
 
 __all__ = ["AGAINST", "BenchPlan", "Bound", "check_against", "parse_bounds", "parse_sizes"]

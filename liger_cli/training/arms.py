@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from liger_cli.bench.peer_interpreter import PeerInterpreter
 from liger_cli.config import RunConfig
 from liger_cli.errors import LigerError, OutOfMemory
 from liger_cli.measure import median_after_warm_up
+from liger_cli.peer_interpreter import PeerInterpreter
 
 __all__ = ["ArmResult", "ArmSpec", "run_arm"]
 
