@@ -113,7 +113,7 @@ def preview_data(config: RunConfig, num_rows: int) -> DataPreview:
         lengths=_summary(lengths),
         histogram=_histogram(lengths),
         fill=_fill(config, lengths),
-        rows=tuple(_render(row, inputs.tokenizer) for row in shown),
+        rows=tuple(_render(row, inputs.preprocessing.tokenizer) for row in shown),
     )
 
 

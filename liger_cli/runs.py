@@ -130,8 +130,7 @@ def run_train(
     eager = None
     if baseline:
         notify(f"baseline: {baseline} eager steps in a process of their own")
-        plain = config.model_copy(update={"torch_compile": False})
-        eager = run_arm(plain, name="eager", ops="none", steps=baseline)
+        eager = run_arm(config, name="eager", ops="none", steps=baseline)
     if is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         # Of a run that ended earlier; there is none until this one ends.
@@ -145,6 +144,7 @@ def run_train(
             checkpoint=checkpoint,
             first_step=done,
             num_steps=num_steps,
+            require=require,
             measure_only=measure_only,
             peer_patch=peer_patch,
         )
@@ -185,6 +185,7 @@ def _train_loaded(
     checkpoint: Path | None,
     first_step: int,
     num_steps: int,
+    require: str,
     measure_only: bool,
     peer_patch: bool,
 ) -> tuple[TrainResult, Any, dict[str, Any] | None]:
@@ -196,6 +197,9 @@ def _train_loaded(
     peer = apply_peer_patch(model) if peer_patch else None
     if config.packing:
         check_packed(model, flatten=inputs.collator.flatten)
+    # The plan was made on meta tensors; what fails its check on this device is known only now.
+    if require:
+        check_required(report_of("train", config, inputs, record), require)
     if is_main:
         announce_kernels(record)
         # The directory stays free for another try until there is something to run.
@@ -229,7 +233,7 @@ def _train_loaded(
         result = train(
             config,
             model,
-            inputs.tokenizer,
+            inputs.preprocessing,
             inputs.train,
             inputs.collator,
             accelerator=accelerator,

@@ -1,4 +1,4 @@
-"""Checkpoints: the model as safetensors with its tokenizer, and what an exact resume needs.
+"""Checkpoints: the model, what makes its inputs, and what an exact resume needs.
 
 A checkpoint holds what save_pretrained writes, trainer_state.pt (optimizer, schedule, loss scale
 and place in the data), rng-RANK.pt (random generators of each process) and manifest.json (step,
@@ -7,13 +7,11 @@ configuration, and what tells whether the files are whole: see checkpoint_files.
 
 from __future__ import annotations
 
-import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -29,6 +27,8 @@ from liger_cli.training.checkpoint_files import (
     written_aside,
 )
 from liger_cli.training.feed import Feed
+from liger_cli.training.random_state import random_state, set_random_state
+from liger_cli.training.tokenizers import Preprocessing
 
 __all__ = ["Reached", "TrainState", "load_state", "save_checkpoint"]
 
@@ -77,7 +77,7 @@ def save_checkpoint(
     run_dir: Path,
     step: int,
     model: Any,
-    tokenizer: Any,
+    preprocessing: Preprocessing,
     state: TrainState,
     config: RunConfig,
     *,
@@ -95,7 +95,7 @@ def save_checkpoint(
     """
     accelerator = state.accelerator
     target = checkpoint_path(run_dir, step)
-    random_states = gather_object([_random_state(accelerator.device)])
+    random_states = gather_object([random_state(accelerator.device)])
     manifest = {
         "step": step,
         "is_evaluated": is_evaluated,
@@ -111,7 +111,7 @@ def save_checkpoint(
         try:
             with written_aside(target) as directory:
                 save_weights(accelerator.unwrap_model(model), directory)
-                tokenizer.save_pretrained(directory)
+                preprocessing.save_pretrained(directory)
                 torch.save(state.state_dict(), directory / _STATE)
                 for rank, values in enumerate(random_states):
                     torch.save(values, directory / _random_file(rank))
@@ -155,9 +155,8 @@ def load_state(checkpoint: Path, state: TrainState) -> Reached:
             hint=f"--model {checkpoint} without --resume starts a new run from its weights.",
         )
     state.load_state_dict(_load(checkpoint / _STATE))
-    _set_random_state(
-        _load(checkpoint / _random_file(accelerator.process_index)), accelerator.device
-    )
+    generators = _load(checkpoint / _random_file(accelerator.process_index))
+    set_random_state(generators, accelerator.device)
     return Reached(int(manifest["step"]), bool(manifest["is_evaluated"]))
 
 
@@ -181,26 +180,3 @@ def _load(path: Path) -> dict[str, Any]:
             f"the checkpoint file {path} cannot be read: {type(error).__name__}: {error}",
             hint="--resume PATH goes on from an older checkpoint.",
         ) from error
-
-
-def _random_state(device: torch.device) -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, np.asarray(keys).tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "device": None if device.type == "cpu" else _module(device).get_rng_state(),
-    }
-
-
-def _set_random_state(values: dict[str, Any], device: torch.device) -> None:
-    random.setstate(values["python"])
-    np.random.set_state(values["numpy"])
-    torch.set_rng_state(values["torch"])
-    if values["device"] is not None and device.type != "cpu":
-        _module(device).set_rng_state(values["device"])
-
-
-def _module(device: torch.device) -> Any:
-    # Its functions mean the current device, which accelerate has set.
-    return torch.get_device_module(device)

@@ -18,12 +18,12 @@ from liger_cli.training.adapters import attach_adapter, new_adapter
 from liger_cli.training.cache import Counts
 from liger_cli.training.collate import Collator
 from liger_cli.training.data import Examples, RowOptions, join_licences, load_examples
-from liger_cli.training.model import ModelSource, build_meta_model, load_tokenizer, resolve_model
+from liger_cli.training.model import ModelSource, build_meta_model, resolve_model
 from liger_cli.training.packing import PackedRows, refuse_packing
 from liger_cli.training.samples import SAMPLE_NAME
 from liger_cli.training.sources import SYNTHETIC_NAME, Split
 from liger_cli.training.stream import open_stream
-from liger_cli.training.tokenizers import load_processor
+from liger_cli.training.tokenizers import Preprocessing
 
 __all__ = ["Inputs", "load_inputs"]
 
@@ -44,7 +44,7 @@ class Inputs:
 
     source: ModelSource
     meta_model: Any
-    tokenizer: Any
+    preprocessing: Preprocessing
     collator: Collator
     data: Examples
     train: Any
@@ -80,7 +80,8 @@ def load_inputs(
     packs = trains and config.packing
     if packs:
         refuse_packing(meta_model, config.max_length)
-    tokenizer = load_tokenizer(source)
+    preprocessing = Preprocessing.of(source)
+    tokenizer = preprocessing.tokenizer
     options = RowOptions(
         max_length=config.max_length,
         vocab_size=meta_model.config.get_text_config().vocab_size,
@@ -95,7 +96,7 @@ def load_inputs(
             options,
             split=split,
             seed=config.order_seed,
-            processor=load_processor(source),
+            processor=preprocessing.processor,
             num_proc=config.dataset_num_proc,
             notify=notify,
         )
@@ -134,7 +135,7 @@ def load_inputs(
     return Inputs(
         source=source,
         meta_model=meta_model,
-        tokenizer=tokenizer,
+        preprocessing=preprocessing,
         collator=Collator.for_tokenizer(tokenizer, flatten=flatten),
         data=data,
         train=train_rows,

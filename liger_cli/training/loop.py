@@ -35,6 +35,7 @@ from liger_cli.training.profiling import StepProfiler
 from liger_cli.training.result import StepMetrics, TrainResult
 from liger_cli.training.run_log import STEP_LOG, JsonLines, copy_logs
 from liger_cli.training.saving import Saver, is_due
+from liger_cli.training.tokenizers import Preprocessing
 
 __all__ = ["train"]
 
@@ -42,7 +43,7 @@ __all__ = ["train"]
 def train(
     config: RunConfig,
     model: Any,
-    tokenizer: Any,
+    preprocessing: Preprocessing,
     examples: Any,
     collator: Any,
     *,
@@ -60,7 +61,7 @@ def train(
     Args:
         config: The resolved configuration.
         model: The patched model on the accelerator's device, in the dtype of its parameters.
-        tokenizer: Saved with the model.
+        preprocessing: Saved with the model.
         examples: Rows with input_ids and labels.
         collator: Makes a padded batch of rows.
         accelerator: An Accelerator without gradient accumulation of its own.
@@ -108,7 +109,7 @@ def train(
         config,
         run_dir,
         model,
-        tokenizer,
+        preprocessing,
         state,
         log=log,
         evals=evals,

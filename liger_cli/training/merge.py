@@ -17,8 +17,8 @@ from liger_cli.errors import ConfigError
 from liger_cli.training.adapters import load_adapter
 from liger_cli.training.checkpoint_files import write_failure, written_aside
 from liger_cli.training.dtypes import stored_dtype
-from liger_cli.training.model import ModelSource, load_model, load_tokenizer
-from liger_cli.training.tokenizers import load_processor
+from liger_cli.training.model import ModelSource, load_model
+from liger_cli.training.tokenizers import Preprocessing
 
 __all__ = ["Merged", "merge_adapter"]
 
@@ -73,7 +73,7 @@ def merge_adapter(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"output {output} exists and is not an empty directory")
     base = replace(source, adapter=None)
-    tokenizer, processor = load_tokenizer(source), load_processor(base)
+    preprocessing = Preprocessing.of(source)
     model: Any = load_model(base, dtype=dtype or stored_dtype(base), notify=notify)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     adapted = load_adapter(model, source.adapter)
@@ -87,10 +87,7 @@ def merge_adapter(
         # The current directory has no name to write aside under until it is resolved.
         with written_aside(output.resolve()) as directory:
             merged.save_pretrained(directory)
-            if processor is not None:
-                processor.save_pretrained(directory)
-            # After the processor, which brings the tokenizer of the base model.
-            tokenizer.save_pretrained(directory)
+            preprocessing.save_pretrained(directory)
     except Exception as error:
         raise write_failure(error, output) from error
     return Merged(

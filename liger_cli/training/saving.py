@@ -12,6 +12,7 @@ from liger_cli.training.checkpoint import TrainState, save_checkpoint
 from liger_cli.training.checkpoint_files import checkpoint_path, delete_old, mark_best
 from liger_cli.training.evaluations import Evaluations
 from liger_cli.training.run_log import JsonLines
+from liger_cli.training.tokenizers import Preprocessing
 
 __all__ = ["Saver", "is_due"]
 
@@ -25,7 +26,7 @@ class Saver:
         config: How often, and how many are kept.
         run_dir: Where checkpoints go.
         model: The prepared model.
-        tokenizer: Saved with it.
+        preprocessing: Saved with it.
         state: What is saved besides.
         log: The steps so far.
         evals: The evaluations so far.
@@ -38,7 +39,7 @@ class Saver:
         config: RunConfig,
         run_dir: Path,
         model: Any,
-        tokenizer: Any,
+        preprocessing: Preprocessing,
         state: TrainState,
         *,
         log: JsonLines,
@@ -49,7 +50,7 @@ class Saver:
         self._config = config
         self._run_dir = run_dir
         self._model = model
-        self._tokenizer = tokenizer
+        self._preprocessing = preprocessing
         self._state = state
         self._log = log
         self._evals = evals
@@ -97,7 +98,7 @@ class Saver:
             self._run_dir,
             step,
             self._model,
-            self._tokenizer,
+            self._preprocessing,
             self._state,
             self._config,
             is_evaluated=is_evaluated,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from liger_cli.training.presets import ModelSource
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["byte_tokenizer", "load_processor", "load_tokenizer"]
+__all__ = ["Preprocessing", "byte_tokenizer", "load_processor", "load_tokenizer"]
 
 # The presets with random weights have these as ids 0, 1 and 2, before the 256 bytes.
 PAD, TURN_START, TURN_END = "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -134,3 +135,28 @@ def load_processor(source: ModelSource) -> Any:
         raise EnvironmentProblem(f"the processor of {source.name}: {error}") from error
     except Exception as error:
         raise as_problem(error, f"the processor of {source.name}", source) from error
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What makes the inputs of a model, and goes where its weights go."""
+
+    tokenizer: Any
+    # Of an image-text model.
+    processor: Any = None
+
+    @classmethod
+    def of(cls, source: ModelSource) -> Preprocessing:
+        """Loads both.
+
+        Raises:
+            ConfigError: As load_tokenizer and load_processor.
+            EnvironmentProblem: As load_tokenizer and load_processor.
+        """
+        return cls(load_tokenizer(source), load_processor(source))
+
+    def save_pretrained(self, directory: Path) -> None:
+        if self.processor is not None:
+            self.processor.save_pretrained(directory)
+        # After the processor, which brings the tokenizer of the base model.
+        self.tokenizer.save_pretrained(directory)

@@ -17,10 +17,11 @@ from run_files import assert_same, metrics, names, stopped_copy
 
 from liger_cli import runs
 from liger_cli.report import TrainProgress
-from liger_cli.training import checkpoint, checkpoint_files, endings, launch, saving
+from liger_cli.training import checkpoint_files, endings, launch, saving
 from liger_cli.training.checkpoint_files import find_checkpoints, find_damage, written_aside
 from liger_cli.training.endings import StopRequest
 from liger_cli.training.evaluate import EvalResult
+from liger_cli.training.random_state import random_state, set_random_state
 
 STEPS = ("--max-steps", 4, "--save-steps", 2, "--logging-steps", 1)
 
@@ -180,10 +181,10 @@ def test_random_generators_of_all_kinds_are_restored(device):
         numbers = [random.random(), np.random.rand(), torch.rand(()).item()]
         return [*numbers, torch.rand((), device=device).item()]
 
-    saved = checkpoint._random_state(device)
+    saved = random_state(device)
     first = draw()
     assert draw() != first
-    checkpoint._set_random_state(saved, device)
+    set_random_state(saved, device)
     assert draw() == first
 
 

@@ -284,6 +284,7 @@ def test_train_with_images(tmp_path, rows, liger):
     done = liger(*words, "--json")
     assert done.code == 0, done.err
     report = done.json()
+    assert load_processor(resolve_model(str(tmp_path / "run"))) is not None
     assert report["data"]["rows"] == 9
     assert report["train"]["final_loss"] < report["train"]["first_loss"]
     done = liger(*words, "--packing", "--output-dir", tmp_path / "packed")

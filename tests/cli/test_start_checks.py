@@ -45,11 +45,12 @@ def test_a_wrong_op_falls_back_and_the_report_says_why(
 
 
 def test_an_op_that_is_required_must_not_fall_back(
-    train: Callable[..., Any], wrong_swiglu: None
+    train: Callable[..., Any], run_dir: Path, wrong_swiglu: None
 ) -> None:
     ran = train("--require", "swiglu")
     assert ran.code == 7
     assert "its check fails on cpu" in ran.err
+    assert not (run_dir / "metrics.jsonl").exists(), "before anything is trained"
 
 
 @pytest.mark.parametrize("is_slow", [False, True])

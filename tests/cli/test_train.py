@@ -14,9 +14,9 @@ import pytest
 import torch
 import yaml
 
-from liger_cli import runs
 from liger_cli.config import load_config
 from liger_cli.errors import ConfigError
+from liger_cli.training import arms
 from liger_cli.training.batches import BatchPlan, count_labels, load_windows
 from liger_cli.training.checkpoint_files import find_checkpoints
 from liger_cli.training.inputs import load_inputs
@@ -351,13 +351,13 @@ def test_baseline_is_plain_eager(train, monkeypatch):
     """What it is compared with is neither patched nor compiled."""
     seen = {}
 
-    def stop(config, **options):
-        seen.update(options, torch_compile=config.torch_compile)
+    def stop(command, environment):
+        seen.update(yaml.safe_load(Path(command[command.index("--config") + 1]).read_text()))
         raise ConfigError("that is enough")
 
-    monkeypatch.setattr(runs, "run_arm", stop)
+    monkeypatch.setattr(arms, "_run", stop)
     assert train("--baseline", 2, "--torch-compile").code == 2
-    assert seen == {"name": "eager", "ops": "none", "steps": 2, "torch_compile": False}
+    assert (seen["ops"], seen["max_steps"], seen["torch_compile"]) == ("none", 2, False)
 
 
 def test_small_configuration_runs_as_it_is(liger, run_dir):
