@@ -28,6 +28,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from liger_cli import runs
 from liger_cli.config import RunConfig
@@ -309,6 +310,9 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
 
 def release(device: torch.device) -> int:
     """Frees what a case left and returns what stays allocated: the libraries' workspaces."""
+    # accelerate keeps one precision for a process, and the cases differ in it.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     gc.collect()
     if device.type != "cuda":
         return 0
