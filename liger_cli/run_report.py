@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def add_evaluation(report: RunReport, found: EvalResult) -> None:
 
 
 def find_gain(
-    memory: RunMemory,
+    memory_of_step: Callable[[], RunMemory],
     report: RunReport,
     result: TrainResult,
     eager: ArmResult | None,
@@ -73,7 +74,7 @@ def find_gain(
         )
     if not any(counts["patched"] for counts in (report.coverage or {}).values()):
         return None
-    share = memory.share_of_eager()
+    share = memory_of_step().share_of_eager()
     return None if share is None else GainPart(source="estimated", memory=share)
 
 

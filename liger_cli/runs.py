@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import asdict
@@ -105,14 +106,13 @@ def run_train(
     if is_main:
         announce_data(inputs, batches, num_steps)
         notify(f"model: {trained_line(inputs.meta_model)}")
-    memory = RunMemory.of(config, inputs, accelerator.device)
+    # Looks at many rows, and follows a step: only where it is needed.
+    memory_of_step = functools.partial(RunMemory.of, config, inputs, accelerator.device)
     if dry_run:
         check_memory(config, inputs.meta_model, accelerator.device)
-        return (
-            describe_dry_run(report, inputs, batches, memory, accelerator.device)
-            if is_main
-            else None
-        )
+        if not is_main:
+            return None
+        return describe_dry_run(report, inputs, batches, memory_of_step(), accelerator.device)
     done = step_of(checkpoint) if checkpoint else 0
     report_file = run_dir / "report.json"
     if done >= num_steps and report_file.is_file():
@@ -150,7 +150,7 @@ def run_train(
         )
     except Exception as error:
         if is_out_of_memory(error):
-            raise out_of_memory(error, memory, accelerator.device) from error
+            raise out_of_memory(error, memory_of_step(), accelerator.device) from error
         raise
     accelerator.end_training()
     if not is_main:
@@ -162,7 +162,8 @@ def run_train(
     report = report_of("train", config.model_copy(update=fitted), inputs, record)
     add_training(report, result)
     report.peer = PeerPart(**peer) if peer else None
-    report.gain = find_gain(memory, report, result, eager, baseline)
+    if not measure_only:
+        report.gain = find_gain(memory_of_step, report, result, eager, baseline)
     report.write(report_file)
     return report
 

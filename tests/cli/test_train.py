@@ -20,6 +20,7 @@ from liger_cli.training import arms
 from liger_cli.training.batches import BatchPlan, count_labels, load_windows
 from liger_cli.training.checkpoint_files import find_checkpoints
 from liger_cli.training.inputs import load_inputs
+from liger_cli.training.memory_errors import RunMemory
 from liger_cli.training.model import load_model, resolve_model
 
 METRICS = {
@@ -345,6 +346,12 @@ def test_baseline_measures_the_gain(train, run_dir):
     assert 0 < gain["memory"] < 10
     assert "against eager" in done.err
     assert "(measured)" in done.err
+
+
+def test_a_run_that_only_measures_estimates_nothing(train, monkeypatch):
+    """Every arm of a comparison is one, and nobody reads its estimate."""
+    monkeypatch.setattr(RunMemory, "of", lambda *given: pytest.fail("a step was followed"))
+    assert train("--measure-only").code == 0
 
 
 def test_baseline_is_plain_eager(train, monkeypatch):
