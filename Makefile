@@ -62,17 +62,12 @@ coverage: setup
 # make bench PEER_PATH=DIR or PEER_PYTHON=FILE, see docs/performance.md.
 CARD ?= h100
 HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
-comma := ,
 PEER := $(strip $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON)) $(if $(PEER_PATH),--peer-path $(PEER_PATH)))
-SIDES := --against eager,compile$(if $(PEER),$(comma)liger-kernel $(PEER))
 bench: $(if $(HAS_GPU),,setup)
 ifdef HAS_GPU
 	mkdir -p $(RESULTS)
 	$(GPU_PYTHON) -m liger_cli bench ops $(PEER) --save $(RESULTS)/ops-$(CARD).json
-	$(GPU_PYTHON) -m liger_cli bench --model llama-1b $(SIDES) --json > $(RESULTS)/unfinished
-	mv $(RESULTS)/unfinished $(RESULTS)/bench-llama-1b-$(CARD).json
-	$(GPU_PYTHON) -m liger_cli bench --model llama-3b $(SIDES) --per-device-train-batch-size 4 --max-length 4096 --gradient-checkpointing --json > $(RESULTS)/unfinished
-	mv $(RESULTS)/unfinished $(RESULTS)/bench-llama-3b-$(CARD).json
+	PYTHON=$(GPU_PYTHON) CARD=$(CARD) scripts/bench_models.sh $(RESULTS) $(PEER)
 	PYTHONPATH=. $(GPU_PYTHON) scripts/performance_page.py
 else
 	$(BIN)/liger bench ops $(PEER)

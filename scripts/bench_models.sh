@@ -1,18 +1,24 @@
 #!/usr/bin/env bash
 # Whole training steps of real shapes, our patch beside eager, torch.compile and liger-kernel:
 #
-#   scripts/bench_models.sh DIR PEER_PATH
+#   scripts/bench_models.sh DIR [--peer-path FOLDER | --peer-python FILE]
 #
 # writes DIR/bench-MODEL-CARD.json, and what was said meanwhile to DIR/bench-MODEL-CARD.log, one model
-# after the other. PEER_PATH is a folder made by pip install --no-deps --target DIR liger-kernel; ""
-# leaves that side out. A side that fails or does not fit is a line of the report; a model that takes
-# longer than LIMIT_S keeps what it has measured. Exits 1 if a model has no report.
+# after the other. The flags say where liger-kernel is, as those of `liger bench` do; without them
+# that side is left out. A side that fails or does not fit is a line of the report; a model that
+# takes longer than LIMIT_S keeps what it has measured. Exits 1 if a model has no report.
 #
 # From the environment: PYTHON (python3), CARD (h100), REPEATS (2), LIMIT_S (600), and MODELS, whose
 # lines are preset, batch size, sequence length, steps of a run, and more flags of `liger bench`.
 set -u
-out=$(realpath -m "${1:?usage: scripts/bench_models.sh DIR PEER_PATH}")
-peer=${2:+$(realpath -m "$2")}
+out=$(realpath -m "${1:?usage: scripts/bench_models.sh DIR [--peer-path FOLDER | --peer-python FILE]}")
+sides=eager
+peer=()
+if [ $# -gt 1 ]; then
+  peer=("$2" "$(realpath -sm "${3:?$2 needs a path}")")
+  sides+=,liger-kernel
+fi
+sides+=,compile,patched+compile
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3} card=${CARD:-h100} repeats=${REPEATS:-2} limit_s=${LIMIT_S:-600}
 # Rows that all sides have room for on 80 GB.
@@ -20,8 +26,6 @@ models=${MODELS:-"llama-1b 8 2048 12
 llama-3b 4 4096 8 --gradient-checkpointing
 qwen3-0.6b 8 2048 12
 gemma3-1b 4 2048 12"}
-sides=eager,compile,patched+compile
-[ -z "$peer" ] || sides+=,liger-kernel
 mkdir -p "$out" || exit 1
 
 code=0
@@ -31,7 +35,7 @@ while read -r model batch length steps flags; do
   # SIGINT has bench report what it has; the last resort must come later than that report.
   # shellcheck disable=SC2086
   timeout --signal=INT --kill-after=60 "$limit_s" "$python" -m liger_cli bench --model "$model" \
-    --against "$sides" ${peer:+--peer-path "$peer"} --repeats "$repeats" --steps "$steps" \
+    --against "$sides" ${peer[@]+"${peer[@]}"} --repeats "$repeats" --steps "$steps" \
     --per-device-train-batch-size "$batch" --max-length "$length" $flags --json \
     > "$name.unfinished" 2> "$name.log" < /dev/null
   ended=$?

@@ -2,11 +2,13 @@
 
 python scripts/finetune_smollm2.py --output runs/smollm2
 python scripts/finetune_smollm2.py --output runs/smollm2 --max-steps 3     # the same on a CPU
+python scripts/finetune_smollm2.py --output runs/smollm2 --jobs 4          # all runs at once
 
 Each of the four runs is a `liger train` with its run directory under the output: lora-eager,
 lora-patched, full-eager, full-patched. Before them the model is evaluated as it is, after them as
 it has become, on the conversations that nobody trains on. summary.json holds the figures; `liger
-compare` shows the runs side by side. Needs the packages of the demo and lora extras.
+compare` shows the runs side by side. Runs that share a machine say nothing about speed: with --jobs
+none is printed. Needs the packages of the demo and lora extras.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,34 +55,48 @@ def liger(command: str, keys: dict[str, Any], *words: str) -> dict[str, Any]:
         text=True,
     )
     if done.returncode:
-        sys.exit(done.returncode)
+        raise SystemExit(done.returncode)
     return dict(json.loads(done.stdout))
+
+
+def finetune(kind: str, side: str, output: Path, max_steps: int) -> dict[str, Any]:
+    """Trains one run and returns its figures."""
+    name = f"{kind}-{side}"
+    print(f"{name}:", file=sys.stderr)
+    keys = {**COMMON, **PRECISION[kind], **TRAINING, **KINDS[kind]}
+    keys |= {"ops": SIDES[side], "max_steps": max_steps}
+    report = liger("train", keys, "--output-dir", str(output / name))
+    devices = report["environment"]["devices"]
+    return {"after": report["eval"], "train": report["train"], "device": devices}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the run directories")
     parser.add_argument("--max-steps", type=int, default=200, help="steps of each run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     options = parser.parse_args()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        before = {kind: pool.submit(liger, "eval", {**COMMON, **PRECISION[kind]}) for kind in KINDS}
+        after = {
+            (kind, side): pool.submit(finetune, kind, side, options.output, options.max_steps)
+            for kind in KINDS
+            for side in SIDES
+        }
     summary: dict[str, Any] = {}
-    for kind, keys in KINDS.items():
-        precision = {**COMMON, **PRECISION[kind]}
-        before = liger("eval", precision)["eval"]
-        for side, ops in SIDES.items():
-            name = f"{kind}-{side}"
-            print(f"{name}:", file=sys.stderr)
-            run = {**precision, **TRAINING, **keys, "ops": ops, "max_steps": options.max_steps}
-            report = liger("train", run, "--output-dir", str(options.output / name))
-            summary[name] = {"before": before, "after": report["eval"], "train": report["train"]}
-            summary[name]["device"] = report["environment"]["devices"]
-    (options.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    for name, found in summary.items():
+    for (kind, side), run in after.items():
+        found = {"before": before[kind].result()["eval"], **run.result()}
+        summary[f"{kind}-{side}"] = found
         train = found["train"]
-        print(
-            f"{name:13} loss {train['first_loss']:.3f} -> {train['final_loss']:.3f}  "
+        line = (
+            f"{kind}-{side:8} loss {train['first_loss']:.3f} -> {train['final_loss']:.3f}  "
             f"perplexity {found['before']['perplexity']:.2f} -> {found['after']['perplexity']:.2f}"
-            f"  {train['tokens_per_s']:,.0f} tokens/s  {train['peak_memory_bytes'] / 1e9:.1f} GB"
+            f"  {train['peak_memory_bytes'] / 1e9:.1f} GB"
         )
+        if options.jobs == 1:
+            line += f"  {train['tokens_per_s']:,.0f} tokens/s"
+        print(line)
+    (options.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import datetime
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 
@@ -26,11 +27,18 @@ def versions() -> str:
     )
 
 
-def run_pytest(*arguments: str) -> tuple[int, str]:
+def run_pytest(log: TextIO, *arguments: str) -> int:
+    """Runs pytest, its output here and in the log as it comes: a run cut short keeps its part."""
     # Warnings of the libraries would fill the log with paths of this machine.
     command = [sys.executable, "-m", "pytest", "-q", "--disable-warnings", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            for stream in (sys.stdout, log):
+                stream.write(line)
+                stream.flush()
+    return process.returncode
 
 
 def main() -> int:
@@ -41,17 +49,16 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device here: make test-gpu runs on a machine with one", file=sys.stderr)
         return 3
-    runs = (
-        run_pytest("-n", options.workers, "-m", "not whole_card", "tests/ops"),
-        run_pytest("-m", "gpu and whole_card", "tests/ops"),
-        run_pytest("-n", options.workers, "-m", "gpu", "tests/transformers"),
-    )
-    log = f"{datetime.date.today()}  {versions()}\n$ make test-gpu\n"
-    log += "\n".join(text for _, text in runs)
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "test-gpu.log").write_text(log)
-    print(log[-6000:])
-    return max(code for code, _ in runs)
+    shared = ("-n", options.workers, "-m")
+    with (options.output / "test-gpu.log").open("w") as log:
+        log.write(f"{datetime.date.today()}  {versions()}\n$ make test-gpu\n")
+        codes = [
+            run_pytest(log, *shared, "not whole_card", "tests/ops"),
+            run_pytest(log, *shared, "gpu", "tests/transformers", "tests/cli"),
+            run_pytest(log, "-m", "gpu and whole_card", "tests/ops"),
+        ]
+    return max(codes)
 
 
 if __name__ == "__main__":

@@ -298,7 +298,7 @@ OP = Op(
         Case("three-blocks-all", (3, 16385), _ALL),
         Case("eight-blocks", (3, 65537), {"label_smoothing": 0.1}),
         Case("real", (4096, 32000), needs_gpu=True),
-        Case("real-wide", (1024, 262208), _ALL, needs_gpu=True),
+        Case("real-wide", (256, 262208), _ALL, needs_gpu=True),
     ),
     sample=_sample,
     num_bytes=traffic(1, 2),
