@@ -66,8 +66,13 @@ def finetune(kind: str, side: str, output: Path, max_steps: int) -> dict[str, An
     keys = {**COMMON, **PRECISION[kind], **TRAINING, **KINDS[kind]}
     keys |= {"ops": SIDES[side], "max_steps": max_steps}
     report = liger("train", keys, "--output-dir", str(output / name))
-    devices = report["environment"]["devices"]
-    return {"after": report["eval"], "train": report["train"], "device": devices}
+    lines = (output / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {
+        "after": report["eval"],
+        "train": report["train"],
+        "losses": [json.loads(line)["loss"] for line in lines],
+        "environment": report["environment"],
+    }
 
 
 def main() -> None:

@@ -30,9 +30,9 @@ def versions() -> str:
 def run_pytest(log: TextIO, *arguments: str) -> int:
     """Runs pytest, its output here and in the log as it comes: a run cut short keeps its part."""
     # Warnings of the libraries would fill the log with paths of this machine.
-    command = [sys.executable, "-m", "pytest", "-q", "--disable-warnings", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "--disable-warnings", "-p", "no:benchmark"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+    with subprocess.Popen([*command, *arguments], cwd=ROOT, text=True, **pipes) as process:
         assert process.stdout is not None
         for line in process.stdout:
             for stream in (sys.stdout, log):

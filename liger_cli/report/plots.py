@@ -60,9 +60,10 @@ def draw(chart: Chart, path: Path) -> None:
         figsize=(8, 4.5), dpi=150, layout="constrained"
     )
     axes = figure.add_subplot(xlabel=chart.x_label, ylabel=chart.y_label)
-    for number, (name, points) in enumerate(chart.lines.items()):
-        # The first is thicker: a curve that is equal to it would hide it.
-        axes.plot(*_columns(points), label=name, linewidth=3 if number == 0 else 1.2)
+    # Each is thinner than the one before it, which it would hide where they are equal.
+    widths = [1.2 + min(1.6, 5 / len(chart.lines)) * n for n in range(len(chart.lines))]
+    for (name, points), width in zip(chart.lines.items(), reversed(widths), strict=True):
+        axes.plot(*_columns(points), label=name, linewidth=width)
         if marks := chart.marks.get(name):
             color, label = axes.lines[-1].get_color(), f"{name}: {chart.marks_label}"
             axes.plot(*_columns(marks), "o", color=color, label=label, markeredgecolor="black")
