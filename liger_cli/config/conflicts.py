@@ -61,6 +61,12 @@ CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[RunConfig], bool]], ...] 
         "master_weights is for the model's own parameters; those of an adapter are float32",
         lambda c: c.master_weights and c.adapter != "none",
     ),
+    (
+        ("use_regional_compilation", "gradient_checkpointing"),
+        "torch compiles nothing inside of a checkpoint, and with gradient_checkpointing each layer "
+        "is in one: use_regional_compilation would compile nothing",
+        lambda c: c.use_regional_compilation and c.gradient_checkpointing,
+    ),
     *(
         (
             (key, "adapter"),

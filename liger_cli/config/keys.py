@@ -132,6 +132,9 @@ class RunConfig(BaseModel):
         True, "Make norm outputs and gated products again in backward instead of keeping them."
     )
     torch_compile: bool = _model(False, "Compile the patched model with torch.compile.")
+    use_regional_compilation: bool = _model(
+        False, "With torch_compile: each layer by itself, which takes a fraction of the time."
+    )
 
     adapter: Literal["none", "lora", "dora"] = _adapter(
         "none", "Train an adapter beside the frozen model; none trains the model itself."

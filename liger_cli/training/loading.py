@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from liger_cli.config import RunConfig
 from liger_cli.training.adapters import (
@@ -69,12 +70,29 @@ def load_patched(
         notify(str(warning.message))
     for failure in record.plan.failures:
         notify(f"{failure.op} runs as it was, its check fails here: {failure.reason}")
-    if trains and config.torch_compile:
-        notify(
-            "torch_compile: the first step, and each new shape of a batch, takes long to compile"
-        )
-        model.compile()
+    if trains:
+        _compile(model, config, notify)
     return model, record
+
+
+def _compile(model: nn.Module, config: RunConfig, notify: Callable[[str], None]) -> None:
+    if not config.torch_compile:
+        if config.use_regional_compilation:
+            notify("use_regional_compilation does nothing without torch_compile")
+        return
+    notify("torch_compile: the first step, and each new shape of a batch, takes long to compile")
+    parts = _layers(model) if config.use_regional_compilation else [model]
+    if not parts:
+        notify("use_regional_compilation: no list of layers found, the model is compiled as one")
+    for part in parts or [model]:
+        part.compile()
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """Returns what the outermost module lists hold."""
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    return [layer for child in module.children() for layer in _layers(child)]
 
 
 @contextlib.contextmanager

@@ -51,6 +51,7 @@ _FREE_KEYS = frozenset(
         "save_total_limit",
         "torch_compile",
         "use_cpu",
+        "use_regional_compilation",
     }
 )
 

@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from liger_cli.config import load_config
+from liger_cli.training import loading
+
 # Rows of one length: each other one compiles anew.
 ONE_LENGTH = ("--dataset", "synthetic", "--max-length", 32)
 
@@ -38,8 +41,10 @@ def quick_compiler(monkeypatch):
         (),
         ("--adapter", "lora", "--lora-r", 4, "--learning-rate", 1e-2),
         ("--gradient-accumulation-steps", 2, "--gradient-checkpointing"),
+        ("--use-regional-compilation", "--gradient-accumulation-steps", 2),
+        ("--use-regional-compilation", "--adapter", "lora", "--lora-r", 4),
     ],
-    ids=["full", "lora", "accumulation"],
+    ids=["full", "lora", "accumulation", "layers", "layers of an adapter's base"],
 )
 def test_compiled_run_equals_the_other(train, tmp_path, words, quick_compiler):
     check_compiled_run(train, tmp_path, words)
@@ -70,6 +75,45 @@ def check_compiled_run(train, tmp_path, words):
     for part in ("model.safetensors", "adapter_model.safetensors"):
         files = [tmp_path / name / "checkpoint-3" / part for name in ("eager", "compiled")]
         assert files[0].exists() == files[1].exists()
+
+
+def test_layers_alone_keep_attention_from_a_mask(train, tmp_path, monkeypatch):
+    """A graph of the whole model makes the causal mask that attention would do without."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    masks = {}
+    compile_module = nn.Module.compile
+    for words in ((), ("--use-regional-compilation",)):
+        torch.compiler.reset()
+        backend = CompileCounterWithBackend("aot_eager")
+        monkeypatch.setattr(
+            nn.Module, "compile", lambda module, b=backend: compile_module(module, backend=b)
+        )
+        run = ("--torch-compile", *words, "--output-dir", tmp_path / f"{len(words)}")
+        assert train(*ONE_LENGTH, *run).code == 0
+        nodes = [node for graph in backend.graphs for node in graph.graph.nodes]
+        calls = [node for node in nodes if "scaled_dot_product" in str(node.target)]
+        masks[words] = {node.kwargs["attn_mask"] is None for node in calls}
+    assert list(masks.values()) == [{False}, {True}]
+
+
+def test_layers_in_checkpoints_are_refused(train):
+    done = train("--torch-compile", "--use-regional-compilation", "--gradient-checkpointing")
+    assert done.code == 2
+    assert "torch compiles nothing inside of a checkpoint" in done.err
+
+
+def test_layers_without_a_list_of_them(monkeypatch):
+    compiled, said = [], []
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
+    keys = {"model": "llama", "use_regional_compilation": True}
+    model = nn.Linear(2, 2)
+    loading._compile(model, load_config(flags=keys), said.append)
+    assert not compiled
+    assert said == ["use_regional_compilation does nothing without torch_compile"]
+    loading._compile(model, load_config(flags={**keys, "torch_compile": True}), said.append)
+    assert compiled == [model]
+    assert "no list of layers found" in said[-1]
 
 
 def test_compiled_run_resumes_and_is_evaluated(train, run_dir, quick_compiler):
