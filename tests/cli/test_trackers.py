@@ -115,7 +115,6 @@ def test_a_missing_package_is_named_before_anything_starts(train, run_dir, monke
 
 
 def test_tensorboard_files(train, run_dir):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     done = train("--report-to", "tensorboard")
