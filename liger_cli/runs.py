@@ -13,6 +13,7 @@ from liger_cli.announce import announce_data, announce_kernels, notify
 from liger_cli.config import RunConfig
 from liger_cli.dry_run import describe_dry_run
 from liger_cli.errors import ConfigError
+from liger_cli.outputs import check_writable
 from liger_cli.report import (
     PeerPart,
     RunReport,
@@ -90,6 +91,8 @@ def run_train(
     if accelerator.num_processes > 1:
         _refuse_several_processes(config, baseline)
     run_dir, checkpoint = choose_run_dir(config, resume, accelerator, notify)
+    if accelerator.is_main_process:
+        check_writable(run_dir, "output_dir", is_directory=True)
     config = config.model_copy(update={"output_dir": run_dir})
     inputs = load_inputs(config, source=source, notify=notify)
     batches = plan_batches(config, inputs.train, accelerator)

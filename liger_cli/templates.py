@@ -6,6 +6,7 @@ import difflib
 from pathlib import Path
 
 from liger_cli.errors import ConfigError
+from liger_cli.outputs import check_writable
 from liger_cli.training.presets import configs_directory
 
 __all__ = ["template_names", "write_template"]
@@ -21,12 +22,15 @@ def write_template(name: str, path: Path, *, overwrite: bool = False) -> None:
 
     Raises:
         ConfigError: There is no such template, or the file exists and is not to be overwritten.
+        EnvironmentProblem: The file cannot be written.
     """
     names = template_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"--template: unknown template {name!r}{hint} ({', '.join(names)})")
+    check_writable(path, "file")
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = (_directory() / f"{name}.yaml").read_bytes()
     try:
         with path.open("wb" if overwrite else "xb") as file:

@@ -57,6 +57,7 @@ def command(
     from liger_cli.bench.comparison import run_bench
     from liger_cli.bench.plan import plan_bench
     from liger_cli.bench.summary import require_bounds
+    from liger_cli.outputs import check_files
     from liger_cli.report import show_lines, show_report
 
     plan = plan_bench(
@@ -72,6 +73,7 @@ def command(
         peer_python=peer_python,
         peer_path=peer_path,
     )
+    check_files({"--html": html})
     show_lines(plan.summary, stderr=True)
     report = run_bench(plan, on_run=lambda text: show_lines(text, stderr=True))
     show_report(report, as_json=as_json, html=html)

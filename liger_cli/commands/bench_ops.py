@@ -52,6 +52,7 @@ def command(
     import torch
 
     from liger_cli.bench.op_bench import plan_ops, require_checks, run_ops
+    from liger_cli.outputs import check_files
     from liger_cli.report import show_lines
     from liger_cli.report.ops import show_ops_report, write_reports
 
@@ -65,6 +66,7 @@ def command(
         peer_path=peer_path,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
+    check_files({"--save": save, "--markdown": markdown})
     report = run_ops(
         plan,
         on_row=lambda work: show_lines(

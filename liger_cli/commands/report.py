@@ -14,15 +14,26 @@ __all__ = ["command"]
 _DEFAULT = ":default:"
 
 
+_WITH_FILE = ("--html", "--markdown", "--png")
+_FILE_OPTIONAL = _WITH_FILE[:2]
+
+
 class _Report(TyperCommand):
     """--html and --markdown need no file; click knows that of no option that typer makes."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        before = ["", *args]
+        has_run = any(
+            not word.startswith("-") and previous not in _WITH_FILE
+            for word, previous in zip(args, before, strict=False)
+        )
         words: list[str] = []
         for word, following in zip(args, [*args[1:], "-"], strict=True):
             words.append(word)
-            if word in ("--html", "--markdown") and following.startswith("-"):
+            # In `report --html RUN` what follows is the run.
+            if word in _FILE_OPTIONAL and (following.startswith("-") or not has_run):
                 words.append(_DEFAULT)
+                has_run = True
         return super().parse_args(ctx, words)
 
 
@@ -50,25 +61,17 @@ def report(
 ) -> None:
     """Show a report again: in the terminal, or as a page, markdown or pictures if asked for."""
     from liger_cli.report import show_lines, show_report
-    from liger_cli.report.html import write_html
+    from liger_cli.report.files import write_files
     from liger_cli.report.markdown import markdown as as_markdown
-    from liger_cli.report.pictures import write_pictures
     from liger_cli.saved_report import read_saved
 
     saved = read_saved(run)
-    written: list[Path] = []
-    if html is not None:
-        beside = run / "report.html" if run.is_dir() else run.with_suffix(".html")
-        page = beside if html == _DEFAULT else Path(html)
-        write_html(saved, page)
-        written.append(page)
+    beside = run / "report.html" if run.is_dir() else run.with_suffix(".html")
+    page = None if html is None else beside if html == _DEFAULT else Path(html)
+    file = None if markdown is None or markdown == _DEFAULT else Path(markdown)
+    written = write_files(saved, page=page, markdown=file, pictures=png)
     if markdown == _DEFAULT:
         show_lines(as_markdown(saved))
-    elif markdown is not None:
-        Path(markdown).write_text(as_markdown(saved), encoding="utf-8")
-        written.append(Path(markdown))
-    if png is not None:
-        written += write_pictures(saved, png)
     if html is None and markdown is None and png is None:
         show_report(saved.report, as_json=False)
     show_lines(*(f"wrote {path}" for path in written), stderr=True)

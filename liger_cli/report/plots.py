@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from liger_cli.errors import ConfigError, EnvironmentProblem
+from liger_cli.outputs import check_writable
 
 __all__ = ["Chart", "check_plot", "draw"]
 
@@ -40,7 +41,7 @@ def check_plot(path: Path, what: str) -> None:
 
     Raises:
         ConfigError: The name has no ending of a picture.
-        EnvironmentProblem: matplotlib is missing.
+        EnvironmentProblem: matplotlib is missing, or the file cannot be written.
     """
     if path.suffix.lower() not in _SUFFIXES:
         raise ConfigError(f"{what} {path} should end in {', '.join(_SUFFIXES)}")
@@ -51,6 +52,7 @@ def check_plot(path: Path, what: str) -> None:
         raise EnvironmentProblem(
             f"{what} needs matplotlib: {error}", hint="pip install 'liger-kernels[plots]'"
         ) from error
+    check_writable(path, what)
 
 
 def draw(chart: Chart, path: Path) -> None:

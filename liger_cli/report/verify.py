@@ -51,7 +51,7 @@ class TensorPart(_Part):
 
 
 class OpPart(_Part):
-    """An op on its first case, on this device, against fp64."""
+    """An op on its first case and in each form that the model has, on this device, against fp64."""
 
     op: str
     ok: bool
