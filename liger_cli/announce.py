@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from liger_cli.data.batches import BatchPlan
+from liger_cli.data.packing import PackedRows
 from liger_cli.figures import format_count
 from liger_cli.report import show_lines
-from liger_cli.training.batches import BatchPlan
 from liger_cli.training.inputs import Inputs
-from liger_cli.training.packing import PackedRows
 from liger_kernels.transformers.engine import PatchRecord
 
 __all__ = ["announce_data", "announce_kernels", "notify"]

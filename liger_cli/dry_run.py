@@ -9,10 +9,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from liger_cli.announce import notify
+from liger_cli.data.batches import BatchPlan, count_labels, count_tokens
+from liger_cli.data.feed import make_feed
 from liger_cli.figures import format_bytes
 from liger_cli.report import RunReport
-from liger_cli.training.batches import BatchPlan, count_labels, count_tokens
-from liger_cli.training.feed import make_feed
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.memory_errors import RunMemory, device_memory, parts_line
 

@@ -13,7 +13,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PACKAGES", "commit", "devices", "environment", "host_memory", "package_version"]
+__all__ = [
+    "PACKAGES",
+    "cache_directory",
+    "commit",
+    "devices",
+    "environment",
+    "host_memory",
+    "package_version",
+]
 
 PACKAGES = (
     "torch",
@@ -25,6 +33,11 @@ PACKAGES = (
     "peft",
     "liger-kernels",
 )
+
+
+def cache_directory() -> Path:
+    """Returns the directory for what can be made again: $XDG_CACHE_HOME/liger or ~/.cache/liger."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "liger"
 
 
 def package_version(name: str) -> str | None:

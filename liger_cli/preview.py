@@ -10,11 +10,11 @@ from typing import Any, Literal
 import numpy as np
 
 from liger_cli.config import RunConfig
-from liger_cli.training.batches import IGNORED, BatchPlan
-from liger_cli.training.data import DataStats
+from liger_cli.data.batches import IGNORED, BatchPlan
+from liger_cli.data.examples import DataStats
+from liger_cli.data.packing import pack, row_lengths
+from liger_cli.data.stream import Stream
 from liger_cli.training.inputs import load_inputs
-from liger_cli.training.packing import pack, row_lengths
-from liger_cli.training.stream import Stream
 
 __all__ = ["Bar", "DataPreview", "Fill", "Piece", "RowPreview", "preview_data"]
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from liger_cli.announce import announce_data, announce_kernels, notify
 from liger_cli.config import RunConfig
+from liger_cli.data.feed import plan_batches, total_steps
+from liger_cli.data.packing import check_packed
 from liger_cli.dry_run import describe_dry_run
 from liger_cli.errors import ConfigError
 from liger_cli.outputs import check_writable
@@ -33,7 +35,6 @@ from liger_cli.training.arms import run_arm
 from liger_cli.training.auto_fit import is_out_of_memory
 from liger_cli.training.checkpoint_files import step_of
 from liger_cli.training.evaluate import EvalResult, evaluate
-from liger_cli.training.feed import plan_batches, total_steps
 from liger_cli.training.inputs import Inputs, load_inputs
 from liger_cli.training.launch import choose_run_dir, make_accelerator, quiet_libraries
 from liger_cli.training.loading import load_patched
@@ -46,7 +47,6 @@ from liger_cli.training.memory_errors import (
 )
 from liger_cli.training.model import resolve_model
 from liger_cli.training.optimizers import check_optimization
-from liger_cli.training.packing import check_packed
 from liger_cli.training.peer_patch import apply_peer_patch
 from liger_cli.training.result import StepMetrics, TrainResult
 from liger_cli.training.resume import describe_resume

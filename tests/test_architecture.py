@@ -119,6 +119,14 @@ FORBIDDEN = {
         "liger_cli.app",
         "typer",
     ),
+    "liger_cli.data": (
+        "liger_cli.training",
+        "liger_cli.commands",
+        "liger_cli.report",
+        "liger_cli.bench",
+        "liger_cli.app",
+        "typer",
+    ),
     "liger_cli.report": ("liger_cli.commands", "liger_cli.training", "liger_cli.app", "typer"),
     "liger_cli.config": ("liger_cli.commands", "liger_cli.training", "liger_cli.report"),
 }

@@ -1,1 +1,1 @@
-"""Models, data, and the loops that train and evaluate."""
+"""Models, and the loops that train and evaluate."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from liger_cli.training.batches import BatchPlan
-from liger_cli.training.feed import Feed, Window
+from liger_cli.data.batches import BatchPlan
+from liger_cli.data.feed import Feed, Window
 
 __all__ = ["FittingFeed", "is_out_of_memory", "smaller_batches"]
 

@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
 from liger_cli.config import RunConfig
+from liger_cli.data.feed import Feed
 from liger_cli.errors import DataError, EnvironmentProblem
 from liger_cli.training.adapters import save_weights
 from liger_cli.training.checkpoint_files import (
@@ -26,7 +27,6 @@ from liger_cli.training.checkpoint_files import (
     write_manifest,
     written_aside,
 )
-from liger_cli.training.feed import Feed
 from liger_cli.training.random_state import random_state, set_random_state
 from liger_cli.training.tokenizers import Preprocessing
 

@@ -10,20 +10,20 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from liger_cli.environment import cache_directory
 from liger_cli.errors import EnvironmentProblem
 from liger_cli.training.presets import DemoPackage, ModelSource, list_presets
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["cache_directory", "converted_model", "converted_preset"]
+__all__ = ["converted_model", "converted_preset"]
 
 _log = logging.getLogger(__name__)
 
@@ -46,11 +46,6 @@ _TENSORS = {
 }
 # The type of a token in a GGUF vocabulary that is written as is and never merged.
 _CONTROL_TOKEN = 3
-
-
-def cache_directory() -> Path:
-    """Returns the directory for what can be made again: $XDG_CACHE_HOME/liger or ~/.cache/liger."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "liger"
 
 
 def converted_model(source: ModelSource, notify: Callable[[str], None] | None = None) -> Path:

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from liger_cli.data.batches import IGNORED, count_labels, load_windows
 from liger_cli.training.adapters import model_under
-from liger_cli.training.batches import IGNORED, count_labels, load_windows
 from liger_cli.training.forward import LossOf
 from liger_cli.training.random_state import kept_random_state
 from liger_kernels.transformers.pending_logits import is_lazy_head

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from liger_cli.data.batches import count_labels
 from liger_cli.training.adapters import model_under
-from liger_cli.training.batches import count_labels
 
 __all__ = ["LossOf"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from liger_cli.data.feed import Window
 from liger_cli.training.auto_fit import FittingFeed, is_out_of_memory
-from liger_cli.training.feed import Window
 from liger_cli.training.forward import LossOf
 
 __all__ = ["Gradients"]

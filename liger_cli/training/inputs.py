@@ -13,16 +13,16 @@ from typing import Any
 import torch
 
 from liger_cli.config import RunConfig
+from liger_cli.data.cache import Counts
+from liger_cli.data.collate import Collator
+from liger_cli.data.examples import Examples, RowOptions, join_licences, load_examples
+from liger_cli.data.packing import PackedRows, refuse_packing
+from liger_cli.data.samples import SAMPLE_NAME
+from liger_cli.data.sources import SYNTHETIC_NAME, Split
+from liger_cli.data.stream import open_stream
 from liger_cli.errors import ConfigError, DataError
 from liger_cli.training.adapters import attach_adapter, new_adapter
-from liger_cli.training.cache import Counts
-from liger_cli.training.collate import Collator
-from liger_cli.training.data import Examples, RowOptions, join_licences, load_examples
 from liger_cli.training.model import ModelSource, build_meta_model, resolve_model
-from liger_cli.training.packing import PackedRows, refuse_packing
-from liger_cli.training.samples import SAMPLE_NAME
-from liger_cli.training.sources import SYNTHETIC_NAME, Split
-from liger_cli.training.stream import open_stream
 from liger_cli.training.tokenizers import Preprocessing
 
 __all__ = ["Inputs", "load_inputs"]

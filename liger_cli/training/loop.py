@@ -19,14 +19,14 @@ import torch
 from accelerate.utils import set_seed
 
 from liger_cli.config import RunConfig
+from liger_cli.data.batches import BatchPlan, count_labels, count_tokens
+from liger_cli.data.feed import Feed, identity, make_feed, plan_batches, total_steps
 from liger_cli.measure import PeakMemory, StepTimer
 from liger_cli.training.auto_fit import FittingFeed
-from liger_cli.training.batches import BatchPlan, count_labels, count_tokens
 from liger_cli.training.checkpoint import Reached, TrainState, load_state
 from liger_cli.training.endings import StopRequest, interrupted, non_finite
 from liger_cli.training.evaluate import EvalResult
 from liger_cli.training.evaluations import EVAL_LOG, EarlyStop, Evaluations, eval_interval
-from liger_cli.training.feed import Feed, identity, make_feed, plan_batches, total_steps
 from liger_cli.training.forward import LossOf
 from liger_cli.training.gradients import Gradients
 from liger_cli.training.on_the_way import OnTheWay

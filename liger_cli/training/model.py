@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
+from liger_cli.hub import as_problem, fetch_config
 from liger_cli.training.adapters import ADAPTER_CONFIG, find_base, load_adapter, with_adapter
 from liger_cli.training.demo_model import converted_model
 from liger_cli.training.dtypes import choose_dtype
-from liger_cli.training.hub import as_problem, fetch_config
 from liger_cli.training.presets import ModelSource, list_presets, preset_names, read_preset
 from liger_cli.training.run_models import find_run_model
 from liger_cli.training.tokenizers import load_tokenizer

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from liger_cli.data.batches import BatchPlan
 from liger_cli.measure import median_after_warm_up
-from liger_cli.training.batches import BatchPlan
 from liger_cli.training.evaluate import EvalResult
 from liger_cli.training.evaluations import Best, EarlyStop
 

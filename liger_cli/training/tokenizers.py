@@ -102,7 +102,7 @@ def has_tokenizer(directory: Path) -> bool:
 def _from_files(place: str, source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
-    from liger_cli.training.hub import as_problem
+    from liger_cli.hub import as_problem
 
     try:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
@@ -126,7 +126,7 @@ def load_processor(source: ModelSource) -> Any:
         return None
     from transformers import AutoProcessor
 
-    from liger_cli.training.hub import as_problem
+    from liger_cli.hub import as_problem
 
     place = str(source.path or source.name)
     try:

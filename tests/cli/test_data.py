@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from liger_cli.data.collate import Collator
+from liger_cli.data.encode import IGNORED
+from liger_cli.data.examples import RowOptions, load_examples
 from liger_cli.errors import ConfigError, DataError, EnvironmentProblem
-from liger_cli.training.collate import Collator
-from liger_cli.training.data import RowOptions, load_examples
-from liger_cli.training.encode import IGNORED
 from liger_cli.training.model import load_tokenizer, resolve_model
 from liger_cli.training.tokenizers import byte_tokenizer
 

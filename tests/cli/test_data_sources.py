@@ -12,18 +12,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from liger_cli import hub
 from liger_cli.config import load_config
+from liger_cli.data import cache
+from liger_cli.data import examples as data_module
+from liger_cli.data.batches import BatchPlan
+from liger_cli.data.collate import Collator
+from liger_cli.data.encode import IGNORED
+from liger_cli.data.examples import RowOptions, load_examples
+from liger_cli.data.feed import make_feed
+from liger_cli.data.mixture import next_source, row_counts
+from liger_cli.data.sources import find_source, split_names
+from liger_cli.data.stream import open_stream
 from liger_cli.errors import ConfigError, DataError, EnvironmentProblem
-from liger_cli.training import cache, hub
-from liger_cli.training import data as data_module
-from liger_cli.training.batches import BatchPlan
-from liger_cli.training.collate import Collator
-from liger_cli.training.data import RowOptions, load_examples
-from liger_cli.training.encode import IGNORED
-from liger_cli.training.feed import make_feed
-from liger_cli.training.mixture import next_source, row_counts
-from liger_cli.training.sources import find_source, split_names
-from liger_cli.training.stream import open_stream
 from liger_cli.training.tokenizers import byte_tokenizer
 
 OPTIONS = RowOptions(64, 264)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 
-from liger_cli.training.collate import Collator
-from liger_cli.training.data import RowOptions, load_examples
+from liger_cli.data.collate import Collator
+from liger_cli.data.examples import RowOptions, load_examples
 from liger_cli.training.evaluate import evaluate as evaluate_model
 from liger_cli.training.model import load_model, load_tokenizer, resolve_model
 

@@ -14,11 +14,11 @@ import torch
 import transformers
 from PIL import Image
 
+from liger_cli.data.batches import count_labels
+from liger_cli.data.collate import Collator
+from liger_cli.data.encode import IGNORED
+from liger_cli.data.examples import RowOptions, load_examples
 from liger_cli.errors import DataError
-from liger_cli.training.batches import count_labels
-from liger_cli.training.collate import Collator
-from liger_cli.training.data import RowOptions, load_examples
-from liger_cli.training.encode import IGNORED
 from liger_cli.training.forward import LossOf
 from liger_cli.training.model import load_model, resolve_model
 from liger_cli.training.tokenizers import byte_tokenizer, load_processor, load_tokenizer

@@ -12,8 +12,10 @@ import pytest
 import torch
 import yaml
 
+from liger_cli import hub
+from liger_cli.environment import cache_directory
 from liger_cli.errors import ConfigError, EnvironmentProblem
-from liger_cli.training import demo_model, hub
+from liger_cli.training import demo_model
 from liger_cli.training.model import build_meta_model, load_model, load_tokenizer, resolve_model
 from liger_cli.training.tokenizers import byte_tokenizer
 from liger_kernels.transformers.families import FAMILIES
@@ -365,7 +367,7 @@ def test_failed_conversion_leaves_nothing(fake_package, monkeypatch):
     with pytest.raises(EnvironmentProblem, match="no space left") as caught:
         demo_model.converted_model(fake_package)
     assert "XDG_CACHE_HOME" in caught.value.hint
-    models = demo_model.cache_directory() / "models"
+    models = cache_directory() / "models"
     assert not [path for path in models.iterdir() if path.is_dir()]
 
 

@@ -12,14 +12,11 @@ import pytest
 import torch
 import transformers
 
-from liger_cli.errors import ConfigError
-from liger_cli.training.batches import count_labels, count_tokens
-from liger_cli.training.collate import Collator
-from liger_cli.training.data import RowOptions, load_examples
-from liger_cli.training.encode import IGNORED
-from liger_cli.training.forward import LossOf
-from liger_cli.training.model import build_meta_model, load_model, resolve_model
-from liger_cli.training.packing import (
+from liger_cli.data.batches import count_labels, count_tokens
+from liger_cli.data.collate import Collator
+from liger_cli.data.encode import IGNORED
+from liger_cli.data.examples import RowOptions, load_examples
+from liger_cli.data.packing import (
     PackedRows,
     check_packed,
     join_rows,
@@ -27,6 +24,9 @@ from liger_cli.training.packing import (
     refuse_packing,
     row_lengths,
 )
+from liger_cli.errors import ConfigError
+from liger_cli.training.forward import LossOf
+from liger_cli.training.model import build_meta_model, load_model, resolve_model
 from liger_cli.training.tokenizers import byte_tokenizer
 from liger_kernels.transformers.api import apply_liger_kernel
 

@@ -11,7 +11,7 @@ from accelerate import tracking
 from run_files import assert_same, metrics, names, stopped_copy
 
 from liger_cli.config import RunConfig
-from liger_cli.training.collate import Collator
+from liger_cli.data.collate import Collator
 from liger_cli.training.resume import _FREE_KEYS
 
 # 23 rows are 6 steps of 4, the last of 3 rows in two micro-batches: 8 steps are more than an epoch.

@@ -15,9 +15,9 @@ import torch
 import yaml
 
 from liger_cli.config import load_config
+from liger_cli.data.batches import BatchPlan, count_labels, load_windows
 from liger_cli.errors import ConfigError
 from liger_cli.training import arms
-from liger_cli.training.batches import BatchPlan, count_labels, load_windows
 from liger_cli.training.checkpoint_files import find_checkpoints
 from liger_cli.training.inputs import load_inputs
 from liger_cli.training.memory_errors import RunMemory

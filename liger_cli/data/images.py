@@ -15,12 +15,12 @@ from functools import cached_property
 from itertools import accumulate, chain
 from typing import Any
 
+from liger_cli.data.cache import Counts, Tokenised
+from liger_cli.data.chat import ChatRenderer, Segment
+from liger_cli.data.collate import TOKEN_KEYS
+from liger_cli.data.encode import IGNORED, Encoder, in_context
+from liger_cli.data.rows import Row
 from liger_cli.errors import DataError, EnvironmentProblem
-from liger_cli.training.cache import Counts, Tokenised
-from liger_cli.training.chat import ChatRenderer, Segment
-from liger_cli.training.collate import TOKEN_KEYS
-from liger_cli.training.encode import IGNORED, Encoder, in_context
-from liger_cli.training.rows import Row
 
 __all__ = ["ImageRows", "ImagesFound"]
 

@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from liger_cli.data import cache
+from liger_cli.data.cache import Counts, Tokenised
+from liger_cli.data.chat import ChatRenderer
+from liger_cli.data.encode import IGNORED, Encoder
+from liger_cli.data.images import ImageRows, ImagesFound
+from liger_cli.data.mixture import join_sources
+from liger_cli.data.rows import Record, RowFormat
+from liger_cli.data.sources import SYNTHETIC_NAME, Source, Split, find_source, split_names
 from liger_cli.errors import ConfigError, DataError, EnvironmentProblem
-from liger_cli.training import cache
-from liger_cli.training.cache import Counts, Tokenised
-from liger_cli.training.chat import ChatRenderer
-from liger_cli.training.encode import IGNORED, Encoder
-from liger_cli.training.images import ImageRows, ImagesFound
-from liger_cli.training.mixture import join_sources
-from liger_cli.training.rows import Record, RowFormat
-from liger_cli.training.sources import SYNTHETIC_NAME, Source, Split, find_source, split_names
 
 if TYPE_CHECKING:
     import pyarrow

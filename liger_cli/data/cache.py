@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liger_cli.training.demo_model import cache_directory
+from liger_cli.environment import cache_directory
 
 if TYPE_CHECKING:
     import pyarrow
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 MIN_BYTES = 1_000_000
 _ROWS, _COUNTS = "rows.arrow", "counts.json"
 # What decides the ids and labels of a row besides its content and options.
-_CODE = ("cache", "chat", "data", "encode", "rows", "samples", "sources")
+_CODE = ("cache", "chat", "encode", "examples", "rows", "samples", "sources")
 
 
 @dataclass

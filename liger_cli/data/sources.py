@@ -16,9 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from liger_cli.data.rows import Record
+from liger_cli.data.samples import SAMPLE_LICENCE, SAMPLE_NAME, find_sample, read_sample
 from liger_cli.errors import ConfigError, DataError
-from liger_cli.training.rows import Record
-from liger_cli.training.samples import SAMPLE_LICENCE, SAMPLE_NAME, find_sample, read_sample
 
 __all__ = ["SYNTHETIC_NAME", "Source", "Split", "find_source", "split_names"]
 
@@ -349,7 +349,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _from_hub(name: str, split: Split, streaming: bool) -> Source:
-    from liger_cli.training.hub import fetch_dataset
+    from liger_cli.hub import fetch_dataset
 
     dataset = fetch_dataset(
         name, lambda names: _choose_split(names, split, name), streaming=streaming

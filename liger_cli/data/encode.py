@@ -8,9 +8,9 @@ from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
+from liger_cli.data.chat import ChatRenderer, Segment
+from liger_cli.data.rows import Row
 from liger_cli.errors import DataError
-from liger_cli.training.chat import ChatRenderer, Segment
-from liger_cli.training.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

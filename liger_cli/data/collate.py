@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from liger_cli.training.encode import IGNORED
-from liger_cli.training.packing import join_rows
+from liger_cli.data.encode import IGNORED
+from liger_cli.data.packing import join_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

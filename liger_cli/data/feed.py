@@ -13,10 +13,10 @@ import torch
 from datasets import Dataset
 
 from liger_cli.config import RunConfig
-from liger_cli.training.batches import BatchPlan, load_windows, placeholder
-from liger_cli.training.cache import Counts
-from liger_cli.training.packing import PackedRows
-from liger_cli.training.stream import Place, Stream
+from liger_cli.data.batches import BatchPlan, load_windows, placeholder
+from liger_cli.data.cache import Counts
+from liger_cli.data.packing import PackedRows
+from liger_cli.data.stream import Place, Stream
 
 __all__ = ["Feed", "identity", "make_feed", "plan_batches", "total_steps"]
 

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from liger_cli.errors import ConfigError, DataError
-from liger_cli.training.cache import Counts
-from liger_cli.training.data import (
+from liger_cli.data.cache import Counts
+from liger_cli.data.examples import (
     BATCH,
     Examples,
     RowMaker,
@@ -27,11 +26,12 @@ from liger_cli.training.data import (
     nothing_to_train,
     open_source,
 )
-from liger_cli.training.images import ImagesFound
-from liger_cli.training.mixture import next_source
-from liger_cli.training.packing import Strategy, join_rows, pack
-from liger_cli.training.rows import Record
-from liger_cli.training.sources import SYNTHETIC_NAME, Source, find_source, split_names
+from liger_cli.data.images import ImagesFound
+from liger_cli.data.mixture import next_source
+from liger_cli.data.packing import Strategy, join_rows, pack
+from liger_cli.data.rows import Record
+from liger_cli.data.sources import SYNTHETIC_NAME, Source, find_source, split_names
+from liger_cli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,0 +1,1 @@
+"""Training data: sources, rows, token ids with labels, packing, batches."""
