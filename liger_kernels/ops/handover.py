@@ -71,5 +71,6 @@ def handed_over(name: str) -> RuntimeError:
     """Return the error of a second backward, whose gradients the first one gave away."""
     return RuntimeError(
         f"{name} makes its gradients in forward and gave them away in the first backward; a second "
-        "backward over the retained graph needs another forward, or reduction='none'"
+        "backward over the retained graph needs another forward, reduction='none', or in a "
+        "patched model skip_logits=False"
     )

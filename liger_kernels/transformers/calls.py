@@ -19,9 +19,26 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def is_plain(*tensors: Any) -> bool:
     """Return whether the ops serve these tensors; None counts as served."""
-    return all(
+    return not is_transformed() and all(
         x is None or (type(x) in _PLAIN_TYPES and x.dtype in _DTYPES and not x.is_meta)
         for x in tensors
+    )
+
+
+def is_transformed() -> bool:
+    """Return whether torch.func runs this, whose vmap, grad and jvp take no function of ours."""
+    stack: Any = torch._C._functorch.peek_interpreter_stack
+    return not torch.compiler.is_compiling() and stack() is not None
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Return whether calling a module is calling its class's forward and nothing else."""
+    return "forward" not in module.__dict__ and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch.nn.modules.module._has_any_global_hook()
     )
 
 

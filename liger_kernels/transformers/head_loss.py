@@ -241,6 +241,7 @@ def _loss(
         else:
             loss = cross_entropy(_before_upcast(pending), target, weight=weight, **options)
     if loss is not None:
+        pending.call.has_loss = True
         _count_loss(pending.head)
     return loss
 

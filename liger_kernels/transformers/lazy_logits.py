@@ -15,6 +15,7 @@ head_patch.py makes a model's head answer so.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +75,8 @@ class LazyLogits(Tensor):
         face = next((arg for arg in args[:2] if isinstance(arg, LazyLogits)), None)
         # FSDP hooks every output that has a gradient; that must not cost the memory of the logits.
         is_hook = function is Tensor.register_hook
+        if face is not None and face._pending.call.has_loss:
+            _warn_of_no_gradient(function, args[1:])
         if is_metadata(function) or (is_hook and face is not None and face._pending.made is None):
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
@@ -94,6 +97,17 @@ class LazyLogits(Tensor):
         # tensor as an input: only numbers are wanted, and the gradient goes through _Attach.
         args, kwargs = tree_map(_read_numbers, (args, kwargs or {}))
         return function(*args, **kwargs)
+
+
+def _warn_of_no_gradient(function: Callable[..., Any], args: Any) -> None:
+    """Warns who asks for a gradient that the loss, which needed no logits, will not bring."""
+    is_of_torch = any(getattr(arg, "__module__", "").startswith("torch.") for arg in args)
+    if function is Tensor.retain_grad or (function is Tensor.register_hook and not is_of_torch):
+        warnings.warn(
+            "out.loss was computed without making these logits, so its backward brings them no "
+            "gradient: call the model with skip_logits=False to have one",
+            stacklevel=4,
+        )
 
 
 def _read(value: Any) -> Any:
@@ -137,6 +151,7 @@ class LazyCall:
     def __init__(self, op: HeadOp, labels: Tensor | None) -> None:
         self.op = op
         self.num_targets = 0
+        self.has_loss = False
         self.label_count: LabelCount | None = None
         if op == "fused_linear_cross_entropy" and isinstance(labels, Tensor):
             # On its way to the host while the model runs, so that the loss has nothing to wait for.

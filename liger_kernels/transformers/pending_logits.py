@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from liger_kernels.ops.fused_linear_cross_entropy import LabelCount
+from liger_kernels.transformers.calls import is_transformed
 from liger_kernels.transformers.recognise import original_class
 
 HeadOp = Literal["fused_linear_cross_entropy", "cross_entropy"]
-# Type, shape and version of each of a head's parameters.
-Weights = list[tuple[type, torch.Size, int]]
+# Of each of a head's parameters: whether it is sharded, its shape, dtype, address and version.
+Weights = list[tuple[bool, torch.Size, torch.dtype, int, int]]
+# Of each of a head's modules: dropout, and which adapters are on.
+Switches = list[tuple[Any, ...]]
 
 # F.cross_entropy's default, and that of every loss in transformers.
 IGNORE_INDEX = -100
@@ -32,6 +35,8 @@ class HeadCall(Protocol):
     # An upper bound of the labels among `num_targets` targets, on its way to the host.
     label_count: LabelCount | None
     num_targets: int
+    # Whether a loss was computed from the logits without making them.
+    has_loss: bool
 
     def show(self, pending: Pending) -> Tensor:
         """Return a tensor that stands for the pending logits."""
@@ -81,6 +86,9 @@ class Pending:
         self.weights = weights
         self.parent = parent
         self.step = step
+        if parent is None:
+            self.source_version = _version(source)
+            self.switches = _switches_of(head)
         self.made: Tensor | None = None
         # Random states as a head with dropout found them.
         self.rng_states: list[Tensor] = []
@@ -133,10 +141,12 @@ class Pending:
     def _make(self) -> Tensor:
         if self.parent is not None and self.step is not None:
             return self.step.apply(self.parent.real())
-        if self.is_stale():
+        changed = self.what_changed()
+        if changed is not None:
             raise RuntimeError(
-                "these lazy logits can no longer be made: the head's weights have changed since. "
-                "Read out.logits before optimizer.step(), or call the model with skip_logits=False."
+                f"these lazy logits can no longer be made: {changed} since the forward. Read "
+                "out.logits before optimizer.step() and the like, or call the model with "
+                "skip_logits=False."
             )
         if _has_dropout(self.head) and not torch.compiler.is_compiling():
             self.rng_states = _rng_states(self.source.device)
@@ -169,15 +179,31 @@ class Pending:
         head: Any = self.head
         if "forward" not in head.__dict__ and same_layout(self.weights, weights_of(head)):
             return stock_output(head, x)
+        if any(is_sharded for is_sharded, *_ in weights_of(head)) and not head._forward_pre_hooks:
+            # FSDP2 gathers the weights of a group where the group's own module is called.
+            raise RuntimeError(
+                "these lazy logits can no longer be made: the head's weights are sharded again, "
+                "with those of a module around it. Call the model with skip_logits=False, or "
+                "shard the head by itself, fully_shard(model.lm_head)."
+            )
         call, head._lazy_call = head._lazy_call, None
         try:
             return head(x)
         finally:
             head._lazy_call = call
 
-    def is_stale(self) -> bool:
+    def what_changed(self) -> str | None:
+        """Return what would make other logits now than in the forward, or None."""
+        if torch.compiler.is_compiling():
+            return None
         now = weights_of(self.head)
-        return same_layout(self.weights, now) and self.weights != now
+        if same_layout(self.weights, now) and self.weights != now:
+            return "the head's weights have changed"
+        if self.switches != _switches_of(self.head):
+            return "an adapter or the dropout of the head was switched"
+        if self.source_version != _version(self.source):
+            return "the head's input was written to"
+        return None
 
     @contextlib.contextmanager
     def as_recorded(self, needs_grad: bool) -> Iterator[None]:
@@ -206,7 +232,36 @@ def weights_of(head: nn.Module) -> Weights:
     """Return what tells whether the head's weights have been taken away or changed."""
     if torch.compiler.is_compiling():
         return []
-    return [(type(p), p.shape, -1 if p.is_inference() else p._version) for p in head.parameters()]
+    return [
+        (type(p).__name__ == "DTensor", p.shape, p.dtype, _address(p), _version(p))
+        for p in head.parameters()
+    ]
+
+
+def _version(x: Tensor) -> int:
+    return -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def _address(x: Tensor) -> int:
+    try:
+        return x.data_ptr()
+    # Of tensors that are wrapped around others, such as quantised ones.
+    except RuntimeError:
+        return 0
+
+
+def _switches_of(head: nn.Module) -> Switches:
+    """Return what of a head's modules decides its output besides weights and input."""
+    if torch.compiler.is_compiling():
+        return []
+    found: Switches = []
+    for module in head.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            found.append((module.training and module.p,))
+        elif hasattr(module, "active_adapters"):
+            state = (module.active_adapters, module.disable_adapters, module.merged_adapters)
+            found.append(tuple(str(value) for value in state))
+    return found
 
 
 def same_layout(before: Weights, now: Weights) -> bool:
@@ -265,7 +320,7 @@ def begin(head: nn.Module, call: HeadCall, x: Tensor) -> Pending | None:
     """Return the pending logits of one call of the head, or None where it has to be stock."""
     leaf = active_layer(head)
     width: Any = getattr(leaf, "out_features", None)
-    if type(x) is not Tensor or x.is_meta or not isinstance(width, int):
+    if type(x) is not Tensor or x.is_meta or is_transformed() or not isinstance(width, int):
         return None
     # A tensor-parallel head makes a slice of the logits; its hooks put the slices together.
     if any(type(p).__name__ == "DTensor" for p in head.parameters()):

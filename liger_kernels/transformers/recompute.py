@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from liger_kernels.transformers.calls import is_transformed
+
 
 class _Recipe:
     """How to make one tensor again, for all those that kept the recipe in its place."""
@@ -61,9 +63,13 @@ class _Remade(NamedTuple):
 _RECIPES = WeakTensorKeyDictionary()
 
 
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or is_transformed()
+
+
 def remember(y: Tensor, make: Callable[[], Tensor]) -> None:
     """Note that make() returns y again. It must not hold y, nor tensors that have a graph."""
-    if y.requires_grad and y.is_contiguous() and not torch.compiler.is_compiling():
+    if y.requires_grad and y.is_contiguous() and not _is_traced():
         _RECIPES[y] = _Recipe(make, y._version)
 
 
@@ -72,9 +78,9 @@ def recomputing(*values: Any) -> Iterator[None]:
     """Keep recipes in place of those values that have one, for what is saved for backward inside.
 
     Values without a recipe, of any type, are ignored; so is everything under torch.compile, which
-    decides by itself what to make again.
+    decides by itself what to make again, and under torch.func, whose tensors have no address.
     """
-    if torch.compiler.is_compiling():
+    if _is_traced():
         yield
         return
     recipes: dict[int, tuple[Tensor, _Recipe]] = {}

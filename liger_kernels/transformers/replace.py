@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from liger_kernels.ops import gated_rms_norm, geglu, layer_norm, rms_norm, swiglu
 from liger_kernels.ops.glu_mlp import ACTIVATIONS as FUSED_ACTIVATIONS
 from liger_kernels.ops.glu_mlp import glu_mlp
-from liger_kernels.transformers.calls import is_plain, note
+from liger_kernels.transformers.calls import is_bare, is_plain, note
 from liger_kernels.transformers.recognise import (
     ACTIVATIONS,
     ExpertsSpec,
@@ -219,15 +219,7 @@ def _weights_of(
 
 def _is_plain_linear(layer: nn.Module) -> bool:
     """Return whether calling the layer is its product with its weight, and nothing else."""
-    return (
-        type(layer) is nn.Linear
-        and layer.bias is None
-        and "forward" not in vars(layer)
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and not layer._backward_hooks
-        and not layer._backward_pre_hooks
-    )
+    return type(layer) is nn.Linear and layer.bias is None and is_bare(layer)
 
 
 def _sorted_experts_forward(base: Any, spec: ExpertsSpec) -> Callable[..., Any]:

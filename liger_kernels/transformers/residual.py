@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from liger_kernels.ops import fused_add_rms_norm, rms_norm
-from liger_kernels.transformers.calls import is_plain, note
+from liger_kernels.transformers.calls import is_bare, is_plain, note
 from liger_kernels.transformers.recognise import (
     NormSpec,
     Refusal,
@@ -97,22 +97,12 @@ def layer_problem(
     if layer in ops_of:
         return f"it runs {ops_of[layer]}, and a module runs one op: nothing to do"
     norms = {name: layer.get_submodule(name) for name in spec.norms}
-    if any(norm in ops_of and _is_bare(norm) for norm in norms.values()):
+    if any(norm in ops_of and is_bare(norm) for norm in norms.values()):
         return None
     name, norm = next(iter(norms.items()))
     if norm in ops_of:
         return f"a hook or another forward is set on {name}, which the op would not call: remove it"
     return f"its {name} is not patched: see there"
-
-
-def _is_bare(norm: nn.Module) -> bool:
-    """Return whether calling a norm is calling its class's forward and nothing else."""
-    return "forward" not in norm.__dict__ and not (
-        norm._forward_hooks
-        or norm._forward_pre_hooks
-        or norm._backward_hooks
-        or norm._backward_pre_hooks
-    )
 
 
 # The patched layer ------------------------------------------------------------------------------
@@ -138,7 +128,7 @@ def _add_and_norm(layer: nn.Module, x: Any, residual: Any, norm: Any) -> tuple[A
 
 def _is_served(x: Any, residual: Any, norm: Any, spec: NormSpec) -> bool:
     weight = norm.weight if spec.has_weight else None
-    if not is_plain(x, residual, weight) or spec.is_l2 or not _is_bare(norm):
+    if not is_plain(x, residual, weight) or spec.is_l2 or not is_bare(norm):
         return False
     dtype = torch.promote_types(x.dtype, residual.dtype)
     if spec.needs_one_dtype and weight is not None and weight.dtype != dtype:

@@ -34,6 +34,7 @@ class StubCall(TorchFunctionMode):
         # Labels cannot be counted on the host inside a graph.
         self.label_count = None
         self.num_targets = 0
+        self.has_loss = False
         self.stubs: list[Tensor] = []
         self.pendings: list[Pending] = []
 

@@ -71,6 +71,19 @@ def survey(
         foreign = find_foreign(inner) or find_foreign(head) or find_foreign_loss(inner)
         for op in LOSSES:
             yield head_name, head, op, foreign or HeadSpec()
+    elif not hasattr(type(inner), "get_output_embeddings"):
+        yield from _heads_inside(model)
+
+
+def _heads_inside(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Found]]:
+    """Yield the heads of models that a module of another kind holds."""
+    for name, module in model.named_modules():
+        if hasattr(type(module), "get_output_embeddings"):
+            head_name, head = _head_of(module)
+            reason = f"its model is inside a {type(model).__name__}: pass model.{name} instead"
+            if head is not None:
+                yield from ((f"{name}.{head_name}", head, op, Refusal(reason)) for op in LOSSES)
+            return
 
 
 def _op_of(found: Found) -> str | None:

@@ -1118,3 +1118,98 @@ def test_on_a_gpu(backend: str | None) -> None:
     named = {n.removeprefix("_orig_mod."): g for n, g in ours[1].items()}
     assert_same((ours[0], named), stock, tolerance=1e-3)
     assert num_fused(model.lm_head) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m, out: m.lm_head.weight.data.add_(1.0), None),
+        (lambda m, out: setattr(m.lm_head.weight, "data", m.lm_head.weight * 2), "weights"),
+        (lambda m, out: m.to(torch.bfloat16), "weights"),
+        (lambda m, out: out.hidden_states[-1].mul_(0.0), "input was written to"),
+    ],
+    ids=["through data", "data", "dtype", "hidden state"],
+)
+def test_what_logits_are_made_from_has_changed(change, words):
+    model = make()
+    install_head(model, FUSED)
+    out = model(**make_inputs(), output_hidden_states=True)
+    with torch.no_grad():
+        change(model, out)
+    if words is None:
+        # Documented: nothing tells of it.
+        assert torch.isfinite(out.logits.sum())
+        return
+    with pytest.raises(RuntimeError, match=f"can no longer be made: the head's {words}"):
+        out.logits.sum()
+
+
+def test_other_weights_of_a_functional_call_are_not_the_models():
+    model = make()
+    install_head(model, FUSED)
+    values = {name: p.detach() * 1.5 for name, p in model.named_parameters()}
+    out = torch.func.functional_call(model, values, (), make_inputs())
+    with pytest.raises(RuntimeError, match="the head's weights have changed"):
+        out.logits.sum()
+
+
+@pytest.mark.parametrize("switch", ["disable", "other", "dropout"])
+def test_adapters_of_the_head_are_switched(switch):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.3)
+    model = peft.get_peft_model(make(), config)
+    model.add_adapter("other", config)
+    install_head(model, FUSED)
+    model.train()
+    out, again = model(**make_inputs()), model(**make_inputs())
+    assert torch.isfinite(out.logits.sum())
+    if switch == "disable":
+        with model.disable_adapter(), pytest.raises(RuntimeError, match="adapter or the dropout"):
+            again.logits.sum()
+        return
+    model.eval() if switch == "dropout" else model.set_adapter("other")
+    with pytest.raises(RuntimeError, match="adapter or the dropout"):
+        again.logits.sum()
+
+
+@pytest.mark.parametrize("ask", [Tensor.retain_grad, lambda x: x.register_hook(lambda grad: grad)])
+def test_a_gradient_that_will_not_come_is_told(ask):
+    model = make()
+    install_head(model, FUSED)
+    out = model(**make_inputs())
+    with pytest.warns(UserWarning, match="computed without making these logits"):
+        ask(out.logits)
+
+
+def test_functional_transforms_have_the_stock_gradients():
+    from liger_kernels.transformers import apply_liger_kernel
+
+    model = make()
+    patched = copy.deepcopy(model)
+    apply_liger_kernel(patched)
+
+    def gradients(module):
+        values = {name: p.detach() for name, p in module.named_parameters()}
+
+        def loss(values):
+            return torch.func.functional_call(module, values, (), make_inputs()).loss
+
+        return torch.func.grad(loss)(values)
+
+    expected, found = gradients(model), gradients(patched)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_a_model_inside_a_module_is_told_and_not_passed_over():
+    from liger_kernels.transformers import apply_liger_kernel
+
+    class Policy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = make()
+
+    plan = apply_liger_kernel(Policy()).plan
+    (skip,) = [skip for skip in plan.skips if skip.op == FUSED]
+    assert skip.name == "inner.lm_head"
+    assert skip.reason == "its model is inside a Policy: pass model.inner instead"
