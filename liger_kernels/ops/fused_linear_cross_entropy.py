@@ -353,6 +353,8 @@ LOGPROBS = Op(
         Case("odd", (7, 33, 127), {"has_bias": True}),
         Case("rank-3", (2, 5, 16, 40), {"temperature": 0.7}),
         Case("three-blocks", (3, 4, 17000)),
+        # So many terms of an entropy that the order in which they are added shows.
+        Case("many-terms", (64, 64, 8192)),
         Case("no-rows", (0, 16, 20)),
         Case("real", (2048, 2048, 32000), needs_gpu=True),
     ),

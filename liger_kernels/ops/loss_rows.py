@@ -178,7 +178,7 @@ def _some_rows(
     if nll is not None:
         nll.copy_(row_nll.masked_fill(is_ignored, 0.0))
     if entropy is not None or entropy_coef is not None:
-        row_entropy = log_total - torch.einsum("mv,mv->m", e, shifted) / total
+        row_entropy = log_total - (e * shifted).sum(1) / total
     if entropy is not None:
         entropy.copy_(row_entropy.masked_fill(is_ignored, 0.0))
     if loss is not None:

@@ -186,8 +186,10 @@ def _check(q, k, cos, sin, style, rotary_dim, unsqueeze_dim) -> RopeOptions:
         )
     batch, num_tokens = q.shape[0] if rank == 4 else 1, q.shape[-5 - head_axis]
     for name, table in (("cos", cos), ("sin", sin)):
-        lead = tuple(table.shape[:-1])
-        if lead not in ((num_tokens,), (1, num_tokens), (batch, num_tokens)):
+        lead = table.shape[:-1]
+        # One comparison a size: under torch.compile they may be symbols, and tuples of them differ.
+        is_right = 1 <= len(lead) <= 2 and lead[-1] == num_tokens
+        if not is_right or (len(lead) == 2 and lead[0] != 1 and lead[0] != batch):
             raise ValueError(
                 f"{name} must be ({num_tokens}, W), (1, {num_tokens}, W) or "
                 f"({batch}, {num_tokens}, W) for q {tuple(q.shape)} with heads at {unsqueeze_dim}, "
