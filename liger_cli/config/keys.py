@@ -181,7 +181,7 @@ class RunConfig(BaseModel):
     per_device_eval_batch_size: int = _batch(8, "The same in evaluation.", ge=1)
     gradient_accumulation_steps: int = _batch(1, "Forward passes of an optimizer step.", ge=1)
     num_train_epochs: float = _batch(3.0, "Passes over the dataset.", gt=0)
-    max_steps: int = _batch(-1, "Optimizer steps; -1 leaves it to num_train_epochs.", ge=-1)
+    max_steps: int = _batch(-1, "Optimizer steps, not 0; -1 leaves it to num_train_epochs.", ge=-1)
     auto_fit: bool = _batch(
         False, "Out of memory: halve the micro-batch, double the accumulation and go on."
     )

@@ -88,7 +88,7 @@ class _Rows:
 def placeholder(row: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a short row without labels, which is computed and counts nothing."""
     ids = row["input_ids"][:2]
-    return {"input_ids": ids, "labels": [IGNORED] * len(ids)}
+    return {"input_ids": ids, "labels": [IGNORED] * len(ids), "num_tokens": 0}
 
 
 def load_windows(

@@ -72,6 +72,7 @@ class ChatRenderer:
         Raises:
             DataError: The template refuses the conversation, or changes what the assistant says.
         """
+        self._check_tool_calls(messages, where)
         if self._marks_generation:
             text, spans = self._marked_by_template(messages, where)
         else:
@@ -79,6 +80,25 @@ class ChatRenderer:
             between = self._between_marks(text, messages, where)
             spans = self._after_prompts(text, messages, where) if between is None else between
         return [segment for segment in _cut(text, spans) if segment.text]
+
+    def _check_tool_calls(self, messages: Sequence[Message], where: str) -> None:
+        """Refuses calls that the template leaves out: the turn would be trained without them."""
+        if not any(message.get("tool_calls") for message in messages):
+            return
+        without = [
+            {key: value for key, value in message.items() if key != "tool_calls"}
+            for message in messages
+        ]
+        try:
+            is_shown = self._render(without, where) != self._render(messages, where)
+        except DataError:
+            # A turn that has neither content nor calls: it is the calls that the template wants.
+            return
+        if not is_shown:
+            raise DataError(
+                f"{where}: the chat template does not show tool_calls",
+                hint="take a model whose template does, or write the calls into the content",
+            )
 
     def render(self, messages: Sequence[Message]) -> str:
         """Returns the text of a conversation."""

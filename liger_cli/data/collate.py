@@ -18,13 +18,13 @@ __all__ = ["TOKEN_KEYS", "Collator"]
 
 # What a processor says of every token besides its id: which of them belong to an image.
 TOKEN_KEYS = ("token_type_ids", "mm_token_type_ids")
-_OWN_KEYS = ("input_ids", "labels", "position_ids")
+_OWN_KEYS = ("input_ids", "labels", "position_ids", "num_tokens")
 
 
 @dataclass(frozen=True)
 class Collator:
     """Makes a batch of rows: input_ids and labels as (B, T) int64, and either attention_mask or,
-    of packed rows, position_ids and num_tokens.
+    of packed rows, position_ids and num_tokens. num_tokens is also there where a row says it.
 
     What else rows have goes along: values a token are padded with 0, images are joined.
 
@@ -72,6 +72,9 @@ class Collator:
             batch["attention_mask"] = (
                 torch.arange(length) < torch.tensor(lengths).unsqueeze(1)
             ).long()
+        if "num_tokens" in rows[0]:
+            # A row that stands for none.
+            batch["num_tokens"] = torch.tensor(rows[0]["num_tokens"])
         for key in sorted({key for row in rows for key in row} - set(_OWN_KEYS)):
             if key in TOKEN_KEYS:
                 batch[key] = _pad(rows, key, length, 0)

@@ -243,7 +243,8 @@ def _read_text(path: Path) -> Iterator[Record]:
     """Every line that is not blank is a row."""
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
-            if text := _decode(line, path, number).strip("\r\n"):
+            text = _decode(line, path, number).strip("\r\n")
+            if text.strip():
                 yield f"{path}:{number}", {"text": text}
 
 

@@ -125,6 +125,18 @@ def new_adapter(config: RunConfig, model: Any) -> Any:
     )
 
 
+def _mend_tied_copies(model: Any) -> None:
+    """Gives copies of tied heads the sizes of their weights.
+
+    peft makes them with those of the embedding, and the fused loss believes no such layer.
+    """
+    for module in model.modules():
+        copies = getattr(module, "modules_to_save", None)
+        for layer in copies.values() if isinstance(copies, torch.nn.ModuleDict) else ():
+            if isinstance(layer, torch.nn.Linear):
+                layer.out_features, layer.in_features = layer.weight.shape
+
+
 def load_adapter(model: Any, path: Path, *, trains: bool = False) -> Any:
     """Returns the model with the adapter of a directory around it.
 
@@ -193,6 +205,7 @@ def attach_adapter(
         except (ValueError, NotImplementedError) as error:
             text = " ".join(str(error).split())
             raise ConfigError(f"adapter: {text}") from error
+    _mend_tied_copies(adapted)
     if notify is not None:
         for warning in caught:
             if issubclass(warning.category, UserWarning):

@@ -30,6 +30,9 @@ class LossOf:
         self._counts_items = getattr(
             model, "accepts_loss_kwargs", takes_any and _leaves_loss_to_transformers(model)
         )
+        # Of what a mixture of experts adds to balance them, as its forward has it.
+        settings = model_under(model).config.get_text_config()
+        self._balance_weight = float(getattr(settings, "router_aux_loss_coef", 0.0) or 0.0)
         # Keys and values kept for generation would cost memory in every step.
         self._options = {"use_cache": False} if "use_cache" in parameters else {}
         self._device = device
@@ -54,7 +57,13 @@ class LossOf:
         inputs |= {**self._options, **options}
         num_labels = max(num_labels, 1)
         if self._counts_items:
-            return model(**inputs, num_items_in_batch=num_labels).loss
+            out = model(**inputs, num_items_in_batch=num_labels)
+            balance = getattr(out, "aux_loss", None)
+            if not isinstance(balance, torch.Tensor):
+                return out.loss
+            # transformers adds it whole for each batch, and it is to be a mean over all labels too.
+            surplus = self._balance_weight * (1.0 - own_labels / num_labels)
+            return out.loss - surplus * balance.to(out.loss.device)
         if own_labels == 0:
             # The mean of no labels is NaN; this is 0, and has a gradient.
             del inputs["labels"]

@@ -173,6 +173,8 @@ def test_head_and_embedding_stay_tied(train, run_dir):
     words = (*LORA, "--lora-modules-to-save", "lm_head", "--learning-rate", 1e-2)
     done = train(*words, "--eval-fraction", 0.2, "--json")
     assert done.code == 0, done.err
+    head = done.json()["coverage"]["fused_linear_cross_entropy"]
+    assert head == {"patched": 1, "candidates": 1}
     model = load_model(resolve_model(str(run_dir / "checkpoint-3")), dtype=torch.float32)
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert torch.equal(table, head)

@@ -335,6 +335,18 @@ def test_tool_calls_are_trained_and_results_are_not(tmp_path):
     assert trained(tokenizer, row) == said
 
 
+@pytest.mark.parametrize("template", [PLAIN, GENERATION], ids=["plain", "generation"])
+def test_tool_calls_that_are_not_shown_are_refused(tmp_path, template):
+    """The turn would be trained as if it ended where it calls."""
+    call = {"function": {"name": "look", "arguments": {}}}
+    messages = [
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    with pytest.raises(DataError, match="d.jsonl:1: the chat template does not show tool_calls"):
+        load(write(tmp_path / "d.jsonl", {"messages": messages}), make_tokenizer(template))
+
+
 def test_case_96_calls_and_results_of_several_tools(tmp_path):
     tokenizer = make_tokenizer(HERMES)
     calls = [{"function": {"name": name, "arguments": {"at": "it"}}} for name in ("look", "ask")]

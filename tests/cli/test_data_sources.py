@@ -68,7 +68,7 @@ def test_case_100_every_kind_of_file_gives_the_same_rows(tmp_path):
 
 
 def test_text_file_is_a_row_a_line(tmp_path):
-    (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbfone \r\n\n  two\nthree")
+    (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbfone \r\n\n   \n  two\nthree")
     wanted = [f"{text}<|im_end|>" for text in ("one ", "  two", "three")]
     assert texts(load(tmp_path / "d.txt")) == wanted
 

@@ -120,6 +120,19 @@ def test_case_59_95_accumulation_equals_one_batch(train, tmp_path, ops):
     assert all((first[key] - second[key]).abs().max() < 1e-4 for key in first)
 
 
+@pytest.mark.parametrize("model", ["mixtral", "qwen3-moe"])
+def test_case_95_balance_of_experts_is_a_mean_too(train, tmp_path, model):
+    """One batch, or each row by itself: transformers adds that loss once a batch."""
+    losses = {}
+    for rows, parts in ((6, 1), (1, 6)):
+        name = tmp_path / f"{rows}"
+        words = ("--per-device-train-batch-size", rows, "--gradient-accumulation-steps", parts)
+        assert train("-m", model, "--max-steps", 1, "--output-dir", name, *words).code == 0
+        ((losses[rows],),) = metrics(name, "loss")
+    # Balance over a row is not quite that over all of them; six times it is 0.1 and more away.
+    assert losses[1] == pytest.approx(losses[6], abs=0.01)
+
+
 @pytest.mark.parametrize("ops", ["all", "none"])
 def test_case_95_last_window_of_an_epoch(train, run_dir, data, ops):
     """10 micro-batches in windows of 4: the third step of an epoch has the 2 that are left.
