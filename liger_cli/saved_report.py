@@ -18,11 +18,8 @@ _WHAT = (
     "Name the output_dir of `liger train`, its report.json, or a file that --json of train, eval, "
     "inspect or bench was written to."
 )
-# Commands whose JSON has other parts, and what shows it.
-_OTHERS = {
-    "bench ops": "its --markdown FILE writes the tables",
-    "verify": "without --json it prints them",
-}
+# Commands whose JSON is a report; that of the others has parts of its own.
+_READ = ("train", "eval", "inspect", "bench")
 
 
 def read_saved(path: Path) -> SavedReport:
@@ -59,6 +56,9 @@ def _parse(document: bytes) -> RunReport:
     except ValueError as error:
         raise ValueError(f"it is not JSON ({error})") from error
     command = values.get("command") if isinstance(values, dict) else None
-    if command in _OTHERS:
-        raise ValueError(f"liger {command} writes one of its own kind; {_OTHERS[command]}")
+    if command is not None and command not in _READ:
+        instead = ", and its --markdown FILE writes the tables" if command == "bench ops" else ""
+        raise ValueError(
+            f"liger {command} writes JSON of its own kind, which it also prints as text{instead}"
+        )
     return RunReport.from_json(text)

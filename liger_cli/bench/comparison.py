@@ -116,8 +116,10 @@ def _specs(plan: BenchPlan, source: ModelSource, peer: PeerInterpreter | None) -
         # An op alone says something beside eager only.
         specs += [known[EAGER]] if EAGER not in plan.against else []
         coverage = inspect_model(build_meta_model(source), ops).coverage
-        alone = [op for op, counts in coverage.items() if counts["patched"]]
-        specs += [ArmSpec(f"{EAGER}+{op}", op) for op in alone]
+        for op, counts in coverage.items():
+            # The norm alone is an arm too; without it this op has no place.
+            needed = f"rms_norm,{op}" if op == "fused_add_rms_norm" else op
+            specs += [ArmSpec(f"{EAGER}+{needed}", needed)] * (counts["patched"] > 0)
     return specs
 
 

@@ -160,6 +160,7 @@ def _norms() -> Iterable[Workload]:
         yield Workload("rms_norm", shape, targets=targets)
         targets = (Target("share", 0.80), _speed(1.5, "torch"), _speed(3.0))
         yield Workload("layer_norm", shape, targets=targets)
+        yield Workload("fused_add_rms_norm", shape)
     yield Workload("rms_norm", (262144, 128), targets=(Target("share", 0.70),))
     host = (Target("host share", 0.5, PEER),)
     for op in ("rms_norm", "layer_norm"):
@@ -188,6 +189,7 @@ _ON_GPU = (
 _SMALL = (
     ("rms_norm", (512, 1024)),
     ("rms_norm", (8192, 64)),
+    ("fused_add_rms_norm", (512, 1024)),
     ("layer_norm", (512, 1024)),
     ("gated_rms_norm", (512, 1024)),
     ("rope", (2, 256, 8, 2, 64)),

@@ -39,13 +39,16 @@ def command(
 
     Rows are as long as max_length. Exit 5 where the card of --gpu has less than it takes.
     """
-    from liger_cli.errors import OutOfMemory
+    from liger_cli.errors import ConfigError, OutOfMemory
     from liger_cli.estimate.cards import find_card
     from liger_cli.estimate.describe import describe_estimate
     from liger_cli.report.estimate import show_estimate
 
     sizes = {"per_device_train_batch_size": batch_size, "max_length": seq_len}
     given = {key: size for key, size in sizes.items() if size is not None}
+    for key in given.keys() & config.model_fields_set:
+        short = "--batch-size" if key.startswith("per") else "--seq-len"
+        raise ConfigError(f"{short} and {key} are the same; give one of them")
     report = describe_estimate(
         config.model_copy(update=given),
         card=None if gpu is None else find_card(gpu),

@@ -9,8 +9,9 @@ from liger_cli.errors import ConfigError
 
 __all__ = ["CARDS", "Card", "find_card"]
 
-# What the CUDA context, its libraries and their kernels take, outside torch's allocator.
-_RESERVED = 1 << 30
+# What the driver keeps (0.5 GB of an H100), and what the CUDA context, its libraries and their
+# kernels take outside torch's allocator.
+_RESERVED = 3 << 29
 
 # MiB in all, as nvidia-smi and rocm-smi show them.
 _MIB = {

@@ -111,6 +111,7 @@ def _rows(found: MemoryEstimate) -> list[PartRow]:
         there = at_peak.pop(part, 0)
         name = f"activations of {part}" if part in found.activations else part
         if size or there:
-            rows.append(PartRow(name=name, size=size, at_peak=there))
+            # Of activations, size is what forward keeps; backward may have more.
+            rows.append(PartRow(name=name, size=max(size, there), at_peak=there))
     others = sum(at_peak.values())
     return [*rows, PartRow(name="temporaries", size=others, at_peak=others)]

@@ -159,7 +159,8 @@ def _memory(ratios: RatiosPart, patched: Arm | None, base: Arm | None) -> tuple[
     peaks = [arm.peak_memory_bytes for arm in (patched, base) if arm and arm.peak_memory_bytes]
     note = " instead of ".join(map(format_bytes, peaks))
     share = abs(1 - memory)
-    if noise is not None and is_noise(memory, noise):
+    is_same = round(share, 2) == 0 if noise is None else is_noise(memory, noise)
+    if is_same:
         words, tone = "with the same peak memory", ""
     elif memory < 1:
         words, tone = f"with {share:.0%} less peak memory", "good"

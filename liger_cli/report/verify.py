@@ -81,6 +81,11 @@ class WorstPart(_Part):
     ours: Finite
     allowed: float
 
+    @property
+    def is_within(self) -> bool:
+        """Whether it is finite and within its limit."""
+        return self.ours is not None and self.ours <= self.allowed
+
 
 class VerifyReport(_Part):
     """The result of `liger verify`.
@@ -159,6 +164,9 @@ def verdict(report: VerifyReport) -> str:
     words = "right" if report.ok else "WRONG"
     line = f"{words}: {counts or 'nothing to patch'}; {len(report.gradients)} gradients compared"
     worst = report.worst
+    failed = next((part for part in report.ops if not part.ok), None)
+    if failed is not None and (worst is None or worst.is_within):
+        return f"{line}; worst offender: {failed.op} by itself, {failed.reason}"
     if worst is None:
         return line
     op = f" ({worst.op})" if worst.op else ""

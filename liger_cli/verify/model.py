@@ -70,6 +70,9 @@ def verify(
     """
     began = time.monotonic()
     model = load_model(source, dtype=dtype, device=device, seed=seed, notify=notify)
+    if source.adapter is not None:
+        # It comes frozen, for use; training is what is compared.
+        model.set_adapter(model.active_adapter)
     _check_host_memory(model, device)
     _turn_off_dropout(model)
     plan = inspect_model(model, ops)

@@ -367,7 +367,7 @@ def test_largest_size_that_fits(limit: int, start: int) -> None:
 def test_cards_by_name_and_by_size() -> None:
     assert find_card("h100-80gb") == CARDS["H100-80GB"] == find_card("H100-80GB")
     assert find_card("l4").name == "L4-24GB"
-    assert find_card("24").usable == 24_000_000_000 - (1 << 30)
+    assert find_card("24").usable == 24_000_000_000 - (3 << 29)
     assert find_card("24GB") == find_card("24")
     for text, match in (("a100", "more than one card"), ("h10-80gb", "did you mean H100-80GB")):
         with pytest.raises(ConfigError, match=match):
@@ -402,3 +402,20 @@ def test_command_fits_batch_and_sequence(liger, small) -> None:
     assert done.code == 5
     assert "does not fit into 3 GB with max_length 64" in done.err
     assert liger("estimate", "--model", small, "--fit", "seq").code == 2
+
+
+def test_no_part_is_more_at_the_peak_than_in_all(liger, small) -> None:
+    words = ("--adapter", "lora", "--gradient-checkpointing", "--gpu", "24", "--json")
+    found = liger("estimate", "--model", small, *words).json()
+    assert all(part["at_peak"] <= part["size"] for part in found["parts"])
+    assert any(part["at_peak"] for part in found["parts"])
+
+
+@pytest.mark.parametrize(
+    ("short", "key"),
+    [("--batch-size", "per_device_train_batch_size"), ("--seq-len", "max_length")],
+)
+def test_a_size_given_twice_is_refused(liger, short, key) -> None:
+    done = liger("estimate", "--model", "qwen3", short, 2, f"--{key.replace('_', '-')}", 64)
+    assert done.code == 2
+    assert f"{short} and {key} are the same; give one of them" in done.err

@@ -530,9 +530,13 @@ def test_report_reads_the_older_bench(liger: Any) -> None:
             "is no report that this version reads: later:",
         ),
         ('{"command": "bench ops"}', "its --markdown FILE writes the tables"),
+        (
+            '{"schema_version": 1, "command": "estimate"}',
+            "liger estimate writes JSON of its own kind",
+        ),
         (None, "cannot be read: No such file or directory"),
     ],
-    ids=["not_json", "no_report", "newer", "unknown_part", "bench_ops", "missing"],
+    ids=["not_json", "no_report", "newer", "unknown_part", "bench_ops", "estimate", "missing"],
 )
 def test_report_refuses_what_it_cannot_read(
     liger: Any, tmp_path: Path, text: str | None, message: str

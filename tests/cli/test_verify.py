@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,6 +106,8 @@ def test_an_op_that_fails_its_check_ends_with_its_reason(
     assert ran.code == 7
     assert [part["op"] for part in ran.json()["ops"] if not part["ok"]] == ["rope"]
     assert "rope is wrong here: off by 1e-1" in ran.err
+    # No module is to blame for it.
+    assert "worst offender: rope by itself, off by 1e-1" in ran.err
     # A model that does not use it is none the worse.
     ran = liger(*words, "--ops", "rmsnorm")
     assert ran.code == 0, ran.err
@@ -203,3 +206,14 @@ def test_what_is_allowed_goes_by_the_same_tensor_of_all_layers() -> None:
     limits = [part.allowed for part in parts.values()]
     assert limits == [pytest.approx(limit, abs=2e-6) for limit in (8e-3, 8e-3, 2e-3)]
     assert [part.ok for part in parts.values()] == [True, False, False]
+
+
+def test_an_adapter_is_compared_in_training(liger: Callable[..., Any], tmp_path: Path) -> None:
+    words = ["--model", "qwen3", "--dataset", "synthetic", "--use-cpu", "--max-length", 16]
+    words += ["--adapter", "lora", "--lora-r", 2, "--max-steps", 1, "-o", tmp_path / "run"]
+    assert liger("train", *words).code == 0
+    found = liger("verify", "--model", tmp_path / "run", "--use-cpu", "--json")
+    assert found.code == 0, found.err
+    gradients = [part["name"] for part in found.json()["gradients"]]
+    assert gradients
+    assert all("lora_" in name for name in gradients)
