@@ -168,9 +168,13 @@ def _glu(module: nn.Module, activation: str, gate: Tensor, up: Tensor) -> Tensor
 
 
 def _mlp_forward(base: Any, spec: MlpSpec) -> Callable[..., Any]:
+    layers = (spec.gate, spec.up, spec.down)
+
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs:
+        # The activation is not called: a hook on it is the stock forward's to run.
+        others = (child for name, child in self._modules.items() if name not in layers)
+        if len(args) != 1 or kwargs or not all(child is None or is_bare(child) for child in others):
             return base.forward(self, *args, **kwargs)
         (x,) = args
         weights = _weights_of(self, spec, x)

@@ -24,8 +24,10 @@ from test_recognise import (
     apply_rotary_sin_first,
 )
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from liger_kernels.compare import FLOOR, error
+from liger_kernels.transformers import apply_liger_kernel
 from liger_kernels.transformers.calls import tally_calls
 from liger_kernels.transformers.recognise import Refusal, recognise_norm, recognise_rope
 from liger_kernels.transformers.replace import patched_class
@@ -232,3 +234,29 @@ def test_rope(function, shapes, tables, dtype):
         ours = turn(twin)
     assert tally.called
     assert_same(ours, turn(module), dtype)
+
+
+def test_a_hook_on_an_activation_is_called():
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    model = LlamaForCausalLM(config).train()
+    apply_liger_kernel(model)
+    seen = []
+    act = model.model.layers[0].mlp.act_fn
+    hook = act.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    ids = torch.arange(8)[None]
+    loss = model(input_ids=ids, labels=ids).loss
+    assert seen == [(1, 8, 24)]
+    hook.remove()
+    assert torch.equal(model(input_ids=ids, labels=ids).loss, loss)
+    assert len(seen) == 1
+    # So is one on every module, which a counter of FLOPs sets.
+    every = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: seen.append(type(module).__name__)
+    )
+    try:
+        model(input_ids=ids, labels=ids)
+    finally:
+        every.remove()
+    assert seen.count("Linear") == 8
+    assert type(act).__name__ in seen
