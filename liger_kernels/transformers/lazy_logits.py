@@ -15,6 +15,7 @@ head_patch.py makes a model's head answer so.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -101,8 +102,15 @@ class LazyLogits(Tensor):
 
 def _warn_of_no_gradient(function: Callable[..., Any], args: Any) -> None:
     """Warns who asks for a gradient that the loss, which needed no logits, will not bring."""
-    is_of_torch = any(getattr(arg, "__module__", "").startswith("torch.") for arg in args)
-    if function is Tensor.retain_grad or (function is Tensor.register_hook and not is_of_torch):
+    if function is Tensor.register_hook:
+        hook = args[0] if args else None
+        while isinstance(hook, functools.partial):
+            hook = hook.func
+        # FSDP's own, which only wait for the backward to come by.
+        is_asked = not str(getattr(hook, "__module__", "")).startswith("torch.")
+    else:
+        is_asked = function is Tensor.retain_grad
+    if is_asked:
         warnings.warn(
             "out.loss was computed without making these logits, so its backward brings them no "
             "gradient: call the model with skip_logits=False to have one",

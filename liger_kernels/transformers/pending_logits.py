@@ -259,8 +259,8 @@ def _switches_of(head: nn.Module) -> Switches:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             found.append((module.training and module.p,))
         elif hasattr(module, "active_adapters"):
-            state = (module.active_adapters, module.disable_adapters, module.merged_adapters)
-            found.append(tuple(str(value) for value in state))
+            names = ("active_adapters", "disable_adapters", "merged_adapters")
+            found.append(tuple(str(getattr(module, name, None)) for name in names))
     return found
 
 

@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -1179,6 +1180,16 @@ def test_a_gradient_that_will_not_come_is_told(ask):
     out = model(**make_inputs())
     with pytest.warns(UserWarning, match="computed without making these logits"):
         ask(out.logits)
+
+
+def test_hooks_of_torch_itself_are_no_question():
+    model = make()
+    install_head(model, FUSED)
+    out = model(**make_inputs())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # As FSDP sets them.
+        out.logits.register_hook(functools.partial(functools.partial(F.relu), inplace=False))
 
 
 def test_functional_transforms_have_the_stock_gradients():
