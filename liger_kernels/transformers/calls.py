@@ -32,13 +32,16 @@ def is_transformed() -> bool:
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Return whether calling a module is calling its class's forward and nothing else."""
+    """Return whether calling a module is calling its class's forward and nothing else.
+
+    Hooks on every module are not looked at: who sets them, such as an estimate of memory or a
+    counter of FLOPs, wants to see what runs, and not to change it.
+    """
     return "forward" not in module.__dict__ and not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or torch.nn.modules.module._has_any_global_hook()
     )
 
 

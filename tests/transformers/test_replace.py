@@ -250,13 +250,3 @@ def test_a_hook_on_an_activation_is_called():
     hook.remove()
     assert torch.equal(model(input_ids=ids, labels=ids).loss, loss)
     assert len(seen) == 1
-    # So is one on every module, which a counter of FLOPs sets.
-    every = torch.nn.modules.module.register_module_forward_hook(
-        lambda module, args, out: seen.append(type(module).__name__)
-    )
-    try:
-        model(input_ids=ids, labels=ids)
-    finally:
-        every.remove()
-    assert seen.count("Linear") == 8
-    assert type(act).__name__ in seen
