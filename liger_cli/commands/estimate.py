@@ -14,6 +14,7 @@ __all__ = ["command"]
 @config_flags
 def command(
     config: RunConfig,
+    context: typer.Context,
     gpu: Annotated[
         str | None,
         typer.Option("--gpu", metavar="NAME|GB", help="The card it shall fit into: H100-80GB, 24."),
@@ -46,7 +47,8 @@ def command(
 
     sizes = {"per_device_train_batch_size": batch_size, "max_length": seq_len}
     given = {key: size for key, size in sizes.items() if size is not None}
-    for key in given.keys() & config.model_fields_set:
+    # A flag wins over a file and --set; of two flags for one key neither does.
+    for key in (key for key in given if context.params.get(key) is not None):
         short = "--batch-size" if key.startswith("per") else "--seq-len"
         raise ConfigError(f"{short} and {key} are the same; give one of them")
     report = describe_estimate(

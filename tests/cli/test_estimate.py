@@ -419,3 +419,12 @@ def test_a_size_given_twice_is_refused(liger, short, key) -> None:
     done = liger("estimate", "--model", "qwen3", short, 2, f"--{key.replace('_', '-')}", 64)
     assert done.code == 2
     assert f"{short} and {key} are the same; give one of them" in done.err
+
+
+def test_a_short_flag_wins_over_a_file(liger, tmp_path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: qwen3\nper_device_train_batch_size: 4\nmax_length: 128\n")
+    words = ("--set", "max_length=256", "--batch-size", 2, "--seq-len", 64, "--json")
+    done = liger("estimate", "-c", file, *words)
+    assert done.code == 0, done.err
+    assert (done.json()["batch_size"], done.json()["sequence_length"]) == (2, 64)
