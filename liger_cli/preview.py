@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from liger_cli.config import RunConfig
-from liger_cli.data.batches import IGNORED, BatchPlan
+from liger_cli.data.batches import BatchPlan
+from liger_cli.data.encode import IGNORED
 from liger_cli.data.examples import DataStats
 from liger_cli.data.packing import pack, row_lengths
 from liger_cli.data.stream import Stream

@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
-__all__ = ["IGNORED", "BatchPlan", "count_labels", "count_tokens", "load_windows", "placeholder"]
+from liger_cli.data.encode import IGNORED
 
-IGNORED = -100
+__all__ = ["BatchPlan", "count_labels", "count_tokens", "load_windows", "placeholder"]
+
 _Row = TypeVar("_Row")
 
 # A process without a row of its own in the last micro-batch still takes part in its collectives.

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from liger_cli.data.batches import IGNORED, count_labels, load_windows
+from liger_cli.data.batches import count_labels, load_windows
+from liger_cli.data.encode import IGNORED
 from liger_cli.training.adapters import model_under
 from liger_cli.training.forward import LossOf
 from liger_cli.training.random_state import kept_random_state

@@ -179,7 +179,7 @@ class Pending:
         head: Any = self.head
         if "forward" not in head.__dict__ and same_layout(self.weights, weights_of(head)):
             return stock_output(head, x)
-        if any(is_sharded for is_sharded, *_ in weights_of(head)) and not head._forward_pre_hooks:
+        if is_sharded(head) and not head._forward_pre_hooks:
             # FSDP2 gathers the weights of a group where the group's own module is called.
             raise RuntimeError(
                 "these lazy logits can no longer be made: the head's weights are sharded again, "
@@ -228,14 +228,20 @@ def _rng_states(device: torch.device) -> list[Tensor]:
     return states
 
 
+def is_sharded(head: nn.Module) -> bool:
+    """Return whether this process has but a part of the head's weights."""
+    return any(map(_is_part, head.parameters()))
+
+
+def _is_part(x: Tensor) -> bool:
+    return type(x).__name__ == "DTensor"
+
+
 def weights_of(head: nn.Module) -> Weights:
     """Return what tells whether the head's weights have been taken away or changed."""
     if torch.compiler.is_compiling():
         return []
-    return [
-        (type(p).__name__ == "DTensor", p.shape, p.dtype, _address(p), _version(p))
-        for p in head.parameters()
-    ]
+    return [(_is_part(p), p.shape, p.dtype, _address(p), _version(p)) for p in head.parameters()]
 
 
 def _version(x: Tensor) -> int:
@@ -323,7 +329,7 @@ def begin(head: nn.Module, call: HeadCall, x: Tensor) -> Pending | None:
     if type(x) is not Tensor or x.is_meta or is_transformed() or not isinstance(width, int):
         return None
     # A tensor-parallel head makes a slice of the logits; its hooks put the slices together.
-    if any(type(p).__name__ == "DTensor" for p in head.parameters()):
+    if is_sharded(head):
         return None
     linear: Any = leaf if class_of(leaf).forward is nn.Linear.forward else None
     if linear is not None and type(linear.weight) is nn.Parameter and len(linear.weight) != width:
