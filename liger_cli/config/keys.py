@@ -132,8 +132,8 @@ class RunConfig(BaseModel):
         True, "Make norm outputs and gated products again in backward instead of keeping them."
     )
     torch_compile: bool = _model(False, "Compile the patched model with torch.compile.")
-    use_regional_compilation: bool = _model(
-        False, "With torch_compile: each layer by itself, which takes a fraction of the time."
+    use_regional_compilation: bool | None = _model(
+        None, "With torch_compile: each layer by itself; left open, unless layers are checkpointed."
     )
 
     adapter: Literal["none", "lora", "dora"] = _adapter(

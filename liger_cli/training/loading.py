@@ -81,8 +81,11 @@ def _compile(model: nn.Module, config: RunConfig, notify: Callable[[str], None])
             notify("use_regional_compilation does nothing without torch_compile")
         return
     notify("torch_compile: the first step, and each new shape of a batch, takes long to compile")
-    parts = _layers(model) if config.use_regional_compilation else [model]
-    if not parts:
+    by_layers = config.use_regional_compilation
+    if by_layers is None:
+        by_layers = not config.gradient_checkpointing
+    parts = _layers(model) if by_layers else [model]
+    if not parts and config.use_regional_compilation:
         notify("use_regional_compilation: no list of layers found, the model is compiled as one")
     for part in parts or [model]:
         part.compile()

@@ -87,7 +87,7 @@ class PatchRecord:
 
         Under torch.compile a module that the compiled code holds cannot tell; it stays patched.
         """
-        if getattr(self.model, "_compiled_call_impl", None) is not None:
+        if any(getattr(module, "_compiled_call_impl", None) for module in self.model.modules()):
             # It could not tell, and the hooks of a tally would have it compiled again without them.
             yield
             return

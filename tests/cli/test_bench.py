@@ -156,14 +156,15 @@ def test_figures_are_medians_over_all_runs_with_the_first_steps_apart_case_103(
     assert "the resident size of the whole process" in ran.err
 
 
+@pytest.mark.parametrize("words", [(), ("--no-use-regional-compilation",)], ids=["layers", "whole"])
 def test_a_compiled_side_compiles_in_its_first_step_alone_case_103(
-    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda model: compile_module(model, backend=counter))
     torch.compiler.reset()
-    ran = train("--torch-compile", "--dataset", "synthetic", "--max-length", 16)
+    ran = train("--torch-compile", *words, "--dataset", "synthetic", "--max-length", 16)
     assert ran.code == 0, ran.err
     assert counter.frame_count == 1
     torch.compiler.reset()

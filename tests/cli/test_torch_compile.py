@@ -41,10 +41,10 @@ def quick_compiler(monkeypatch):
         (),
         ("--adapter", "lora", "--lora-r", 4, "--learning-rate", 1e-2),
         ("--gradient-accumulation-steps", 2, "--gradient-checkpointing"),
-        ("--use-regional-compilation", "--gradient-accumulation-steps", 2),
-        ("--use-regional-compilation", "--adapter", "lora", "--lora-r", 4),
+        ("--no-use-regional-compilation", "--gradient-accumulation-steps", 2),
+        ("--no-use-regional-compilation", "--adapter", "lora", "--lora-r", 4),
     ],
-    ids=["full", "lora", "accumulation", "layers", "layers of an adapter's base"],
+    ids=["layers", "layers of an adapter's base", "checkpoints", "full", "full with an adapter"],
 )
 def test_compiled_run_equals_the_other(train, tmp_path, words, quick_compiler):
     check_compiled_run(train, tmp_path, words)
@@ -83,7 +83,7 @@ def test_layers_alone_keep_attention_from_a_mask(train, tmp_path, monkeypatch):
 
     masks = {}
     compile_module = nn.Module.compile
-    for words in ((), ("--use-regional-compilation",)):
+    for words in (("--no-use-regional-compilation",), ()):
         torch.compiler.reset()
         backend = CompileCounterWithBackend("aot_eager")
         monkeypatch.setattr(
@@ -94,7 +94,9 @@ def test_layers_alone_keep_attention_from_a_mask(train, tmp_path, monkeypatch):
         nodes = [node for graph in backend.graphs for node in graph.graph.nodes]
         calls = [node for node in nodes if "scaled_dot_product" in str(node.target)]
         masks[words] = {node.kwargs["attn_mask"] is None for node in calls}
-    assert list(masks.values()) == [{False}, {True}]
+    assert list(masks.values()) == [{False}, {True}], (
+        "the first as one graph, the default by layers"
+    )
 
 
 def test_layers_in_checkpoints_are_refused(train):
