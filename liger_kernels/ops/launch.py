@@ -97,12 +97,14 @@ if HAS_TRITON:
         """A kernel that remembers its launches, so that a repeated one costs the host a quarter.
 
         Triton binds the arguments of every launch, asks the environment for settings, and makes a
-        string of what it compiles for. Here the key of a launch is its grid, the device, the dtypes
-        of the pointers, and all other arguments as they are: more than Triton compiles for, as long
-        as an argument has one type in every call. Triton itself launches what is new, and always
-        where a pointer is off 16 bytes, an argument is positional, an option is neither warps nor
-        stages, or the grid is a function. Its settings are read there alone, and there alone is the
-        compiled kernel returned. Tracers see a plain kernel: torch.compile never comes here.
+        string of what it compiles for; of a tensor the driver asks what its address is, and two
+        hooks are called that hardly anybody sets. Here the key of a launch is its grid, the device,
+        dtypes and devices of the pointers, and all other arguments as they are: more than Triton
+        compiles for, as long as an argument has one type in every call. Triton itself launches what
+        is new, and always where a pointer is off 16 bytes, the arguments are not named in the
+        kernel's order, an option is neither warps nor stages, the grid is a function, or somebody
+        listens. Its settings are read there alone, and there alone is the compiled kernel returned.
+        Tracers see a plain kernel: torch.compile never comes here.
         """
 
         def __init__(self, function: Any) -> None:
@@ -110,6 +112,8 @@ if HAS_TRITON:
             is_pointer = [name.endswith("_ptr") for name in self.arg_names]
             self._num_pointers = sum(is_pointer)
             assert all(is_pointer[: self._num_pointers]), "pointers must come first"
+            names = tuple(self.arg_names)
+            self._usual = (names, (*names, "num_warps"), (*names, "num_warps", "num_stages"))
             self._launches: dict[tuple[Any, ...], Any] = {}
 
         def __getitem__(self, grid: Any) -> Any:
@@ -118,33 +122,43 @@ if HAS_TRITON:
             return functools.partial(self._launch, grid)
 
         def _launch(self, grid: tuple[int, ...], *args: Any, **arguments: Any) -> Any:
+            hooks = triton.knobs.runtime
+            if (
+                args
+                or tuple(arguments) not in self._usual
+                or hooks.launch_enter_hook.calls
+                or hooks.launch_exit_hook.calls
+            ):
+                return super().__getitem__(grid)(*args, **arguments)
             driver = triton.runtime.driver.active
             device = driver.get_current_device()
-            num_warps, num_stages = arguments.get("num_warps"), arguments.get("num_stages")
-            values = tuple(map(arguments.get, self.arg_names))
-            key = [grid, device, len(arguments), num_warps, num_stages]
-            addresses = 0
+            values = tuple(arguments.values())
+            key = [grid, device]
+            given, all_bits = [], 0
             for pointer in values[: self._num_pointers]:
                 if pointer is None:
                     key.append(None)
+                    given.append(None)
                 else:
-                    key.append(pointer.dtype)
-                    addresses |= pointer.data_ptr()
+                    key += (pointer.dtype, pointer.get_device())
+                    given.append(pointer.data_ptr())
+                    all_bits |= given[-1]
             key += values[self._num_pointers :]
-            if not args and not addresses & 15:
-                launch = self._launches.get(tuple(key))
-                if launch is not None:
-                    return launch(*values, stream=driver.get_current_stream(device))
-            compiled = super().__getitem__(grid)(*args, **arguments)
-            num_known = len(values) + (num_warps is not None) + (num_stages is not None)
-            if (
-                not addresses & 15
-                and len(arguments) == num_known
-                and isinstance(compiled, triton.compiler.CompiledKernel)
-            ):
+            if all_bits & 15:
+                return super().__getitem__(grid)(**arguments)
+            known = self._launches.get(tuple(key))
+            if known is not None:
+                run, grid, function, metadata = known
+                given += values[self._num_pointers : len(self.arg_names)]
+                stream = driver.get_current_stream(device)
+                return run(*grid, stream, function, metadata, None, None, None, *given)
+            compiled = super().__getitem__(grid)(**arguments)
+            if isinstance(compiled, triton.compiler.CompiledKernel):
                 if len(self._launches) >= _MAX_LAUNCHES:
                     self._launches.clear()
-                self._launches[tuple(key)] = compiled[(*grid, 1, 1)[:3]]
+                grid = (*grid, 1, 1)[:3]
+                known = (compiled.run, grid, compiled.function, compiled.packed_metadata)
+                self._launches[tuple(key)] = known
             return compiled
 
 
