@@ -141,6 +141,9 @@ def _step(report: RunReport) -> str:
     words += ["--per-device-train-batch-size", str(batch)] if batch != 8 else []
     words += ["--max-length", str(length)] if length != 2048 else []
     words += ["--gradient-checkpointing"] * checkpoints
+    # Reports from before the key was there compiled the model as one, which False says now.
+    by_layers = config.get("use_regional_compilation", False)
+    words += ["--no-use-regional-compilation"] * (by_layers is False and "compile" in against)
     words += ["--peer-path", "DIR"] * (PEER in against)
     lines = [f"    {', '.join([device, *versions])}", f"    $ {' '.join(words)}"]
     rows = [_step_row(arm_cells(arm, arms[0])) for arm in arms]
@@ -157,6 +160,9 @@ def _step(report: RunReport) -> str:
         target_rows = [target.row(against.get(target.against)) for target in targets]
         table = Table("", _TARGET_COLUMNS, target_rows).markdown().partition("\n")[2]
         text += table.rstrip("\n") + "\n"
+    if "compile" in against:
+        parts = "as one graph" if by_layers is False or checkpoints else "by its layers, one by one"
+        text += f"\nSides with compile: torch.compile of the model {parts}.\n"
     verdicts = [part.verdict for part in against.values()]
     if not verdicts and report.ratios is not None and report.parity is not None:
         verdicts = [verdict(report.ratios, report.parity)]
