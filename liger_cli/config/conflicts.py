@@ -65,7 +65,7 @@ CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[RunConfig], bool]], ...] 
         ("use_regional_compilation", "gradient_checkpointing"),
         "torch compiles nothing inside of a checkpoint, and with gradient_checkpointing each layer "
         "is in one: use_regional_compilation would compile nothing",
-        lambda c: c.use_regional_compilation and c.gradient_checkpointing,
+        lambda c: bool(c.use_regional_compilation and c.gradient_checkpointing),
     ),
     *(
         (

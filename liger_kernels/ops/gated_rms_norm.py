@@ -26,11 +26,12 @@ from liger_kernels.ops.gated_rms_norm_kernel import (
     gated_rms_norm_fwd_kernel,
 )
 from liger_kernels.ops.launch import (
+    Launch,
     cdiv,
-    device_guard,
     is_traced_as_torch,
     lookup,
     num_sms,
+    remembered,
     row_stages,
     row_tile,
     rows_of,
@@ -79,15 +80,15 @@ class _Options:
     out_dtype: torch.dtype
 
 
-def _flags(x, weight, options: _Options) -> dict[str, Any]:
+def _flags(dtype: torch.dtype, has_weight: bool, options: _Options) -> dict[str, Any]:
     """Return the constants that both kernels take."""
     return {
         "GATE_FIRST": options.gate_first,
         "ACTIVATION": options.activation,
-        "HAS_WEIGHT": weight is not None,
+        "HAS_WEIGHT": has_weight,
         "ROUND_MID": options.cast == "mid",
         # Two dtypes promote to x's or to fp32, in which the product is computed anyway.
-        "ROUND_PRODUCT": options.cast == "mid" and options.product_dtype == x.dtype,
+        "ROUND_PRODUCT": options.cast == "mid" and options.product_dtype == dtype,
     }
 
 
@@ -119,67 +120,96 @@ def _gated_rms_norm_fwd(x, gate, weight, options):
     num_groups = options.num_groups
     y = torch.empty((num_rows, width), dtype=options.out_dtype, device=x.device)
     rstd = torch.empty((num_rows, num_groups), dtype=torch.float32, device=x.device)
-    group_width = width // num_groups
-    block_m, block_n = row_tile(group_width, num_rows)
-    with device_guard(x):
-        gated_rms_norm_fwd_kernel[(cdiv(num_rows, block_m), num_groups)](
-            x_ptr=x,
-            gate_ptr=gate,
-            weight_ptr=weight,
-            y_ptr=y,
-            rstd_ptr=rstd,
-            stride_xm=x.stride(0),
-            stride_gatem=gate.stride(0),
-            M=num_rows,
-            N=width,
-            W=group_width,
-            eps=options.eps,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            num_warps=lookup(_FWD_WARPS, group_width),
-            **_flags(x, weight, options),
-        )
+    strides = x.stride(0), gate.stride(0)
+    launch = _fwd_launch(num_rows, width, strides, x.dtype, weight is not None, options)
+    launch(x, gate, weight, y, rstd)
     return y, rstd
+
+
+@remembered
+def _fwd_launch(
+    num_rows: int,
+    width: int,
+    strides: tuple[int, int],
+    dtype: torch.dtype,
+    has_weight: bool,
+    options: _Options,
+) -> Launch:
+    group_width = width // options.num_groups
+    block_m, block_n = row_tile(group_width, num_rows)
+    return Launch(
+        gated_rms_norm_fwd_kernel,
+        (cdiv(num_rows, block_m), options.num_groups),
+        stride_xm=strides[0],
+        stride_gatem=strides[1],
+        M=num_rows,
+        N=width,
+        W=group_width,
+        eps=options.eps,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=lookup(_FWD_WARPS, group_width),
+        **_flags(dtype, has_weight, options),
+    )
 
 
 def _gated_rms_norm_bwd(dy, x, gate, weight, rstd, options, needs_dw):
     num_rows, width = x.shape
     if not runs_triton_rows(x):
         return _torch_bwd(upcast(dy), x, gate, weight, rstd, options, needs_dw)
-    num_groups = options.num_groups
     dx = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
     dgate = torch.empty((num_rows, width), dtype=gate.dtype, device=x.device)
+    launch = _bwd_launch(
+        num_rows,
+        width,
+        (dy.stride(0), x.stride(0), gate.stride(0)),
+        x.element_size() + dy.element_size() + gate.element_size(),
+        x.dtype,
+        x.device,
+        weight is not None,
+        needs_dw,
+        options,
+    )
+    dw = None
+    if needs_dw:
+        dw = torch.empty((launch.grid[0], width), dtype=torch.float32, device=x.device)
+    launch(dy, x, gate, weight, rstd, dx, dgate, dw)
+    return dx, dgate, sum_partials(dw, weight.dtype) if needs_dw else None
+
+
+@remembered
+def _bwd_launch(
+    num_rows: int,
+    width: int,
+    strides: tuple[int, int, int],
+    itemsize: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    has_weight: bool,
+    has_dw: bool,
+    options: _Options,
+) -> Launch:
+    num_groups = options.num_groups
     group_width = width // num_groups
     block_m, block_n = row_tile(group_width, num_rows)
-    programs = num_sms(x.device) * lookup(_BWD_PROGRAMS, group_width)
+    programs = num_sms(device) * lookup(_BWD_PROGRAMS, group_width)
     programs = min(cdiv(programs, num_groups), cdiv(num_rows, block_m))
-    partial = None
-    if needs_dw:
-        partial = torch.empty((programs, width), dtype=torch.float32, device=x.device)
-    with device_guard(x):
-        gated_rms_norm_bwd_kernel[(programs, num_groups)](
-            dy_ptr=dy,
-            x_ptr=x,
-            gate_ptr=gate,
-            weight_ptr=weight,
-            rstd_ptr=rstd,
-            dx_ptr=dx,
-            dgate_ptr=dgate,
-            dw_ptr=partial,
-            stride_dym=dy.stride(0),
-            stride_xm=x.stride(0),
-            stride_gatem=gate.stride(0),
-            M=num_rows,
-            N=width,
-            W=group_width,
-            HAS_DW=needs_dw,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            NUM_STAGES=row_stages(block_m, block_n, x, dy, gate),
-            num_warps=lookup(_BWD_WARPS, group_width),
-            **_flags(x, weight, options),
-        )
-        return dx, dgate, sum_partials(partial, weight.dtype) if needs_dw else None
+    return Launch(
+        gated_rms_norm_bwd_kernel,
+        (programs, num_groups),
+        stride_dym=strides[0],
+        stride_xm=strides[1],
+        stride_gatem=strides[2],
+        M=num_rows,
+        N=width,
+        W=group_width,
+        HAS_DW=has_dw,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        NUM_STAGES=row_stages(block_m * block_n, itemsize),
+        num_warps=lookup(_BWD_WARPS, group_width),
+        **_flags(dtype, has_weight, options),
+    )
 
 
 def _torch_bwd(dy, x, gate, weight, rstd, options, needs_dw):

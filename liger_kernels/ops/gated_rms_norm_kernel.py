@@ -1,6 +1,6 @@
 """The Triton kernels of gated_rms_norm.py, whose legend this is."""
 
-from liger_kernels.ops.launch import fp32, jit, tl, triton
+from liger_kernels.ops.launch import fp32, tl, triton
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def _open(g, ACTIVATION: tl.constexpr):
     return act, slope
 
 
-@jit
+@triton.jit
 def gated_rms_norm_fwd_kernel(
     x_ptr,  # (M, N)
     gate_ptr,  # (M, N)
@@ -64,7 +64,7 @@ def gated_rms_norm_fwd_kernel(
     tl.store(y_ptr + rows[:, None] * N + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@triton.jit
 def gated_rms_norm_bwd_kernel(
     dy_ptr,  # (M, N)
     x_ptr,  # (M, N)

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 
 from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.launch import (
+    Launch,
     cdiv,
-    device_guard,
     is_traced_as_torch,
-    jit,
     next_power_of_2,
+    remembered,
     rows_of,
     runs_triton,
     tl,
@@ -80,7 +80,7 @@ def _tile_of(N, BLOCK_N: tl.constexpr):
     return row, cols
 
 
-@jit
+@triton.jit
 def _glu_fwd_kernel(
     gate_ptr,  # (M, N)
     up_ptr,  # (M, N)
@@ -100,7 +100,7 @@ def _glu_fwd_kernel(
     tl.store(y_ptr + row * N + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@triton.jit
 def _glu_bwd_kernel(
     dy_ptr,  # (M, N); y is written over it when REMAKES_Y
     gate_ptr,  # (M, N)
@@ -139,18 +139,19 @@ def _glu_bwd_kernel(
         tl.store(dy_ptr + row * stride_dym + cols, y, mask=mask)
 
 
-def _tiling(rows: torch.Tensor, *strides: int) -> tuple[int, int, int, list[int]]:
-    """Return (programs, N, BLOCK_N, strides) of a launch over (M, N) tensors of these row strides.
+def _tiling(
+    num_rows: int, width: int, strides: tuple[int, ...]
+) -> tuple[tuple[int], int, int, tuple[int, ...]]:
+    """Return (grid, N, BLOCK_N, strides) of a launch over (M, N) tensors of these row strides.
 
     Packed tensors are one row of M * N elements, whatever their width: tiles of a fixed size then
     waste no lanes, and the tile does not follow the number of rows.
     """
-    num_rows, width = rows.shape
     if all(stride == width for stride in strides):
         size = num_rows * width
-        return cdiv(size, _BLOCK), size, _BLOCK, [0] * len(strides)
+        return (cdiv(size, _BLOCK),), size, _BLOCK, (0,) * len(strides)
     block = min(_BLOCK, next_power_of_2(width))
-    return num_rows * cdiv(width, block), width, block, list(strides)
+    return (num_rows * cdiv(width, block),), width, block, strides
 
 
 def _kernels_serve(gate: torch.Tensor, up: torch.Tensor) -> bool:
@@ -177,20 +178,23 @@ def _glu_fwd(gate, up, activation):
         act = _act(gate, activation)
         return act.mul_(up) if act.dtype == out_dtype else act * up
     y = torch.empty(gate.shape, dtype=out_dtype, device=gate.device)
-    programs, width, block_n, strides = _tiling(gate, gate.stride(0), up.stride(0))
-    with device_guard(gate):
-        _glu_fwd_kernel[(programs,)](
-            gate_ptr=gate,
-            up_ptr=up,
-            y_ptr=y,
-            stride_gatem=strides[0],
-            stride_upm=strides[1],
-            N=width,
-            ACTIVATION=activation,
-            BLOCK_N=block_n,
-            num_warps=_NUM_WARPS,
-        )
+    _fwd_launch(*gate.shape, (gate.stride(0), up.stride(0)), activation)(gate, up, y)
     return y
+
+
+@remembered
+def _fwd_launch(num_rows: int, width: int, strides: tuple[int, int], activation: str) -> Launch:
+    grid, width, block_n, strides = _tiling(num_rows, width, strides)
+    return Launch(
+        _glu_fwd_kernel,
+        grid,
+        stride_gatem=strides[0],
+        stride_upm=strides[1],
+        N=width,
+        ACTIVATION=activation,
+        BLOCK_N=block_n,
+        num_warps=_NUM_WARPS,
+    )
 
 
 def _glu_bwd(dy, gate, up, activation, dgate, dup, *, remakes_y=False):
@@ -206,27 +210,39 @@ def _glu_bwd(dy, gate, up, activation, dgate, dup, *, remakes_y=False):
         return
     # An output that is not wanted takes the layout of gate, so that it decides nothing.
     outs = [gate if out is None else out for out in (dgate, dup)]
-    programs, width, block_n, strides = _tiling(gate, *(x.stride(0) for x in (dy, gate, up, *outs)))
-    with device_guard(gate):
-        _glu_bwd_kernel[(programs,)](
-            dy_ptr=dy,
-            gate_ptr=gate,
-            up_ptr=up,
-            dgate_ptr=dgate,
-            dup_ptr=dup,
-            stride_dym=strides[0],
-            stride_gatem=strides[1],
-            stride_upm=strides[2],
-            stride_dgatem=strides[3],
-            stride_dupm=strides[4],
-            N=width,
-            HAS_DGATE=dgate is not None,
-            HAS_DUP=dup is not None,
-            REMAKES_Y=remakes_y,
-            ACTIVATION=activation,
-            BLOCK_N=block_n,
-            num_warps=_NUM_WARPS,
-        )
+    strides = tuple(x.stride(0) for x in (dy, gate, up, *outs))
+    has_dgate, has_dup = dgate is not None, dup is not None
+    launch = _bwd_launch(*gate.shape, strides, activation, has_dgate, has_dup, remakes_y)
+    launch(dy, gate, up, dgate, dup)
+
+
+@remembered
+def _bwd_launch(
+    num_rows: int,
+    width: int,
+    strides: tuple[int, ...],
+    activation: str,
+    has_dgate: bool,
+    has_dup: bool,
+    remakes_y: bool,
+) -> Launch:
+    grid, width, block_n, strides = _tiling(num_rows, width, strides)
+    return Launch(
+        _glu_bwd_kernel,
+        grid,
+        stride_dym=strides[0],
+        stride_gatem=strides[1],
+        stride_upm=strides[2],
+        stride_dgatem=strides[3],
+        stride_dupm=strides[4],
+        N=width,
+        HAS_DGATE=has_dgate,
+        HAS_DUP=has_dup,
+        REMAKES_Y=remakes_y,
+        ACTIVATION=activation,
+        BLOCK_N=block_n,
+        num_warps=_NUM_WARPS,
+    )
 
 
 def _packed_like(x: torch.Tensor) -> torch.Tensor:

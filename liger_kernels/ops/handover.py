@@ -2,13 +2,13 @@
 
 import torch
 
-from liger_kernels.ops.launch import cdiv, device_guard, jit, num_sms, runs_triton, tl
+from liger_kernels.ops.launch import Launch, cdiv, num_sms, remembered, runs_triton, tl, triton
 
 # Elements a program takes at a time.
 _BLOCK = 4096
 
 
-@jit
+@triton.jit
 def _scale_kernel(
     x_ptr,  # (N,)
     out_ptr,  # (N,), may be x_ptr
@@ -40,17 +40,20 @@ def scaled(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.T
             return x.to(dtype)
         return x.to(torch.promote_types(x.dtype, dtype)).mul_(factor).to(dtype)
     out = x if x.dtype == dtype else torch.empty_like(x, dtype=dtype)
-    with device_guard(x):
-        _scale_kernel[(min(cdiv(x.numel(), _BLOCK), 8 * num_sms(x.device)),)](
-            x_ptr=x,
-            out_ptr=out,
-            factor_ptr=factor,
-            N=x.numel(),
-            IN_PLACE=out is x,
-            BLOCK_N=_BLOCK,
-            num_warps=8,
-        )
+    _scale_launch(x.numel(), out is x, x.device)(x, out, factor)
     return out
+
+
+@remembered
+def _scale_launch(size: int, in_place: bool, device: torch.device) -> Launch:
+    return Launch(
+        _scale_kernel,
+        (min(cdiv(size, _BLOCK), 8 * num_sms(device)),),
+        N=size,
+        IN_PLACE=in_place,
+        BLOCK_N=_BLOCK,
+        num_warps=8,
+    )
 
 
 def early_factor(inverse: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

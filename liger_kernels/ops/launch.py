@@ -34,8 +34,11 @@ INTERPRETED: bool = HAS_TRITON and bool(triton.knobs.runtime.interpret)
 # Programs a persistent kernel starts in the interpreter: enough to exercise the partial sums.
 _INTERPRETER_SMS = 3
 
-# Launches a kernel remembers: its row counts and widths, in practice a few.
-_MAX_LAUNCHES = 4096
+# Whether Launch may start a compiled kernel itself; elsewhere Triton's launchers are others.
+_STARTS_KERNELS = HAS_TRITON and not INTERPRETED and torch.version.cuda is not None
+
+# Results a pure function of sizes remembers: row counts and widths, in practice a few.
+_MAX_REMEMBERED = 4096
 
 _T = TypeVar("_T")
 
@@ -74,92 +77,15 @@ def runs_triton_rows(x: torch.Tensor) -> bool:
 
 def remembered(function: Callable[..., _T]) -> Callable[..., _T]:
     """Decorate a pure function of sizes, which every launch asks anew, to remember its results."""
-    cached = functools.lru_cache(maxsize=4096)(function)
+    cached = functools.lru_cache(maxsize=_MAX_REMEMBERED)(function)
 
     @functools.wraps(function)
     def call(*args: Any) -> _T:
         # A tracer warns of caches; it calls once anyway.
         return function(*args) if torch.compiler.is_compiling() else cached(*args)
 
+    call.cache_clear, call.cache_info = cached.cache_clear, cached.cache_info
     return call
-
-
-def jit(function: Any) -> Any:
-    """Decorate a kernel as triton.jit does; on an NVIDIA GPU its launches cost the host less."""
-    if HAS_TRITON and not INTERPRETED and torch.version.cuda is not None:
-        return QuickKernel(function)
-    return triton.jit(function)
-
-
-if HAS_TRITON:
-
-    class QuickKernel(triton.JITFunction):
-        """A kernel that remembers its launches, so that a repeated one costs the host a quarter.
-
-        Triton binds the arguments of every launch, asks the environment for settings, and makes a
-        string of what it compiles for; of a tensor the driver asks what its address is, and two
-        hooks are called that hardly anybody sets. Here the key of a launch is its grid, the device,
-        dtypes and devices of the pointers, and all other arguments as they are: more than Triton
-        compiles for, as long as an argument has one type in every call. Triton itself launches what
-        is new, and always where a pointer is off 16 bytes, the arguments are not named in the
-        kernel's order, an option is neither warps nor stages, the grid is a function, or somebody
-        listens. Its settings are read there alone, and there alone is the compiled kernel returned.
-        Tracers see a plain kernel: torch.compile never comes here.
-        """
-
-        def __init__(self, function: Any) -> None:
-            super().__init__(function)
-            is_pointer = [name.endswith("_ptr") for name in self.arg_names]
-            self._num_pointers = sum(is_pointer)
-            assert all(is_pointer[: self._num_pointers]), "pointers must come first"
-            names = tuple(self.arg_names)
-            self._usual = (names, (*names, "num_warps"), (*names, "num_warps", "num_stages"))
-            self._launches: dict[tuple[Any, ...], Any] = {}
-
-        def __getitem__(self, grid: Any) -> Any:
-            if type(grid) is not tuple:
-                return super().__getitem__(grid)
-            return functools.partial(self._launch, grid)
-
-        def _launch(self, grid: tuple[int, ...], *args: Any, **arguments: Any) -> Any:
-            hooks = triton.knobs.runtime
-            if (
-                args
-                or tuple(arguments) not in self._usual
-                or hooks.launch_enter_hook.calls
-                or hooks.launch_exit_hook.calls
-            ):
-                return super().__getitem__(grid)(*args, **arguments)
-            driver = triton.runtime.driver.active
-            device = driver.get_current_device()
-            values = tuple(arguments.values())
-            key = [grid, device]
-            given, all_bits = [], 0
-            for pointer in values[: self._num_pointers]:
-                if pointer is None:
-                    key.append(None)
-                    given.append(None)
-                else:
-                    key += (pointer.dtype, pointer.get_device())
-                    given.append(pointer.data_ptr())
-                    all_bits |= given[-1]
-            key += values[self._num_pointers :]
-            if all_bits & 15:
-                return super().__getitem__(grid)(**arguments)
-            known = self._launches.get(tuple(key))
-            if known is not None:
-                run, grid, function, metadata = known
-                given += values[self._num_pointers : len(self.arg_names)]
-                stream = driver.get_current_stream(device)
-                return run(*grid, stream, function, metadata, None, None, None, *given)
-            compiled = super().__getitem__(grid)(**arguments)
-            if isinstance(compiled, triton.compiler.CompiledKernel):
-                if len(self._launches) >= _MAX_LAUNCHES:
-                    self._launches.clear()
-                grid = (*grid, 1, 1)[:3]
-                known = (compiled.run, grid, compiled.function, compiled.packed_metadata)
-                self._launches[tuple(key)] = known
-            return compiled
 
 
 _ALREADY_THERE = contextlib.nullcontext()
@@ -170,6 +96,65 @@ def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return _ALREADY_THERE
+
+
+class Launch:
+    """A kernel with all that it takes besides its tensors, to be started with them again and again.
+
+    Triton binds the arguments of every launch, asks the environment for settings, makes a string of
+    what it compiles for, asks the driver for each tensor's address and calls hooks that hardly
+    anybody sets: four times the host's time of what is left here. Made once for sizes, strides and
+    options (see remembered), a Launch remembers the compiled kernel by the device and by dtype and
+    device of each tensor. Triton itself starts what is new, and always where a tensor is off 16
+    bytes, somebody listens to launches, or the GPU is not NVIDIA's. Tracers see a plain kernel.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], **others: Any) -> None:
+        self.grid = grid
+        self._kernel = kernel
+        self._others = others
+        self._known: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        """Start the kernel on the current stream of the first tensor's device.
+
+        Args:
+            tensors: Or None, in the kernel's order; they come before all else.
+        """
+        if torch.compiler.is_compiling() or not _STARTS_KERNELS:
+            self._start(tensors)
+            return
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
+        key, addresses, all_bits = [device], [], 0
+        for tensor in tensors:
+            if tensor is None:
+                key.append(None)
+                addresses.append(None)
+            else:
+                key += (tensor.dtype, tensor.get_device())
+                addresses.append(tensor.data_ptr())
+                all_bits |= addresses[-1]
+        hooks = triton.knobs.runtime
+        if all_bits & 15 or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+            self._start(tensors)
+            return
+        known = self._known.get(tuple(key))
+        if known is not None:
+            run, grid, function, metadata, others = known
+            stream = driver.get_current_stream(device)
+            run(*grid, stream, function, metadata, None, None, None, *addresses, *others)
+            return
+        compiled = self._start(tensors)
+        if device_guard(tensors[0]) is _ALREADY_THERE:
+            grid = (*self.grid, 1, 1)[:3]
+            others = map(self._others.get, self._kernel.arg_names[len(tensors) :])
+            known = compiled.run, grid, compiled.function, compiled.packed_metadata, tuple(others)
+            self._known[tuple(key)] = known
+
+    def _start(self, tensors: tuple[torch.Tensor | None, ...]) -> Any:
+        with device_guard(tensors[0]):
+            return self._kernel[self.grid](*tensors, **self._others)
 
 
 @remembered
@@ -256,20 +241,17 @@ def row_split(width: int) -> tuple[int, int]:
     return (whole, 0) if 2 * rest >= whole else (whole // 2, rest)
 
 
-def row_stages(block_m: int, block_n: int, *tensors: torch.Tensor) -> int:
-    """Return how many stages a loop that loads one such tile of each tensor may have."""
-    num_bytes = block_m * block_n * sum(x.element_size() for x in tensors)
-    return min(lookup(_ROW_STAGES, num_bytes), _USUAL_STAGES)
+def row_stages(num_elements: int, itemsize: int, most: int = _USUAL_STAGES) -> int:
+    """Return how many stages a loop may have that loads tiles of itemsize bytes an element."""
+    return min(lookup(_ROW_STAGES, num_elements * itemsize), most)
 
 
-@remembered
 def row_plan(shape: RowShape, width: int, num_rows: int) -> RowPlan:
     """Return the launch of a program for each tile of rows."""
     block_m, block_n = row_tile(width, num_rows, shape.num_elements)
     return RowPlan(cdiv(num_rows, block_m), block_m, block_n, 0, 1, shape.num_warps)
 
 
-@remembered
 def persistent_row_plan(
     shape: RowShape, width: int, num_rows: int, itemsize: int, device: torch.device
 ) -> RowPlan:
@@ -283,8 +265,7 @@ def persistent_row_plan(
     num_programs = min(num_sms(device) * shape.programs_per_sm, cdiv(num_rows, block_m))
     if num_rows * width <= _ALONE:
         num_programs = 1
-    num_stages = lookup(_ROW_STAGES, block_m * (block_n + block_rest) * itemsize)
-    num_stages = min(num_stages, shape.num_stages)
+    num_stages = row_stages(block_m * (block_n + block_rest), itemsize, shape.num_stages)
     return RowPlan(num_programs, block_m, block_n, block_rest, num_stages, shape.num_warps)
 
 
@@ -322,7 +303,7 @@ def fp32(scalar):
 _SUM_TILE = (128, 16, 4)
 
 
-@jit
+@triton.jit
 def sum_partials_kernel(
     partial_ptr,  # (P, N) fp32
     out_ptr,  # (N,)
@@ -347,14 +328,19 @@ def sum_partials(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the sum over the rows of partial (P, N) fp32 as (N,) in dtype, in a fixed order."""
     num_partials, width = partial.shape
     out = torch.empty(width, dtype=dtype, device=partial.device)
-    block_p, block_n, num_warps = _SUM_TILE
-    sum_partials_kernel[(cdiv(width, block_n),)](
-        partial_ptr=partial,
-        out_ptr=out,
+    _sum_launch(_SUM_TILE, num_partials, width)(partial, out)
+    return out
+
+
+@remembered
+def _sum_launch(tile: tuple[int, int, int], num_partials: int, width: int) -> Launch:
+    block_p, block_n, num_warps = tile
+    return Launch(
+        sum_partials_kernel,
+        (cdiv(width, block_n),),
         P=num_partials,
         N=width,
         BLOCK_P=block_p,
         BLOCK_N=block_n,
         num_warps=num_warps,
     )
-    return out

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 
 from liger_kernels.ops.launch import (
+    Launch,
     RowShape,
-    device_guard,
     fp32,
-    jit,
     lookup,
     persistent_row_plan,
+    remembered,
     row_plan,
     row_stride,
     runs_triton_rows,
@@ -45,7 +45,7 @@ _BWD_SHAPES = (
 )
 
 
-@jit
+@triton.jit
 def layer_norm_fwd_kernel(
     x_ptr,  # (M, N)
     weight_ptr,  # (N,) or None
@@ -107,7 +107,7 @@ def _store_sum(rows, out_ptr, cols, N):
     tl.store(out_ptr + cols, tl.sum(rows, 0).to(out_ptr.dtype.element_ty), mask=cols < N)
 
 
-@jit
+@triton.jit
 def layer_norm_bwd_kernel(
     dy_ptr,  # (M, N)
     x_ptr,  # (M, N)
@@ -213,25 +213,41 @@ def layer_norm_fwd(x, weight, bias, options):
     num_rows = x.numel() // width
     y = torch.empty_like(x, dtype=options.out_dtype, memory_format=torch.contiguous_format)
     stats = torch.empty((2, num_rows), dtype=torch.float32, device=x.device)
-    plan = row_plan(lookup(_FWD_SHAPES, width), width, num_rows)
-    with device_guard(x):
-        layer_norm_fwd_kernel[(plan.num_programs,)](
-            x_ptr=x,
-            weight_ptr=None if weight is None else weight.contiguous(),
-            bias_ptr=None if bias is None else bias.contiguous(),
-            y_ptr=y,
-            stats_ptr=stats,
-            stride_xm=row_stride(x),
-            M=num_rows,
-            N=width,
-            eps=options.eps,
-            HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None,
-            BLOCK_M=plan.block_m,
-            BLOCK_N=plan.block_n,
-            num_warps=plan.num_warps,
-        )
+    launch = _fwd_launch(
+        lookup(_FWD_SHAPES, width),
+        width,
+        num_rows,
+        row_stride(x),
+        weight is not None,
+        bias is not None,
+        options.eps,
+    )
+    launch(
+        x,
+        None if weight is None else weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        y,
+        stats,
+    )
     return y, stats
+
+
+@remembered
+def _fwd_launch(shape, width, num_rows, stride_x, has_weight, has_bias, eps) -> Launch:
+    plan = row_plan(shape, width, num_rows)
+    return Launch(
+        layer_norm_fwd_kernel,
+        (plan.num_programs,),
+        stride_xm=stride_x,
+        M=num_rows,
+        N=width,
+        eps=eps,
+        HAS_WEIGHT=has_weight,
+        HAS_BIAS=has_bias,
+        BLOCK_M=plan.block_m,
+        BLOCK_N=plan.block_n,
+        num_warps=plan.num_warps,
+    )
 
 
 def layer_norm_bwd(dy, x, weight, stats, dw_dtype, db_dtype):
@@ -241,49 +257,61 @@ def layer_norm_bwd(dy, x, weight, stats, dw_dtype, db_dtype):
     width = x.shape[-1]
     num_rows = x.numel() // width
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    shape, itemsize = lookup(_BWD_SHAPES, width), x.element_size() + dy.element_size()
-    plan = persistent_row_plan(shape, width, num_rows, itemsize, x.device)
     has_dw, has_db = dw_dtype is not None, db_dtype is not None
+    launch = _bwd_launch(
+        lookup(_BWD_SHAPES, width),
+        width,
+        num_rows,
+        x.element_size() + dy.element_size(),
+        x.device,
+        row_stride(dy),
+        row_stride(x),
+        weight is not None,
+        has_dw,
+        has_db,
+    )
+    num_programs = launch.grid[0]
     stride = width * (has_dw + has_db)
     sums = None
-    if plan.num_programs == 1:
+    if num_programs == 1:
         dw = torch.empty(width, dtype=dw_dtype, device=x.device) if has_dw else None
         db = torch.empty(width, dtype=db_dtype, device=x.device) if has_db else None
     else:
         # Side by side, so that one reduction serves both.
-        size = (plan.num_programs, stride)
-        sums = torch.empty(size, dtype=torch.float32, device=x.device)
+        sums = torch.empty((num_programs, stride), dtype=torch.float32, device=x.device)
         dw = sums[:, :width] if has_dw else None
         db = sums[:, -width:] if has_db else None
-    with device_guard(x):
-        layer_norm_bwd_kernel[(plan.num_programs,)](
-            dy_ptr=dy,
-            x_ptr=x,
-            weight_ptr=None if weight is None else weight.contiguous(),
-            stats_ptr=stats,
-            dx_ptr=dx,
-            dw_ptr=dw,
-            db_ptr=db,
-            stride_dym=row_stride(dy),
-            stride_xm=row_stride(x),
-            stride_sumsp=stride,
-            M=num_rows,
-            N=width,
-            HAS_WEIGHT=weight is not None,
-            HAS_DW=has_dw,
-            HAS_DB=has_db,
-            BLOCK_M=plan.block_m,
-            BLOCK_N=plan.block_n,
-            BLOCK_REST=plan.block_rest,
-            NUM_STAGES=plan.num_stages,
-            num_warps=plan.num_warps,
-        )
-        if sums is not None and stride:
-            dtype = dw_dtype if dw_dtype == db_dtype else torch.float32
-            sums = sum_partials(sums, dtype)
-            dw = sums[:width].to(dw_dtype) if has_dw else None
-            db = sums[-width:].to(db_dtype) if has_db else None
+    launch(dy, x, None if weight is None else weight.contiguous(), stats, dx, dw, db)
+    if sums is not None and stride:
+        dtype = dw_dtype if dw_dtype == db_dtype else torch.float32
+        sums = sum_partials(sums, dtype)
+        dw = sums[:width].to(dw_dtype) if has_dw else None
+        db = sums[-width:].to(db_dtype) if has_db else None
     return dx, dw, db
+
+
+@remembered
+def _bwd_launch(
+    shape, width, num_rows, itemsize, device, stride_dy, stride_x, has_weight, has_dw, has_db
+) -> Launch:
+    plan = persistent_row_plan(shape, width, num_rows, itemsize, device)
+    return Launch(
+        layer_norm_bwd_kernel,
+        (plan.num_programs,),
+        stride_dym=stride_dy,
+        stride_xm=stride_x,
+        stride_sumsp=width * (has_dw + has_db),
+        M=num_rows,
+        N=width,
+        HAS_WEIGHT=has_weight,
+        HAS_DW=has_dw,
+        HAS_DB=has_db,
+        BLOCK_M=plan.block_m,
+        BLOCK_N=plan.block_n,
+        BLOCK_REST=plan.block_rest,
+        NUM_STAGES=plan.num_stages,
+        num_warps=plan.num_warps,
+    )
 
 
 def _torch_bwd(dy, x, weight, stats, dw_dtype, db_dtype):

@@ -13,7 +13,7 @@ Source: Milakov and Gimelshein, Online normalizer calculation for softmax,
 https://arxiv.org/abs/1805.02867.
 """
 
-from liger_kernels.ops.launch import fp32, jit, tl, triton
+from liger_kernels.ops.launch import fp32, tl, triton
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def _dlogits(
     return dz
 
 
-@jit
+@triton.jit
 def loss_rows_kernel(
     x_ptr,  # (M, V) logits
     label_ptr,  # (M,) int32 or int64

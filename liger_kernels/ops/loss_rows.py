@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from liger_kernels.ops.launch import cdiv, device_guard, lookup, next_power_of_2, runs_triton
+from liger_kernels.ops.launch import Launch, cdiv, lookup, next_power_of_2, remembered, runs_triton
 from liger_kernels.ops.loss_kernel import loss_rows_kernel
 from liger_kernels.ops.loss_options import LossOptions, wide_dtype
 
@@ -88,45 +88,57 @@ def loss_rows(
         or options.label_smoothing != 0.0
         or not (entropy is entropy_coef is best is None)
     )
-    shape = _shape_of(vocab, is_wide)
-    with device_guard(x):
-        loss_rows_kernel[(num_rows,)](
-            x_ptr=x,
-            label_ptr=label,
-            class_weight_ptr=class_weight,
-            coef_ptr=coef,
-            entropy_coef_ptr=entropy_coef,
-            dx_ptr=dx,
-            loss_ptr=loss,
-            nll_ptr=nll,
-            entropy_ptr=entropy,
-            best_ptr=best,
-            stride_xm=x.stride(0),
-            stride_dxm=0 if dx is None else dx.stride(0),
-            stride_coefm=0 if coef is None else coef.stride(0),
-            stride_entropy_coefm=0 if entropy_coef is None else entropy_coef.stride(0),
-            V=vocab,
-            split=cdiv(max(vocab - shape.keep, 0), shape.block) * shape.block,
-            label_smoothing=options.label_smoothing,
-            z_loss=options.z_loss,
-            softcap=options.softcap or 1.0,
-            scale=options.scale,
-            IGNORE_INDEX=options.ignore_index,
-            HAS_CLASS_WEIGHT=class_weight is not None,
-            HAS_SMOOTHING=options.label_smoothing != 0.0,
-            HAS_SOFTCAP=options.softcap is not None,
-            HAS_SCALE=options.scale != 1.0,
-            HAS_DX=dx is not None,
-            HAS_ENTROPY_COEF=entropy_coef is not None,
-            HAS_LOSS=loss is not None,
-            HAS_NLL=nll is not None,
-            HAS_ENTROPY=entropy is not None,
-            HAS_BEST=best is not None,
-            LANES=min(shape.block, shape.keep, _WARP_LANES * shape.num_warps),
-            BLOCK_V=shape.block,
-            KEEP_V=shape.keep,
-            num_warps=shape.num_warps,
-        )
+    launch = _launch_of(
+        _shape_of(vocab, is_wide),
+        num_rows,
+        vocab,
+        tuple(None if t is None else t.stride(0) for t in (x, dx, coef, entropy_coef)),
+        tuple(t is not None for t in (class_weight, loss, nll, entropy, best)),
+        options,
+    )
+    launch(x, label, class_weight, coef, entropy_coef, dx, loss, nll, entropy, best)
+
+
+@remembered
+def _launch_of(
+    shape: _Shape,
+    num_rows: int,
+    vocab: int,
+    strides: tuple[int | None, ...],
+    are_there: tuple[bool, ...],
+    options: LossOptions,
+) -> Launch:
+    stride_x, stride_dx, stride_coef, stride_entropy_coef = strides
+    has_class_weight, has_loss, has_nll, has_entropy, has_best = are_there
+    return Launch(
+        loss_rows_kernel,
+        (num_rows,),
+        stride_xm=stride_x,
+        stride_dxm=stride_dx or 0,
+        stride_coefm=stride_coef or 0,
+        stride_entropy_coefm=stride_entropy_coef or 0,
+        V=vocab,
+        split=cdiv(max(vocab - shape.keep, 0), shape.block) * shape.block,
+        label_smoothing=options.label_smoothing,
+        z_loss=options.z_loss,
+        softcap=options.softcap or 1.0,
+        scale=options.scale,
+        IGNORE_INDEX=options.ignore_index,
+        HAS_CLASS_WEIGHT=has_class_weight,
+        HAS_SMOOTHING=options.label_smoothing != 0.0,
+        HAS_SOFTCAP=options.softcap is not None,
+        HAS_SCALE=options.scale != 1.0,
+        HAS_DX=stride_dx is not None,
+        HAS_ENTROPY_COEF=stride_entropy_coef is not None,
+        HAS_LOSS=has_loss,
+        HAS_NLL=has_nll,
+        HAS_ENTROPY=has_entropy,
+        HAS_BEST=has_best,
+        LANES=min(shape.block, shape.keep, _WARP_LANES * shape.num_warps),
+        BLOCK_V=shape.block,
+        KEEP_V=shape.keep,
+        num_warps=shape.num_warps,
+    )
 
 
 def _loss_rows_torch(options, class_weight, overwrite, x, *tensors) -> None:

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 
 from liger_kernels.ops.launch import (
+    Launch,
     RowShape,
-    device_guard,
     fp32,
-    jit,
     lookup,
     persistent_row_plan,
+    remembered,
     row_plan,
     row_stride,
     runs_triton_rows,
@@ -67,7 +67,7 @@ class NormOptions(NamedTuple):
     out_dtype: torch.dtype
 
 
-@jit
+@triton.jit
 def rms_norm_fwd_kernel(
     x_ptr,  # (M, N)
     residual_ptr,  # (M, N) or None
@@ -145,7 +145,7 @@ def _store_dx(dx, dx_ptr, dtotal_ptr, out, dtotal_at, mask, HAS_DTOTAL: tl.const
     tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@triton.jit
 def rms_norm_bwd_kernel(
     dy_ptr,  # (M, N)
     dtotal_ptr,  # (M, N), added to dx, or None
@@ -239,30 +239,49 @@ def rms_norm_fwd(
     has_rstd = rstd is not None
     if rstd is None:
         rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
-    plan = row_plan(lookup(_FWD_SHAPES, width), width, num_rows)
-    with device_guard(x):
-        rms_norm_fwd_kernel[(plan.num_programs,)](
-            x_ptr=x,
-            residual_ptr=residual,
-            weight_ptr=None if weight is None else weight.contiguous(),
-            y_ptr=y,
-            total_ptr=None if residual is None else total,
-            rstd_ptr=rstd,
-            stride_xm=row_stride(x),
-            stride_residualm=0 if residual is None else row_stride(residual),
-            M=num_rows,
-            N=width,
-            eps=options.eps,
-            offset=options.offset,
-            HAS_RESIDUAL=residual is not None,
-            HAS_WEIGHT=weight is not None,
-            HAS_RSTD=has_rstd,
-            ROUND_MID=options.cast == "mid",
-            BLOCK_M=plan.block_m,
-            BLOCK_N=plan.block_n,
-            num_warps=plan.num_warps,
-        )
+    launch = _fwd_launch(
+        lookup(_FWD_SHAPES, width),
+        width,
+        num_rows,
+        row_stride(x),
+        None if residual is None else row_stride(residual),
+        weight is not None,
+        has_rstd,
+        options,
+    )
+    launch(
+        x,
+        residual,
+        None if weight is None else weight.contiguous(),
+        y,
+        None if residual is None else total,
+        rstd,
+    )
     return y, rstd, total
+
+
+@remembered
+def _fwd_launch(
+    shape, width, num_rows, stride_x, stride_residual, has_weight, has_rstd, options
+) -> Launch:
+    plan = row_plan(shape, width, num_rows)
+    return Launch(
+        rms_norm_fwd_kernel,
+        (plan.num_programs,),
+        stride_xm=stride_x,
+        stride_residualm=stride_residual or 0,
+        M=num_rows,
+        N=width,
+        eps=options.eps,
+        offset=options.offset,
+        HAS_RESIDUAL=stride_residual is not None,
+        HAS_WEIGHT=has_weight,
+        HAS_RSTD=has_rstd,
+        ROUND_MID=options.cast == "mid",
+        BLOCK_M=plan.block_m,
+        BLOCK_N=plan.block_n,
+        num_warps=plan.num_warps,
+    )
 
 
 def rms_norm_bwd(
@@ -286,41 +305,65 @@ def rms_norm_bwd(
     if dtotal is not None:
         itemsize += dtotal.element_size()
         shapes = _ADD_BWD_SHAPES
-    plan = persistent_row_plan(lookup(shapes, width), width, num_rows, itemsize, x.device)
+    launch = _bwd_launch(
+        lookup(shapes, width),
+        width,
+        num_rows,
+        itemsize,
+        x.device,
+        row_stride(dy),
+        None if dtotal is None else row_stride(dtotal),
+        row_stride(x),
+        weight is not None,
+        needs_dw,
+        options,
+    )
+    num_programs = launch.grid[0]
     dw = None
-    if needs_dw and plan.num_programs == 1:
+    if needs_dw and num_programs == 1:
         dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
     elif needs_dw:
-        size = (plan.num_programs, width)
-        dw = torch.empty(size, dtype=torch.float32, device=x.device)
-    with device_guard(x):
-        rms_norm_bwd_kernel[(plan.num_programs,)](
-            dy_ptr=dy,
-            dtotal_ptr=dtotal,
-            x_ptr=x,
-            weight_ptr=None if weight is None else weight.contiguous(),
-            rstd_ptr=rstd,
-            dx_ptr=dx,
-            dw_ptr=dw,
-            stride_dym=row_stride(dy),
-            stride_dtotalm=0 if dtotal is None else row_stride(dtotal),
-            stride_xm=row_stride(x),
-            M=num_rows,
-            N=width,
-            offset=options.offset,
-            HAS_DTOTAL=dtotal is not None,
-            HAS_WEIGHT=weight is not None,
-            HAS_DW=needs_dw,
-            ROUND_MID=options.cast == "mid",
-            BLOCK_M=plan.block_m,
-            BLOCK_N=plan.block_n,
-            BLOCK_REST=plan.block_rest,
-            NUM_STAGES=plan.num_stages,
-            num_warps=plan.num_warps,
-        )
-        if needs_dw and plan.num_programs > 1:
-            dw = sum_partials(dw, weight.dtype)
+        dw = torch.empty((num_programs, width), dtype=torch.float32, device=x.device)
+    launch(dy, dtotal, x, None if weight is None else weight.contiguous(), rstd, dx, dw)
+    if needs_dw and num_programs > 1:
+        dw = sum_partials(dw, weight.dtype)
     return dx, dw
+
+
+@remembered
+def _bwd_launch(
+    shape,
+    width,
+    num_rows,
+    itemsize,
+    device,
+    stride_dy,
+    stride_dtotal,
+    stride_x,
+    has_weight,
+    has_dw,
+    options,
+) -> Launch:
+    plan = persistent_row_plan(shape, width, num_rows, itemsize, device)
+    return Launch(
+        rms_norm_bwd_kernel,
+        (plan.num_programs,),
+        stride_dym=stride_dy,
+        stride_dtotalm=stride_dtotal or 0,
+        stride_xm=stride_x,
+        M=num_rows,
+        N=width,
+        offset=options.offset,
+        HAS_DTOTAL=stride_dtotal is not None,
+        HAS_WEIGHT=has_weight,
+        HAS_DW=has_dw,
+        ROUND_MID=options.cast == "mid",
+        BLOCK_M=plan.block_m,
+        BLOCK_N=plan.block_n,
+        BLOCK_REST=plan.block_rest,
+        NUM_STAGES=plan.num_stages,
+        num_warps=plan.num_warps,
+    )
 
 
 def _torch_fwd(x, weight, options, residual, rstd):

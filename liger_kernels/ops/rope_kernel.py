@@ -3,15 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from liger_kernels.ops.launch import (
-    cdiv,
-    device_guard,
-    jit,
-    next_power_of_2,
-    remembered,
-    tl,
-    triton,
-)
+from liger_kernels.ops.launch import Launch, cdiv, next_power_of_2, remembered, tl, triton
 
 
 @dataclass(frozen=True)
@@ -99,7 +91,7 @@ def _turn_rows(
         tl.store(y_rows + tail, x, mask=mask_tail)
 
 
-@jit
+@triton.jit
 def rope_kernel(
     q_ptr,  # (B, HQ, T, D) in whatever order its strides say; D is contiguous
     k_ptr,  # (B, HK, T, D) likewise, or None where HK is 0
@@ -191,7 +183,7 @@ def rope_kernel(
 
 def launch_rope(q, k, yq, yk, cos, sin, options: RopeOptions, is_backward: bool) -> None:
     """Fill yq and yk, whose last dimensions are contiguous as those of q and k are."""
-    grid, arguments = _launch_of(
+    launch = _launch_of(
         (q.shape, q.stride(), yq.stride()),
         None if k is None else (k.shape, k.stride(), yk.stride()),
         (cos.shape, cos.stride()),
@@ -199,15 +191,12 @@ def launch_rope(q, k, yq, yk, cos, sin, options: RopeOptions, is_backward: bool)
         is_backward,
         _TILE,
     )
-    with device_guard(q):
-        rope_kernel[grid](
-            q_ptr=q, k_ptr=k, yq_ptr=yq, yk_ptr=yk, cos_ptr=cos, sin_ptr=sin, **arguments
-        )
+    launch(q, k, yq, yk, cos, sin)
 
 
 @remembered
-def _launch_of(q_layout, k_layout, table_layout, options, is_backward, tile):
-    """Return the grid, and the arguments besides tensors; a layout is a shape and strides."""
+def _launch_of(q_layout, k_layout, table_layout, options, is_backward, tile) -> Launch:
+    """Return the launch for such tensors; a layout is a shape and strides."""
     axis, width = options.head_axis, options.rotary_dim
     shape, strides_q, strides_yq = q_layout
     num_tokens, num_q_heads, num_k_heads = shape[-5 - axis], shape[axis], 0
@@ -225,37 +214,38 @@ def _launch_of(q_layout, k_layout, table_layout, options, is_backward, tile):
     groups = cdiv(num_q_heads, block_h) + cdiv(num_k_heads, block_h)
     batch = shape[0] if len(shape) == 4 else 1
     has_batch = len(table_shape) == 3 and table_shape[0] > 1
-    arguments = {
-        "stride_qb": strides_q[0],
-        "stride_qh": strides_q[1],
-        "stride_qt": strides_q[2],
-        "stride_kb": strides_k[0],
-        "stride_kh": strides_k[1],
-        "stride_kt": strides_k[2],
-        "stride_yqb": strides_yq[0],
-        "stride_yqh": strides_yq[1],
-        "stride_yqt": strides_yq[2],
-        "stride_ykb": strides_yk[0],
-        "stride_ykh": strides_yk[1],
-        "stride_ykt": strides_yk[2],
-        "stride_cb": strides_table[0] if has_batch else 0,
-        "stride_ct": strides_table[-2],
-        "stride_cr": strides_table[-1],
-        "T": num_tokens,
-        "HQ": num_q_heads,
-        "HK": num_k_heads,
-        "D": shape[-1],
-        "R": width,
-        "PAIRS_IN": reads_pairs,
-        "PAIRS_OUT": writes_pairs,
-        "IS_BACKWARD": is_backward,
-        "BLOCK_T": block_t,
-        "BLOCK_H": block_h,
-        "BLOCK_R": block_r,
-        "BLOCK_TAIL": next_power_of_2(shape[-1] - width),
-        "num_warps": tile.num_warps,
-    }
-    return (batch * cdiv(num_tokens, block_t) * groups,), arguments
+    return Launch(
+        rope_kernel,
+        (batch * cdiv(num_tokens, block_t) * groups,),
+        stride_qb=strides_q[0],
+        stride_qh=strides_q[1],
+        stride_qt=strides_q[2],
+        stride_kb=strides_k[0],
+        stride_kh=strides_k[1],
+        stride_kt=strides_k[2],
+        stride_yqb=strides_yq[0],
+        stride_yqh=strides_yq[1],
+        stride_yqt=strides_yq[2],
+        stride_ykb=strides_yk[0],
+        stride_ykh=strides_yk[1],
+        stride_ykt=strides_yk[2],
+        stride_cb=strides_table[0] if has_batch else 0,
+        stride_ct=strides_table[-2],
+        stride_cr=strides_table[-1],
+        T=num_tokens,
+        HQ=num_q_heads,
+        HK=num_k_heads,
+        D=shape[-1],
+        R=width,
+        PAIRS_IN=reads_pairs,
+        PAIRS_OUT=writes_pairs,
+        IS_BACKWARD=is_backward,
+        BLOCK_T=block_t,
+        BLOCK_H=block_h,
+        BLOCK_R=block_r,
+        BLOCK_TAIL=next_power_of_2(shape[-1] - width),
+        num_warps=tile.num_warps,
+    )
 
 
 def _strides(strides: tuple[int, ...], head_axis: int) -> tuple[int, int, int]:

@@ -87,7 +87,8 @@ class PatchRecord:
 
         Under torch.compile a module that the compiled code holds cannot tell; it stays patched.
         """
-        if any(getattr(module, "_compiled_call_impl", None) for module in self.model.modules()):
+        parts = () if self.model is None else self.model.modules()
+        if any(getattr(part, "_compiled_call_impl", None) is not None for part in parts):
             # It could not tell, and the hooks of a tally would have it compiled again without them.
             yield
             return

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from liger_kernels.ops import launch, layer_norm_kernel, rms_norm_kernel
+from liger_kernels.ops import launch
 from liger_kernels.ops.launch import tl, triton
 
 pytestmark = pytest.mark.skipif(
@@ -28,10 +28,6 @@ def add_kernel(x_ptr, y_ptr, out_ptr, N, scale, BLOCK: tl.constexpr):
     if y_ptr is not None:
         x += tl.load(y_ptr + cols, mask=cols < N, other=0.0)
     tl.store(out_ptr + cols, x * scale, mask=cols < N)
-
-
-def mixed_kernel(x_ptr, N, out_ptr):
-    tl.store(out_ptr, tl.load(x_ptr + N))
 
 
 class Driver:
@@ -81,6 +77,7 @@ class Driver:
 def driver(monkeypatch) -> Driver:
     driver = Driver()
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(launch, "_STARTS_KERNELS", True)
     return driver
 
 
@@ -98,107 +95,163 @@ def num_slow(monkeypatch) -> dict[str, int]:
     return counts
 
 
-def arguments(**changes: Any) -> dict[str, Any]:
+def tensors(**changes: torch.Tensor | None) -> list[torch.Tensor | None]:
     x, y, out = (torch.zeros(64) for _ in range(3))
-    usual = {"x_ptr": x, "y_ptr": y, "out_ptr": out, "N": 1024, "scale": 0.5, "BLOCK": 64}
-    return usual | {"num_warps": 4} | changes
+    return list(({"x": x, "y": y, "out": out} | changes).values())
 
 
+USUAL = {"N": 1024, "scale": 0.5, "BLOCK": 64, "num_warps": 4}
+# What differs from the usual in the tensors, and in all else.
 FORMS = {
-    "usual": {},
-    "one": {"N": 1},
-    "no-multiple-of-16": {"N": 1023},
-    "64-bits": {"N": 2**31},
-    "fp16": {"x_ptr": torch.zeros(64, dtype=torch.half)},
-    "parameter": {"x_ptr": torch.nn.Parameter(torch.zeros(64))},
-    "none": {"y_ptr": None},
-    "block": {"BLOCK": 128},
-    "warps": {"num_warps": 8},
-    "stages": {"num_stages": 2},
-    "scale": {"scale": 1.0},
-    "off-16-bytes": {"x_ptr": torch.zeros(65)[1:]},
-    "other-option": {"maxnreg": 64},
+    "usual": ({}, {}),
+    "no-multiple-of-16": ({}, {"N": 1023}),
+    "64-bits": ({}, {"N": 2**31}),
+    "fp16": ({"x": torch.zeros(64, dtype=torch.half)}, {}),
+    "parameter": ({"x": torch.nn.Parameter(torch.zeros(64))}, {}),
+    "none": ({"y": None}, {}),
+    "block": ({}, {"BLOCK": 128}),
+    "warps": ({}, {"num_warps": 8}),
+    "stages": ({}, {"num_stages": 2}),
+    "scale": ({}, {"scale": 1.0}),
+    "off-16-bytes": ({"x": torch.zeros(65)[1:]}, {}),
+    "other-option": ({}, {"maxnreg": 64}),
 }
 
 
 def test_a_remembered_launch_is_the_one_triton_makes(driver, num_slow):
-    plain, quick = triton.jit(add_kernel), launch.QuickKernel(add_kernel)
-    # All in one kernel, so that a form which another's key covers would be launched as that.
-    for name, changes in FORMS.items():
-        given = arguments(**changes)
-        plain[(3,)](**given)
+    kernel = triton.jit(add_kernel)
+    usual = launch.Launch(kernel, (3,), **USUAL)
+    for name, (other_tensors, others) in FORMS.items():
+        given, options = tensors(**other_tensors), USUAL | others
+        kernel[(3,)](*given, **options)
         before = num_slow["add_kernel"]
-        quick[(3,)](**given)
-        quick[(3,)](**given)
+        # All tensors in one launch, so that a form which another's key covers would be that.
+        start = launch.Launch(kernel, (3,), **options) if others else usual
+        start(*given)
+        start(*given)
         wanted, *ours = driver.records
         assert ours == [wanted, wanted], name
         # The second is remembered, except where Triton has to look at every launch.
-        wanted_slow = {"parameter": 0, "off-16-bytes": 2, "other-option": 2}.get(name, 1)
+        wanted_slow = {"usual": 1, "parameter": 0, "off-16-bytes": 2}.get(name, 1)
         assert num_slow["add_kernel"] - before == wanted_slow, name
         driver.records.clear()
 
 
 def test_grid_device_and_stream_are_those_of_the_call(driver, num_slow):
-    quick = launch.QuickKernel(add_kernel)
-    given = arguments()
+    kernel = triton.jit(add_kernel)
+    grids = ((3,), (3, 2), (5,))
+    starts = [launch.Launch(kernel, grid, **USUAL) for grid in grids]
+    given = tensors()
     for _ in range(2):
         for device in (0, 1):
             driver.device = device
-            for grid in ((3,), (3, 2), (5,)):
-                quick[grid](**given)
-    grids = [(3, 1, 1), (3, 2, 1), (5, 1, 1)]
-    wanted = [(grid, 7 + device) for _ in range(2) for device in (0, 1) for grid in grids]
+            for start in starts:
+                start(*given)
+    whole = [(3, 1, 1), (3, 2, 1), (5, 1, 1)]
+    wanted = [(grid, 7 + device) for _ in range(2) for device in (0, 1) for grid in whole]
     assert [(grid, stream) for _, grid, stream, _ in driver.records] == wanted
     assert num_slow["add_kernel"] == len(wanted) // 2
 
 
-def test_other_ways_to_call_are_left_to_triton(driver, num_slow):
-    quick = launch.QuickKernel(add_kernel)
-    given = arguments()
-    for _ in range(2):
-        quick[lambda meta: (meta["BLOCK"],)](**given)
-        values = list(given.values())
-        quick[(64,)](*values[:-1], num_warps=4)
-    assert num_slow["add_kernel"] == 4
-    first, *others = driver.records
-    assert others == [first] * 3
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_who_listens_to_launches_is_told_of_each(driver, num_slow, hook):
+    start = launch.Launch(triton.jit(add_kernel), (3,), **USUAL)
+    given = tensors()
+    start(*given)
+    hooks = getattr(triton.knobs.runtime, hook)
+    hooks.add(print)
+    try:
+        start(*given)
+    finally:
+        hooks.remove(print)
+    # The driver that stands in calls no hooks; that Triton, which does, was asked is what counts.
+    assert num_slow["add_kernel"] == 2
+    start(*given)
+    assert num_slow["add_kernel"] == 2
 
 
-def test_what_is_remembered_is_bounded(driver, monkeypatch):
-    monkeypatch.setattr(launch, "_MAX_LAUNCHES", 3)
-    quick = launch.QuickKernel(add_kernel)
-    for n in range(16, 160, 16):
-        quick[(1,)](**arguments(N=n))
-        assert len(quick._launches) <= 3
-    assert [record[3][3] for record in driver.records] == list(range(16, 160, 16))
+def test_a_tensor_of_another_device_is_left_to_triton(driver, num_slow, monkeypatch):
+    """Triton's launcher says so, where an address alone would be taken as it is."""
+    start = launch.Launch(triton.jit(add_kernel), (3,), **USUAL)
+    given = tensors()
+    start(*given)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0 if tensor is given[1] else -1)
+    start(*given)
+    assert num_slow["add_kernel"] == 2
 
 
-def test_pointers_must_come_first():
-    with pytest.raises(AssertionError, match="pointers must come first"):
-        launch.QuickKernel(mixed_kernel)
+def test_what_a_function_of_sizes_remembers_is_bounded():
+    squares = launch.remembered(lambda n: n * n)
+    for n in range(launch._MAX_REMEMBERED + 10):
+        squares(n)
+    assert squares.cache_info().currsize == launch._MAX_REMEMBERED
 
 
-@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm", "fused_add_rms_norm"])
-@pytest.mark.parametrize(("rows", "num_kernels"), [(64, 2), (65, 3)], ids=["few", "many"])
-def test_a_repeated_norm_never_enters_triton(
-    norm, rows, num_kernels, driver, num_slow, monkeypatch
-):
+@pytest.fixture
+def forgetful(monkeypatch):
+    """Kernels and launches that know no driver before a test, and not that of the test after it."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("liger_kernels.ops."):
+            for key, value in vars(module).copy().items():
+                if key.endswith("_kernel") and isinstance(value, triton.JITFunction):
+                    monkeypatch.setattr(module, key, triton.jit(value.fn))
+
+    def forget() -> None:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("liger_kernels.ops."):
+                for value in vars(module).values():
+                    if hasattr(value, "cache_clear"):
+                        value.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+def run(op: str, rows: int) -> None:
     from liger_kernels import ops
 
+    def random(*shape: int, requires_grad: bool = True) -> torch.Tensor:
+        return torch.zeros(shape, requires_grad=requires_grad)
+
+    x, weight = random(rows, 1024), random(1024)
+    table = random(rows, 64, requires_grad=False)
+    calls = {
+        "rms_norm": lambda: ops.rms_norm(x, weight),
+        "layer_norm": lambda: ops.layer_norm(x, weight, weight.detach()),
+        "fused_add_rms_norm": lambda: ops.fused_add_rms_norm(x, random(rows, 1024), weight)[0],
+        "gated_rms_norm": lambda: ops.gated_rms_norm(x, random(rows, 1024), weight),
+        "swiglu": lambda: ops.swiglu(x, random(rows, 1024)),
+        "geglu": lambda: ops.geglu(x, random(rows, 1024)),
+        "rope": lambda: torch.cat(ops.rope(*random(2, 1, 4, rows, 64), table, table)),
+        "cross_entropy": lambda: ops.cross_entropy(x, torch.zeros(rows, dtype=torch.long)),
+    }
+    calls[op]().sum().backward()
+
+
+# How many kernels a forward and its backward start; of norms, with few rows and with more.
+KERNELS = {
+    "rms_norm": (2, 3),
+    "layer_norm": (2, 3),
+    "fused_add_rms_norm": (2, 3),
+    "gated_rms_norm": (3, 3),
+    "swiglu": (2, 2),
+    "geglu": (2, 2),
+    "rope": (2, 2),
+    "cross_entropy": (2, 2),
+}
+
+
+@pytest.mark.parametrize("rows", [64, 65], ids=["few", "many"])
+@pytest.mark.parametrize("op", KERNELS)
+def test_a_repeated_op_never_enters_triton(op, rows, driver, num_slow, monkeypatch, forgetful):
     monkeypatch.setattr(launch, "backend", lambda device: "triton")
-    for module in (launch, rms_norm_kernel, layer_norm_kernel):
-        for name, kernel in vars(module).copy().items():
-            if name.endswith("_kernel"):
-                monkeypatch.setattr(module, name, launch.QuickKernel(kernel.fn))
-    x, residual = (torch.zeros(rows, 1024, requires_grad=True) for _ in range(2))
-    weight = torch.ones(1024, requires_grad=True)
-    more = {"rms_norm": (weight,), "layer_norm": (weight, weight.detach())}
     for _ in range(3):
-        y = getattr(ops, norm)(x, *more.get(norm, (residual, weight)))
-        (y[0] if isinstance(y, tuple) else y).sum().backward()
+        run(op, rows)
     # Few elements are one program's, whose sum over rows needs no other.
+    num_kernels = KERNELS[op][rows > 64]
     assert len(driver.records) == 3 * num_kernels
-    assert list(num_slow.values()) == [1] * num_kernels
+    assert sum(num_slow.values()) == num_kernels
 
 
 TRACE = """
