@@ -60,14 +60,13 @@ coverage: setup
 # The kernels against their limits, then a whole step. On a machine with a GPU its own Python runs,
 # as in test-gpu, and docs/ is written; elsewhere ours, on small shapes and the demo model. The peer:
 # make bench PEER_PATH=DIR or PEER_PYTHON=FILE, see docs/performance.md.
-CARD ?= h100
 HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
 PEER := $(strip $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON)) $(if $(PEER_PATH),--peer-path $(PEER_PATH)))
 bench: $(if $(HAS_GPU),,setup)
 ifdef HAS_GPU
 	mkdir -p $(RESULTS)
-	$(GPU_PYTHON) -m liger_cli bench ops $(PEER) --save $(RESULTS)/ops-$(CARD).json
-	PYTHON=$(GPU_PYTHON) CARD=$(CARD) scripts/bench_models.sh $(RESULTS) $(PEER)
+	$(GPU_PYTHON) -m liger_cli bench ops $(PEER) --save $(RESULTS)/ops-$${CARD:-$$(scripts/card.sh)}.json
+	PYTHON=$(GPU_PYTHON) scripts/bench_models.sh $(RESULTS) $(PEER)
 	PYTHONPATH=. $(GPU_PYTHON) scripts/performance_page.py
 else
 	$(BIN)/liger bench ops $(PEER)

@@ -8,8 +8,9 @@
 # that side is left out. A side that fails or does not fit is a line of the report; a model that
 # takes longer than LIMIT_S keeps what it has measured. Exits 1 if a model has no report.
 #
-# From the environment: PYTHON (python3), CARD (h100), REPEATS (2), LIMIT_S (600), and MODELS, whose
-# lines are preset, batch size, sequence length, steps of a run, and more flags of `liger bench`.
+# From the environment: PYTHON (python3), CARD (what scripts/card.sh says), REPEATS (2), LIMIT_S
+# (600), and MODELS, whose lines are preset, batch size, sequence length, steps of a run, and more
+# flags of `liger bench`.
 set -u
 out=$(realpath -m "${1:?usage: scripts/bench_models.sh DIR [--peer-path FOLDER | --peer-python FILE]}")
 sides=eager
@@ -20,7 +21,7 @@ if [ $# -gt 1 ]; then
 fi
 sides+=,compile,patched+compile
 cd "$(dirname "$0")/.." || exit 1
-python=${PYTHON:-python3} card=${CARD:-h100} repeats=${REPEATS:-2} limit_s=${LIMIT_S:-600}
+python=${PYTHON:-python3} card=${CARD:-$(scripts/card.sh)} repeats=${REPEATS:-2} limit_s=${LIMIT_S:-600}
 # Rows that all sides have room for on 80 GB.
 models=${MODELS:-"llama-1b 8 2048 12
 llama-3b 4 4096 8 --gradient-checkpointing

@@ -49,22 +49,28 @@ How to read the tables:
   included. Ours never writes into its inputs; a side that does says so.
 - Cards and hosts differ by 10 to 15 %. Compare figures of one run, and look at ratios.
 
-What bounds the targets that are missed on an H100:
+The targets are for an H100, and the launch tables were measured on one. The figures of the H100 are
+from 2026-11-25; launches cost the host less since, which the H200's have. What bounds the targets
+that are missed:
 
-- Norms and RoPE, times of torch, torch.compile or liger-kernel: the kernels need 0.12 to 0.25 ms,
-  the host 0.3 to 0.5 ms to start them (an autograd function in Python, the hop to the thread of
-  backward, two launches), and these ratios are of wall time. In GPU time ours take 0.3 to 0.6 of
+- Norms and RoPE, times of torch, torch.compile or liger-kernel: the kernels need 0.09 to 0.25 ms,
+  the host 0.2 to 0.5 ms to start them (an autograd function in Python, the hop to the thread of
+  backward, two launches), and these ratios are of wall time. In GPU time ours take 0.25 to 0.6 of
   torch's norms, whose host part is C++. In a model the host runs ahead of the card and this time
-  is hidden, unless all of its steps are small.
+  is hidden, unless all of its steps are small, as in gemma3-1b below.
+- Norms, GeGLU and the loss of given logits, shares on an H200: its memory is 1.4 times as fast, and
+  tiles that keep an H100's memory busy leave a part of that unused. `scripts/tune_norms.py` and
+  `scripts/tune_losses.py` measure the tables anew.
 - The fused loss, share of the matrix rate: the card is at its power limit, where the products of a
   chunk alone, without our kernels, stay below the 8192^3 product that is the limit.
 - The fused loss, memory beside torch.compile: the gradient of the weight is half of what
   torch.compile takes where the batch is small, and it is an output.
-- fused_add_rms_norm was timed at a width of 65536 alone, where a row is more than one program keeps
-  on the chip; 16384x2048 and its like take turns from the next run on.
 - Whole steps of llama-1b and llama-3b: most of the time is products, attention and the optimizer,
   which are the same for all sides. The peak of llama-3b is weights, gradients and moments (25.7 GB)
   and one layer's activations.
+- Whole steps, torch.compile: the targets were made for a model compiled as one graph, in which
+  transformers gives attention a mask. By layers, as on the H200 below, it is faster, and
+  patched+compile is as fast as patched alone or, where the host is the bottleneck, the fastest.
 """
 
 _NO_OPS = """

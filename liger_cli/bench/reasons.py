@@ -76,16 +76,21 @@ def no_gain(ratios: RatiosPart, facts: Facts, other: Arm) -> list[str]:
                 "--repeats or a quieter machine can tell"
             )
         else:
-            sentences.append(f"no speed is gained here, because {_why_not_faster(facts)}")
+            sentences.append(f"no speed is gained here, because {_why_not_faster(facts, other)}")
     memory, noise = ratios.memory, ratios.memory_noise
     if memory is not None and noise is not None and memory >= 1 - noise:
         sentences.append(f"no memory is saved here, because {_why_not_smaller(facts, other)}")
     return sentences
 
 
-def _why_not_faster(facts: Facts) -> str:
+def _why_not_faster(facts: Facts, other: Arm) -> str:
     if not facts.on_gpu:
         return "on a CPU the ops are torch code; what is faster are their kernels on a GPU"
+    if other.name == "compile":
+        return (
+            "a compiled step starts fewer kernels, which counts where a GPU waits for the host; "
+            "--torch-compile compiles the patched model too (patched+compile)"
+        )
     if facts.hidden_size and facts.num_tokens * facts.hidden_size < _HOST_BOUND_ELEMENTS:
         return (
             f"{facts.num_tokens} tokens of {facts.hidden_size} elements are too few to keep a GPU "

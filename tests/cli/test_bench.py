@@ -542,6 +542,12 @@ def test_no_gain_has_a_reason_case_104(changes: dict[str, Any], words: str) -> N
     assert "cannot be told from this noise" in hidden
 
 
+def test_who_is_behind_torch_compile_is_told_to_compile_too() -> None:
+    [sentence] = no_gain(RatiosPart(speed=0.82, memory=0.4), FACTS, Arm(name="compile"))
+    assert "no speed is gained here" in sentence
+    assert "--torch-compile compiles the patched model too" in sentence
+
+
 @pytest.fixture
 def fake_peer(tmp_path: Path) -> Path:
     """A folder with a liger_kernel whose patch changes nothing."""
