@@ -99,6 +99,36 @@ def test_layers_alone_keep_attention_from_a_mask(train, tmp_path, monkeypatch):
     )
 
 
+OTHERS = (
+    *("gemma", "gemma2", "gemma3", "glm4", "granite", "llama4", "llama4-text", "mistral"),
+    *("mixtral", "mllama", "olmo2", "paligemma", "phi3", "qwen2", "qwen2-vl", "qwen2-5-vl"),
+    *("qwen3", "qwen3-moe"),
+)
+# transformers collects what routers say in hooks that a tracer cannot enter.
+ROUTED = ("llama4", "llama4-text", "mixtral", "qwen3-moe")
+
+
+# Six layers of two kinds; the others show other forms of attention, norm and MLP.
+@pytest.mark.parametrize(
+    "preset", ["gemma3-text", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
+def test_layers_of_a_family_are_compiled_once(train, tmp_path, monkeypatch, preset):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module: compile_module(module, backend=counter)
+    )
+    for words in ((), ("--torch-compile",)):
+        run = ("--model", preset, *words, "--output-dir", tmp_path / f"{len(words)}")
+        done = train(*ONE_LENGTH, *run)
+        assert done.code == 0, done.err
+    assert counter.frame_count == 1 or preset in ROUTED
+    losses, compiled = (metrics(tmp_path / name, "loss") for name in ("0", "1"))
+    assert compiled == [pytest.approx(loss, rel=1e-3) for loss in losses]
+
+
 def test_layers_in_checkpoints_are_refused(train):
     done = train("--torch-compile", "--use-regional-compilation", "--gradient-checkpointing")
     assert done.code == 2
