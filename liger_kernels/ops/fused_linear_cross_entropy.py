@@ -238,7 +238,7 @@ def fused_linear_logprobs(
         raise ValueError(f"temperature must be positive, got {temperature}")
     call = HeadCall(
         label=ids.reshape(-1).to(weight.device, non_blocking=True),
-        options=LossOptions(scale=1.0 / temperature),
+        options=LossOptions(scale=1.0 / float(temperature)),
         compute_dtype=_compute_dtype(weight),
         outputs=("loss", "entropy"),
         differentiable=("loss", "entropy"),

@@ -76,7 +76,10 @@ def runs_triton_rows(x: torch.Tensor) -> bool:
 
 
 def remembered(function: Callable[..., _T]) -> Callable[..., _T]:
-    """Decorate a pure function of sizes, which every launch asks anew, to remember its results."""
+    """Decorate a pure function of sizes, which every launch asks anew, to remember its results.
+
+    A table that a caller may replace, to measure another, is an argument and not looked up inside.
+    """
     cached = functools.lru_cache(maxsize=_MAX_REMEMBERED)(function)
 
     @functools.wraps(function)
@@ -103,10 +106,11 @@ class Launch:
 
     Triton binds the arguments of every launch, asks the environment for settings, makes a string of
     what it compiles for, asks the driver for each tensor's address and calls hooks that hardly
-    anybody sets: four times the host's time of what is left here. Made once for sizes, strides and
+    anybody sets: twice the host's time of what is left here. Made once for sizes, strides and
     options (see remembered), a Launch remembers the compiled kernel by the device and by dtype and
     device of each tensor. Triton itself starts what is new, and always where a tensor is off 16
-    bytes, somebody listens to launches, or the GPU is not NVIDIA's. Tracers see a plain kernel.
+    bytes, a launch hook of triton.knobs is set, or the GPU is not NVIDIA's. Tracers see a plain
+    kernel.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], **others: Any) -> None:
@@ -121,9 +125,13 @@ class Launch:
         Args:
             tensors: Or None, in the kernel's order; they come before all else.
         """
-        if torch.compiler.is_compiling() or not _STARTS_KERNELS:
-            self._start(tensors)
-            return
+        with device_guard(tensors[0]):
+            if torch.compiler.is_compiling() or not _STARTS_KERNELS:
+                self._kernel[self.grid](*tensors, **self._others)
+            else:
+                self._start(tensors)
+
+    def _start(self, tensors: tuple[torch.Tensor | None, ...]) -> None:
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
         key, addresses, all_bits = [device], [], 0
@@ -136,25 +144,27 @@ class Launch:
                 addresses.append(tensor.data_ptr())
                 all_bits |= addresses[-1]
         hooks = triton.knobs.runtime
-        if all_bits & 15 or hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
-            self._start(tensors)
+        if all_bits & 15 or _listens(hooks.launch_enter_hook) or _listens(hooks.launch_exit_hook):
+            self._kernel[self.grid](*tensors, **self._others)
             return
         known = self._known.get(tuple(key))
         if known is not None:
-            run, grid, function, metadata, others = known
+            run, grid, function, metadata, others, _ = known
             stream = driver.get_current_stream(device)
             run(*grid, stream, function, metadata, None, None, None, *addresses, *others)
             return
-        compiled = self._start(tensors)
-        if device_guard(tensors[0]) is _ALREADY_THERE:
+        compiled = self._kernel[self.grid](*tensors, **self._others)
+        if isinstance(compiled, triton.compiler.CompiledKernel):
             grid = (*self.grid, 1, 1)[:3]
-            others = map(self._others.get, self._kernel.arg_names[len(tensors) :])
-            known = compiled.run, grid, compiled.function, compiled.packed_metadata, tuple(others)
-            self._known[tuple(key)] = known
+            others = tuple(map(self._others.get, self._kernel.arg_names[len(tensors) :]))
+            function, metadata = compiled.function, compiled.packed_metadata
+            # With the kernel itself, which takes its code off the GPU when nobody holds it.
+            self._known[tuple(key)] = compiled.run, grid, function, metadata, others, compiled
 
-    def _start(self, tensors: tuple[torch.Tensor | None, ...]) -> Any:
-        with device_guard(tensors[0]):
-            return self._kernel[self.grid](*tensors, **self._others)
+
+def _listens(hook: Any) -> bool:
+    """Return whether a hook of Triton, a chain of calls by default, has anything to call."""
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 @remembered

@@ -258,6 +258,7 @@ def layer_norm_bwd(dy, x, weight, stats, dw_dtype, db_dtype):
     num_rows = x.numel() // width
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     has_dw, has_db = dw_dtype is not None, db_dtype is not None
+    stride = width * (has_dw + has_db)
     launch = _bwd_launch(
         lookup(_BWD_SHAPES, width),
         width,
@@ -266,12 +267,12 @@ def layer_norm_bwd(dy, x, weight, stats, dw_dtype, db_dtype):
         x.device,
         row_stride(dy),
         row_stride(x),
+        stride,
         weight is not None,
         has_dw,
         has_db,
     )
     num_programs = launch.grid[0]
-    stride = width * (has_dw + has_db)
     sums = None
     if num_programs == 1:
         dw = torch.empty(width, dtype=dw_dtype, device=x.device) if has_dw else None
@@ -292,7 +293,17 @@ def layer_norm_bwd(dy, x, weight, stats, dw_dtype, db_dtype):
 
 @remembered
 def _bwd_launch(
-    shape, width, num_rows, itemsize, device, stride_dy, stride_x, has_weight, has_dw, has_db
+    shape,
+    width,
+    num_rows,
+    itemsize,
+    device,
+    stride_dy,
+    stride_x,
+    stride_sums,
+    has_weight,
+    has_dw,
+    has_db,
 ) -> Launch:
     plan = persistent_row_plan(shape, width, num_rows, itemsize, device)
     return Launch(
@@ -300,7 +311,7 @@ def _bwd_launch(
         (plan.num_programs,),
         stride_dym=stride_dy,
         stride_xm=stride_x,
-        stride_sumsp=width * (has_dw + has_db),
+        stride_sumsp=stride_sums,
         M=num_rows,
         N=width,
         HAS_WEIGHT=has_weight,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -657,6 +658,16 @@ def test_wrong_arguments_are_named(arguments, message):
     given = {"hidden": hidden, "weight": weight, "target": labels(2, vocab=8), **arguments}
     with pytest.raises(ValueError, match=message):
         fused_linear_cross_entropy(**given)
+
+
+def test_a_temperature_of_any_type_is_the_number_it_holds(device):
+    """One of a type that Triton does not take would stay in what is remembered of the launch."""
+    hidden, weight, _ = head(6, 16, 32, device=device)
+    ids = labels(6, vocab=32, device=device)
+    wanted, _ = fused_linear_logprobs(hidden, weight, ids, temperature=2.0)
+    for temperature in (np.float32(2.0), torch.tensor(2.0), 2, 2.0):
+        ours, _ = fused_linear_logprobs(hidden, weight, ids, temperature=temperature)
+        assert torch.equal(ours, wanted), repr(temperature)
 
 
 def test_logprobs_name_what_is_wrong():

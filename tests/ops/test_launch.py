@@ -5,6 +5,8 @@ No GPU is needed: Triton compiles for one, and a driver that launches nothing no
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -35,6 +37,9 @@ class Driver:
 
     def __init__(self) -> None:
         self.records: list[tuple[Any, ...]] = []
+        # Of the kernels it loads. Without one nothing is unloaded when the real driver is back.
+        self.module: str | None = None
+        self.unloaded: list[str] = []
         self.device = 0
         self.utils = self
 
@@ -55,8 +60,10 @@ class Driver:
         return launcher
 
     def load_binary(self, name, kernel, shared, device):
-        # No module, so that none is unloaded when the real driver is back.
-        return None, 1, 0, 0, 1024
+        return self.module, 1, 0, 0, 1024
+
+    def unload_module(self, module):
+        self.unloaded.append(module)
 
     def get_device_properties(self, device):
         return {"max_shared_mem": 232448}
@@ -168,6 +175,56 @@ def test_who_listens_to_launches_is_told_of_each(driver, num_slow, hook):
     assert num_slow["add_kernel"] == 2
     start(*given)
     assert num_slow["add_kernel"] == 2
+
+
+@pytest.mark.parametrize("hook", [None, print], ids=["none", "function"])
+def test_hooks_that_are_no_chains(driver, num_slow, hook, monkeypatch):
+    start = launch.Launch(triton.jit(add_kernel), (3,), **USUAL)
+    monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", hook)
+    given = tensors()
+    for _ in range(3):
+        start(*given)
+    assert num_slow["add_kernel"] == (1 if hook is None else 3)
+
+
+def test_what_triton_does_not_start_is_not_remembered(driver, monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **said: True)
+    start = launch.Launch(triton.jit(add_kernel), (3,), **USUAL)
+    for _ in range(2):
+        start(*tensors())
+    assert not driver.records
+
+
+def test_a_remembered_kernel_stays_on_the_gpu(driver):
+    """Two threads that compile the same keep one in Triton's cache; ours may be the other."""
+    driver.module = "module"
+    kernel = triton.jit(add_kernel)
+    start = launch.Launch(kernel, (3,), **USUAL)
+    given = tensors()
+    start(*given)
+    kernel.device_caches.clear()
+    gc.collect()
+    assert not driver.unloaded
+    start(*given)
+    del start
+    gc.collect()
+    assert driver.unloaded == ["module"]
+
+
+def test_tensors_of_another_gpu_than_the_current_one_are_quick_too(driver, num_slow, monkeypatch):
+    @contextlib.contextmanager
+    def guard(tensor):
+        monkeypatch.setattr(driver, "device", 1)
+        yield
+        monkeypatch.setattr(driver, "device", 0)
+
+    monkeypatch.setattr(launch, "device_guard", guard)
+    start = launch.Launch(triton.jit(add_kernel), (3,), **USUAL)
+    given = tensors()
+    for _ in range(3):
+        start(*given)
+    assert num_slow["add_kernel"] == 1
+    assert [stream for _, _, stream, _ in driver.records] == [8, 8, 8]
 
 
 def test_a_tensor_of_another_device_is_left_to_triton(driver, num_slow, monkeypatch):
