@@ -65,7 +65,7 @@ PEER := $(strip $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON)) $(if $(PEER_PA
 bench: $(if $(HAS_GPU),,setup)
 ifdef HAS_GPU
 	mkdir -p $(RESULTS)
-	$(GPU_PYTHON) -m liger_cli bench ops $(PEER) --save $(RESULTS)/ops-$${CARD:-$$(scripts/card.sh)}.json
+	card=$${CARD:-$$(scripts/card.sh)} && $(GPU_PYTHON) -m liger_cli bench ops $(PEER) --save $(RESULTS)/ops-$$card.json
 	PYTHON=$(GPU_PYTHON) scripts/bench_models.sh $(RESULTS) $(PEER)
 	PYTHONPATH=. $(GPU_PYTHON) scripts/performance_page.py
 else

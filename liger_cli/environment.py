@@ -5,6 +5,7 @@ torch is imported when devices are asked for, not before.
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import subprocess
@@ -49,7 +50,7 @@ def package_version(name: str) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """Returns Python, package versions, devices, CPU count and commit, as JSON values."""
+    """Returns Python, package versions, devices, CPU count, commit and date, as JSON values."""
     versions = {name.replace("-", "_"): package_version(name) for name in PACKAGES}
     return {
         "python": platform.python_version(),
@@ -58,6 +59,7 @@ def environment() -> dict[str, Any]:
         "devices": devices(),
         "cpu_count": os.cpu_count(),
         "commit": commit(),
+        "date": datetime.date.today().isoformat(),
     }
 
 

@@ -12,16 +12,22 @@
 # (600), and MODELS, whose lines are preset, batch size, sequence length, steps of a run, and more
 # flags of `liger bench`.
 set -u
-out=$(realpath -m "${1:?usage: scripts/bench_models.sh DIR [--peer-path FOLDER | --peer-python FILE]}")
+if [ $# -ne 1 ] && [ $# -ne 3 ]; then
+  echo "usage: scripts/bench_models.sh DIR [--peer-path FOLDER | --peer-python FILE]" >&2
+  exit 2
+fi
+out=$(realpath -m "$1")
 sides=eager
 peer=()
-if [ $# -gt 1 ]; then
-  peer=("$2" "$(realpath -sm "${3:?$2 needs a path}")")
+if [ $# -eq 3 ]; then
+  peer=("$2" "$(realpath -sm "$3")")
   sides+=,liger-kernel
 fi
 sides+=,compile,patched+compile
 cd "$(dirname "$0")/.." || exit 1
-python=${PYTHON:-python3} card=${CARD:-$(scripts/card.sh)} repeats=${REPEATS:-2} limit_s=${LIMIT_S:-600}
+card=${CARD:-$(scripts/card.sh)}
+[ -n "$card" ] || exit 3
+python=${PYTHON:-python3} repeats=${REPEATS:-2} limit_s=${LIMIT_S:-600}
 # Rows that all sides have room for on 80 GB.
 models=${MODELS:-"llama-1b 8 2048 12
 llama-3b 4 4096 8 --gradient-checkpointing

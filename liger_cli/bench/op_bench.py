@@ -23,7 +23,7 @@ from liger_cli.bench.op_timing import Part, Stopwatch, Times, copy_rate, matmul_
 from liger_cli.bench.peer_ops import CALLS, PACKAGE
 from liger_cli.bench.peer_process import PeerArm, PeerFailed, PeerProcess
 from liger_cli.environment import devices, environment
-from liger_cli.errors import RequirementFailed
+from liger_cli.errors import Interrupted, RequirementFailed
 from liger_cli.report.ops import (
     OURS,
     ArmPart,
@@ -34,6 +34,7 @@ from liger_cli.report.ops import (
     TargetPart,
     TimePart,
 )
+from liger_cli.training.endings import sigterm_raises
 
 __all__ = ["OpsPlan", "judge", "measure", "plan_ops", "require_checks", "run_ops"]
 
@@ -125,7 +126,7 @@ def plan_ops(
 
 
 def run_ops(plan: OpsPlan, *, on_row: Callable[[Workload], None]) -> OpsReport:
-    """Returns the report of a run.
+    """Returns the report of a run; of one stopped by Ctrl-C or SIGTERM, the rows it had finished.
 
     Args:
         plan: What to measure.
@@ -133,20 +134,27 @@ def run_ops(plan: OpsPlan, *, on_row: Callable[[Workload], None]) -> OpsReport:
 
     Raises:
         ConfigError: The peer's interpreter or folder does not exist.
+        KeyboardInterrupt: It was stopped before the first row.
     """
     began = time.monotonic()
+    interrupted = None
     # The peer imports its packages while the limits of the hardware are measured.
-    with plan.peer() as peer:
+    with sigterm_raises(), plan.peer() as peer:
         stopwatch = Stopwatch(plan.device)
         copy_bytes_per_s = copy_rate(stopwatch)
         matmul_flops_per_s = matmul_rate(stopwatch, plan.dtype)
         peers: dict[str, str] = {}
         rows: list[OpRow] = []
-        for workload in plan.workloads:
-            on_row(workload)
-            rows.append(_row(workload, plan, stopwatch, copy_bytes_per_s, peer, peers))
-            stopwatch.free()
-    for workload, row in zip(plan.workloads, rows, strict=True):
+        try:
+            for workload in plan.workloads:
+                on_row(workload)
+                rows.append(_row(workload, plan, stopwatch, copy_bytes_per_s, peer, peers))
+                stopwatch.free()
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            interrupted = True
+    for workload, row in zip(plan.workloads, rows, strict=False):
         row.targets = [judge(target, row, rows) for target in workload.targets]
     return OpsReport(
         arguments=list(plan.arguments),
@@ -161,14 +169,16 @@ def run_ops(plan: OpsPlan, *, on_row: Callable[[Workload], None]) -> OpsReport:
         rounds=plan.rounds,
         peers=peers,
         rows=rows,
+        interrupted=interrupted,
     )
 
 
 def require_checks(report: OpsReport) -> None:
-    """Ends the command where an op was found wrong; the report has been shown.
+    """Ends the command where an op was found wrong or rows are missing; the report has been shown.
 
     Raises:
         RequirementFailed: A check failed.
+        Interrupted: The run was stopped.
     """
     failed = [row for row in report.rows if not row.check.ok]
     if failed:
@@ -179,6 +189,8 @@ def require_checks(report: OpsReport) -> None:
         raise RequirementFailed(
             "no figures for an op whose check fails:\n" + "\n".join(lines), is_reported=True
         )
+    if report.interrupted:
+        raise Interrupted("interrupted; the report has what was measured", is_reported=True)
 
 
 def _row(

@@ -86,7 +86,7 @@ def no_gain(ratios: RatiosPart, facts: Facts, other: Arm) -> list[str]:
 def _why_not_faster(facts: Facts, other: Arm) -> str:
     if not facts.on_gpu:
         return "on a CPU the ops are torch code; what is faster are their kernels on a GPU"
-    if other.name == "compile":
+    if other.name in ("compile", "patched+compile"):
         return (
             "a compiled step starts fewer kernels, which counts where a GPU waits for the host; "
             "--torch-compile compiles the patched model too (patched+compile)"

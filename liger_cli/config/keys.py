@@ -133,7 +133,8 @@ class RunConfig(BaseModel):
     )
     torch_compile: bool = _model(False, "Compile the patched model with torch.compile.")
     use_regional_compilation: bool | None = _model(
-        None, "With torch_compile: each layer by itself; left open, unless layers are checkpointed."
+        None,
+        "With torch_compile: each layer by itself. null: yes, unless gradient_checkpointing is on.",
     )
 
     adapter: Literal["none", "lora", "dora"] = _adapter(

@@ -136,6 +136,8 @@ class OpsReport(_Part):
     # Name -> version, or why it did not run.
     peers: dict[str, str] = {}
     rows: list[OpRow]
+    # True if the run was stopped, so that rows are missing.
+    interrupted: bool | None = None
 
     def to_json(self) -> str:
         """Returns the report as one JSON document; NaN and infinity are null."""
@@ -204,7 +206,8 @@ def run_lines(report: OpsReport) -> list[str]:
         f"$ {' '.join(['liger', 'bench', 'ops', *report.arguments])}",
         f"limits in this run: copy {report.copy_bytes_per_s / 1e9:,.0f} GB/s, "
         f"{report.dtype} matmul {report.matmul_flops_per_s / 1e12:,.1f} TFLOP/s; "
-        f"{report.rounds} rounds, {report.seconds:.0f} s in all",
+        f"{report.rounds} rounds, {report.seconds:.0f} s in all"
+        + (", interrupted" if report.interrupted else ""),
     ]
     lines += [f"{name}: {state}" for name, state in report.peers.items()]
     if report.device_type == "cpu":

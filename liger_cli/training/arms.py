@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from liger_cli.config import RunConfig
 from liger_cli.errors import LigerError, OutOfMemory
 from liger_cli.measure import median_after_warm_up
 from liger_cli.peer_interpreter import PeerInterpreter
+from liger_cli.training.endings import sigterm_raises
 
 __all__ = ["ArmResult", "ArmSpec", "run_arm"]
 
@@ -132,7 +132,7 @@ def _run(
     command: Sequence[str], environment: dict[str, str] | None
 ) -> subprocess.CompletedProcess[str]:
     """subprocess.run, which however leaves no process behind."""
-    with _sigterm_raises(), _open_pipe() as reads:
+    with sigterm_raises(), _open_pipe() as reads:
         # A session of its own: all its processes end together, and Ctrl-C comes to us alone.
         process = subprocess.Popen(
             command,
@@ -161,20 +161,6 @@ def _open_pipe() -> Iterator[int]:
     finally:
         os.close(reads)
         os.close(writes)
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Makes SIGTERM a KeyboardInterrupt, as SIGINT is, instead of an end without a last word."""
-    # Python delivers signals to the main thread, and lets no other thread ask for them.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _failure(name: str, done: subprocess.CompletedProcess[str]) -> LigerError:

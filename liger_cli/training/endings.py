@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from liger_cli.errors import Interrupted, NonFiniteLoss
 
-__all__ = ["StopRequest", "interrupted", "non_finite"]
+__all__ = ["StopRequest", "interrupted", "non_finite", "sigterm_raises"]
 
 _log = logging.getLogger(__name__)
 
@@ -69,3 +71,17 @@ def non_finite(step: int, loss: float, norm: float, checkpoint: Path | None) -> 
         hint="A lower --learning-rate, a longer --warmup-steps or --dtype float32 may help; "
         "--save-steps sets how often a checkpoint is written.",
     )
+
+
+@contextlib.contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Makes SIGTERM a KeyboardInterrupt, as SIGINT is, instead of an end without a last word."""
+    # Python delivers signals to the main thread, and lets no other thread ask for them.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -80,13 +80,14 @@ def _compile(model: nn.Module, config: RunConfig, notify: Callable[[str], None])
         if config.use_regional_compilation:
             notify("use_regional_compilation does nothing without torch_compile")
         return
-    notify("torch_compile: the first step, and each new shape of a batch, takes long to compile")
     by_layers = config.use_regional_compilation
     if by_layers is None:
         by_layers = not config.gradient_checkpointing
-    parts = _layers(model) if by_layers else [model]
-    if not parts and config.use_regional_compilation:
+    parts = _layers(model) if by_layers else []
+    if by_layers and not parts:
         notify("use_regional_compilation: no list of layers found, the model is compiled as one")
+    form = f"{len(parts)} layers, one by one" if parts else "the model as one graph"
+    notify(f"torch_compile: {form}; the first step, and each new shape of a batch, takes long")
     for part in parts or [model]:
         part.compile()
 

@@ -542,8 +542,9 @@ def test_no_gain_has_a_reason_case_104(changes: dict[str, Any], words: str) -> N
     assert "cannot be told from this noise" in hidden
 
 
-def test_who_is_behind_torch_compile_is_told_to_compile_too() -> None:
-    [sentence] = no_gain(RatiosPart(speed=0.82, memory=0.4), FACTS, Arm(name="compile"))
+@pytest.mark.parametrize("other", ["compile", "patched+compile"])
+def test_who_is_behind_torch_compile_is_told_to_compile_too(other: str) -> None:
+    [sentence] = no_gain(RatiosPart(speed=0.82, memory=0.4), FACTS, Arm(name=other))
     assert "no speed is gained here" in sentence
     assert "--torch-compile compiles the patched model too" in sentence
 
@@ -705,11 +706,16 @@ def test_performance_page_judges_whole_steps_by_their_targets() -> None:
     config = {"model": "llama-1b", "per_device_train_batch_size": 8, "max_length": 2048}
     config["max_steps"] = 12
     where = {"devices": [{"name": "a card"}], "torch": "2", "triton": "3", "transformers": "5"}
+    where["date"] = "2026-11-29"
+    # Cut off, it is compared with nothing.
+    arms.append(Arm(name="patched+compile", error="interrupted"))
     report = RunReport(
         command="bench", config=config, environment=where, arms=arms, against=against
     )
     text = page._step(report)
-    assert "$ liger bench --model llama-1b --against eager,compile,liger-kernel --steps " in text
+    assert "    a card, torch 2, triton 3, transformers 5, 2026-11-29\n" in text
+    sides = "eager,compile,liger-kernel,patched+compile"
+    assert f"$ liger bench --model llama-1b --against {sides} --steps " in text
     assert "| liger-kernel | speed | >= 1.10x | 1.15x | met |" in text
     assert "| compile | speed | >= 1.20x | 1.15x | MISSED |" in text
     assert "| liger-kernel | memory | <= 0.80x | 0.89x | MISSED |" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from liger_cli.bench import op_arms, op_targets
+from liger_cli.bench import op_arms, op_bench, op_targets
 from liger_cli.bench.op_arms import check
 from liger_cli.bench.op_bench import judge, measure
 from liger_cli.bench.op_targets import MIB, Target, Workload, select
@@ -411,6 +412,44 @@ def test_gpu_is_flushed_and_the_host_given_its_head_start(
     )
     assert times == [0.5, 0.5]
     assert log == ["before", *["flush"] * flushes, "event", "call", "event"] * 2
+
+
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
+def test_a_stopped_run_keeps_the_rows_it_has(
+    liger: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    signal_name: str,
+) -> None:
+    make_row, made = op_bench._row, list[str]()
+
+    def stopped_in_the_third(workload: Workload, *more: Any) -> OpRow:
+        if len(made) == 2:
+            signal.raise_signal(getattr(signal, signal_name))
+        made.append(workload.op)
+        return make_row(workload, *more)
+
+    monkeypatch.setattr(op_bench, "_row", stopped_in_the_third)
+    files = ("--save", tmp_path / "ops.json", "--markdown", tmp_path / "ops.md")
+    ran = liger("bench", "ops", "--quick", "--no-compile", *files, "--json")
+    assert ran.code == 130
+    assert "interrupted; the report has what was measured" in ran.err
+    assert [row["op"] for row in ran.json()["rows"]] == made
+    assert ran.json()["interrupted"] is True
+    assert len(OpsReport.from_json((tmp_path / "ops.json").read_text()).rows) == 2
+    assert "in all, interrupted" in (tmp_path / "ops.md").read_text()
+
+
+def test_a_run_stopped_before_the_first_row_has_no_report(
+    liger: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*given: Any) -> OpRow:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(op_bench, "_row", stopped)
+    ran = liger("bench", "ops", "--quick", "--no-compile", "--json")
+    assert ran.code == 130
+    assert set(ran.json()) == {"error"}
 
 
 def test_transient_memory_is_unknown_on_a_cpu() -> None:

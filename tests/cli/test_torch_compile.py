@@ -65,7 +65,9 @@ def check_compiled_run(train, tmp_path, words):
         assert done.code == 0, done.err
         reports[name] = done.json()
         assert (utils.counters["stats"]["calls_captured"] > 0) == bool(more)
-        assert ("torch_compile: the first step" in done.err) == bool(more)
+        is_whole = {"--no-use-regional-compilation", "--gradient-checkpointing"} & set(words)
+        form = "the model as one graph" if is_whole else "2 layers, one by one"
+        assert (f"torch_compile: {form}; the first step" in done.err) == bool(more)
     for key in ("loss", "grad_norm"):
         assert metrics(tmp_path / "compiled", key) == [
             pytest.approx(value, rel=1e-3) for value in metrics(tmp_path / "eager", key)
@@ -143,9 +145,13 @@ def test_layers_without_a_list_of_them(monkeypatch):
     loading._compile(model, load_config(flags=keys), said.append)
     assert not compiled
     assert said == ["use_regional_compilation does nothing without torch_compile"]
-    loading._compile(model, load_config(flags={**keys, "torch_compile": True}), said.append)
-    assert compiled == [model]
-    assert "no list of layers found" in said[-1]
+    # Left open, it is said too.
+    for given in (keys, {"model": "llama"}):
+        config = load_config(flags={**given, "torch_compile": True})
+        loading._compile(model, config, said.append)
+        assert "no list of layers found" in said[-2]
+        assert "the model as one graph" in said[-1]
+    assert compiled == [model, model]
 
 
 def test_compiled_run_resumes_and_is_evaluated(train, run_dir, quick_compiler):
