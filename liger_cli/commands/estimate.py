@@ -43,6 +43,7 @@ def command(
     from liger_cli.errors import ConfigError, OutOfMemory
     from liger_cli.estimate.cards import find_card
     from liger_cli.estimate.describe import describe_estimate
+    from liger_cli.report import show_lines
     from liger_cli.report.estimate import show_estimate
 
     sizes = {"per_device_train_batch_size": batch_size, "max_length": seq_len}
@@ -58,6 +59,10 @@ def command(
         num_shards=fsdp,
         is_padded=padded,
     )
+    if config.torch_compile:
+        show_lines(
+            "torch_compile is not in the estimate: it decides by itself what to keep", stderr=True
+        )
     show_estimate(report, as_json=as_json)
     if report.card is not None and report.card.free < 0:
         raise OutOfMemory(f"it does not fit into {report.card.name}", is_reported=True)

@@ -421,6 +421,13 @@ def test_a_size_given_twice_is_refused(liger, short, key) -> None:
     assert f"{short} and {key} are the same; give one of them" in done.err
 
 
+def test_torch_compile_is_said_to_be_left_out(liger) -> None:
+    for words in ((), ("--torch-compile",)):
+        done = liger("estimate", "--model", "qwen3", *words, "--json")
+        assert done.code == 0, done.err
+        assert ("torch_compile is not in the estimate" in done.err) == bool(words)
+
+
 def test_a_short_flag_wins_over_a_file(liger, tmp_path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("model: qwen3\nper_device_train_batch_size: 4\nmax_length: 128\n")
