@@ -6,7 +6,6 @@ then take turns, round by round, so that a card that warms up slows all of them.
 
 from __future__ import annotations
 
-import datetime
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from liger_cli.bench.op_targets import Target, Workload, select
 from liger_cli.bench.op_timing import Part, Stopwatch, Times, copy_rate, matmul_rate
 from liger_cli.bench.peer_ops import CALLS, PACKAGE
 from liger_cli.bench.peer_process import PeerArm, PeerFailed, PeerProcess
-from liger_cli.environment import devices, environment
+from liger_cli.environment import environment
 from liger_cli.errors import Interrupted, RequirementFailed
 from liger_cli.report.ops import (
     OURS,
@@ -156,11 +155,12 @@ def run_ops(plan: OpsPlan, *, on_row: Callable[[Workload], None]) -> OpsReport:
             interrupted = True
     for workload, row in zip(plan.workloads, rows, strict=False):
         row.targets = [judge(target, row, rows) for target in workload.targets]
+    where = environment()
     return OpsReport(
         arguments=list(plan.arguments),
-        date=datetime.date.today().isoformat(),
-        environment=environment(),
-        device=devices()[0]["name"],
+        date=where["date"],
+        environment=where,
+        device=where["devices"][0]["name"],
         device_type=plan.device.type,
         dtype=str(plan.dtype).removeprefix("torch."),
         copy_bytes_per_s=copy_bytes_per_s,

@@ -106,11 +106,10 @@ class Launch:
 
     Triton binds the arguments of every launch, asks the environment for settings, makes a string of
     what it compiles for, asks the driver for each tensor's address and calls hooks that hardly
-    anybody sets: twice the host's time of what is left here. Made once for sizes, strides and
-    options (see remembered), a Launch remembers the compiled kernel by the device and by dtype and
-    device of each tensor. Triton itself starts what is new, and always where a tensor is off 16
-    bytes, a launch hook of triton.knobs is set, or the GPU is not NVIDIA's. Tracers see a plain
-    kernel.
+    anybody sets. Made once for sizes, strides and options (see remembered), a Launch remembers the
+    compiled kernel by the device and by dtype and device of each tensor. Triton itself starts what
+    is new, and always where a tensor is off 16 bytes, a launch hook of triton.knobs is set, or the
+    GPU is not NVIDIA's. Tracers see a plain kernel.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], **others: Any) -> None:
