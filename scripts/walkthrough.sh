@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The ten commands of "From install to a model of your own" in README.md, as they are written there:
+# The ten commands of docs/tutorial.md, as they are written there:
 # bash -v scripts/walkthrough.sh 2>&1 shows each before its output. Some minutes on a CPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."

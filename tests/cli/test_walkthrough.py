@@ -1,4 +1,4 @@
-"""The ten commands of README.md are those of scripts/walkthrough.sh, and they run."""
+"""The ten commands of docs/tutorial.md are those of scripts/walkthrough.sh, and they run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ def script_commands() -> list[str]:
     return [line for line in lines if re.match(r"(make|liger) ", line)]
 
 
-def test_readme_shows_the_commands_of_the_script():
-    text = (ROOT / "README.md").read_text()
-    section = text.split("\n## From install to a model of your own\n")[1].split("\n## ")[0]
-    shown = re.findall(r"^\$ (.*)$", section, re.MULTILINE)
+def test_tutorial_shows_the_commands_of_the_script():
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    shown = re.findall(r"^\$ (.*)$", text, re.MULTILINE)
     assert shown == script_commands()
     assert len(shown) == 10
 
