@@ -145,10 +145,13 @@ def _kernels() -> Iterator[Check]:
     from liger_kernels.ops.registry import OPS
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for name in OPS:
+    for name, op in OPS.items():
         result = check_op(name, device)
         if result.ok:
             yield Check(name, "ok", f"runs on {device.type} ({backend(device)})")
         else:
-            advice = f"train without it: --ops auto leaves it out, or --ops auto,-{name}"
+            advice = "training does not use it"
+            if op.patch_names:
+                removals = ",-".join(op.patch_names)
+                advice = f"train without it: --ops auto leaves it out, or --ops auto,-{removals}"
             yield Check(name, "fail", result.reason or "wrong result", advice)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from liger_cli.errors import ConfigError, RequirementFailed
 from liger_cli.report import RunReport, unmet_requirements
-from liger_kernels.ops.registry import find_op
+from liger_kernels.ops.registry import PATCH_OPS, find_op
 from liger_kernels.transformers.plan import PatchPlan, resolve_ops
 
 __all__ = ["check_places", "check_required", "parse_ops"]
@@ -14,11 +14,11 @@ def parse_ops(ops: str, required: str = "") -> list[str]:
     """Checks the names in `ops` and returns the full names of those in `required`.
 
     Raises:
-        ConfigError: A name is no op, with the nearest one.
+        ConfigError: A name is no op that patching knows, with the nearest one.
     """
     try:
         resolve_ops(ops)
-        return [find_op(name).name for name in required.split(",") if name.strip()]
+        return [find_op(name, PATCH_OPS).name for name in required.split(",") if name.strip()]
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -76,7 +76,8 @@ def verify(
     _check_host_memory(model, device)
     _turn_off_dropout(model)
     plan = inspect_model(model, ops)
-    used = [op for op in plan.coverage if op in plan.ops]
+    names = {op for op in plan.coverage if op in plan.ops}
+    used = [op.name for op in OPS.values() if names & set(op.patch_names)]
     op_parts = _check_ops(model, ops, used, device)
     batch = _batch(model, device, seed)
     notify("the stock model ...")

@@ -11,6 +11,7 @@ from liger_kernels.ops.fused_linear_cross_entropy import (
 )
 from liger_kernels.ops.gated_rms_norm import gated_rms_norm
 from liger_kernels.ops.glu import geglu, swiglu
+from liger_kernels.ops.glu_mlp import glu_mlp
 from liger_kernels.ops.layer_norm import layer_norm
 from liger_kernels.ops.rms_norm import rms_norm
 from liger_kernels.ops.rope import rope
@@ -25,6 +26,7 @@ __all__ = [
     "fused_linear_logprobs",
     "gated_rms_norm",
     "geglu",
+    "glu_mlp",
     "layer_norm",
     "rms_norm",
     "rope",

@@ -362,4 +362,6 @@ LOGPROBS = Op(
     num_bytes=_num_bytes,
     # Backward makes the logits again: 2 + 6.
     num_flops=lambda case: 8 * torch.Size(case.shape).numel(),
+    # No module runs it.
+    part_of=(),
 )

@@ -15,10 +15,20 @@ import torch
 import torch.nn.functional as F
 
 from liger_kernels.ops.autograd import differentiable_once
-from liger_kernels.ops.glu import _glu_bwd, _glu_fwd
+from liger_kernels.ops.glu import _act, _glu_bwd, _glu_fwd
 from liger_kernels.ops.launch import rows_of
+from liger_kernels.ops.op import Case, Op, Sample, randn
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+
+
+def glu_mlp_ref(x, gate_weight, up_weight, down_weight, *, activation="silu", keeps_product=False):
+    """The definition, in plain torch; what is kept for backward changes no number."""
+    if up_weight is None:
+        gate, up = F.linear(x, gate_weight).chunk(2, -1)
+    else:
+        gate, up = F.linear(x, gate_weight), F.linear(x, up_weight)
+    return F.linear(_act(gate, activation) * up, down_weight)
 
 
 class _GluMlp(torch.autograd.Function):
@@ -137,3 +147,65 @@ def glu_mlp(
         return F.linear((gate * up)[..., :inner], down_weight)
     y = _GluMlp.apply(rows_of(x), gate_weight, up_weight, down_weight, activation, keeps_product)
     return y.view(*x.shape[:-1], down_weight.shape[0])
+
+
+def _sample(case: Case, dtype, device, generator) -> Sample:
+    *lead, width, inner = case.shape
+    options = dict(case.options)
+    layout = options.pop("layout", "separate")
+    # Wide enough to reach both flat ends of the activations.
+    x = randn((*lead, width), dtype, device, generator, scale=options.pop("scale", 2.0))
+
+    def weight(num_rows, num_columns):
+        # Products of about the size of their input, as a freshly made layer gives.
+        return randn((num_rows, num_columns), dtype, device, generator, scale=num_columns**-0.5)
+
+    if layout == "halves":
+        gate_weight, up_weight = weight(2 * inner, width), None
+    else:
+        gate_weight, up_weight = weight(inner, width), weight(inner, width)
+    return Sample((x, gate_weight, up_weight, weight(width, inner)), options)
+
+
+def _num_bytes(case: Case, dtype: torch.dtype) -> tuple[int, int]:
+    """Forward reads x and the weights and writes gate, up and y; backward reads dy besides those,
+    and writes the gradients of x and of the weights."""
+    *lead, width, inner = case.shape
+    num_rows = torch.Size(lead).numel()
+    forward = num_rows * (2 * width + 2 * inner) + 3 * width * inner
+    backward = num_rows * (3 * width + 2 * inner) + 6 * width * inner
+    return forward * dtype.itemsize, backward * dtype.itemsize
+
+
+OP = Op(
+    name="glu_mlp",
+    aliases=(),
+    summary="A whole gated MLP; keeps x, gate and up, not the activation or the product.",
+    function=glu_mlp,
+    reference=glu_mlp_ref,
+    # The tiling and the activations are swiglu's and geglu's; what differs are the products, the
+    # layouts of the weights, and the product made in backward over the buffer of its gradient.
+    cases=(
+        Case("tiny", (2, 8, 16)),
+        Case("odd", (3, 33, 127)),
+        Case("rank-1", (16, 24)),
+        Case("rank-4", (2, 3, 5, 12, 20)),
+        Case("gelu-tanh", (5, 24, 40), {"activation": "gelu_tanh"}),
+        Case("gelu", (5, 24, 40), {"activation": "gelu"}),
+        Case("halves", (2, 5, 24, 44), {"layout": "halves"}),
+        Case("keeps-product", (5, 24, 40), {"keeps_product": True}),
+        Case("halves-keeps-product", (5, 24, 40), {"layout": "halves", "keeps_product": True}),
+        Case("two-tiles", (3, 40, 2065)),
+        Case("far", (4, 16, 64), {"scale": 30.0}),
+        Case("one-wide", (5, 12, 1), {"layout": "halves"}),
+        Case("no-rows", (0, 8, 16)),
+        Case("real", (2048, 2048, 8192), needs_gpu=True),
+        Case("real-halves", (1024, 4096, 11008), {"layout": "halves"}, needs_gpu=True),
+        Case("real-gelu", (1024, 2304, 9216), {"activation": "gelu_tanh"}, needs_gpu=True),
+    ),
+    sample=_sample,
+    num_bytes=_num_bytes,
+    # Three products, and in backward twice as many.
+    num_flops=lambda case: 18 * torch.Size(case.shape).numel(),
+    part_of=("swiglu", "geglu"),
+)

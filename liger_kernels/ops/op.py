@@ -51,6 +51,13 @@ class Op:
     num_bytes: Callable[[Case, torch.dtype], tuple[int, int]]
     # case -> floating-point operations of matrix products, forward and backward together.
     num_flops: Callable[[Case], int] = _no_flops
+    # The names of --ops whose modules run it, for an op that is not such a name itself.
+    part_of: tuple[str, ...] | None = None
+
+    @property
+    def patch_names(self) -> tuple[str, ...]:
+        """Return the names in --ops, --require and coverage under which patching runs it."""
+        return (self.name,) if self.part_of is None else self.part_of
 
 
 def upcast(x: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 
 from liger_kernels.ops.cross_entropy import OP as CROSS_ENTROPY
 from liger_kernels.ops.fused_add_rms_norm import OP as FUSED_ADD_RMS_NORM
@@ -10,6 +11,7 @@ from liger_kernels.ops.fused_linear_cross_entropy import LOGPROBS
 from liger_kernels.ops.fused_linear_cross_entropy import OP as FUSED_LINEAR_CROSS_ENTROPY
 from liger_kernels.ops.gated_rms_norm import OP as GATED_RMS_NORM
 from liger_kernels.ops.glu import GEGLU, SWIGLU
+from liger_kernels.ops.glu_mlp import OP as GLU_MLP
 from liger_kernels.ops.layer_norm import OP as LAYER_NORM
 from liger_kernels.ops.op import Op
 from liger_kernels.ops.rms_norm import OP as RMS_NORM
@@ -23,6 +25,7 @@ _ROWS = (
     GATED_RMS_NORM,
     SWIGLU,
     GEGLU,
+    GLU_MLP,
     CROSS_ENTROPY,
     FUSED_LINEAR_CROSS_ENTROPY,
     LOGPROBS,
@@ -30,16 +33,30 @@ _ROWS = (
 OPS: dict[str, Op] = {op.name: op for op in _ROWS}
 
 
-def find_op(name: str) -> Op:
+# The names that --ops, --require and coverage use, in the order reports show them.
+PATCH_OPS = tuple(op.name for op in _ROWS if op.name in op.patch_names)
+
+
+def find_op(name: str, among: Collection[str] = tuple(OPS), words: tuple[str, ...] = ()) -> Op:
     """Return the op called `name`, by its full name or an alias; dashes read as underscores.
 
+    Args:
+        name: As a user wrote it.
+        among: Full names of the ops that are allowed here; all by default.
+        words: What else is allowed here, for the message alone.
+
     Raises:
-        ValueError: no op has that name; the message names the nearest one and all names.
+        ValueError: no such op has that name; the message has the nearest one and all names, or the
+            names of the ops that it is a part of.
     """
     wanted = name.strip().lower().replace("-", "_")
-    names = {alias: op for op in OPS.values() for alias in (op.name, *op.aliases)}
+    every = {alias: op for op in OPS.values() for alias in (op.name, *op.aliases)}
+    names = {alias: op for alias, op in every.items() if op.name in among}
     if wanted in names:
         return names[wanted]
-    near = difflib.get_close_matches(wanted, names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise ValueError(f"unknown op {name!r}{hint} Known: {', '.join(OPS)}")
+    hint = "."
+    if wanted in every and every[wanted].part_of:
+        hint = f" here: it runs as a part of {' and '.join(every[wanted].patch_names)}."
+    elif near := difflib.get_close_matches(wanted, [*names, *words], n=1):
+        hint = f"; did you mean {near[0]!r}?"
+    raise ValueError(f"unknown op {name!r}{hint} Known: {', '.join((*among, *words))}")

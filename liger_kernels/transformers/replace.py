@@ -18,9 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liger_kernels.ops import gated_rms_norm, geglu, layer_norm, rms_norm, swiglu
-from liger_kernels.ops.glu_mlp import ACTIVATIONS as FUSED_ACTIVATIONS
-from liger_kernels.ops.glu_mlp import glu_mlp
+from liger_kernels.ops import gated_rms_norm, geglu, glu_mlp, layer_norm, rms_norm, swiglu
 from liger_kernels.transformers.calls import is_bare, is_plain, note
 from liger_kernels.transformers.recognise import (
     ACTIVATIONS,
@@ -208,7 +206,7 @@ def _weights_of(
         return None
     if torch.is_autocast_enabled(x.device.type) or not hooks_are_free():
         return None
-    if spec.activation not in FUSED_ACTIVATIONS or spec.layout not in ("separate", "gate_first"):
+    if not spec.is_one_function:
         return None
     names = (spec.gate, spec.up, spec.down) if spec.layout == "separate" else (spec.gate, spec.down)
     layers = [getattr(module, name) for name in names]

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from liger_kernels.ops.registry import OPS
+from liger_kernels.ops.registry import PATCH_OPS, find_op
 
 __all__ = ["LOSSES", "PATCH_OPS", "OpSelection", "resolve_ops"]
 
-# In the order reports show them.
-PATCH_OPS = (
-    "rope",
-    "rms_norm",
-    "fused_add_rms_norm",
-    "layer_norm",
-    "gated_rms_norm",
-    "swiglu",
-    "geglu",
-    "cross_entropy",
-    "fused_linear_cross_entropy",
-)
 # These two are ways to compute the same loss.
 LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 _WORDS = ("auto", "all", "none")
@@ -94,11 +81,4 @@ def resolve_ops(ops: str | Sequence[str] | OpSelection) -> OpSelection:
 
 
 def _op_name(name: str) -> str:
-    names = {alias: op.name for op in OPS.values() for alias in (op.name, *op.aliases)}
-    names = {alias: op for alias, op in names.items() if op in PATCH_OPS}
-    wanted = name.strip().lower().replace("-", "_")
-    if wanted in names:
-        return names[wanted]
-    near = difflib.get_close_matches(wanted, [*names, *_WORDS], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    raise ValueError(f"unknown op {name!r}{hint} Known: {', '.join((*PATCH_OPS, *_WORDS))}")
+    return find_op(name, PATCH_OPS, _WORDS).name

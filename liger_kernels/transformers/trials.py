@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -26,9 +27,11 @@ __all__ = ["try_op"]
 # Enough rows of 2048 elements for several programs and their partial sums; few enough that sums
 # over them cost no digit.
 _ROWS = 33
-# Of a loss, whose rows are as wide as the vocabulary, and the width of the head's input, which is
-# cuBLAS's matter. A CPU's product of fewer rows sums a vocabulary one by one, and loses a digit.
-_LOSS_ROWS, _LOSS_WIDTH = 24, 16
+# Of a loss, whose rows are as wide as the vocabulary. A CPU's product of fewer rows sums a
+# vocabulary one by one, and loses a digit.
+_LOSS_ROWS = 24
+# Of the input of a head or of a whole MLP, whose products are cuBLAS's matter.
+_INPUT_WIDTH = 16
 # Where a module does not say.
 _WIDTH, _HEAD_SIZE, _HEADS = 128, 64, (4, 2)
 
@@ -36,8 +39,9 @@ _WIDTH, _HEAD_SIZE, _HEADS = 128, 64, (4, 2)
 def try_op(op: str, spec: Spec, module: nn.Module, model: nn.Module) -> CheckResult | None:
     """Return whether an op is right on a model's device in what one of its modules needs.
 
-    Every form is tried once a process. None: untried, because the model is on meta, because the
-    device has no fp64 for the truth, or because it is the interpreter's, a tool of the tests.
+    Of an MLP that can run as one function, that function is tried too: a failure of it is one of
+    the op. Every form is tried once a process. None: untried, because the model is on meta, because
+    the device has no fp64 for the truth, or because it is the interpreter's, a tool of the tests.
 
     Args:
         op: What the module will run.
@@ -51,7 +55,14 @@ def try_op(op: str, spec: Spec, module: nn.Module, model: nn.Module) -> CheckRes
     if backend(parameter.device) == "triton-interpreter":
         return None
     shape, options = _case(op, spec, module, _text_config(model))
-    return _try(op, shape, tuple(options.items()), parameter.dtype, parameter.device)
+    given = parameter.dtype, parameter.device
+    result = _try(op, shape, tuple(options.items()), *given)
+    if not result.ok or not isinstance(spec, MlpSpec) or not spec.is_one_function:
+        return result
+    rows, inner = shape
+    forms = {"activation": spec.activation, "layout": options.get("layout", "separate")}
+    whole = _try("glu_mlp", (rows, _INPUT_WIDTH, inner), tuple(forms.items()), *given)
+    return replace(whole, op=op, ms=result.ms + whole.ms)
 
 
 @cache
@@ -99,7 +110,7 @@ def _case(op: str, spec: Spec, module: Any, config: Any) -> tuple[tuple[int, ...
     options = {"softcap": softcap} if softcap else {}
     if op == "cross_entropy":
         return (_LOSS_ROWS, vocab_size), options
-    return (_LOSS_ROWS, _LOSS_WIDTH, vocab_size), options
+    return (_LOSS_ROWS, _INPUT_WIDTH, vocab_size), options
 
 
 def _norm_width(module: Any) -> int:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils._device
+
+# `with torch.device(...)` collects the allocators once a process: these, not the poisoned ones, or
+# it has no effect on torch.empty in any later test.
+torch.utils._device._device_constructors()
 
 
 @pytest.fixture(autouse=True)

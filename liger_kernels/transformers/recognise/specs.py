@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from liger_kernels.ops.glu_mlp import ACTIVATIONS as GLU_MLP_ACTIVATIONS
+
 Cast = Literal["mid", "end"]
 Layout = Literal["separate", "gate_first", "up_first", "interleaved"]
 Style = Literal["half", "pairs", "pairs_to_half"]
@@ -75,6 +77,11 @@ class MlpSpec:
     up: str
     down: str
     activation: str
+
+    @property
+    def is_one_function(self) -> bool:
+        """Return whether glu_mlp computes it, where its layers are plain."""
+        return self.activation in GLU_MLP_ACTIVATIONS and self.layout in ("separate", "gate_first")
 
 
 @dataclass(frozen=True)
