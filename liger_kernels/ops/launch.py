@@ -157,7 +157,8 @@ class Launch:
             grid = (*self.grid, 1, 1)[:3]
             others = tuple(map(self._others.get, self._kernel.arg_names[len(tensors) :]))
             function, metadata = compiled.function, compiled.packed_metadata
-            # With the kernel itself, which takes its code off the GPU when nobody holds it.
+            # With the kernel itself, whose code Triton 3.8 takes off the GPU with the last
+            # reference; earlier ones leave it there.
             self._known[tuple(key)] = compiled.run, grid, function, metadata, others, compiled
 
 
