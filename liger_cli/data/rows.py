@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from liger_cli.data.calls import check_calls, check_role
 from liger_cli.errors import DataError
 
 __all__ = ["Record", "Row", "RowFormat", "make_row"]
@@ -198,11 +199,18 @@ def _check_message(message: Any, name: str, where: str) -> Mapping[str, Any]:
         raise DataError(f"{where}: {name} must be an object, found {_describe(message)}")
     # What is null is absent: a table of rows with different keys is written with nulls.
     message = {key: value for key, value in message.items() if value is not None}
+    if "function_call" in message:
+        raise DataError(
+            f"{where}: {name} has function_call, the older form, which chat templates do not show",
+            hint='write it as tool_calls: [{"function": {"name": ..., "arguments": {...}}}]',
+        )
     if "role" not in message or not ({"content", "tool_calls"} & set(message)):
         raise DataError(
             f"{where}: {name} must have role and content, found {_join(message) or 'nothing'}"
         )
-    role = _check_text(message["role"], f"{name}.role", where)
+    role = check_role(_check_text(message["role"], f"{name}.role", where), name, where)
+    if "tool_calls" in message:
+        message["tool_calls"] = check_calls(message["tool_calls"], f"{name}.tool_calls", where)
     content = message.get("content", "")
     if isinstance(content, list):
         message["content"] = _check_parts(content, role, f"{name}.content", where)
