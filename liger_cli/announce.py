@@ -45,6 +45,7 @@ def announce_data(inputs: Inputs, batches: BatchPlan, num_steps: int) -> None:
         notes.append(f"{format_count(stats.dropped_rows)} rows left out: nothing to train on")
     if stats.truncated_rows:
         notes.append(f"{format_count(stats.truncated_rows)} rows cut to max_length")
+    notes += [f"{format_count(number)} {name}" for name, number in stats.left_out.items()]
     for name, rows in inputs.eval.items():
         what = f"evaluation of {name}" if name else "evaluation"
         notes.append(f"{format_count(len(rows))} rows for {what}")

@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,21 @@ _log = logging.getLogger(__name__)
 MIN_BYTES = 1_000_000
 _ROWS, _COUNTS = "rows.arrow", "counts.json"
 # What decides the ids and labels of a row besides its content and options.
-_CODE = ("cache", "chat", "encode", "examples", "rows", "samples", "sources")
+_CODE = (
+    *(
+        "borders",
+        "cache",
+        "calls",
+        "chat",
+        "encode",
+        "examples",
+        "marks",
+        "rows",
+        "samples",
+        "shown",
+    ),
+    *("sources", "template", "turns"),
+)
 
 
 @dataclass
@@ -44,6 +58,8 @@ class Counts:
     trained_tokens: int = 0
     truncated_rows: int = 0
     columns: list[str] = field(default_factory=list)
+    # What of the rows used is not trained although it was said, by its name.
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def set(self, other: Counts) -> None:
         """Takes over the counts of another."""
@@ -57,6 +73,12 @@ class Counts:
         self.trained_tokens += other.trained_tokens
         self.truncated_rows += other.truncated_rows
         self.columns += [name for name in other.columns if name not in self.columns]
+        self.add_left_out(other.left_out)
+
+    def add_left_out(self, left_out: Mapping[str, int]) -> None:
+        """Adds what is left out of a row that is used."""
+        for name, number in left_out.items():
+            self.left_out[name] = self.left_out.get(name, 0) + number
 
 
 @dataclass(frozen=True)

@@ -1,30 +1,49 @@
-"""Token ids of text that is trained in parts, so that a part begins and ends between two tokens."""
+"""Token ids and labels of rows.
+
+A conversation has the ids of its rendered text. A prompt and its completion are tokenised so that
+the completion begins between two tokens, as it does when a model writes it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from liger_cli.data.chat import ChatRenderer, Segment
+from liger_cli.data.borders import TokenBorders
+from liger_cli.data.chat import ChatRenderer, Conversation
 from liger_cli.data.rows import Row
+from liger_cli.data.template import Span
 from liger_cli.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "Encoded", "Encoder", "in_context"]
+__all__ = ["IGNORED", "Encoded", "Encoder", "labels_of"]
 
 IGNORED = -100
 
 
 class Encoded(NamedTuple):
-    """A row as a model takes it; both lists have the same length."""
+    """A row as a model takes it; both lists have the same length.
+
+    Args:
+        left_out: What of a conversation is not trained although it was said, by its name.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    left_out: Mapping[str, int] = MappingProxyType({})
+
+
+class Segment(NamedTuple):
+    """A piece of text, and whether it is trained on."""
+
+    text: str
+    is_trained: bool
 
 
 @dataclass(frozen=True)
@@ -32,7 +51,7 @@ class Encoder:
     """Tokenises rows and labels what is trained.
 
     Args:
-        tokenizer: Any; character offsets are not needed, which some give without leading spaces.
+        tokenizer: Any; character offsets are used where it has them.
         completion_only: Of a prompt and its completion only the completion is trained.
         assistant_only: Of a conversation only what the assistant says is trained.
     """
@@ -43,38 +62,63 @@ class Encoder:
 
     def encode(self, rows: Sequence[Row], renderer: ChatRenderer) -> list[Encoded]:
         """Returns ids and labels of each row; a row with nothing to train on has no label."""
-        segments = [self.segments(row, renderer) for row in rows]
+        is_chat = [self._is_conversation(row) for row in rows]
+        found = [row for row, is_one in zip(rows, is_chat, strict=True) if is_one]
+        chats = iter(self._encode_conversations(found, renderer))
+        segments = [
+            self._segments(row) for row, is_one in zip(rows, is_chat, strict=True) if not is_one
+        ]
+        texts = map(self._label, segments, self._tokenise(segments))
+        return [next(chats) if is_one else next(texts) for is_one in is_chat]
+
+    def _encode_conversations(self, rows: Sequence[Row], renderer: ChatRenderer) -> list[Encoded]:
+        found = [self.conversation(row, renderer) for row in rows]
+        has_offsets = self.assistant_only and self.tokenizer.is_fast
+        encoded = self._tokens([chat.text for chat in found], offsets=has_offsets)
+        offsets = encoded["offset_mapping"] if has_offsets and found else [()] * len(found)
         return [
-            self._label(row, cut, pieces)
-            for row, cut, pieces in zip(rows, segments, self._tokenise(segments), strict=True)
+            self._label_conversation(row, chat, ids, places)
+            for row, chat, ids, places in zip(
+                rows, found, encoded["input_ids"], offsets, strict=True
+            )
         ]
 
-    def _label(self, row: Row, segments: list[Segment], pieces: list[list[int]]) -> Encoded:
+    def conversation(self, row: Row, renderer: ChatRenderer) -> Conversation:
+        """Returns a row as the template renders it, and what of it is trained."""
+        return renderer.conversation(
+            row.messages, row.tools, row.where, assistant_only=self.assistant_only
+        )
+
+    def _label_conversation(
+        self, row: Row, chat: Conversation, ids: list[int], offsets: Sequence[Span]
+    ) -> Encoded:
+        def ids_before(place: int) -> list[int]:
+            return self._ids([chat.text[:place]])[0]
+
+        borders = TokenBorders(chat.text, ids, ids_before, self.decode, row.where, offsets)
+        return Encoded(ids, labels_of(ids, chat.trained, borders), chat.left_out)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids as it was before they were made."""
+        return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+
+    def _label(self, segments: list[Segment], pieces: list[list[int]]) -> Encoded:
         ids, labels = [], []
-        # A template writes the marks of begin and end itself.
-        is_plain = not self._is_conversation(row)
-        if (
-            is_plain
-            and self._begin
-            and (not pieces or pieces[0][: len(self._begin)] != self._begin)
-        ):
+        if self._begin and (not pieces or pieces[0][: len(self._begin)] != self._begin):
             ids, labels = list(self._begin), [IGNORED] * len(self._begin)
         for segment, piece in zip(segments, pieces, strict=True):
             ids += piece
             labels += piece if segment.is_trained else [IGNORED] * len(piece)
         end = self.tokenizer.eos_token_id
         # An end alone is nothing to learn from: a row without a trained segment stays so.
-        if is_plain and end is not None and segments and segments[-1].is_trained and ids[-1] != end:
+        if end is not None and segments and segments[-1].is_trained and ids[-1] != end:
             ids.append(end)
             labels.append(end)
         labels[:1] = [IGNORED] * len(labels[:1])
         return Encoded(ids, labels)
 
-    def segments(self, row: Row, renderer: ChatRenderer) -> list[Segment]:
-        """Returns the text of a row, cut where what is trained begins and ends."""
-        if self._is_conversation(row):
-            cut = renderer.with_tools(row.tools).segments(row.messages, row.where)
-            return cut if self.assistant_only else [Segment(text, True) for text, _ in cut]
+    def _segments(self, row: Row) -> list[Segment]:
+        """Returns the text of a row, cut where what is trained begins."""
         *untrained, trained = row.parts
         parts = [Segment(text, not self.completion_only) for text in untrained]
         return [segment for segment in [*parts, Segment(trained, True)] if segment.text]
@@ -94,16 +138,20 @@ class Encoder:
         return []
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
+        return self._tokens(texts)["input_ids"]
+
+    def _tokens(self, texts: list[str], *, offsets: bool = False) -> Mapping[str, Any]:
         if not texts:
-            return []
+            return {"input_ids": []}
         # Masks would be lists of Python integers too, and take as long to make as the ids.
         return self.tokenizer(
             texts,
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
+            return_offsets_mapping=offsets,
             verbose=False,
-        )["input_ids"]
+        )
 
     def check_vocabulary(self, ids: Sequence[int], where: str, vocab_size: int) -> None:
         """Raises a DataError for a token that the model does not have."""
@@ -128,30 +176,31 @@ class Encoder:
         return result
 
     def _in_context(self, row: list[Segment]) -> list[list[int]]:
-        def ids_of(start: int, stop: int) -> list[int]:
-            return self._ids(["".join(segment.text for segment in row[start:stop])])[0]
+        """Returns the ids of segments that depend on what is before them.
 
-        return in_context(len(row), ids_of)
+        The tokens of a segment are those that it adds to the text before it. Where it would change
+        tokens of that text, a token crosses the border: then the segment is tokenised by itself, as
+        it is when a model writes it after the prompt.
+        """
+        result: list[list[int]] = []
+        start, ids = 0, list[int]()
+        for number in range(len(row)):
+            text = "".join(segment.text for segment in row[start : number + 1])
+            [longer] = self._ids([text])
+            if longer[: len(ids)] == ids:
+                result.append(longer[len(ids) :])
+                ids = longer
+            else:
+                start, [ids] = number, self._ids([row[number].text])
+                result.append(ids)
+        return result
 
 
-def in_context(num_segments: int, ids_of: Callable[[int, int], list[int]]) -> list[list[int]]:
-    """Returns the ids of segments that depend on what is before them.
-
-    The tokens of a segment are those that it adds to the text before it. Where it would change
-    tokens of that text, a token crosses the border: then the segment is tokenised by itself, as it
-    is when a model writes it after the prompt.
-
-    Args:
-        ids_of: Returns the ids of the segments from one number to another, as one text.
-    """
-    result: list[list[int]] = []
-    start, ids = 0, list[int]()
-    for number in range(num_segments):
-        longer = ids_of(start, number + 1)
-        if longer[: len(ids)] == ids:
-            result.append(longer[len(ids) :])
-            ids = longer
-        else:
-            start, ids = number, ids_of(number, number + 1)
-            result.append(ids)
-    return result
+def labels_of(ids: Sequence[int], trained: Sequence[Span], borders: TokenBorders) -> list[int]:
+    """Returns the labels of a text: the ids of the tokens that hold a trained character."""
+    labels = [IGNORED] * len(ids)
+    for span in trained:
+        first, end = borders.tokens(span)
+        labels[first:end] = ids[first:end]
+    labels[:1] = [IGNORED] * len(labels[:1])
+    return labels

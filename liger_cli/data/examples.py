@@ -60,6 +60,8 @@ class DataStats:
         trained_tokens: Those with a label.
         truncated_rows: Rows used that were longer than max_length.
         columns: The columns of the source that were read.
+        left_out: What of the rows used is not trained although it was said, by its name: how many
+            system messages, thoughts or answers.
     """
 
     rows: int
@@ -68,6 +70,7 @@ class DataStats:
     trained_tokens: int
     truncated_rows: int
     columns: tuple[str, ...]
+    left_out: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,7 @@ class RowMaker:
             counts.tokens += len(ids)
             counts.trained_tokens += num_trained
             counts.truncated_rows += len(encoded.input_ids) > max_length
+            counts.add_left_out(encoded.left_out)
         return _table([ids for ids, _ in kept], [labels for _, labels in kept]), counts
 
 

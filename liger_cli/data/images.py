@@ -1,8 +1,7 @@
 """Rows with images, through the processor of an image-text model.
 
-An image is as many tokens as the processor says, so a row is tokenised by the processor, cut where
-text alone is cut: at the borders of what is trained. Pixels are made when a row is asked for and
-not kept, since one image is megabytes of them.
+An image is as many tokens as the processor says, so a row is tokenised by the processor. Pixels are
+made when a row is asked for and not kept, since one image is megabytes of them.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain
 from typing import Any
 
+from liger_cli.data.borders import TokenBorders
 from liger_cli.data.cache import Counts, Tokenised
-from liger_cli.data.chat import ChatRenderer, Segment
+from liger_cli.data.chat import ChatRenderer
 from liger_cli.data.collate import TOKEN_KEYS
-from liger_cli.data.encode import IGNORED, Encoder, in_context
+from liger_cli.data.encode import IGNORED, Encoder, labels_of
 from liger_cli.data.rows import Row
 from liger_cli.errors import DataError, EnvironmentProblem
 
@@ -79,6 +78,7 @@ class ImageRows:
                 continue
             encoder.check_vocabulary(ids[:max_length], row.where, vocab_size)
             kept.append(row)
+            counts.add_left_out(encoded["left_out"])
             counts.rows += 1
             counts.tokens += len(labels)
             counts.trained_tokens += num_trained
@@ -90,7 +90,7 @@ class ImageRows:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         row = self.encode(self.rows[number])
-        del row["last_image"]
+        del row["last_image"], row["left_out"]
         for key in ("input_ids", "labels", *TOKEN_KEYS):
             if key in row:
                 row[key] = row[key][: self.max_length]
@@ -101,64 +101,56 @@ class ImageRows:
         return ImageRows(rows, self.encoder, self.processor, self.max_length)
 
     def encode(self, row: Row) -> dict[str, Any]:
-        """Returns input_ids, labels, what the processor makes of the images, and last_image: the
-        place of the last token of the text that shows images, or -1.
+        """Returns input_ids, labels, what the processor makes of the images, last_image: the place
+        of the last token of an image, or -1; and left_out, as of a Conversation.
         """
         if not row.images:
             [encoded] = self.encoder.encode([row], self._renderer)
             return {**encoded._asdict(), "last_image": -1}
-        segments = self.encoder.segments(row, self._renderer)
+        chat = self.encoder.conversation(row, self._renderer)
+        text, placeholder = chat.text, self._placeholder
         images = [_open(image, row.where) for image in row.images]
-        counts = [segment.text.count(self._placeholder) for segment in segments]
-        if sum(counts) != len(images):
+        if (num_shown := text.count(placeholder)) != len(images):
             raise DataError(
                 f"{row.where}: {len(images)} images, but the chat template shows "
-                f"{sum(counts)}; a text must not hold {self._placeholder!r}"
+                f"{num_shown}; a text must not hold {placeholder!r}"
             )
-        starts = [0, *accumulate(counts)]
+        outputs = self._process(text, images, row)
+        ids = outputs.pop("input_ids")[0].tolist()
 
-        def ids_of(start: int, stop: int) -> list[int]:
-            text = "".join(segment.text for segment in segments[start:stop])
-            shown = images[starts[start] : starts[stop]]
-            return self._process(text, shown, row)["input_ids"][0].tolist()
+        def ids_before(place: int) -> list[int]:
+            before, near = text[:place], text[max(place - len(placeholder) + 1, 0) : place]
+            if placeholder in near + text[place : place + len(placeholder) - 1]:
+                # Within what shows an image no token ends.
+                return [IGNORED]
+            shown = images[: before.count(placeholder)]
+            return self._process(before, shown, row)["input_ids"][0].tolist()
 
-        whole = self._process("".join(segment.text for segment in segments), images, row)
-        ids = whole.pop("input_ids")[0].tolist()
-        pieces = [ids_of(i, i + 1) for i in range(len(segments))]
-        if list(chain.from_iterable(pieces)) != ids:
-            pieces = in_context(len(segments), ids_of)
-        return self._label(segments, pieces, ids, whole, row)
+        borders = TokenBorders(text, ids, ids_before, self.encoder.decode, row.where)
+        labels = labels_of(ids, chat.trained, borders)
+        # Where the last image ends: behind it nothing but text is left to cut.
+        last_image = len(ids_before(text.rindex(placeholder) + len(placeholder))) - 1
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            **self._of_images(ids, outputs, row),
+            "last_image": last_image,
+            "left_out": chat.left_out,
+        }
 
-    def _label(
-        self,
-        segments: Sequence[Segment],
-        pieces: Sequence[list[int]],
-        whole: list[int],
-        outputs: dict[str, Any],
-        row: Row,
-    ) -> dict[str, Any]:
-        ids, labels = list[int](), list[int]()
-        for segment, piece in zip(segments, pieces, strict=True):
-            ids += piece
-            labels += piece if segment.is_trained else [IGNORED] * len(piece)
-        labels[:1] = [IGNORED]
+    def _of_images(self, ids: Sequence[int], outputs: dict[str, Any], row: Row) -> dict[str, Any]:
+        """Returns what a processor gives for the images, checked."""
         outputs.pop("attention_mask", None)
-        result: dict[str, Any] = {"input_ids": ids, "labels": labels}
-        for key in TOKEN_KEYS:
-            if key in outputs:
-                # The tokens of an image are of its own kind, wherever they stand.
-                kinds = dict(zip(whole, outputs.pop(key)[0].tolist(), strict=True))
-                result[key] = [kinds.get(token, 0) for token in ids]
+        result: dict[str, Any] = {
+            key: outputs.pop(key)[0].tolist() for key in TOKEN_KEYS if key in outputs
+        }
         for key, value in outputs.items():
-            if value.ndim > 1 and value.shape[:2] == (1, len(whole)):
+            if value.ndim > 1 and value.shape[:2] == (1, len(ids)):
                 raise DataError(
                     f"{row.where}: the processor gives {key} for every token, which is not batched"
                 )
             result[key] = value
-        # Where an image ends: behind it nothing but text is left to cut.
-        shown = [i for i, segment in enumerate(segments) if self._placeholder in segment.text]
-        last = sum(map(len, pieces[: shown[-1] + 1])) - 1
-        return {**result, "last_image": last}
+        return result
 
     def _process(self, text: str, images: Sequence[Any], row: Row) -> dict[str, Any]:
         try:

@@ -82,6 +82,7 @@ def _figures(preview: DataPreview) -> list[str]:
         f"({_percent(stats.truncated_rows, stats.rows)})",
         f"left out, nothing to train on: {format_count(stats.dropped_rows)} rows "
         f"({_percent(stats.dropped_rows, read)})",
+        *(f"{format_count(number)} {name}" for name, number in stats.left_out.items()),
         "tokens of a row: "
         + ", ".join(f"{name} {format_count(value)}" for name, value in lengths.items()),
     ]

@@ -273,6 +273,7 @@ def data_rows(data: DataPart) -> list[tuple[str, str]]:
         "rows cut to max_length": data.truncated_rows,
         "rows left out": data.dropped_rows,
         "rows for evaluation": data.eval_rows,
+        **data.left_out,
     }
     rows = [("dataset", data.name), ("columns", ", ".join(data.columns))]
     return [*rows, *((name, format_count(count)) for name, count in counts.items())]

@@ -88,6 +88,7 @@ class DataPart(_Part):
     truncated_rows: int
     eval_rows: int
     columns: list[str]
+    left_out: dict[str, int] = {}
 
 
 class EvalPart(_Part):

@@ -266,28 +266,30 @@ CONVERSATION = [
 SAID = [message["content"] for message in CONVERSATION if message["role"] == "assistant"]
 
 
+# The token of "\n\n" that begins the first answer has the end of the prompt in it, and the space
+# before an answer is of its first token.
 @pytest.mark.parametrize(
-    ("template", "end", "strips"),
+    ("template", "end", "strips", "leads"),
     [
-        pytest.param(CHATML, "<|im_end|>", False, id="chatml"),
-        pytest.param(GENERATION, "<|im_end|>", False, id="generation"),
-        pytest.param(LLAMA3, "<|eot_id|>", True, id="llama3"),
-        pytest.param(MOVES_SYSTEM, "</s>", True, id="moves_system"),
-        pytest.param(DROPS_SYSTEM, "<|end|>", False, id="drops_system"),
-        pytest.param(PLAIN, "\n[end]", False, id="plain"),
+        pytest.param(CHATML, "<|im_end|>", False, ("\n", "", ""), id="chatml"),
+        pytest.param(GENERATION, "<|im_end|>", False, ("\n", "", ""), id="generation"),
+        pytest.param(LLAMA3, "<|eot_id|>", True, ("", "", ""), id="llama3"),
+        pytest.param(MOVES_SYSTEM, "</s>", True, (" ", " ", " "), id="moves_system"),
+        pytest.param(DROPS_SYSTEM, "<|end|>", False, ("\n", "", ""), id="drops_system"),
+        pytest.param(PLAIN, "\n[end]", False, ("\n", "", ""), id="plain"),
     ],
 )
 @pytest.mark.parametrize("system", [True, False], ids=["system", "no_system"])
-def test_case_96_assistant_only(tmp_path, template, end, strips, system):
+def test_case_96_assistant_only(tmp_path, template, end, strips, leads, system):
     tokenizer = make_tokenizer(template)
     messages = CONVERSATION if system else CONVERSATION[1:]
     (row,) = load(write(tmp_path / "d.jsonl", {"messages": messages}), tokenizer).examples
     check_labels(row)
     said = [text.strip() if strips else text for text in SAID]
-    assert trained(tokenizer, row) == "".join(text + end for text in said)
-    assert tokenizer.decode(row["input_ids"]) == tokenizer.apply_chat_template(
-        messages, tokenize=False
-    )
+    wanted = "".join(lead + text + end for lead, text in zip(leads, said, strict=True))
+    assert trained(tokenizer, row) == wanted
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert row["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_byte_tokenizer_marks_the_assistant(tmp_path):
@@ -317,8 +319,7 @@ def test_contents_that_look_like_marks(tmp_path, template, content):
     (row,) = load(write(tmp_path / "d.jsonl", {"messages": messages}), tokenizer).examples
     end = "<|im_end|>" if template is CHATML else "<|eot_id|>"
     shown = content if template is CHATML else content.strip()
-    first = shown + end if shown else ""
-    assert trained(tokenizer, row) == first + "yes" + end
+    assert trained(tokenizer, row) == shown + end + "yes" + end
 
 
 def test_tool_calls_are_trained_and_results_are_not(tmp_path):
@@ -383,8 +384,8 @@ def test_thinking_is_trained_where_the_template_shows_it(tmp_path):
     )
     rows = load(path, tokenizer).examples
     assert trained(tokenizer, rows[0]) == ("no<|im_end|><think>\nit is\n</think>\n\nyes<|im_end|>")
-    # What the template writes by itself is not what the assistant says.
-    assert trained(tokenizer, rows[1]) == "no<|im_end|>no<|im_end|>"
+    # Behind the generation prompt the model has to write an empty thought too.
+    assert trained(tokenizer, rows[1]) == "no<|im_end|><think>\n\n</think>\n\nno<|im_end|>"
 
 
 def test_tool_call_in_a_turn_that_is_written_otherwise_when_last(tmp_path):
@@ -401,7 +402,8 @@ def test_tool_call_in_a_turn_that_is_written_otherwise_when_last(tmp_path):
         {"role": "assistant", "content": "yes"},
     ]
     (row,) = load(write(tmp_path / "d.jsonl", {"messages": messages}), tokenizer).examples
-    assert trained(tokenizer, row) == "[look]<|im_end|>yes<|im_end|>"
+    last = "<think>\n\n</think>\n\nyes<|im_end|>"
+    assert trained(tokenizer, row) == "[look]<|im_end|>" + last
 
 
 @pytest.mark.parametrize("key", ["reasoning", "note"])
