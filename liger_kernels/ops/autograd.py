@@ -25,13 +25,16 @@ def _keep_thread_state() -> None:
 
 
 def differentiable_once(name: str) -> Callable[[Any], Any]:
-    """Decorate the backward of `name` so that create_graph=True raises: its result has no graph.
+    """Decorate the autograd function of `name` so that a derivative it lacks raises in words.
 
-    torch's own once_differentiable stays silent where the gradient it is given needs none, and a
-    penalty on the result would then train nothing.
+    Those are the second one, by create_graph=True, and the one of forward mode. torch's own
+    once_differentiable stays silent where the gradient it is given needs none, and a penalty on the
+    result would then train nothing.
     """
 
-    def decorate(backward: Any) -> Any:
+    def decorate(function: Any) -> Any:
+        backward = function.backward
+
         @functools.wraps(backward)
         def checked(ctx: Any, *grads: Any) -> Any:
             # Autograd turns gradients on inside a backward if, and only if, create_graph is set;
@@ -45,6 +48,15 @@ def differentiable_once(name: str) -> Callable[[Any], Any]:
                 _keep_thread_state()
             return backward(ctx, *grads)
 
-        return checked
+        def apply_jvp(ctx: Any, *tangents: Any) -> Any:
+            raise RuntimeError(
+                f"{name} has no derivative in forward mode (torch.autograd.forward_ad): use "
+                "backward, or torch's own operation there"
+            )
+
+        function.backward = staticmethod(checked)
+        # Not function.jvp, for which dynamo would refuse to trace the function.
+        function._backward_cls.apply_jvp = apply_jvp
+        return function
 
     return decorate

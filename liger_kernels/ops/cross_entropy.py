@@ -90,6 +90,7 @@ def _empty_rows(x):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+@differentiable_once("cross_entropy")
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, call: _Call):
@@ -100,7 +101,6 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @differentiable_once("cross_entropy")
     def backward(ctx: Any, dy: torch.Tensor):
         if ctx.call.inverse is None:
             return _cross_entropy_bwd(dy, *ctx.saved_tensors, ctx.call), None

@@ -28,6 +28,7 @@ def fused_add_rms_norm_ref(x, residual, weight=None, eps=1e-6, *, offset=0.0, ca
     return rms_norm_ref(total, weight, eps, offset=offset, cast=cast), total
 
 
+@differentiable_once("fused_add_rms_norm")
 class _FusedAddRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -49,7 +50,6 @@ class _FusedAddRmsNorm(torch.autograd.Function):
         return y, total
 
     @staticmethod
-    @differentiable_once("fused_add_rms_norm")
     def backward(ctx: Any, dy: torch.Tensor | None, dtotal: torch.Tensor | None):
         total, weight, rstd = ctx.saved_tensors
         dw = None

@@ -236,6 +236,7 @@ def _torch_bwd(dy, x, gate, weight, rstd, options, needs_dw):
     return dx.to(x.dtype), dgate.to(gate.dtype), dw
 
 
+@differentiable_once("gated_rms_norm")
 class _GatedRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, gate, weight, options: _Options):
@@ -245,7 +246,6 @@ class _GatedRmsNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @differentiable_once("gated_rms_norm")
     def backward(ctx: Any, dy: torch.Tensor):
         x, gate, weight, rstd = ctx.saved_tensors
         needs_dw = ctx.needs_input_grad[2]

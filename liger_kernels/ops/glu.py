@@ -249,6 +249,7 @@ def _packed_like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+@differentiable_once("a gated linear unit")
 class _Glu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: str):
@@ -257,7 +258,6 @@ class _Glu(torch.autograd.Function):
         return _glu_fwd(gate, up, activation)
 
     @staticmethod
-    @differentiable_once("a gated linear unit")
     def backward(ctx: Any, dy: torch.Tensor):
         gate, up = ctx.saved_tensors
         needs_dgate, needs_dup, _ = ctx.needs_input_grad

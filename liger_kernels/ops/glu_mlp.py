@@ -31,6 +31,7 @@ def glu_mlp_ref(x, gate_weight, up_weight, down_weight, *, activation="silu", ke
     return F.linear(_act(gate, activation) * up, down_weight)
 
 
+@differentiable_once("glu_mlp")
 class _GluMlp(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -61,7 +62,6 @@ class _GluMlp(torch.autograd.Function):
         return F.linear(h, down_weight)
 
     @staticmethod
-    @differentiable_once("glu_mlp")
     def backward(ctx: Any, dy: torch.Tensor):
         x, gate, up, h, gate_weight, up_weight, down_weight = ctx.saved_tensors
         needs_dx, needs_dgate, needs_dup, needs_ddown = ctx.needs_input_grad[:4]

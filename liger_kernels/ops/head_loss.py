@@ -62,6 +62,7 @@ def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
     return tuple(None if t is None else t.dtype for t in tensors)
 
 
+@differentiable_once("fused_linear_cross_entropy")
 class TotalLoss(torch.autograd.Function):
     """A sum or a mean: the gradients are made in forward and handed over in backward."""
 
@@ -82,7 +83,6 @@ class TotalLoss(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @differentiable_once("fused_linear_cross_entropy")
     def backward(ctx: Any, dy: Tensor | None, *_: None):
         if dy is None:
             return None, None, None, None, None
@@ -93,6 +93,7 @@ class TotalLoss(torch.autograd.Function):
         return *grads.times(factor, ctx.dtypes), None, None
 
 
+@differentiable_once("a loss per token")
 class PerTokenLoss(torch.autograd.Function):
     """Values of each token: backward computes the logits again, as often as it is asked to."""
 
@@ -113,7 +114,6 @@ class PerTokenLoss(torch.autograd.Function):
         return tuple(found.values())
 
     @staticmethod
-    @differentiable_once("a loss per token")
     def backward(ctx: Any, *dys: Tensor | None):
         given = dict(zip(ctx.call.outputs, dys, strict=True))
         coef, entropy_coef = given["loss"], given.get("entropy")

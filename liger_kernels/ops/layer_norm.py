@@ -29,6 +29,7 @@ def layer_norm_ref(x, weight=None, bias=None, eps=1e-5):
     return y.to(x.dtype)
 
 
+@differentiable_once("layer_norm")
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, options: LayerNormOptions):
@@ -43,7 +44,6 @@ class _LayerNorm(torch.autograd.Function):
         return y if rows is x else y.view(x.shape)
 
     @staticmethod
-    @differentiable_once("layer_norm")
     def backward(ctx: Any, dy: torch.Tensor):
         x, weight, stats = ctx.saved_tensors
         dx, dw, db = layer_norm_bwd(in_rows(dy), x, weight, stats, ctx.dw_dtype, ctx.db_dtype)

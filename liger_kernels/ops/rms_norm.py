@@ -32,6 +32,7 @@ def rms_norm_ref(x, weight=None, eps=1e-6, *, offset=0.0, cast="mid"):
     return ((upcast(weight) + offset) * x_hat).to(x.dtype)
 
 
+@differentiable_once("rms_norm")
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, options: NormOptions):
@@ -44,7 +45,6 @@ class _RmsNorm(torch.autograd.Function):
         return y if rows is x else y.view(x.shape)
 
     @staticmethod
-    @differentiable_once("rms_norm")
     def backward(ctx: Any, dy: torch.Tensor):
         x, weight, rstd = ctx.saved_tensors
         needs_dw = ctx.needs_input_grad[1]

@@ -89,6 +89,7 @@ def _rope(moves, cos, sin, options, is_backward=False):
     launch_rope(q, k, yq, yk, cos, sin, options, is_backward)
 
 
+@differentiable_once("rope")
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, cos, sin, options: RopeOptions):
@@ -100,7 +101,6 @@ class _Rope(torch.autograd.Function):
         return yq, yk
 
     @staticmethod
-    @differentiable_once("rope")
     def backward(ctx: Any, *dys: torch.Tensor | None):
         # The gradients lie as q and k do, whatever the order of dy, so that the projections before
         # them need no copy.
