@@ -24,6 +24,9 @@ __all__ = ["FAMILY_FUNCTIONS", "FamilyRecord"]
 
 # How deep in constructors of watched classes each thread is: only the outermost model is patched.
 _building = threading.local()
+# The records that watch each class, and the constructor that asks them.
+_watchers: dict[Any, list[FamilyRecord]] = {}
+_constructors: dict[Any, Callable[..., None]] = {}
 
 
 class FamilyRecord(PatchRecord):
@@ -32,19 +35,24 @@ class FamilyRecord(PatchRecord):
     def __init__(self, row: Family, selection: OpSelection) -> None:
         super().__init__(PatchPlan(row.model_type, "row", selection.ops, (), ()), None)
         self.built: list[PatchPlan] = []
+        self.row = row
         self._selection = selection
         self._classes = _models_of(row)
-        for cls in self._classes:
-            if getattr(cls.__init__, "_is_watched", False):
-                raise ValueError(
-                    f"models of type {row.model_type!r} are patched already; call undo() of the "
-                    "record that did it first"
-                )
-        self._originals = {cls: vars(cls).get("__init__") for cls in self._classes}
-        for cls in self._classes:
-            cls.__init__ = _watched(cls.__init__, self._patch)
+        if any(record.row is row for cls in self._classes for record in _watchers.get(cls, ())):
+            raise ValueError(
+                f"models of type {row.model_type!r} are patched already; call undo() of the "
+                "record that did it first"
+            )
+        try:
+            for cls in self._classes:
+                _watchers.setdefault(cls, []).append(self)
+                _watch(cls)
+        except BaseException:
+            self.undo()
+            raise
 
-    def _patch(self, model: nn.Module) -> None:
+    def patch(self, model: nn.Module) -> None:
+        """Patch a model that was just built, and count it."""
         plan = build_plan(model, self._selection)
         apply(model, plan)
         self.built.append(plan)
@@ -64,15 +72,21 @@ class FamilyRecord(PatchRecord):
 
     def undo(self) -> None:
         """Build models as before; those built meanwhile stay patched until restore(model)."""
-        for cls, original in self._originals.items():
-            if original is None:
-                del cls.__init__
-            else:
-                cls.__init__ = original
-        self._originals.clear()
+        for cls in self._classes:
+            records = _watchers.get(cls, [])
+            if self in records:
+                records.remove(self)
+            if not records:
+                _unwatch(cls)
 
 
-def _watched(original: Callable[..., None], on_built: Callable[[nn.Module], None]) -> Any:
+def _watch(cls: Any) -> None:
+    """Have the records of a class patch its instances as soon as they are built."""
+    own = vars(cls).get("__init__")
+    if own is not None and own is _constructors.get(cls):
+        return
+    original = cls.__init__
+
     @functools.wraps(original)
     def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         depth = getattr(_building, "depth", 0)
@@ -81,15 +95,43 @@ def _watched(original: Callable[..., None], on_built: Callable[[nn.Module], None
             original(self, *args, **kwargs)
         finally:
             _building.depth = depth
-        if not depth:
-            on_built(self)
+        if not depth and _watchers.get(cls):
+            _recorder_of(cls).patch(self)
 
-    __init__._is_watched = True  # type: ignore[attr-defined]
-    return __init__
+    __init__._original = own  # type: ignore[attr-defined]
+    _constructors[cls] = __init__
+    cls.__init__ = __init__
+
+
+def _unwatch(cls: Any) -> None:
+    """Give a class its constructor back, unless somebody has wrapped ours since."""
+    constructor: Any = _constructors.get(cls)
+    if constructor is None or vars(cls).get("__init__") is not constructor:
+        return
+    if constructor._original is None:
+        del cls.__init__
+    else:
+        cls.__init__ = constructor._original
+
+
+def _recorder_of(cls: Any) -> FamilyRecord:
+    """Return the record that patches instances of a class: first that of its own model type."""
+    own = _type_of(cls)
+    return min(_watchers[cls], key=lambda record: record.row.model_type != own)
+
+
+def _type_of(cls: Any) -> str | None:
+    """Return the model type of a class's configurations."""
+    model_type: str | None = getattr(getattr(cls, "config_class", None), "model_type", None)
+    return model_type
 
 
 def _models_of(row: Family) -> list[Any]:
-    """Return the model classes of a family, importing that family alone."""
+    """Return the model classes of a family, importing that family alone.
+
+    Those of its parts are among them: of its text model, which may be built by itself. A base
+    class without a forward is none: its constructor runs before there is anything to patch.
+    """
     try:
         module = importlib.import_module(row.module)
     except Exception as problem:
@@ -104,8 +146,14 @@ def _models_of(row: Family) -> list[Any]:
         if inspect.isclass(value)
         and issubclass(value, PreTrainedModel)
         and value.__module__ == module.__name__
-        and getattr(getattr(value, "config_class", None), "model_type", None) == row.model_type
+        and value.forward is not nn.Module.forward
+        and _is_of(_type_of(value), row)
     ]
+
+
+def _is_of(model_type: str | None, row: Family) -> bool:
+    """Return whether a model type of a row's file is the row's, or that of a part: mllama_text."""
+    return f"{model_type}_".startswith(f"{row.model_type}_")
 
 
 def _family_function(row: Family) -> Callable[..., PatchRecord]:
@@ -130,7 +178,8 @@ def _family_function(row: Family) -> Callable[..., PatchRecord]:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type is None:
             raise ValueError(f"{name}: model must be a transformers model, got {model!r}")
-        if model_type != row.model_type:
+        is_part = model_type not in FAMILIES and _is_of(model_type, row)
+        if model_type != row.model_type and not is_part:
             raise ValueError(
                 f"{name} got a model of type {model_type!r}; use apply_liger_kernel(model), or "
                 f"apply_liger_kernel_to_{model_type} if there is one"
