@@ -169,7 +169,10 @@ def _auto_class(config: Any) -> Any:
 def _check_options(kwargs: dict[str, Any], config: Any, where: str) -> None:
     if config is None:
         return
-    known = {*_transformers_options(), *config.to_dict(), *getattr(config, "attribute_map", ())}
+    options = _loader_options()
+    if options is None:
+        return
+    known = {*options, *config.to_dict(), *getattr(config, "attribute_map", ())}
     mapping = _auto_class(config)._model_mapping
     if type(config) in mapping:
         models = mapping[type(config)]
@@ -182,21 +185,34 @@ def _check_options(kwargs: dict[str, Any], config: Any, where: str) -> None:
             raise unknown_option(name, sorted({*ours, *known}), where, rest)
 
 
-@functools.cache
-def _transformers_options() -> frozenset[str]:
+def _loader_options() -> frozenset[str] | None:
     """Return the keyword arguments that transformers' loaders know.
 
-    Most are taken out of **kwargs by name, so signatures do not show them, but the code does.
+    Most are taken out of **kwargs by name, so signatures do not show them, but the code does. None
+    where a tool has put a loader with options of any name in the place of one.
     """
-    names: set[Any] = set(_CONFIG_OPTIONS)
+    names: set[str] = set(_CONFIG_OPTIONS)
     for loader in (
         PreTrainedModel.from_pretrained,
         PreTrainedModel._from_config,
         AutoModelForCausalLM.from_pretrained,
         AutoModelForCausalLM.from_config,
     ):
-        names |= set(inspect.signature(loader).parameters)
-        code = inspect.unwrap(loader.__func__).__code__
-        for value in code.co_consts:
-            names |= set(value if isinstance(value, (tuple, frozenset)) else (value,))
+        function: Any = inspect.unwrap(loader)
+        found = _names_in(getattr(function, "__func__", function))
+        if found is None:
+            return None
+        names |= found
+    return frozenset(names)
+
+
+@functools.cache
+def _names_in(loader: Any) -> frozenset[str] | None:
+    if not inspect.isfunction(loader) or not loader.__globals__["__name__"].startswith(
+        "transformers."
+    ):
+        return None
+    names: set[Any] = set(inspect.signature(loader).parameters)
+    for value in loader.__code__.co_consts:
+        names |= set(value if isinstance(value, (tuple, frozenset)) else (value,))
     return frozenset(name for name in names if isinstance(name, str) and name.isidentifier())
