@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from liger_kernels.transformers.recognise import RopeSpec
+from liger_kernels.transformers.recognise import RopeSpec, original_class
 from liger_kernels.transformers.swap import SPEC_ATTRIBUTE
 
 _PLAIN_TYPES = (Tensor, nn.Parameter)
@@ -26,9 +29,31 @@ def is_plain(*tensors: Any) -> bool:
 
 
 def is_transformed() -> bool:
-    """Return whether torch.func runs this, whose vmap, grad and jvp take no function of ours."""
+    """Return whether something runs this that takes no autograd function of ours.
+
+    That is torch.func (vmap, grad, jvp), a level of forward-mode AD, or torch.jit.trace, with which
+    torch.onnx.export traces as well.
+    """
+    if torch.compiler.is_compiling():
+        return False
     stack: Any = torch._C._functorch.peek_interpreter_stack
-    return not torch.compiler.is_compiling() and stack() is not None
+    is_traced = torch._C._get_tracing_state() is not None
+    return is_traced or forward_ad._current_level >= 0 or stack() is not None
+
+
+def runs_stock_linear(layer: nn.Module) -> bool:
+    """Return whether a layer's own class computes x @ weight.T + bias as torch does it.
+
+    Tools replace nn.Linear.forward, or F.linear beneath it, for numbers of other kinds.
+    """
+    forward = original_class(type(layer)).forward
+    return forward is _LINEAR_FORWARD and F.linear is torch._C._nn.linear
+
+
+# None where somebody was there before us.
+_LINEAR_FORWARD: Any = nn.Linear.forward
+if _LINEAR_FORWARD.__code__.co_filename != inspect.getfile(nn.Linear):
+    _LINEAR_FORWARD = None
 
 
 def is_bare(module: nn.Module) -> bool:

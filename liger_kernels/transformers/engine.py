@@ -11,7 +11,7 @@ from torch import nn
 
 from liger_kernels.ops.launch import backend
 from liger_kernels.transformers.calls import tally_calls
-from liger_kernels.transformers.head_patch import HeadPatch, install_head, num_fused
+from liger_kernels.transformers.head_patch import HeadPatch, num_fused, prepare_head
 from liger_kernels.transformers.plan import (
     Patch,
     PatchPlan,
@@ -102,13 +102,15 @@ class PatchRecord:
         self.unused = frozenset(heads | modules)
 
     def undo(self) -> None:
-        """Give every module its class and its forward back. A second call does nothing.
+        """Give every module its class and its forward back. A second call does nothing, or
+        finishes a first one that was interrupted.
 
         Raises:
             ValueError: A module's class was changed again since, for example by fully_shard; what
                 came later must be undone first. Nothing is touched then.
         """
         _check_restorable(self._swapped)
+        # Each step may have run in an earlier call that was interrupted, or never in apply().
         for _, patch in self._heads.values():
             patch.undo()
         for module in self._swapped.values():
@@ -132,7 +134,8 @@ class PatchRecord:
 def apply(model: nn.Module, plan: PatchPlan) -> PatchRecord:
     """Patch one model as planned and return what undoes it.
 
-    Only this model's modules change; their classes, transformers and torch stay as they were.
+    Only this model's modules change; their classes, transformers and torch stay as they were. An
+    exception on the way, KeyboardInterrupt included, leaves the model as it was.
 
     Raises:
         ValueError: The plan names modules the model does not have, or the model is patched already:
@@ -154,23 +157,27 @@ def apply(model: nn.Module, plan: PatchPlan) -> PatchRecord:
     try:
         for patch in plan.patches:
             module = modules[patch.name]
+            # Noted first: what an exception interrupts is undone as well.
             if patch.op in LOSSES:
-                record._heads[patch.name] = (module, install_head(model, cast(Any, patch.op)))
+                head_patch = prepare_head(model)
+                record._heads[patch.name] = (module, head_patch)
+                head_patch.install(cast(Any, patch.op))
             else:
                 cls: Any = type(module)
+                record._swapped[patch.name] = module
                 if isinstance(patch.spec, AddNormSpec):
                     swap(module, patched_layer(cls, patch.spec))
                 else:
                     swap(module, patched_class(cls, patch.spec, plan.save_memory))
-                record._swapped[patch.name] = module
+        return record
     except BaseException:
         record.undo()
         raise
-    return record
 
 
 def restore(model: nn.Module) -> None:
-    """Undo every patch of a model whose record is out of reach: a copy, or one loaded by pickle.
+    """Undo every patch of a model whose record is out of reach: a copy, one loaded by pickle, or
+    one whose patching was interrupted. A call that was interrupted itself is finished by another.
 
     Raises:
         ValueError: As PatchRecord.undo.
@@ -187,7 +194,7 @@ def restore(model: nn.Module) -> None:
 
 def _check_restorable(modules: dict[str, nn.Module]) -> None:
     for name, module in modules.items():
-        if BASE_ATTRIBUTE not in vars(type(module)):
+        if is_patched(module) and BASE_ATTRIBUTE not in vars(type(module)):
             raise ValueError(
                 f"module {name!r} cannot be restored: its class was changed after patching, to "
                 f"{type(module).__name__}; undo that first"

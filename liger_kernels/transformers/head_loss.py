@@ -20,12 +20,12 @@ from torch.utils.checkpoint import checkpoint
 
 from liger_kernels.ops.cross_entropy import cross_entropy
 from liger_kernels.ops.fused_linear_cross_entropy import fused_linear_cross_entropy
+from liger_kernels.transformers.calls import runs_stock_linear
 from liger_kernels.transformers.pending_logits import (
     IGNORE_INDEX,
     Pending,
     Step,
     active_layer,
-    class_of,
     is_lazy_head,
     same_layout,
     weights_of,
@@ -340,7 +340,7 @@ def _linear_of(pending: Pending) -> Any:
     # The hooks of the head itself have run; those of a layer inside it run only through the head.
     if leaf is not head and (leaf._forward_hooks or leaf._forward_pre_hooks):
         return None
-    if class_of(leaf).forward is not nn.Linear.forward or "forward" in leaf.__dict__:
+    if not runs_stock_linear(leaf) or "forward" in leaf.__dict__:
         return None
     if type(leaf.weight) not in (nn.Parameter, Tensor):
         return None

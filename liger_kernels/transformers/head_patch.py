@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from liger_kernels.transformers.calls import is_transformed
 from liger_kernels.transformers.lazy_logits import LazyCall, LazyLogits
 from liger_kernels.transformers.pending_logits import (
     IGNORE_INDEX,
@@ -81,11 +82,11 @@ def _swap(head: Any) -> None:
 
 
 def _restore(head: nn.Module) -> None:
+    for name in ("_lazy_call", "_num_losses", "_has_compiled_loss"):
+        head.__dict__.pop(name, None)
     # FSDP2 may have put a class of its own on top; beneath it the head answers as the stock one.
     if "_lazy_call" in type(head).__dict__:
         head.__class__ = class_of(head)
-    for name in ("_lazy_call", "_num_losses", "_has_compiled_loss"):
-        head.__dict__.pop(name, None)
 
 
 def num_fused(head: Any) -> int:
@@ -123,12 +124,12 @@ def _head_of(model: Any) -> nn.Module | None:
 
 
 class HeadPatch:
-    """The patch of one model's head. `undo` takes it back."""
+    """The patch of one model's head: `install` does it, `undo` takes it back."""
 
-    def __init__(self, model: Any, op: HeadOp) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
-        # None once undone beneath a wrapper of somebody else, which still calls through the patch.
-        self.op: HeadOp | None = op
+        # None before and after; a wrapper of somebody else may still call through the patch then.
+        self.op: HeadOp | None = None
         parameters = _parameters_of(class_of(model))
         names = list(parameters)
         # Positions of a bound call, which does not pass self.
@@ -139,9 +140,21 @@ class HeadPatch:
             and not {"shift_labels", "decoder_input_ids"} & set(names)
             and any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         )
+        self.previous: Callable[..., Any] | None = model.__dict__.get("forward")
+
+    def install(self, op: HeadOp) -> None:
+        """Patch the head and the model's forward; undo() works wherever this is interrupted."""
+        self.op = op
+        head = _head_of(self.model)
+        assert head is not None
+        _swap(head)
+        members = self.model.__dict__
+        if members.get(_KEY) is self and "forward" in members:
+            # Undone beneath a wrapper of somebody else, which is still there.
+            return
+        members[_KEY] = self
         # The patch stands before the bound method: pickle then knows one when it meets the other.
-        self.previous: Callable[..., Any] | None = model.__dict__.pop("forward", None)
-        model.__dict__[_KEY] = self
+        members.pop("forward", None)
         self._bind()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -161,30 +174,46 @@ class HeadPatch:
         forward = members.get("forward")
         # By a mark, as FSDP2 may have given the model another class.
         is_outermost = hasattr(forward, "calls_head_patch")
-        if members.get(_KEY) is self and (is_outermost or forward is None):
-            members.pop("forward", None)
-            del members[_KEY]
-            if self.previous is not None:
-                members["forward"] = self.previous
         for module in self.model.modules():
             if is_lazy_head(module):
                 _restore(module)
+        # The patch goes last: an undo that was interrupted is finished by another call.
+        if members.get(_KEY) is self and (is_outermost or forward in (None, self.previous)):
+            if self.previous is None:
+                members.pop("forward", None)
+            else:
+                members["forward"] = self.previous
+            del members[_KEY]
 
 
 def install_head(model: nn.Module, op: HeadOp) -> HeadPatch:
     """Patch a model so that its loss is computed by `op`; return the patch, whose undo reverts it.
 
     Args:
-        model: A model whose forward computes a loss from labels, with get_output_embeddings(); or
-            a PEFT, DDP or compiled wrapper of one, in which case the model inside is patched.
+        model: As prepare_head takes it.
         op: "fused_linear_cross_entropy" makes no logits unless they are read; "cross_entropy" makes
             them and runs the cross_entropy op on them (under torch.compile: leaves it to that).
 
     Raises:
-        ValueError: op is unknown, the head cannot be patched, or it has been patched.
+        ValueError: op is unknown, or as prepare_head.
     """
     if op not in get_args(HeadOp):
         raise ValueError(f"op must be one of {', '.join(get_args(HeadOp))}, got {op!r}")
+    patch = prepare_head(model)
+    patch.install(op)
+    return patch
+
+
+def prepare_head(model: nn.Module) -> HeadPatch:
+    """Return the patch of a model's head, whose install() does it; nothing is changed yet.
+
+    Args:
+        model: A model whose forward computes a loss from labels, with get_output_embeddings(); or
+            a PEFT, DDP or compiled wrapper of one, in which case the model inside is patched.
+
+    Raises:
+        ValueError: The head cannot be patched, or it has been patched.
+    """
     model = _owner_of(model)
     problem = head_problem(model)
     if problem is not None:
@@ -192,13 +221,9 @@ def install_head(model: nn.Module, op: HeadOp) -> HeadPatch:
     patch: HeadPatch | None = model.__dict__.get(_KEY)
     if patch is not None and patch.op is not None:
         raise ValueError(f"the head of model {type(model).__name__} is patched; undo that first")
-    head = _head_of(model)
-    assert head is not None
-    _swap(head)
-    if patch is None or "forward" not in model.__dict__:
-        return HeadPatch(model, op)
-    patch.op = op
-    return patch
+    # With a wrapper of somebody else around it, it is still what that calls.
+    is_wrapped = patch is not None and model.__dict__.get("forward") not in (None, patch.previous)
+    return patch if patch is not None and is_wrapped else HeadPatch(model)
 
 
 def _owner_of(model: Any) -> nn.Module:
@@ -287,6 +312,7 @@ def _call_model(model: Any, args: Any, kwargs: dict[str, Any], skip_logits: bool
         head is None
         # A head that came after the patch, and cannot or must not be patched now.
         or ((is_traced or "forward" in head.__dict__) and not is_lazy_head(head))
+        or is_transformed()
         # The compiler makes a kernel of its own for the loss of logits that are there.
         or (is_traced and patch.op == "cross_entropy")
     ):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from liger_kernels.ops.fused_linear_cross_entropy import LabelCount
-from liger_kernels.transformers.calls import is_transformed
+from liger_kernels.transformers.calls import is_transformed, runs_stock_linear
 from liger_kernels.transformers.recognise import original_class
 
 HeadOp = Literal["fused_linear_cross_entropy", "cross_entropy"]
@@ -295,7 +295,7 @@ def is_lazy_head(module: nn.Module) -> bool:
 def stock_output(head: nn.Module, x: Tensor) -> Tensor:
     """Return what the head's own forward makes of x, hooks left out."""
     forward = class_of(head).forward
-    if forward is nn.Linear.forward:
+    if runs_stock_linear(head):
         x = as_weight(x, head.weight)
     return forward(head, x)
 
@@ -331,7 +331,7 @@ def begin(head: nn.Module, call: HeadCall, x: Tensor) -> Pending | None:
     # A tensor-parallel head makes a slice of the logits; its hooks put the slices together.
     if is_sharded(head):
         return None
-    linear: Any = leaf if class_of(leaf).forward is nn.Linear.forward else None
+    linear: Any = leaf if runs_stock_linear(leaf) else None
     if linear is not None and type(linear.weight) is nn.Parameter and len(linear.weight) != width:
         return None
     kind = x.device.type

@@ -6,12 +6,15 @@ instance's own parameters and calls its own children as modules: nothing is copi
 and quantised layers keep working. Patched classes are cached and remade by name when unpickled.
 
 A forward gives way to the one it replaces when the call is not the plain one: extra arguments,
-tensor subclasses (a sharded DTensor), dtypes other than fp32, bf16 and fp16, meta tensors.
+tensor subclasses (a sharded DTensor), dtypes other than fp32, bf16 and fp16, meta tensors; and when
+the module is not what it was patched as: another activation or setting, another forward of its
+class, a weight of another shape. Weights, layers and eps are read at every call.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from liger_kernels.ops import gated_rms_norm, geglu, glu_mlp, layer_norm, rms_norm, swiglu
-from liger_kernels.transformers.calls import is_bare, is_plain, note
+from liger_kernels.ops.glu_mlp import ACTIVATIONS as FUSED_ACTIVATIONS
+from liger_kernels.transformers.calls import (
+    is_bare,
+    is_plain,
+    is_transformed,
+    note,
+    runs_stock_linear,
+)
 from liger_kernels.transformers.recognise import (
     ACTIVATIONS,
     ExpertsSpec,
@@ -29,23 +39,50 @@ from liger_kernels.transformers.recognise import (
     NormSpec,
     RopeSpec,
     Spec,
+    global_names,
+    reachable_functions,
     run_experts,
     split_gate,
 )
 from liger_kernels.transformers.recompute import hooks_are_free, recomputing, remember
-from liger_kernels.transformers.rotary import attention_forward
-from liger_kernels.transformers.swap import stand_in
+from liger_kernels.transformers.rotary import attention_forward, globals_read
+from liger_kernels.transformers.swap import is_as_patched, stand_in
+
+_AnyNorm = NormSpec | LayerNormSpec | GatedNormSpec
 
 
-@functools.cache
 def patched_class(base: Any, spec: Spec, saves_memory: bool = True) -> type[nn.Module]:
     """Return the subclass of `base` that computes what `spec` says through an op.
 
     Args:
-        base: The class it stands for.
+        base: The class it replaces.
         spec: What modules of the class compute.
-        saves_memory: Whether outputs that are cheap to make again are not kept for backward.
+        saves_memory: Whether outputs that are cheap to recompute are not kept for backward.
     """
+    # A tool may give a class another forward between one call and the next.
+    code: tuple[Any, ...] = (base.forward,)
+    if isinstance(spec, ExpertsSpec) and not spec.is_sorted:
+        code = (base.forward, base._apply_gate)
+    elif isinstance(spec, RopeSpec):
+        code = (base.forward, *(value for _, _, value in globals_read(base, spec)))
+    return _patched_class(base, _Same(code), spec, saves_memory)
+
+
+class _Same:
+    """A key that equals another of the same objects, which need no hash."""
+
+    def __init__(self, objects: tuple[Any, ...]) -> None:
+        self.objects = objects
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and hash(self) == hash(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(id, self.objects)))
+
+
+@functools.cache
+def _patched_class(base: Any, code: _Same, spec: Spec, saves_memory: bool) -> type[nn.Module]:
     if isinstance(spec, NormSpec):
         namespace: dict[str, Any] = {"forward": _rms_norm_forward(base, spec)}
     elif isinstance(spec, LayerNormSpec):
@@ -62,7 +99,30 @@ def patched_class(base: Any, spec: Spec, saves_memory: bool = True) -> type[nn.M
         assert isinstance(spec, RopeSpec), "heads belong to head_patch.py"
         namespace = {"forward": attention_forward(base, spec)}
     namespace["_saves_memory"] = saves_memory
-    return stand_in(base, spec, namespace, make_patched, saves_memory)
+    reads = frozenset() if isinstance(spec, RopeSpec) else _names_read(base) - _names_live(spec)
+    return stand_in(base, spec, namespace, make_patched, saves_memory, reads=reads)
+
+
+def _names_read(base: Any) -> frozenset[str]:
+    """Return the names that the forward of a class, its gate and its methods look up."""
+    names: set[str] = set()
+    waiting = [base.forward, getattr(base, "_apply_gate", None)]
+    while waiting:
+        for function in reachable_functions(waiting.pop()):
+            new = global_names(function.__code__) - names
+            names |= new
+            methods = (getattr(base, name, None) for name in new if not hasattr(nn.Module, name))
+            waiting += filter(inspect.isfunction, methods)
+    return frozenset(names - vars(nn.Module()).keys())
+
+
+def _names_live(spec: Spec) -> set[str]:
+    """Return the attributes that a replaced forward reads itself, at every call."""
+    if isinstance(spec, MlpSpec):
+        return {spec.gate, spec.up, spec.down, "config"}
+    if isinstance(spec, (NormSpec, LayerNormSpec, GatedNormSpec)):
+        return {spec.eps_attr}
+    return {"config"}
 
 
 def make_patched(base: Any, spec: Spec, saves_memory: bool = True) -> nn.Module:
@@ -71,9 +131,36 @@ def make_patched(base: Any, spec: Spec, saves_memory: bool = True) -> nn.Module:
     return cls.__new__(cls)
 
 
-def eps_of(module: Any, spec: NormSpec | LayerNormSpec | GatedNormSpec) -> float:
-    eps: float = getattr(module, spec.eps_attr) if spec.eps is None else spec.eps
-    return eps
+def norm_inputs(module: Any, spec: _AnyNorm, x: Any) -> tuple[Tensor | None, float] | None:
+    """Return the weight and eps that a patched norm has at this call, or None to run its own code.
+
+    Args:
+        module: The norm.
+        spec: The form that it had when it was patched.
+        x: Its input, of any type.
+    """
+    if not is_as_patched(module):
+        return None
+    weight = _parameter(module, spec.weight_attr, spec.has_weight)
+    eps = getattr(module, spec.eps_attr, None) if spec.eps is None else spec.eps
+    if not is_plain(x, weight) or x is None or not isinstance(eps, (float, int)) or eps < 0:
+        return None
+    if not _fits(weight, spec.has_weight, x):
+        return None
+    return weight, eps
+
+
+def _parameter(module: Any, name: str, is_wanted: bool) -> Any:
+    """Return a norm's weight or bias; where it had none, what was registered as one since."""
+    # What wraps a module may keep the weight as a plain attribute; a buffer is no weight.
+    return getattr(module, name, None) if is_wanted else module._parameters.get(name)
+
+
+def _fits(parameter: Tensor | None, is_wanted: bool, x: Tensor) -> bool:
+    """Return whether a norm still has a parameter, of x's width, or still has none."""
+    if parameter is None or not is_wanted:
+        return parameter is None and not is_wanted
+    return parameter.dim() == 1 and x.dim() > 0 and parameter.shape[0] == x.shape[-1]
 
 
 def _run(module: Any, op: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
@@ -88,16 +175,16 @@ def _run(module: Any, op: Callable[..., Tensor], *tensors: Tensor | None) -> Ten
 def _rms_norm_forward(base: Any, spec: NormSpec) -> Callable[..., Any]:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        weight = self.weight if spec.has_weight else None
-        if len(args) != 1 or kwargs or not is_plain(args[0], weight):
+        found = norm_inputs(self, spec, args[0]) if len(args) == 1 and not kwargs else None
+        if found is None:
             return base.forward(self, *args, **kwargs)
-        (x,) = args
+        (x,), (weight, eps) = args, found
         if spec.needs_one_dtype and weight is not None and weight.dtype != x.dtype:
             return base.forward(self, x)
         note(self)
         if spec.is_l2:
-            return _l2_norm(x, eps_of(self, spec))
-        op = functools.partial(rms_norm, eps=eps_of(self, spec), offset=spec.offset, cast=spec.cast)
+            return _l2_norm(x, eps)
+        op = functools.partial(rms_norm, eps=eps, offset=spec.offset, cast=spec.cast)
         return _run(self, op, x, weight)
 
     return forward
@@ -113,18 +200,18 @@ def _l2_norm(x: Tensor, eps: float) -> Tensor:
 def _layer_norm_forward(base: Any, spec: LayerNormSpec) -> Callable[..., Any]:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        weight = self.weight if spec.has_weight else None
-        bias = self.bias if spec.has_bias else None
-        if len(args) != 1 or kwargs or not is_plain(args[0], weight, bias):
+        found = norm_inputs(self, spec, args[0]) if len(args) == 1 and not kwargs else None
+        bias = _parameter(self, spec.bias_attr, spec.has_bias)
+        if found is None or not is_plain(bias) or not _fits(bias, spec.has_bias, args[0]):
             return base.forward(self, *args, **kwargs)
-        (x,) = args
+        (x,), (weight, eps) = args, found
         if spec.offset:
             # Nemotron casts in a way of its own under autocast.
             if torch.is_autocast_enabled(x.device.type):
                 return base.forward(self, x)
             weight = None if weight is None else weight + spec.offset
         note(self)
-        op = functools.partial(layer_norm, eps=eps_of(self, spec))
+        op = functools.partial(layer_norm, eps=eps)
         return _run(self, op, x, weight, bias)
 
     return forward
@@ -135,18 +222,17 @@ def _gated_norm_forward(base: Any, spec: GatedNormSpec) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(spec.inputs, args, strict=False)), **kwargs}
         x, gate = (given.get(name) for name in spec.inputs)
-        weight = self.weight if spec.has_weight else None
         is_extra = len(given) != 2 or len(args) + len(kwargs) != 2
-        if is_extra or x is None or gate is None or not is_plain(x, gate, weight):
+        found = None if is_extra else norm_inputs(self, spec, x)
+        if found is None or gate is None or not is_plain(gate) or gate.shape != x.shape:
             return base.forward(self, *args, **kwargs)
-        if gate.shape != x.shape:
-            return base.forward(self, *args, **kwargs)
+        weight, eps = found
         note(self)
         return gated_rms_norm(
             x,
             gate,
             weight,
-            eps_of(self, spec),
+            eps,
             gate_first=spec.gate_first,
             activation=spec.activation,
             cast=spec.cast,
@@ -172,7 +258,10 @@ def _mlp_forward(base: Any, spec: MlpSpec) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # The activation is not called: a hook on it is the stock forward's to run.
         others = (child for name, child in self._modules.items() if name not in layers)
-        if len(args) != 1 or kwargs or not all(child is None or is_bare(child) for child in others):
+        is_plain_call = len(args) == 1 and not kwargs and not is_transformed()
+        if not is_plain_call or not is_as_patched(self):
+            return base.forward(self, *args, **kwargs)
+        if not all(child is None or is_bare(child) for child in others):
             return base.forward(self, *args, **kwargs)
         (x,) = args
         weights = _weights_of(self, spec, x)
@@ -221,13 +310,15 @@ def _weights_of(
 
 def _is_plain_linear(layer: nn.Module) -> bool:
     """Return whether calling the layer is its product with its weight, and nothing else."""
-    return type(layer) is nn.Linear and layer.bias is None and is_bare(layer)
+    is_linear = type(layer) is nn.Linear and runs_stock_linear(layer)
+    return is_linear and layer.bias is None and is_bare(layer)
 
 
 def _sorted_experts_forward(base: Any, spec: ExpertsSpec) -> Callable[..., Any]:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or not is_plain(args[0], self.gate_up_proj, self.down_proj):
+        is_plain_call = len(args) == 1 and not kwargs and is_as_patched(self)
+        if not is_plain_call or not is_plain(args[0], self.gate_up_proj, self.down_proj):
             return base.forward(self, *args, **kwargs)
 
         (x,) = args
@@ -240,14 +331,20 @@ def _sorted_experts_forward(base: Any, spec: ExpertsSpec) -> Callable[..., Any]:
 
 
 def _experts_namespace(base: Any, spec: ExpertsSpec) -> dict[str, Any]:
+    stock_gate = base._apply_gate
+
     def _apply_gate(self: Any, gate_up_out: Tensor) -> Tensor:
+        if base._apply_gate is not stock_gate or not is_as_patched(self):
+            gated: Tensor = base._apply_gate(self, gate_up_out)
+            return gated
         return _glu(self, spec.activation, *split_gate(gate_up_out, spec.layout))
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # The eager loop computes the gate in line; the grouped and batched ones call _apply_gate.
         is_eager = getattr(self.config, "_experts_implementation", None) in (None, "eager")
-        if is_eager and len(args) == 3 and not kwargs and is_plain(args[0]):
+        is_plain_call = len(args) == 3 and not kwargs and is_as_patched(self)
+        if is_eager and is_plain_call and is_plain(args[0]):
             return run_experts(self, *args, self._apply_gate)
         return base.forward(self, *args, **kwargs)
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from liger_kernels.ops import fused_add_rms_norm, rms_norm
 from liger_kernels.transformers.calls import is_bare, is_plain, note
@@ -25,10 +25,10 @@ from liger_kernels.transformers.recognise import (
     original_class,
 )
 from liger_kernels.transformers.recompute import remember
-from liger_kernels.transformers.replace import eps_of
+from liger_kernels.transformers.replace import norm_inputs
 from liger_kernels.transformers.residual_source import fuse, read_form
 from liger_kernels.transformers.rotary import rebuild
-from liger_kernels.transformers.swap import SPEC_ATTRIBUTE, stand_in
+from liger_kernels.transformers.swap import SPEC_ATTRIBUTE, is_as_patched, stand_in
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,14 @@ def layer_problem(
 def _add_and_norm(layer: nn.Module, x: Any, residual: Any, norm: Any) -> tuple[Any, Any]:
     """Return (norm(x + residual), x + residual), by the op where it serves the call."""
     spec = getattr(type(norm), SPEC_ATTRIBUTE, None)
-    if not isinstance(spec, NormSpec) or not _is_served(x, residual, norm, spec):
+    found = _inputs(x, residual, norm, spec) if isinstance(spec, NormSpec) else None
+    if found is None:
         total = x + residual
         return norm(total), total
     note(norm)
     note(layer)
-    weight = norm.weight if spec.has_weight else None
-    options: Any = {"eps": eps_of(norm, spec), "offset": spec.offset, "cast": spec.cast}
+    weight, eps = found
+    options: Any = {"eps": eps, "offset": spec.offset, "cast": spec.cast}
     y, total = fused_add_rms_norm(x, residual, weight, **options)
     if norm._saves_memory and y.requires_grad:
         # The op keeps the sum, and its output is the norm's of that to the bit.
@@ -126,22 +127,37 @@ def _add_and_norm(layer: nn.Module, x: Any, residual: Any, norm: Any) -> tuple[A
     return y, total
 
 
-def _is_served(x: Any, residual: Any, norm: Any, spec: NormSpec) -> bool:
-    weight = norm.weight if spec.has_weight else None
-    if not is_plain(x, residual, weight) or spec.is_l2 or not is_bare(norm):
-        return False
+def _inputs(x: Any, residual: Any, norm: Any, spec: NormSpec) -> tuple[Tensor | None, float] | None:
+    """Return the norm's weight and eps, or None where the op does not serve the call."""
+    if not is_plain(residual) or residual is None or spec.is_l2 or not is_bare(norm):
+        return None
+    found = norm_inputs(norm, spec, x)
+    if found is None or x.shape != residual.shape or x.device != residual.device:
+        return None
     dtype = torch.promote_types(x.dtype, residual.dtype)
+    weight, _ = found
     if spec.needs_one_dtype and weight is not None and weight.dtype != dtype:
-        return False
-    return bool(x.shape == residual.shape and x.device == residual.device)
+        return None
+    return found
+
+
+def patched_layer(base: Any, spec: AddNormSpec) -> type[nn.Module]:
+    """Return the subclass of `base` that normalises residual sums through the op."""
+    # A tool may give a class another forward between one call and the next.
+    return _patched_layer(base, base.forward, spec)
 
 
 @functools.cache
-def patched_layer(base: Any, spec: AddNormSpec) -> type[nn.Module]:
-    """Return the subclass of `base` that normalises residual sums through the op."""
-    function = inspect.unwrap(base.forward)
+def _patched_layer(base: Any, stock: Callable[..., Any], spec: AddNormSpec) -> type[nn.Module]:
+    function = inspect.unwrap(stock)
     fused = fuse(function, spec.norms, _add_and_norm)
-    forward = rebuild(_inner_forward(base), {}, {function: fused})
+    fusing = rebuild(_inner_forward(base), {}, {function: fused})
+
+    @functools.wraps(fusing)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run = fusing if is_as_patched(self) else base.forward
+        return run(self, *args, **kwargs)
+
     return stand_in(base, spec, {"forward": forward}, make_layer)
 
 

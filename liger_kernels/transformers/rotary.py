@@ -7,7 +7,7 @@ import sys
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,13 @@ from liger_kernels.transformers.recognise import (
     RopeSpec,
     global_names,
     is_sin_first,
+    reachable_functions,
     rope_functions,
     rope_inputs,
     rope_parameters,
 )
 from liger_kernels.transformers.recompute import recomputing
+from liger_kernels.transformers.swap import is_as_patched
 
 
 @functools.cache
@@ -151,8 +153,7 @@ def rebuild(
         return function
     namespace = function.__globals__
     if names:
-        items = tuple((name, replacements[name]) for name in sorted(names))
-        namespace = _overlay(namespace["__name__"], items)
+        namespace = _overlay(namespace, {name: replacements[name] for name in names})
     copy = types.FunctionType(
         function.__code__,
         namespace,
@@ -174,18 +175,20 @@ def rebuild(
     return copy
 
 
-@functools.cache
-def _overlay(name: str, items: tuple[tuple[str, Callable[..., Any]], ...]) -> dict[str, Any]:
-    """Return the globals of module `name` with some names replaced, as they are at this moment.
+def _overlay(
+    namespace: dict[str, Any], replacements: Mapping[str, Callable[..., Any]]
+) -> dict[str, Any]:
+    """Return the globals of a module with some names replaced, as they are at this moment.
 
     They belong to a module that can be imported, because torch.compile looks guards of globals up
     through sys.modules. A later change of the original module's globals is not seen here.
     """
+    name = namespace["__name__"]
     index = sum(key.startswith(f"{__name__}.{name}.") for key in sys.modules)
     overlay = types.ModuleType(f"{__name__}.{name}.{index}")
     # The package stays the original's: imports inside its functions are relative to that.
     own = {"__name__": overlay.__name__, "__spec__": None, "__loader__": None}
-    vars(overlay).update({**vars(sys.modules[name]), **dict(items), **own})
+    vars(overlay).update({**namespace, **replacements, **own})
     sys.modules[overlay.__name__] = overlay
     return vars(overlay)
 
@@ -194,19 +197,52 @@ def attention_forward(base: Any, spec: RopeSpec) -> Callable[..., Any]:
     """Return the forward of an attention class that rotates through the op."""
     functions = rope_functions(base)
     specs = (spec, *spec.others)
+    read = globals_read(base, spec)
     replacements = {
         each.inside or each.function: _replacement(functions[each.inside or each.function], each)
         for each in specs
     }
     rotating: Any = rebuild(base.forward, replacements, {})
 
+    # dynamo would guard every one of them; so it asks once a trace.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def are_unchanged() -> bool:
+        return all(namespace.get(name) is value for namespace, name, value in read)
+
     @functools.wraps(rotating)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_as_patched(self) or not are_unchanged():
+            return base.forward(self, *args, **kwargs)
         # The projections read a norm's output.
         with recomputing(*args, *kwargs.values()):
             return rotating(self, *args, **kwargs)
 
     return forward
+
+
+def globals_read(base: Any, spec: RopeSpec) -> tuple[_Global, ...]:
+    """Return the globals that the forward of an attention class and its rotary functions read.
+
+    The forward that replaces it has them as they are now: a tool may replace one later.
+    """
+    specs = (spec, *spec.others)
+    rotary = {each.function for each in specs} | {each.inside for each in specs}
+    functions = rope_functions(base)
+    found: dict[tuple[int, str], _Global] = {}
+    for function in (base.forward, *(functions.get(each.inside) for each in specs)):
+        for part in reachable_functions(function):
+            names = global_names(part.__code__) & part.__globals__.keys()
+            # What surrounds the code that rotates keeps its own globals.
+            for name in sorted(names) if names & rotary else ():
+                namespace = part.__globals__
+                found[id(namespace), name] = _Global(namespace, name, namespace[name])
+    return tuple(found.values())
+
+
+class _Global(NamedTuple):
+    namespace: dict[str, Any]
+    name: str
+    value: Any
 
 
 @functools.cache

@@ -86,12 +86,12 @@ def _case(op: str, spec: Spec, module: Any, config: Any) -> tuple[tuple[int, ...
     """The shape and options of a case, as the op's sample function reads them."""
     if isinstance(spec, NormSpec):
         options: dict[str, Any] = {"offset": spec.offset, "cast": spec.cast}
-        return (_ROWS, _norm_width(module)), options | {"has_weight": spec.has_weight}
+        return (_ROWS, _norm_width(module, spec)), options | {"has_weight": spec.has_weight}
     if isinstance(spec, LayerNormSpec):
         options = {"has_weight": spec.has_weight, "has_bias": spec.has_bias}
-        return (_ROWS, _norm_width(module)), options
+        return (_ROWS, _norm_width(module, spec)), options
     if isinstance(spec, GatedNormSpec):
-        width = _norm_width(module) // spec.num_groups * spec.num_groups
+        width = _norm_width(module, spec) // spec.num_groups * spec.num_groups
         names = ("gate_first", "activation", "cast", "num_groups", "has_weight")
         return (_ROWS, width), {name: getattr(spec, name) for name in names}
     if isinstance(spec, MlpSpec | ExpertsSpec):
@@ -113,8 +113,8 @@ def _case(op: str, spec: Spec, module: Any, config: Any) -> tuple[tuple[int, ...
     return (_LOSS_ROWS, _INPUT_WIDTH, vocab_size), options
 
 
-def _norm_width(module: Any) -> int:
-    weight = getattr(module, "weight", None)
+def _norm_width(module: Any, spec: NormSpec | LayerNormSpec | GatedNormSpec) -> int:
+    weight = getattr(module, spec.weight_attr, None)
     return _WIDTH if weight is None else int(weight.shape[-1])
 
 

@@ -113,7 +113,9 @@ class _Trial:
         self.down = self.layers[down] = _ProbeLinear(inner**-0.5 * randn(generator, _WIDTH, inner))
         # Activations, and dropout, which a stand-in of it turns off.
         others = {n: stand_in(m) for n, m in module.named_children() if n not in self.layers}
-        self.clone = stand_in(module, modules={**others, **self.layers})
+        # An activation that its configuration names may change there, which nobody would see.
+        hidden = {"config": None} if "config" in vars(module) else {}
+        self.clone = stand_in(module, modules={**others, **self.layers}, attributes=hidden)
         # Pre-activations of spread 3, where gelu and its tanh form differ; small weights hide that.
         self.x = 3 * randn(generator, 1, _ROWS, _WIDTH)
 

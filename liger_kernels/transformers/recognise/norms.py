@@ -51,7 +51,7 @@ def recognise_norm(module: nn.Module) -> Found:
     is_named_norm = "Norm" in cls.__name__ and not module._modules
     if cls.__module__.startswith("torch.") and cls not in (nn.LayerNorm, nn.RMSNorm):
         return None
-    if module._parameters.get("weight") is None and not is_named_norm:
+    if not _names_of(module) and not is_named_norm:
         return None
     inputs = forward_inputs(cls) or ()
     found: Found = None
@@ -63,16 +63,53 @@ def recognise_norm(module: nn.Module) -> Found:
                 found = _tried(functools.partial(_gated, inputs), module, has_gate=True)
     if found is None and is_named_norm:
         more = f" of {len(inputs)} inputs ({', '.join(inputs)})" if len(inputs) > 1 else ""
-        return unserved(f"norm{more} of another form")
+        return unserved(f"norm{more} of another form{_odd_parts(module)}")
     return found if is_named_norm or not isinstance(found, Refusal) else None
 
 
+def _odd_parts(module: nn.Module) -> str:
+    """Return the parameters of a norm that have other names or shapes than usual, in words."""
+    odd = [
+        f"{name} {tuple(parameter.shape)}"
+        for name, parameter in module._parameters.items()
+        if parameter is not None and (name not in _USUAL or parameter.dim() != 1)
+    ]
+    return f" with {', '.join(odd)}" if odd else ""
+
+
 def _tried(recognise: Callable[[_Probe], Found], module: nn.Module, **options: bool) -> Found:
-    try:
-        return recognise(_Probe(module, **options))
-    except Exception:
-        # Whatever the class does with the probe, it is not the formula.
-        return None
+    """Return what is recognised with the parameters as weight and bias, in each order."""
+    for weight, bias in _roles_of(module):
+        try:
+            found = recognise(_Probe(module, weight, bias, **options))
+        except Exception:
+            # Whatever the class does with the probe, it is not the formula.
+            continue
+        if found is not None:
+            return found
+    return None
+
+
+# Where a class keeps the product and the sum; those of other names are tried as both.
+_USUAL = ("weight", "bias")
+
+
+def _names_of(module: nn.Module) -> list[str]:
+    """Return the names of the parameters that a module has."""
+    return [name for name, parameter in module._parameters.items() if parameter is not None]
+
+
+def _roles_of(module: nn.Module) -> list[tuple[str | None, str | None]]:
+    """Return which parameters may be weight and bias, the likeliest first."""
+    names: list[str | None] = [*_names_of(module)]
+    if len(names) == 2:
+        first, second = names
+        is_odd = names == ["bias", "weight"]
+        orders: list[tuple[str | None, str | None]] = [(first, second), (second, first)]
+        return orders[::-1] if is_odd else orders
+    if names == ["bias"]:
+        return [(None, "bias")]
+    return [(names[0] if names else None, None)]
 
 
 def _has_known_shape(module: nn.Module) -> bool:
@@ -80,28 +117,25 @@ def _has_known_shape(module: nn.Module) -> bool:
     parameters = module._parameters
     is_flat = all(p is None or p.dim() == 1 for p in parameters.values())
     shape = getattr(module, "normalized_shape", (2,))
-    return (
-        is_flat
-        and not module._modules
-        and parameters.keys() <= {"weight", "bias"}
-        and len(shape) == 1
-    )
+    return is_flat and not module._modules and len(_names_of(module)) <= 2 and len(shape) == 1
 
 
 class _Probe:
     """A norm module with weights of its own, called on a few rows."""
 
-    def __init__(self, module: nn.Module, *, has_gate: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, weight: str | None, bias: str | None, *, has_gate: bool = False
+    ) -> None:
         self.module = module
+        self.names = weight, bias
         generator = new_generator()
-        given = module._parameters.get("weight")
+        given = None if weight is None else module._parameters[weight]
         # torch's norms insist on their width; others without a weight take any.
         buffers = [b.shape for b in module._buffers.values() if b is not None and b.dim() == 1]
         shape: Any = getattr(module, "normalized_shape", (*buffers, (16,))[0])
         self.width: int = (shape if given is None else given.shape)[0]
         self.weight = None if given is None else uniform(generator, self.width)
-        has_bias = module._parameters.get("bias") is not None
-        self.bias = randn(generator, self.width) if has_bias else None
+        self.bias = None if bias is None else randn(generator, self.width)
         # A buffer is no part of any form, so that its numbers must not matter.
         self.buffers = {
             name: randn(generator, *buffer.shape)
@@ -118,8 +152,11 @@ class _Probe:
         attributes: Mapping[str, Any] | None = None,
     ) -> Any:
         """Return the output for x, with weights in a dtype; the gate has x's."""
-        tensors = {"weight": self.weight, "bias": self.bias}
-        parameters = {k: v.to(dtype) for k, v in tensors.items() if v is not None}
+        tensors = dict(zip(self.names, (self.weight, self.bias), strict=True))
+        parameters = {k: v.to(dtype) for k, v in tensors.items() if k is not None and v is not None}
+        # A setting that its configuration holds may change there, which nobody would see.
+        hidden = {"config": None} if "config" in vars(self.module) else {}
+        attributes = {**hidden, **(attributes or {})}
         clone = stand_in(self.module, parameters, attributes=attributes, buffers=self.buffers)
         return call_forward(clone, x, *(() if self.gate is None else (self.gate.to(x.dtype),)))
 
@@ -181,13 +218,19 @@ def _plain(probe: _Probe) -> NormSpec | LayerNormSpec | Refusal | None:
     if probe.width < 2:
         return None
     has_weight, has_bias = probe.weight is not None, probe.bias is not None
+    weight_attr, bias_attr = (
+        name or usual for name, usual in zip(probe.names, _USUAL, strict=True)
+    )
     for name, eps in probe.epsilons():
         number = None if name else eps
         for offset in (0.0, 1.0) if has_weight else (0.0,):
             if probe.matches(_layer_norm_form(probe, offset), name, eps):
-                return _layer_norm(probe, LayerNormSpec(has_weight, has_bias, name, number, offset))
+                layer = LayerNormSpec(has_weight, has_bias, name, number, offset)
+                layer = replace(layer, weight_attr=weight_attr, bias_attr=bias_attr)
+                return _layer_norm(probe, layer)
             if not has_bias and probe.matches(_rms_norm_form(offset), name, eps):
-                return _rms_norm(probe, NormSpec(offset, "end", has_weight, name, number), eps)
+                norm = NormSpec(offset, "end", has_weight, name, number, weight_attr=weight_attr)
+                return _rms_norm(probe, norm, eps)
         if not (has_weight or has_bias) and probe.matches(_l2_norm, name, eps):
             spec = NormSpec(0.0, "end", False, name, number, is_l2=True)
             return spec if probe.rounding(_l2_norm, eps) else _ODD_ROUNDING
@@ -236,6 +279,8 @@ def _rms_norm(probe: _Probe, spec: NormSpec, eps: float) -> NormSpec | Refusal:
 def _describe(probe: _Probe) -> Refusal | None:
     """Return what a look-alike of one input computes instead; None if that is not known."""
     x, width = probe.x, probe.width
+    if width < 2:
+        return None
     try:
         y = probe(x)
     except Exception:
@@ -273,6 +318,7 @@ def _gated(inputs: tuple[str, ...], probe: _Probe) -> GatedNormSpec | Refusal | 
             has_weight=probe.weight is not None,
             inputs=(inputs[0], inputs[1]),
             eps_attr="",
+            weight_attr=probe.names[0] or "weight",
         )
         for gate_first, activation, num_groups in options
     ]

@@ -36,6 +36,8 @@ class NormSpec:
     is_l2: bool = False
     # True: the class rounds in yet another way where x and weight differ in dtype.
     needs_one_dtype: bool = False
+    # The parameter that is the weight.
+    weight_attr: str = "weight"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class LayerNormSpec:
     eps: float | None = None
     # Added in the weight's dtype.
     offset: float = 0.0
+    # The parameters that are the weight and the bias.
+    weight_attr: str = "weight"
+    bias_attr: str = "bias"
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class GatedNormSpec:
     # As in NormSpec.
     eps_attr: str
     eps: float | None = None
+    weight_attr: str = "weight"
 
 
 @dataclass(frozen=True)
