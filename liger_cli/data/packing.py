@@ -12,7 +12,6 @@ the one before must be zero to the bit.
 from __future__ import annotations
 
 import bisect
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +21,7 @@ import torch
 from transformers import masking_utils
 
 from liger_cli.errors import ConfigError
+from liger_kernels.transformers.wrappers import forward_takes, inner_model
 
 __all__ = ["PackedRows", "check_packed", "join_rows", "pack", "refuse_packing", "row_lengths"]
 
@@ -133,13 +133,14 @@ def refuse_packing(model: Any, max_length: int, *, has_images: bool = False) -> 
     """Refuses what the configuration of a model, which may be on the meta device, rules out.
 
     Args:
+        model: The model, or what wraps it.
         max_length: Of the packed rows.
         has_images: Whether rows have more than ids.
 
     Raises:
         ConfigError: Documents in one row would see each other; says why.
     """
-    config = model.config.get_text_config()
+    config = inner_model(model).config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     layers = set(getattr(config, "layer_types", None) or ())
     others = layers - _ATTENTION_LAYERS
@@ -148,11 +149,11 @@ def refuse_packing(model: Any, max_length: int, *, has_images: bool = False) -> 
         reason = "rows with images are not packed"
     elif "mrope_section" in rope:
         reason = "its positions have three dimensions, in which documents are not told apart"
-    elif getattr(model, "_is_stateful", False):
+    elif getattr(inner_model(model), "_is_stateful", False):
         reason = "its layers carry a state from token to token, across documents too"
     elif others:
         reason = f"layers of the kind {', '.join(sorted(others))} carry a state across documents"
-    elif "position_ids" not in inspect.signature(model.forward).parameters:
+    elif forward_takes(model, "position_ids") is False:
         reason = "its forward takes no position_ids, so it is not told where documents begin"
     elif (
         "chunked_attention" in layers
@@ -177,7 +178,8 @@ def check_packed(model: Any, *, flatten: bool = False) -> None:
     Raises:
         ConfigError: It does not.
     """
-    vocabulary = model.config.get_text_config().vocab_size
+    inner = inner_model(model)
+    vocabulary = inner.config.get_text_config().vocab_size
     documents = [[(7 * i + 3) % vocabulary for i in range(n)] for n in (5, 9, 6)]
     first, second, third = (join_rows([{"input_ids": d, "labels": d}]) for d in documents)
     packed = join_rows([first, second, third])
@@ -194,7 +196,7 @@ def check_packed(model: Any, *, flatten: bool = False) -> None:
         return embedded[-1]
 
     was_training = model.training
-    handle = model.get_input_embeddings().register_forward_hook(record)
+    handle = inner.get_input_embeddings().register_forward_hook(record)
     try:
         model.eval()
         with torch.enable_grad():
@@ -212,7 +214,7 @@ def check_packed(model: Any, *, flatten: bool = False) -> None:
     if outside.any():
         raise _refused(
             model,
-            f"with its attention {model.config._attn_implementation!r} a document in a row sees "
+            f"with its attention {inner.config._attn_implementation!r} a document in a row sees "
             "the one before it",
         )
     # Rounding differs with the shape of a batch; another position moves logits by far more.
@@ -222,6 +224,6 @@ def check_packed(model: Any, *, flatten: bool = False) -> None:
 
 def _refused(model: Any, reason: str) -> ConfigError:
     return ConfigError(
-        f"packing: {model.config.model_type} cannot train on packed rows: {reason}",
+        f"packing: {inner_model(model).config.model_type} cannot train on packed rows: {reason}",
         hint="--no-packing trains the rows one by one.",
     )

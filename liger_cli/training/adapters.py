@@ -22,6 +22,7 @@ from liger_cli.figures import format_count
 from liger_cli.training.demo_model import converted_model, converted_preset
 from liger_cli.training.packages import require_package
 from liger_cli.training.presets import ModelSource
+from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -234,7 +235,7 @@ def is_adapted(model: Any) -> bool:
 
 def model_under(model: Any) -> Any:
     """Returns the transformers model, of an adapted one the base model with its adapter in it."""
-    return model.get_base_model() if is_adapted(model) else model
+    return inner_model(model)
 
 
 def save_weights(model: Any, directory: Path) -> None:

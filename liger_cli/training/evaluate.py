@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -22,10 +21,10 @@ from torch.overrides import TorchFunctionMode
 
 from liger_cli.data.batches import count_labels, load_windows
 from liger_cli.data.encode import IGNORED
-from liger_cli.training.adapters import model_under
 from liger_cli.training.forward import LossOf
 from liger_cli.training.random_state import kept_random_state
 from liger_kernels.transformers.pending_logits import is_lazy_head
+from liger_kernels.transformers.wrappers import forward_parameters
 
 __all__ = ["EvalResult", "evaluate"]
 
@@ -186,7 +185,7 @@ def _options(model: Any) -> dict[str, bool]:
     """What a model's forward is told besides the batch, as far as it takes it."""
     head = model.get_output_embeddings()
     options = {"skip_logits": True} if head is not None and is_lazy_head(head) else {}
-    if "output_router_logits" in inspect.signature(model_under(model).forward).parameters:
+    if "output_router_logits" in forward_parameters(model):
         # With them a model adds the balance of its experts to the loss, if its configuration asks.
         options["output_router_logits"] = False
     return options

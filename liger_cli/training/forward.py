@@ -10,6 +10,7 @@ import torch
 
 from liger_cli.data.batches import count_labels
 from liger_cli.training.adapters import model_under
+from liger_kernels.transformers.wrappers import forward_parameters
 
 __all__ = ["LossOf"]
 
@@ -23,12 +24,13 @@ class LossOf:
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:
-        # An adapter's own forward hides it as well.
-        parameters = inspect.signature(model_under(model).forward).parameters
+        parameters = forward_parameters(model)
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         # Models that take the keyword and ignore it say so with this attribute; not all do.
         self._counts_items = getattr(
-            model, "accepts_loss_kwargs", takes_any and _leaves_loss_to_transformers(model)
+            model_under(model),
+            "accepts_loss_kwargs",
+            takes_any and _leaves_loss_to_transformers(model),
         )
         # Of what a mixture of experts adds to balance them, as its forward has it.
         settings = model_under(model).config.get_text_config()

@@ -20,9 +20,10 @@ from liger_kernels.transformers.origin import Foreign, source_of
 from liger_kernels.transformers.recognise import NormSpec, Refusal, Spec, original_class
 from liger_kernels.transformers.residual import AddNormSpec, layer_problem
 from liger_kernels.transformers.selection import LOSSES, PATCH_OPS, OpSelection, resolve_ops
-from liger_kernels.transformers.survey import Found, inner_model, survey
+from liger_kernels.transformers.survey import Found, survey
 from liger_kernels.transformers.swap import can_swap, is_patched
 from liger_kernels.transformers.trials import try_op
+from liger_kernels.transformers.wrappers import inner_model
 
 # The names of selection.py are a plan's too.
 __all__ = [

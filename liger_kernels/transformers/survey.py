@@ -28,8 +28,9 @@ from liger_kernels.transformers.recognise import (
 )
 from liger_kernels.transformers.residual import AddNormSpec, find_layers
 from liger_kernels.transformers.selection import LOSSES, PATCH_OPS
+from liger_kernels.transformers.wrappers import inner_model
 
-__all__ = ["Found", "inner_model", "survey"]
+__all__ = ["Found", "survey"]
 
 Found = Spec | AddNormSpec | Refusal
 
@@ -128,21 +129,6 @@ def _look_alike(name: str, module: nn.Module) -> Refusal | None:
         return Refusal(f"{kind} without rotary positions: nothing to do")
     is_mlp = cls.__name__.lower().endswith(("mlp", "feedforward"))
     return unserved("MLP of another form") if is_mlp else None
-
-
-def inner_model(model: nn.Module) -> nn.Module:
-    """Return the transformers model inside the wrappers of PEFT, torch.compile and DDP."""
-    inner: Any = model
-    while True:
-        if hasattr(type(inner), "get_base_model"):
-            inner = inner.get_base_model()
-        elif "_orig_mod" in inner._modules:
-            inner = inner._modules["_orig_mod"]
-        elif "module" in inner._modules and not hasattr(inner, "get_output_embeddings"):
-            inner = inner._modules["module"]
-        else:
-            assert isinstance(inner, nn.Module)
-            return inner
 
 
 def _head_of(model: nn.Module) -> tuple[str, nn.Module | None]:
