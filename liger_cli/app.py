@@ -5,7 +5,6 @@ Commands are imported when they run, so `liger --help` needs neither torch nor p
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 import traceback
@@ -24,6 +23,7 @@ from liger_cli.errors import (
     LigerError,
     OutOfMemory,
 )
+from liger_kernels.nearest import nearest_name
 
 __all__ = ["COMMANDS", "main"]
 
@@ -63,9 +63,9 @@ class _LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         # Older releases of typer name no nearest command.
-        near = difflib.get_close_matches(args[0], self.commands, n=1)
+        near = nearest_name(args[0], self.commands)
         if near and args[0] not in self.commands and not ctx.resilient_parsing:
-            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {near!r}?")
         name, command, rest = super().resolve_command(ctx, args)
         return name, command and _import_command(str(name)), rest
 

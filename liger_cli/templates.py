@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from liger_cli.errors import ConfigError
 from liger_cli.outputs import check_writable
 from liger_cli.training.presets import configs_directory
+from liger_kernels.nearest import nearest_name
 
 __all__ = ["template_names", "write_template"]
 
@@ -26,8 +26,8 @@ def write_template(name: str, path: Path, *, overwrite: bool = False) -> None:
     """
     names = template_names()
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = nearest_name(name, names)
+        hint = f"; did you mean {near!r}?" if near else ""
         raise ConfigError(f"--template: unknown template {name!r}{hint} ({', '.join(names)})")
     check_writable(path, "file")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ FLOPs over its GPU time and the matmul rate. Speeds are ratios of wall time, for
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -15,6 +14,7 @@ import torch
 
 from liger_cli.bench.op_timing import Part
 from liger_cli.errors import ConfigError
+from liger_kernels.nearest import nearest_name
 from liger_kernels.ops.op import Case, Op, Sample
 from liger_kernels.ops.registry import OPS, find_op
 
@@ -261,8 +261,8 @@ def select(
 def _check_shapes(wanted: Sequence[str], known: Sequence[str]) -> None:
     for shape in wanted:
         if shape not in known:
-            near = difflib.get_close_matches(shape, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "."
+            near = nearest_name(shape, known)
+            hint = f"; did you mean {near}?" if near else "."
             names = ", ".join(dict.fromkeys(known))
             raise ConfigError(
                 f"--shapes: none of these ops is measured on {shape!r}{hint} Shapes: {names}"

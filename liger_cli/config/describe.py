@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -10,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BeforeValidator
 
 from liger_cli.config.keys import ALIASES, RunConfig
+from liger_kernels.nearest import nearest_name
 
 __all__ = [
     "allowed",
@@ -119,8 +119,7 @@ def nearest_key(name: str) -> str | None:
         if spelling in _ELSEWHERE:
             return _ELSEWHERE[spelling]
     keys = [*RunConfig.model_fields, *ALIASES]
-    close = [difflib.get_close_matches(spelling, keys, n=1) for spelling in (wanted, tail)]
-    return next((match for [match] in filter(None, close)), None)
+    return nearest_name(wanted, keys) or nearest_name(tail, keys)
 
 
 def json_schema() -> dict[str, Any]:

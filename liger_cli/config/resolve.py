@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
@@ -16,11 +15,15 @@ from liger_cli.config.describe import allowed, choices, nearest_key
 from liger_cli.config.keys import ALIASES, RunConfig
 from liger_cli.config.yaml_file import Entry, read_file, read_set, shorten, to_yaml
 from liger_cli.errors import ConfigError
+from liger_kernels.nearest import nearest_name
 
 __all__ = ["ResolvedConfig", "find_problems", "flag_name", "load_config", "resolve_config"]
 
 # Stands for the one required key where a file is checked that need not have it.
 _NO_MODEL = {"model": "not set"}
+
+# Unknown keys that get advice; a search takes milliseconds, and a file may have 10 000 keys.
+_MAX_ADVICE = 20
 
 # Errors whose message names every allowed value by itself.
 _SELF_EXPLAINED = {"literal_error", "value_error", "string_too_short"} | {
@@ -142,6 +145,7 @@ class _Given:
 
     def __init__(self, warn_unknown: Callable[[str], None] | None) -> None:
         self._warn_unknown = warn_unknown
+        self._num_unknown = 0
         self.entries: list[Entry] = []
         self.ranks: dict[str, list[int]] = {}
         self.problems: list[tuple[int, str]] = []
@@ -159,7 +163,9 @@ class _Given:
             self.entries.append(entry)
             key = ALIASES.get(entry.name, entry.name)
             if key not in RunConfig.model_fields:
-                message = f"{entry.at_name}: {_unknown(entry)}"
+                self._num_unknown += 1
+                near = _advice(entry) if self._num_unknown <= _MAX_ADVICE else ""
+                message = f"{entry.at_name}: unknown key '{shorten(entry.name)}'{near}"
                 if self._warn_unknown is None:
                     self.problems.append((rank, message))
                 else:
@@ -247,15 +253,15 @@ def _flag_entry(key: str, value: Any) -> Entry:
     return Entry(key, value, flag, flag, flag)
 
 
-def _unknown(entry: Entry) -> str:
-    text = f"unknown key '{shorten(entry.name)}'"
+def _advice(entry: Entry) -> str:
+    """Returns what follows the name of an unknown key: the key that was probably meant."""
     if not isinstance(entry.value, Mapping):
         near = nearest_key(entry.name)
-        return f"{text}; did you mean {near!r}?" if near else text
+        return f"; did you mean {near!r}?" if near else ""
     found = (nearest_key(f"{entry.name}.{inner}") for inner in list(entry.value)[:20])
     keys = ", ".join(dict.fromkeys(key for key in found if key))
     advice = f": write {keys} at the left margin" if keys else ""
-    return f"{text}; a configuration has no sections{advice}"
+    return f"; a configuration has no sections{advice}"
 
 
 def _invalid(key: str, detail: Mapping[str, Any]) -> str:
@@ -267,8 +273,8 @@ def _invalid(key: str, detail: Mapping[str, Any]) -> str:
     text = f"{key} {message}, got {_show(value)}"
     if detail["type"] not in _SELF_EXPLAINED:
         return f"{text}; allowed: {allowed(key)}"
-    near = difflib.get_close_matches(str(value)[:100].lower(), choices(key), n=1)
-    return f"{text}; did you mean {near[0]!r}?" if near else text
+    near = nearest_name(str(value).lower(), choices(key))
+    return f"{text}; did you mean {near!r}?" if near else text
 
 
 class _ShortRepr(reprlib.Repr):

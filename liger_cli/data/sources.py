@@ -6,7 +6,6 @@ A source gives its records in one order, so that a number of records says how fa
 from __future__ import annotations
 
 import csv
-import difflib
 import glob
 import hashlib
 import json
@@ -19,6 +18,7 @@ from typing import Any, Literal
 from liger_cli.data.rows import Record
 from liger_cli.data.samples import SAMPLE_LICENCE, SAMPLE_NAME, find_sample, read_sample
 from liger_cli.errors import ConfigError, DataError
+from liger_kernels.nearest import nearest_name
 
 __all__ = ["SYNTHETIC_NAME", "Source", "Split", "find_source", "split_names"]
 
@@ -129,10 +129,10 @@ def find_source(name: str, split: Split = "train", *, streaming: bool = False) -
     if path.suffix or name[:1] in "./~":
         raise DataError(f"there is no data file {path}" + _readable(path))
     known = (SAMPLE_NAME, SYNTHETIC_NAME)
-    nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    nearest = nearest_name(name.lower(), known, cutoff=0.5)
     raise ConfigError(
         f"dataset {name!r} is neither one of {', '.join(known)} nor a file, folder or glob"
-        + (f"; did you mean {nearest[0]}?" if nearest else ""),
+        + (f"; did you mean {nearest}?" if nearest else ""),
         hint="a dataset of the hub is written organisation/name",
     )
 

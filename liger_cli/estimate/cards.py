@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
 from liger_cli.errors import ConfigError
+from liger_kernels.nearest import nearest_name
 
 __all__ = ["CARDS", "Card", "find_card"]
 
@@ -71,8 +71,8 @@ def _named(text: str) -> Card:
     if len(found) == 1:
         return found[0]
     names = [card.name for card in found] or list(CARDS)
-    near = difflib.get_close_matches(wanted, [name.lower() for name in names], n=1)
-    hint = next((name for name in names if near and name.lower() == near[0]), None)
+    near = nearest_name(wanted, [name.lower() for name in names])
+    hint = next((name for name in names if name.lower() == near), None)
     problem = "is more than one card" if found else "is no card that liger knows"
     raise ConfigError(
         f"gpu {text!r} {problem}" + (f"; did you mean {hint}?" if hint and not found else ""),

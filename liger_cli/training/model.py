@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from liger_cli.training.dtypes import choose_dtype
 from liger_cli.training.presets import ModelSource, list_presets, preset_names, read_preset
 from liger_cli.training.run_models import find_run_model
 from liger_cli.training.tokenizers import load_tokenizer
+from liger_kernels.nearest import nearest_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -70,10 +70,10 @@ def resolve_model(name: str, notify: Callable[[str], None] | None = None) -> Mod
     if "/" in name:
         config, snapshot = fetch_config(name)
         return _source("hub", name, snapshot, config, "from the Hugging Face hub")
-    nearest = difflib.get_close_matches(name.lower(), preset_names(), n=1, cutoff=0.5)
+    nearest = nearest_name(name.lower(), preset_names(), cutoff=0.5)
     raise ConfigError(
         f"model {name!r} is neither a preset nor a path"
-        + (f"; did you mean {nearest[0]}?" if nearest else ""),
+        + (f"; did you mean {nearest}?" if nearest else ""),
         hint="liger models lists the presets; a hub id is written organisation/name",
     )
 
@@ -212,10 +212,10 @@ def _make_config(source: ModelSource) -> PretrainedConfig:
     values = dict(source.config or {})
     model_type = values.pop("model_type")
     if model_type not in CONFIG_MAPPING:
-        nearest = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=1)
+        nearest = nearest_name(model_type, CONFIG_MAPPING)
         raise ConfigError(
             f"the installed transformers knows no model type {model_type!r}, which {source.name} is"
-            + (f"; did you mean {nearest[0]!r}?" if nearest else ""),
+            + (f"; did you mean {nearest!r}?" if nearest else ""),
             hint="code that comes with a model is never run",
         )
     try:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 
+from liger_kernels.nearest import nearest_name
 from liger_kernels.ops.cross_entropy import OP as CROSS_ENTROPY
 from liger_kernels.ops.fused_add_rms_norm import OP as FUSED_ADD_RMS_NORM
 from liger_kernels.ops.fused_linear_cross_entropy import LOGPROBS
@@ -31,6 +31,7 @@ _ROWS = (
     LOGPROBS,
 )
 OPS: dict[str, Op] = {op.name: op for op in _ROWS}
+_BY_ANY_NAME = {name: op for op in _ROWS for name in (op.name, *op.aliases)}
 
 
 # The names that --ops, --require and coverage use, in the order reports show them.
@@ -50,13 +51,14 @@ def find_op(name: str, among: Collection[str] = tuple(OPS), words: tuple[str, ..
             names of the ops that it is a part of.
     """
     wanted = name.strip().lower().replace("-", "_")
-    every = {alias: op for op in OPS.values() for alias in (op.name, *op.aliases)}
-    names = {alias: op for alias, op in every.items() if op.name in among}
-    if wanted in names:
-        return names[wanted]
+    found = _BY_ANY_NAME.get(wanted)
+    if found is not None and found.name in among:
+        return found
     hint = "."
-    if wanted in every and every[wanted].part_of:
-        hint = f" here: it runs as a part of {' and '.join(every[wanted].patch_names)}."
-    elif near := difflib.get_close_matches(wanted, [*names, *words], n=1):
-        hint = f"; did you mean {near[0]!r}?"
+    if found is not None and found.part_of:
+        hint = f" here: it runs as a part of {' and '.join(found.patch_names)}."
+    else:
+        names = [alias for alias, op in _BY_ANY_NAME.items() if op.name in among]
+        if near := nearest_name(wanted, [*names, *words]):
+            hint = f"; did you mean {near!r}?"
     raise ValueError(f"unknown op {name!r}{hint} Known: {', '.join((*among, *words))}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 
+from liger_kernels.nearest import nearest_name
 from liger_kernels.transformers.selection import LOSSES, PATCH_OPS, OpSelection
 
 __all__ = ["COMMON_OPTIONS", "select", "unknown_option"]
@@ -29,6 +29,6 @@ def select(options: dict[str, bool], save_memory: bool, where: str) -> OpSelecti
 
 def unknown_option(name: str, known: Collection[str], where: str, rest: str) -> ValueError:
     """Return the error for an option that `where` does not know, with the nearest one."""
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
+    near = nearest_name(name, known)
+    hint = f"; did you mean {near!r}?" if near else "."
     return ValueError(f"{where} got an unknown option {name!r}{hint} {rest}")
