@@ -46,6 +46,8 @@ def announce_data(inputs: Inputs, batches: BatchPlan, num_steps: int) -> None:
     if stats.truncated_rows:
         notes.append(f"{format_count(stats.truncated_rows)} rows cut to max_length")
     notes += [f"{format_count(number)} {name}" for name, number in stats.left_out.items()]
+    if stats.unused_columns:
+        notes.append(f"not used: {', '.join(stats.unused_columns)}")
     for name, rows in inputs.eval.items():
         what = f"evaluation of {name}" if name else "evaluation"
         notes.append(f"{format_count(len(rows))} rows for {what}")

@@ -76,7 +76,7 @@ def fetch_dataset(
     except Exception as error:
         text = " ".join(str(error).split()) or repr(error)
         raise EnvironmentProblem(
-            f"dataset {name}: there is no such file, and as a dataset of the hub: {text}",
+            f"{name}: there is no such file, and as a dataset of the hub: {text}",
             hint="organisation/name:configuration takes one of several configurations; offline, "
             "take a file or a folder that datasets.save_to_disk wrote",
         ) from error

@@ -32,19 +32,9 @@ MIN_BYTES = 1_000_000
 _ROWS, _COUNTS = "rows.arrow", "counts.json"
 # What decides the ids and labels of a row besides its content and options.
 _CODE = (
-    *(
-        "borders",
-        "cache",
-        "calls",
-        "chat",
-        "encode",
-        "examples",
-        "marks",
-        "rows",
-        "samples",
-        "shown",
-    ),
-    *("sources", "template", "turns"),
+    *("answers", "borders", "cache", "calls", "chat", "encode", "examples", "files", "formats"),
+    *("instructions", "marks", "rows", "samples", "shown", "sources", "template", "turns"),
+    "values",
 )
 
 
@@ -60,6 +50,7 @@ class Counts:
     columns: list[str] = field(default_factory=list)
     # What of the rows used is not trained although it was said, by its name.
     left_out: dict[str, int] = field(default_factory=dict)
+    unused_columns: list[str] = field(default_factory=list)
 
     def set(self, other: Counts) -> None:
         """Takes over the counts of another."""
@@ -72,7 +63,11 @@ class Counts:
         self.tokens += other.tokens
         self.trained_tokens += other.trained_tokens
         self.truncated_rows += other.truncated_rows
-        self.columns += [name for name in other.columns if name not in self.columns]
+        for names, more in (
+            (self.columns, other.columns),
+            (self.unused_columns, other.unused_columns),
+        ):
+            names += [name for name in more if name not in names]
         self.add_left_out(other.left_out)
 
     def add_left_out(self, left_out: Mapping[str, int]) -> None:

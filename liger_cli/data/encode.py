@@ -6,13 +6,14 @@ the completion begins between two tokens, as it does when a model writes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from liger_cli.data.answers import kept_answers
 from liger_cli.data.borders import TokenBorders
 from liger_cli.data.chat import ChatRenderer, Conversation
 from liger_cli.data.rows import Row
@@ -84,10 +85,31 @@ class Encoder:
         ]
 
     def conversation(self, row: Row, renderer: ChatRenderer) -> Conversation:
-        """Returns a row as the template renders it, and what of it is trained."""
-        return renderer.conversation(
-            row.messages, row.tools, row.where, assistant_only=self.assistant_only
-        )
+        """Return a row as the template renders it, and what of it is trained.
+
+        Raises:
+            DataError: The template does not show what is said, or a mark cannot be honoured.
+        """
+
+        def rendered(assistant_only: bool) -> Conversation:
+            return renderer.conversation(
+                row.messages, row.tools, row.where, assistant_only=assistant_only
+            )
+
+        chat = rendered(self.assistant_only)
+        if not row.is_trained:
+            return chat._replace(trained=())
+        if not any(mark is not None for mark in row.marks):
+            return chat
+        answers = chat.trained if self.assistant_only else rendered(True).trained
+        shown = [chat.text[begin:end] for begin, end in answers]
+        kept = kept_answers(shown, row, assistant_only=self.assistant_only)
+        if self.assistant_only:
+            return chat._replace(
+                trained=tuple(span for span, keeps in zip(answers, kept, strict=True) if keeps)
+            )
+        dropped = [span for span, keeps in zip(answers, kept, strict=True) if not keeps]
+        return chat._replace(trained=tuple(_outside(dropped, len(chat.text))))
 
     def _label_conversation(
         self, row: Row, chat: Conversation, ids: list[int], offsets: Sequence[Span]
@@ -118,10 +140,22 @@ class Encoder:
         return Encoded(ids, labels)
 
     def _segments(self, row: Row) -> list[Segment]:
-        """Returns the text of a row, cut where what is trained begins."""
-        *untrained, trained = row.parts
-        parts = [Segment(text, not self.completion_only) for text in untrained]
-        return [segment for segment in [*parts, Segment(trained, True)] if segment.text]
+        """Return the text of a row, cut where what is trained begins and ends."""
+        return [
+            Segment(text, is_trained and row.is_trained)
+            for text, is_trained in self._parts(row)
+            if text
+        ]
+
+    def _parts(self, row: Row) -> Iterator[tuple[str, bool]]:
+        """Yield the text, or prompts and answers in turns, each with whether it is trained."""
+        spoken = zip(row.messages, row.marks, strict=False)
+        marks = [mark for message, mark in spoken if message["role"] == "assistant"]
+        for i, text in enumerate(row.parts):
+            if (len(row.parts) - 1 - i) % 2:
+                yield text, not self.completion_only
+            else:
+                yield text, not marks or marks[i // 2] is not False
 
     def _is_conversation(self, row: Row) -> bool:
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
@@ -194,6 +228,17 @@ class Encoder:
                 start, [ids] = number, self._ids([row[number].text])
                 result.append(ids)
         return result
+
+
+def _outside(spans: Sequence[Span], end: int) -> Iterator[Span]:
+    """Yield what of a text of `end` characters is in none of the spans, which are in order."""
+    begin = 0
+    for first, last in spans:
+        if begin < first:
+            yield begin, first
+        begin = last
+    if begin < end:
+        yield begin, end
 
 
 def labels_of(ids: Sequence[int], trained: Sequence[Span], borders: TokenBorders) -> list[int]:

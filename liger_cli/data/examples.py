@@ -7,13 +7,9 @@ padding token may be the token that ends a text.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -25,8 +21,9 @@ from liger_cli.data.encode import IGNORED, Encoder
 from liger_cli.data.images import ImageRows, ImagesFound
 from liger_cli.data.mixture import join_sources
 from liger_cli.data.rows import Record, RowFormat
-from liger_cli.data.sources import SYNTHETIC_NAME, Source, Split, find_source, split_names
-from liger_cli.errors import ConfigError, DataError, EnvironmentProblem
+from liger_cli.data.sources import SYNTHETIC_NAME, Source, Split, find_sources
+from liger_cli.data.workers import map_in_order
+from liger_cli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -62,6 +59,7 @@ class DataStats:
         columns: The columns of the source that were read.
         left_out: What of the rows used is not trained although it was said, by its name: how many
             system messages, thoughts or answers.
+        unused_columns: Those that are there and were not.
     """
 
     rows: int
@@ -71,6 +69,7 @@ class DataStats:
     truncated_rows: int
     columns: tuple[str, ...]
     left_out: dict[str, int]
+    unused_columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,8 @@ class Examples:
     def stats(self) -> DataStats:
         """The counts; of a stream those of the rows so far."""
         values = asdict(self.counts)
-        return DataStats(**{**values, "columns": tuple(values["columns"])})
+        names = {key: tuple(values[key]) for key in ("columns", "unused_columns")}
+        return DataStats(**{**values, **names})
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,12 @@ def load_examples(
         raise ConfigError(f"num_rows is {num_rows}; at least 1")
     counts, licences, has_images = Counts(), list[str](), False
     parts: list[tuple[str, Any, float | None]] = []
-    for one, weight in split_names(name):
-        if one == SYNTHETIC_NAME:
+    for one, source, weight in find_sources(name, split):
+        if source is None:
             made = _synthetic(split, options, seed, num_rows or _SYNTHETIC_ROWS[split])
         elif tokenizer is None:
-            raise ConfigError(f"dataset {one} needs a tokenizer; only {SYNTHETIC_NAME} needs none")
+            raise ConfigError(f"{one} needs a tokenizer; only {SYNTHETIC_NAME} needs none")
         else:
-            source = find_source(one, split)
             licences += [source.licence] if source.licence else []
             try:
                 made = _tokenise(source, tokenizer, options, num_rows, num_proc, notify)
@@ -215,7 +214,10 @@ class RowMaker:
         for row in rows:
             if row.images:
                 raise ImagesFound(row.where)
-        counts = Counts(columns=list(dict.fromkeys(name for row in rows for name in row.columns)))
+        counts = Counts(
+            columns=list(dict.fromkeys(name for row in rows for name in row.columns)),
+            unused_columns=list(dict.fromkeys(name for row in rows for name in row.unused)),
+        )
         kept: list[tuple[list[int], list[int]]] = []
         max_length = self.options.max_length
         for row, encoded in zip(rows, self.encoder.encode(rows, self.renderer), strict=True):
@@ -317,50 +319,9 @@ def nothing_to_train(name: str, counts: Counts, max_length: int) -> DataError:
     return DataError(
         f"none of the {counts.dropped_rows} rows of {name} has a token to train on within the "
         f"first {max_length} tokens (max_length)",
-        hint="trained are completions, what the assistant says, and text",
+        hint="trained are completions, what the assistant says, and text, where no field such as "
+        "train: false or weight: 0 says otherwise",
     )
-
-
-# The worker's maker: sent once, since a tokenizer takes long to send.
-_maker: RowMaker | None = None
-
-
-def _set_maker(maker: RowMaker) -> None:
-    global _maker
-    _maker = maker
-
-
-def _make(records: list[Record]) -> tuple[pyarrow.Table, Counts]:
-    assert _maker is not None
-    return _maker(records)
-
-
-def map_in_order(
-    maker: RowMaker, batches: Iterable[list[Record]], num_proc: int
-) -> Iterator[tuple[pyarrow.Table, Counts]]:
-    """Yields what the maker makes of each batch, in their order, by so many processes."""
-    if num_proc <= 1:
-        yield from map(maker, batches)
-        return
-    # Spawned, since a tokenizer's threads do not survive a fork.
-    pool = ProcessPoolExecutor(
-        num_proc, get_context("spawn"), initializer=_set_maker, initargs=(maker,)
-    )
-    pending: deque[Future[tuple[pyarrow.Table, Counts]]] = deque()
-    try:
-        for batch in batches:
-            pending.append(pool.submit(_make, batch))
-            if len(pending) > 2 * num_proc:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise EnvironmentProblem(
-            "a process that tokenises ended without a word, as one does that has no memory left",
-            hint="lower dataset_num_proc",
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _synthetic(

@@ -69,7 +69,7 @@ class ImageRows:
         for row in rows:
             if len(kept) == num_rows:
                 break
-            counts.add(Counts(columns=list(row.columns)))
+            counts.add(Counts(columns=list(row.columns), unused_columns=list(row.unused)))
             encoded = found.encode(row)
             ids, labels = encoded["input_ids"], encoded["labels"][:max_length]
             num_trained = sum(label != IGNORED for label in labels)

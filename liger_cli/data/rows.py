@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from liger_cli.data.calls import check_calls, check_role
+from liger_cli.data.formats import (
+    FORMATS,
+    MESSAGE_FIELDS,
+    OPTIONAL,
+    WANTED,
+    find_format,
+    message_mark,
+    row_marks,
+)
+from liger_cli.data.instructions import instruction_messages, instruction_parts
+from liger_cli.data.layouts import layout_hint, not_utf8
+from liger_cli.data.values import check_list, check_text, describe
 from liger_cli.errors import DataError
 
 __all__ = ["Record", "Row", "RowFormat", "make_row"]
 
 # Where a record stands, and what is there: an object, or a line of JSON that is yet to be parsed.
 Record = tuple[str, Any]
-
-# The formats, by the columns that make them; the first that fits the first row is the source's.
-FORMATS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "prompt and completion": ("prompt", "completion"),
-    "instruction and output": ("instruction", "output"),
-    "text": ("text",),
-}
-WANTED = (
-    "text; or prompt and completion; or instruction, output and perhaps input; or messages (a list "
-    "of role and content); or conversations (a list of from and value)"
-)
-_OPTIONAL: dict[str, tuple[str, ...]] = {
-    "messages": ("tools", "images"),
-    "conversations": ("tools", "images"),
-    "instruction and output": ("input",),
-}
 
 # The speakers of the conversations format, as roles of the messages format.
 SPEAKERS = {
@@ -46,13 +40,6 @@ SPEAKERS = {
     "observation": "tool",
 }
 
-# The wording of Stanford Alpaca, for a model without a chat template.
-_INSTRUCTION = (
-    "Below is an instruction that describes a task{with_input}. Write a response that "
-    "appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n{input}"
-    "### Response:\n"
-)
-
 
 @dataclass(frozen=True)
 class Row:
@@ -61,19 +48,26 @@ class Row:
     Args:
         where: File and line, for errors.
         columns: The columns that are used.
-        parts: The text; or the prompt and the completion; or nothing in a conversation.
+        unused: The columns that are there and are not used.
+        parts: The text; or the prompt and the completion, of an instruction with a history those of
+            each turn; or nothing in a conversation.
         messages: Of a conversation, with role and content at least. An instruction has both: it
             is a conversation where the tokenizer has a chat template.
+        marks: Of each message, whether it says that it is trained; None where it says nothing.
+        is_trained: Whether anything of the row is trained.
         tools: Descriptions of tools, for the chat template.
         images: Of the messages' image parts in their order: a path, the bytes or a PIL image.
     """
 
     where: str
     columns: tuple[str, ...]
+    unused: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     messages: tuple[Mapping[str, Any], ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
     images: tuple[Any, ...] = ()
+    marks: tuple[bool | None, ...] = ()
+    is_trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -98,13 +92,14 @@ class RowFormat:
             DataError: Its columns are of no format; names those found and those wanted.
         """
         where, content = record[0], _as_object(record)
-        for name, columns in FORMATS.items():
-            if set(columns) <= set(content):
-                return cls(name, where, folder)
-        raise DataError(f"{where}: found the columns {_join(content)}; wanted {WANTED}")
+        name, hint = find_format(content), layout_hint(content)
+        if name is None or hint is not None:
+            found = f"found the columns {_join(content)}"
+            raise DataError(f"{where}: {found}; wanted {WANTED}", hint=hint)
+        return cls(name, where, folder)
 
     def row(self, record: Record) -> Row:
-        """Returns the row of a record. Columns that the format does not use are ignored.
+        """Returns the row of a record. Columns that the format does not use are noted.
 
         Raises:
             DataError: The record cannot be used; names its place and the reason.
@@ -115,7 +110,7 @@ class RowFormat:
         return make_row(self.name, content, where, self.folder)
 
     def _other_format(self, content: Mapping[str, Any], where: str) -> DataError:
-        if any(set(columns) <= set(content) for columns in FORMATS.values()):
+        if find_format(content) is not None:
             return DataError(
                 f"{where}: found the columns {_join(content)}, but the data start with {self.name} "
                 f"({self.first}); a source has one format"
@@ -129,20 +124,70 @@ class RowFormat:
 
 def make_row(form: str, content: Mapping[str, Any], where: str, folder: Path | None = None) -> Row:
     """Returns a checked row of one of the FORMATS."""
-    optional = [name for name in _OPTIONAL.get(form, ()) if content.get(name) not in (None, "", [])]
+    given = {key for key, value in content.items() if value not in (None, "", [])}
+    optional = [name for name in OPTIONAL.get(form, ()) if name in given]
     columns = (*FORMATS[form], *optional)
+    fields = row_marks(content, form, where)
+    used = {*columns, *fields.fields}
+    row = _make_row(form, {name: content[name] for name in columns}, where, folder)
+    return replace(
+        row,
+        columns=(*columns, *fields.fields),
+        unused=(*(name for name in content if name in given - used), *row.unused),
+        marks=_only_last(row) if fields.only_last else row.marks,
+        is_trained=fields.is_trained,
+    )
+
+
+def _make_row(form: str, content: dict[str, Any], where: str, folder: Path | None) -> Row:
+    columns = tuple(content)
     if form == "instruction and output":
-        return _instruction(columns, content, where)
+        messages = instruction_messages(content, where)
+        parts = instruction_parts(messages, content["instruction"], content.get("input", ""))
+        return Row(where, columns, parts=parts, messages=messages)
     if form not in ("messages", "conversations"):
-        return Row(where, columns, tuple(_check_text(content[key], key, where) for key in columns))
+        parts = tuple(check_text(value, key, where) for key, value in content.items())
+        return Row(where, columns, parts=parts)
+    turns = content[form]
     check = _check_messages if form == "messages" else _check_conversation
-    messages = check(content[form], where)
-    given = content["images"] if "images" in optional else []
+    messages = check(turns, where)
+    marks = tuple(message_mark(turn, f"{form}[{i}]", where) for i, turn in enumerate(turns))
+    if "system" in content:
+        messages, marks = _with_system(messages, marks, content["system"], where)
+    given = content.get("images", [])
     images: list[Any] = []
     if given or any(isinstance(message["content"], list) for message in messages):
         messages, images = _place_images(messages, given, where, folder)
-    tools = _check_tools(content["tools"], where) if "tools" in optional else ()
-    return Row(where, columns, messages=messages, tools=tools, images=tuple(images))
+    tools = _check_tools(content["tools"], where) if "tools" in content else ()
+    unused = _unused_keys(turns) if form == "conversations" else ()
+    return Row(where, columns, unused, (), messages, tools, tuple(images), marks)
+
+
+def _only_last(row: Row) -> tuple[bool | None, ...]:
+    """The marks of a row of which only the last answer is trained."""
+    answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+    marks = list(row.marks or [None] * len(row.messages))
+    for i in answers[:-1]:
+        marks[i] = False
+    return tuple(marks)
+
+
+def _with_system(
+    messages: tuple[Mapping[str, Any], ...], marks: tuple[bool | None, ...], text: Any, where: str
+) -> tuple[tuple[Mapping[str, Any], ...], tuple[bool | None, ...]]:
+    """Puts the text of the column system before the messages."""
+    system = {"role": "system", "content": check_text(text, "system", where)}
+    if messages[0]["role"] != "system":
+        return (system, *messages), (None, *marks)
+    if messages[0]["content"] != system["content"]:
+        raise DataError(f"{where}: the column system and the first message are two system messages")
+    return messages, marks
+
+
+def _unused_keys(turns: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    known = {"from", "value", *MESSAGE_FIELDS}
+    keys = dict.fromkeys(key for turn in turns for key, value in turn.items() if value is not None)
+    return tuple(f"conversations.{key}" for key in keys if key not in known)
 
 
 def _as_object(record: Record) -> Mapping[str, Any]:
@@ -151,54 +196,33 @@ def _as_object(record: Record) -> Mapping[str, Any]:
         try:
             content = json.loads(content.decode("utf-8-sig").strip())
         except UnicodeDecodeError as error:
-            raise DataError(f"{where}: not UTF-8: {error.reason}") from error
+            raise not_utf8(where, error) from error
         except json.JSONDecodeError as error:
             raise DataError(f"{where}: not JSON: {error.msg} (column {error.colno})") from error
         except RecursionError as error:
             raise DataError(f"{where}: not usable JSON: nested too deep") from error
     if not isinstance(content, dict):
-        raise DataError(f"{where}: a row must be an object, found {_describe(content)}")
+        raise DataError(f"{where}: a row must be an object, found {describe(content)}")
     return content
-
-
-def _instruction(columns: tuple[str, ...], content: Mapping[str, Any], where: str) -> Row:
-    texts = {key: _check_text(content[key], key, where) for key in columns}
-    extra = texts.get("input", "")
-    prompt = _INSTRUCTION.format(
-        with_input=", paired with an input that provides further context" if extra else "",
-        instruction=texts["instruction"],
-        input=f"### Input:\n{extra}\n\n" if extra else "",
-    )
-    asked = f"{texts['instruction']}\n\n{extra}" if extra else texts["instruction"]
-    messages = (
-        {"role": "user", "content": asked},
-        {"role": "assistant", "content": texts["output"]},
-    )
-    return Row(where, columns, (prompt, texts["output"]), messages)
-
-
-def _check_text(value: Any, name: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {name} must be a string, found {_describe(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: {name} holds half of a surrogate pair, not text") from error
-    return value
 
 
 def _check_messages(messages: Any, where: str) -> tuple[Mapping[str, Any], ...]:
     return tuple(
         _check_message(message, f"messages[{number}]", where)
-        for number, message in _check_list(messages, "messages", where)
+        for number, message in check_list(messages, "messages", where)
     )
 
 
 def _check_message(message: Any, name: str, where: str) -> Mapping[str, Any]:
     if not isinstance(message, dict):
-        raise DataError(f"{where}: {name} must be an object, found {_describe(message)}")
-    # What is null is absent: a table of rows with different keys is written with nulls.
-    message = {key: value for key, value in message.items() if value is not None}
+        raise DataError(f"{where}: {name} must be an object, found {describe(message)}")
+    # What is null is absent: a table of rows with different keys is written with nulls. What marks
+    # a message as trained is read apart, and is no business of a template.
+    message = {
+        key: value
+        for key, value in message.items()
+        if value is not None and key not in MESSAGE_FIELDS
+    }
     if "function_call" in message:
         raise DataError(
             f"{where}: {name} has function_call, the older form, which chat templates do not show",
@@ -208,14 +232,14 @@ def _check_message(message: Any, name: str, where: str) -> Mapping[str, Any]:
         raise DataError(
             f"{where}: {name} must have role and content, found {_join(message) or 'nothing'}"
         )
-    role = check_role(_check_text(message["role"], f"{name}.role", where), name, where)
+    role = check_role(check_text(message["role"], f"{name}.role", where), name, where)
     if "tool_calls" in message:
         message["tool_calls"] = check_calls(message["tool_calls"], f"{name}.tool_calls", where)
     content = message.get("content", "")
     if isinstance(content, list):
         message["content"] = _check_parts(content, role, f"{name}.content", where)
     else:
-        message["content"] = _check_text(content, f"{name}.content", where)
+        message["content"] = check_text(content, f"{name}.content", where)
     return message
 
 
@@ -225,11 +249,11 @@ def _check_parts(
     """The parts of a content; without an image they are one text."""
     checked: list[Mapping[str, Any]] = []
     for number, part in enumerate(parts):
-        kind = part.get("type") if isinstance(part, dict) else _describe(part)
+        kind = part.get("type") if isinstance(part, dict) else describe(part)
         if kind in ("image", "image_url") and role != "assistant":
             checked.append({**part, "type": "image"})
         elif kind == "text":
-            text = _check_text(part.get("text"), f"{name}[{number}].text", where)
+            text = check_text(part.get("text"), f"{name}[{number}].text", where)
             checked.append({"type": "text", "text": text})
         else:
             raise DataError(
@@ -245,7 +269,7 @@ def _place_images(
     messages: Sequence[Mapping[str, Any]], given: Any, where: str, folder: Path | None
 ) -> tuple[tuple[Mapping[str, Any], ...], list[Any]]:
     """Returns messages whose image parts hold no image, and the images in their order."""
-    column = [image for _, image in _check_list(given, "images", where)] if given else []
+    column = [image for _, image in check_list(given, "images", where)] if given else []
     parts = [
         part
         for message in messages
@@ -292,7 +316,7 @@ def _check_image(image: Any, where: str, folder: Path | None) -> Any:
         image = image.get("bytes") or image.get("path") or image.get("url")
     if not isinstance(image, str):
         if image is None or isinstance(image, int | float | list):
-            raise DataError(f"{where}: an image must be a path, found {_describe(image)}")
+            raise DataError(f"{where}: an image must be a path, found {describe(image)}")
         return image
     if image.startswith("data:"):
         try:
@@ -315,49 +339,28 @@ def _check_tools(tools: Any, where: str) -> tuple[Mapping[str, Any], ...]:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise DataError(f"{where}: tools is not JSON: {error.msg}") from error
-    for number, tool in _check_list(tools, "tools", where):
+    for number, tool in check_list(tools, "tools", where):
         if not isinstance(tool, dict):
-            raise DataError(f"{where}: tools[{number}] must be an object, found {_describe(tool)}")
+            raise DataError(f"{where}: tools[{number}] must be an object, found {describe(tool)}")
     return tuple(tools)
 
 
 def _check_conversation(turns: Any, where: str) -> tuple[Mapping[str, Any], ...]:
     messages = []
-    for number, turn in _check_list(turns, "conversations", where):
+    for number, turn in check_list(turns, "conversations", where):
         name = f"conversations[{number}]"
         if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
-            found = _join(turn) if isinstance(turn, dict) else _describe(turn)
+            found = _join(turn) if isinstance(turn, dict) else describe(turn)
             raise DataError(f"{where}: {name} must have from and value, found {found}")
-        role = SPEAKERS.get(_check_text(turn["from"], f"{name}.from", where))
+        role = SPEAKERS.get(check_text(turn["from"], f"{name}.from", where))
         if role is None:
             raise DataError(
                 f"{where}: {name}.from is {turn['from']!r}; allowed are {', '.join(SPEAKERS)}"
             )
-        content = _check_text(turn["value"], f"{name}.value", where)
+        content = check_text(turn["value"], f"{name}.value", where)
         messages.append({"role": role, "content": content})
     return tuple(messages)
 
 
-def _check_list(value: Any, name: str, where: str) -> Iterator[tuple[int, Any]]:
-    if not isinstance(value, list):
-        raise DataError(f"{where}: {name} must be a list, found {_describe(value)}")
-    if not value:
-        raise DataError(f"{where}: {name} is empty")
-    return iter(enumerate(value))
-
-
 def _join(columns: Mapping[str, Any]) -> str:
     return ", ".join(map(str, columns)) or "none"
-
-
-def _describe(value: Any) -> str:
-    kinds = {
-        type(None): "null",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "a string",
-        list: "a list",
-        dict: "an object",
-    }
-    return kinds.get(type(value), f"a {type(value).__name__}")

@@ -5,22 +5,25 @@ A source gives its records in one order, so that a number of records says how fa
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from liger_cli.data.files import READERS, read_file, table_rows
+from liger_cli.data.layouts import refuse_ending
+from liger_cli.data.places import files_below, matching_files
 from liger_cli.data.rows import Record
 from liger_cli.data.samples import SAMPLE_LICENCE, SAMPLE_NAME, find_sample, read_sample
 from liger_cli.errors import ConfigError, DataError
 from liger_kernels.nearest import nearest_name
 
-__all__ = ["SYNTHETIC_NAME", "Source", "Split", "find_source", "split_names"]
+__all__ = ["SYNTHETIC_NAME", "Source", "Split", "find_source", "find_sources", "split_names"]
 
 SYNTHETIC_NAME = "synthetic"
 Split = Literal["train", "eval"]
@@ -60,6 +63,11 @@ class Source:
     def num_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.files)
 
+    @property
+    def places(self) -> list[str]:
+        """Where the records are, whatever it is called: the real paths of its files."""
+        return [os.path.realpath(path) for path in self.files] or [self.name]
+
     def fingerprint(self) -> str:
         """Returns a hash of the content; a file under another name has the same."""
         digest = hashlib.sha256()
@@ -87,8 +95,33 @@ def split_names(text: str) -> list[tuple[str, float | None]]:
     for name, weight in found:
         if not name or (weight is not None and not 0 < weight < float("inf")):
             raise ConfigError(
-                f"dataset {text!r}: each of several is NAME or NAME:WEIGHT, with a weight above 0"
+                f"{text!r}: each of several is NAME or NAME:WEIGHT, with a weight above 0"
             )
+    return found
+
+
+def find_sources(
+    text: str, split: Split = "train", *, streaming: bool = False
+) -> list[tuple[str, Source | None, float | None]]:
+    """Returns the name, source and weight of each dataset that a value names; synthetic has none.
+
+    Raises:
+        ConfigError: Two of them have a file in common, whose rows would be used twice.
+        LigerError: As split_names and find_source.
+    """
+    found: list[tuple[str, Source | None, float | None]] = []
+    owners: dict[str, str] = {}
+    for name, weight in split_names(text):
+        source = None if name == SYNTHETIC_NAME else find_source(name, split, streaming=streaming)
+        found.append((name, source, weight))
+        for place in source.places if source else ():
+            if place in owners:
+                raise ConfigError(
+                    f"{text!r} names {place} twice, in {owners[place]} and in {name}",
+                    hint=f"{name}:2,OTHER uses the rows of a dataset more often than those of "
+                    "another",
+                )
+            owners[place] = name
     return found
 
 
@@ -114,15 +147,14 @@ def find_source(name: str, split: Split = "train", *, streaming: bool = False) -
         return _saved(name, path / _choose_split(_split_folders(path), split, name))
     if path.is_dir() and (path / "state.json").is_file():
         return _saved(name, path)
-    if path.is_dir() and path.suffix not in _READERS:
+    if path.is_dir() and path.suffix not in READERS:
         return _files(name, _inside(path), path)
     if not path.exists() and glob.has_magic(name):
-        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        matches = [match for match in matches if match.is_file()]
+        matches = matching_files(str(path))
         if not matches:
             raise DataError(f"no file matches {name}")
         return _files(name, matches, matches[0].parent)
-    if path.suffix in _READERS or path.is_file():
+    if path.suffix in READERS or path.is_file():
         return _files(name, [path], path.parent)
     if _is_hub_name(name):
         return _from_hub(name, split, streaming)
@@ -131,28 +163,23 @@ def find_source(name: str, split: Split = "train", *, streaming: bool = False) -
     known = (SAMPLE_NAME, SYNTHETIC_NAME)
     nearest = nearest_name(name.lower(), known, cutoff=0.5)
     raise ConfigError(
-        f"dataset {name!r} is neither one of {', '.join(known)} nor a file, folder or glob"
+        f"{name!r} is neither one of {', '.join(known)} nor a file, folder or glob"
         + (f"; did you mean {nearest}?" if nearest else ""),
         hint="a dataset of the hub is written organisation/name",
     )
 
 
 def _readable(path: Path) -> str:
-    return "" if path.suffix in _READERS else f"; files end in {', '.join(_READERS)}"
+    return "" if path.suffix in READERS else f"; files end in {', '.join(READERS)}"
 
 
 def _inside(folder: Path) -> list[Path]:
     """The data files of a folder and those below it, in the order of their names."""
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    data = [path for path in files if path.suffix in _READERS]
+    files = files_below(folder)
+    data = [path for path in files if path.suffix in READERS]
     if not data:
         found = ", ".join(sorted({path.suffix or path.name for path in files})) or "nothing"
-        raise DataError(f"{folder} holds no data file: wanted {', '.join(_READERS)}; found {found}")
+        raise DataError(f"{folder} holds no data file: wanted {', '.join(READERS)}; found {found}")
     return data
 
 
@@ -160,152 +187,17 @@ def _files(name: str, paths: Sequence[Path], folder: Path) -> Source:
     for path in paths:
         if not path.exists():
             raise DataError(f"there is no data file {path}")
-        if path.suffix not in _READERS:
-            raise DataError(f"{path} is not a data file: wanted {', '.join(_READERS)}")
+        if path.suffix not in READERS:
+            raise refuse_ending(path, READERS)
         if not path.is_file():
             raise DataError(f"{path} cannot be read: it is no file")
 
     def records() -> Iterator[Record]:
         for path in paths:
-            try:
-                yield from _READERS[path.suffix](path)
-            except OSError as error:
-                raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+            yield from read_file(path)
 
     return Source(name, records, tuple(paths), folder)
 
-
-# Readers of files.
-
-
-def _read_lines(path: Path) -> Iterator[Record]:
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip().removeprefix(b"\xef\xbb\xbf"):
-                yield f"{path}:{number}", line
-
-
-def _read_json(path: Path) -> Iterator[Record]:
-    """A list, or an object a line."""
-    with path.open("rb") as stream:
-        is_list = stream.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-    if is_list:
-        return _read_list(path, _decode(path.read_bytes(), path, 1))
-    return _read_lines(path)
-
-
-def _decode(content: bytes, path: Path, line: int) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line += content[: error.start].count(b"\n")
-        raise DataError(f"{path}:{line}: not UTF-8: {error.reason}") from error
-
-
-def _read_list(path: Path, text: str) -> Iterator[Record]:
-    """Yields the items of a JSON list, each with the line it starts on."""
-    decoder = json.JSONDecoder()
-    line, seen = 1, 0
-
-    def skip_space(position: int) -> int:
-        nonlocal line, seen
-        while position < len(text) and text[position] in " \t\r\n":
-            position += 1
-        line += text.count("\n", seen, position)
-        seen = position
-        return position
-
-    def fail(message: str) -> DataError:
-        return DataError(f"{path}:{line}: not JSON: {message}")
-
-    position = skip_space(skip_space(0) + 1)
-    is_open = text[position : position + 1] != "]"
-    while is_open:
-        try:
-            item, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            line += text.count("\n", position, error.pos)
-            raise fail(error.msg) from error
-        except RecursionError as error:
-            raise DataError(f"{path}:{line}: not usable JSON: nested too deep") from error
-        yield f"{path}:{line}", item
-        position = skip_space(end)
-        is_open = text[position : position + 1] == ","
-        if is_open:
-            position = skip_space(position + 1)
-        elif text[position : position + 1] != "]":
-            raise fail("expected a comma or the end of the list")
-    if skip_space(position + 1) != len(text):
-        raise fail("text after the end of the list")
-
-
-def _read_text(path: Path) -> Iterator[Record]:
-    """Every line that is not blank is a row."""
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            text = _decode(line, path, number).strip("\r\n")
-            if text.strip():
-                yield f"{path}:{number}", {"text": text}
-
-
-def _read_csv(path: Path) -> Iterator[Record]:
-    # The limit of the module is 128 KiB a field, and a document is longer.
-    csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        delimiter = "\t" if path.suffix == ".tsv" else ","
-        reader = csv.reader(stream, delimiter=delimiter, strict=True)
-        try:
-            header = next(reader, [])
-            for row in reader:
-                where = f"{path}:{reader.line_num}"
-                # A blank line is no row of one empty field.
-                if row and len(row) != len(header):
-                    raise DataError(
-                        f"{where}: {len(row)} fields, but the header names {len(header)}"
-                    )
-                if row:
-                    yield where, dict(zip(header, row, strict=True))
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: not CSV: {error}") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{reader.line_num + 1}: not UTF-8: {error.reason}") from error
-
-
-def _read_parquet(path: Path) -> Iterator[Record]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            yield from _table_rows(path, file.iter_batches(_TABLE_ROWS))
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not Parquet: {error}") from error
-
-
-def _table_rows(name: object, batches: Iterable[Any]) -> Iterator[Record]:
-    number = 0
-    for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            # A struct has the keys of all rows, and those that a row has not are null.
-            content = {key: _without_nulls(value) for key, value in row.items()}
-            yield f"{name}:{number}", content
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".jsonl": _read_lines,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".txt": _read_text,
-}
 
 # Saved datasets and the hub.
 
@@ -341,7 +233,7 @@ def _saved(name: str, path: Path) -> Source:
 
 def _dataset_rows(name: object, dataset: Any) -> Iterator[Record]:
     # As Arrow the images stay what they are: bytes or a path.
-    return _table_rows(name, dataset.with_format("arrow").iter(_TABLE_ROWS))
+    return table_rows(name, dataset.with_format("arrow").iter(_TABLE_ROWS))
 
 
 def _is_hub_name(name: str) -> bool:

@@ -30,7 +30,7 @@ from liger_cli.data.images import ImagesFound
 from liger_cli.data.mixture import next_source
 from liger_cli.data.packing import Strategy, join_rows, pack
 from liger_cli.data.rows import Record
-from liger_cli.data.sources import SYNTHETIC_NAME, Source, find_source, split_names
+from liger_cli.data.sources import SYNTHETIC_NAME, Source, find_sources
 from liger_cli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -217,12 +217,12 @@ def open_stream(
     Raises:
         LigerError: As load_examples.
     """
-    parts = split_names(name)
-    if tokenizer is None or any(one == SYNTHETIC_NAME for one, _ in parts):
+    parts = find_sources(name, streaming=True)
+    sources = [source for _, source, _ in parts if source is not None]
+    if tokenizer is None or len(sources) < len(parts):
         raise ConfigError(f"streaming: {SYNTHETIC_NAME} data are made and not read")
-    sources = [find_source(one, streaming=True) for one, _ in parts]
     made = [(source, open_source(source, tokenizer, options)) for source in sources]
-    given = [weight for _, weight in parts]
+    given = [weight for _, _, weight in parts]
     weights = [] if not any(given) else [1.0 if weight is None else weight for weight in given]
     counts = Counts()
     stream = Stream(made, weights, buffer_size, seed, options.max_length, packing, counts)

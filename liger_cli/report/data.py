@@ -74,7 +74,8 @@ def _figures(preview: DataPreview) -> list[str]:
     part = ", the first block of the stream" if preview.is_part else ""
     read = stats.rows + stats.dropped_rows
     return [
-        f"{preview.name}{licence}{part}: columns {', '.join(stats.columns) or 'none'}",
+        f"{preview.name}{licence}{part}: columns {', '.join(stats.columns) or 'none'}"
+        + (f"; not used: {', '.join(stats.unused_columns)}" if stats.unused_columns else ""),
         f"{format_count(stats.rows)} rows, {format_count(stats.tokens)} tokens, "
         f"{format_count(stats.trained_tokens)} trained on "
         f"({_percent(stats.trained_tokens, stats.tokens)})",

@@ -276,6 +276,8 @@ def data_rows(data: DataPart) -> list[tuple[str, str]]:
         **data.left_out,
     }
     rows = [("dataset", data.name), ("columns", ", ".join(data.columns))]
+    if data.unused_columns:
+        rows.append(("columns not used", ", ".join(data.unused_columns)))
     return [*rows, *((name, format_count(count)) for name, count in counts.items())]
 
 

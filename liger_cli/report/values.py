@@ -89,6 +89,7 @@ class DataPart(_Part):
     eval_rows: int
     columns: list[str]
     left_out: dict[str, int] = {}
+    unused_columns: list[str] = []
 
 
 class EvalPart(_Part):

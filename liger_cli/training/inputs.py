@@ -6,7 +6,8 @@ What can fail cheaply comes first, so that a typo does not cost the loading of a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from liger_cli.data.packing import PackedRows, refuse_packing
 from liger_cli.data.samples import SAMPLE_NAME
 from liger_cli.data.sources import SYNTHETIC_NAME, Split
 from liger_cli.data.stream import open_stream
-from liger_cli.errors import ConfigError, DataError
+from liger_cli.errors import ConfigError, DataError, LigerError
 from liger_cli.training.adapters import attach_adapter, new_adapter
 from liger_cli.training.model import ModelSource, build_meta_model, resolve_model
 from liger_cli.training.tokenizers import Preprocessing
@@ -89,17 +90,18 @@ def load_inputs(
         assistant_only=config.assistant_only_loss,
     )
 
-    def load(name: str, split: Split) -> Examples:
-        return load_examples(
-            name,
-            tokenizer,
-            options,
-            split=split,
-            seed=config.order_seed,
-            processor=preprocessing.processor,
-            num_proc=config.dataset_num_proc,
-            notify=notify,
-        )
+    def load(name: str, split: Split, key: str = "dataset") -> Examples:
+        with _named(key):
+            return load_examples(
+                name,
+                tokenizer,
+                options,
+                split=split,
+                seed=config.order_seed,
+                processor=preprocessing.processor,
+                num_proc=config.dataset_num_proc,
+                notify=notify,
+            )
 
     train_rows = None
     if config.eval_fraction:
@@ -107,20 +109,20 @@ def load_inputs(
         train_rows, held_out = _split(data, config)
         eval_rows = {"": held_out}
     elif not trains:
-        sets = config.eval_sets or {"": config.dataset}
-        loaded = {name: load(place, "eval") for name, place in sets.items()}
+        loaded = _load_sets(config, load) or {"": load(config.dataset, "eval")}
         data = _together(loaded)
         eval_rows = {name: part.examples for name, part in loaded.items()}
     else:
         if config.streaming:
-            data = open_stream(
-                config.dataset,
-                tokenizer,
-                options,
-                buffer_size=config.shuffle_buffer_size,
-                seed=config.order_seed,
-                packing=config.packing_strategy if packs else None,
-            )
+            with _named("dataset"):
+                data = open_stream(
+                    config.dataset,
+                    tokenizer,
+                    options,
+                    buffer_size=config.shuffle_buffer_size,
+                    seed=config.order_seed,
+                    packing=config.packing_strategy if packs else None,
+                )
         else:
             data = load(config.dataset, "train")
         train_rows = data.examples
@@ -143,10 +145,27 @@ def load_inputs(
     )
 
 
-def _eval_rows(config: RunConfig, load: Callable[[str, Split], Examples]) -> dict[str, Any]:
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Puts the key whose data they are about before errors."""
+    try:
+        yield
+    except LigerError as error:
+        raise type(error)(f"{key}: {error.message}", hint=error.hint) from error
+
+
+def _load_sets(config: RunConfig, load: Callable[..., Examples]) -> dict[str, Examples]:
+    """The sets of eval_dataset by name."""
+    return {
+        name: load(place, "eval", f"eval_dataset {name}".rstrip())
+        for name, place in config.eval_sets.items()
+    }
+
+
+def _eval_rows(config: RunConfig, load: Callable[..., Examples]) -> dict[str, Any]:
     """What a training run is evaluated on that keeps none of its own rows for it."""
     if config.eval_sets:
-        return {name: load(place, "eval").examples for name, place in config.eval_sets.items()}
+        return {name: part.examples for name, part in _load_sets(config, load).items()}
     asking = {
         "eval_steps": config.eval_steps > 0,
         "eval_strategy": config.eval_strategy == "epoch",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -63,7 +64,8 @@ def test_case_100_every_kind_of_file_gives_the_same_rows(tmp_path):
     for name in ("d.parquet", "d.csv", "d.tsv", "saved", "dict"):
         found = load(tmp_path / name)
         assert found.examples[:] == wanted.examples[:], name
-        assert found.stats == wanted.stats
+        unused = ("id",) if name == "d.csv" else ()
+        assert found.stats == replace(wanted.stats, unused_columns=unused)
     assert texts(load(tmp_path / "dict", split="eval")) == texts(wanted)[:1]
 
 

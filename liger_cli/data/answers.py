@@ -1,0 +1,72 @@
+"""Which answers of a conversation are trained, where its messages say so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from liger_cli.data.rows import Row
+from liger_cli.errors import DataError
+
+__all__ = ["kept_answers"]
+
+# Characters at the end of a content by which its place is recognised.
+_TAIL = 20
+
+
+def kept_answers(shown: Sequence[str], row: Row, *, assistant_only: bool) -> list[bool]:
+    """Returns for each answer, as the template shows it, whether the row's marks let it be trained.
+
+    Args:
+        shown: The text of each trained part of the rendered conversation, in order.
+        row: A conversation.
+        assistant_only: Whether what others say is not trained anyway.
+
+    Raises:
+        DataError: A mark asks for what is not done, or an answer has no sure place.
+    """
+    if not any(mark is not None for mark in row.marks):
+        return [True] * len(shown)
+    for i, (message, mark) in enumerate(zip(row.messages, row.marks, strict=True)):
+        if mark is assistant_only and message["role"] != "assistant":
+            raise _no_answer(i, message["role"], row.where, assistant_only)
+    answers = [
+        (message, mark is not False)
+        for message, mark in zip(row.messages, row.marks, strict=True)
+        if message["role"] == "assistant"
+    ]
+    if len(answers) != len(shown):
+        # An answer without a text may show nothing.
+        answers = [(message, keep) for message, keep in answers if _says_something(message)]
+    is_sure = len(answers) == len(shown) and all(
+        _tail(message) in text for (message, _), text in zip(answers, shown, strict=True)
+    )
+    if not is_sure and not all(keep for _, keep in answers):
+        raise DataError(
+            f"{row.where}: some answers are marked not to be trained, and the chat template does "
+            "not show each answer as one text, so their place is not sure",
+            hint="leave the row out, or cut it behind the last answer that is trained",
+        )
+    return [keep for _, keep in answers] if is_sure else [True] * len(shown)
+
+
+def _no_answer(i: int, role: str, where: str, assistant_only: bool) -> DataError:
+    if assistant_only:
+        return DataError(
+            f"{where}: message {i} of {role} is marked to be trained; only answers are",
+            hint="--no-assistant-only-loss trains whole conversations",
+        )
+    return DataError(
+        f"{where}: message {i} of {role} is marked not to be trained, and assistant_only_loss: "
+        "false trains whole conversations but for marked answers",
+        hint="--assistant-only-loss trains only answers",
+    )
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    return bool(_tail(message)) or set(message) > {"role", "content"}
+
+
+def _tail(message: Mapping[str, Any]) -> str:
+    content = message["content"]
+    return content.strip()[-_TAIL:] if isinstance(content, str) else ""

@@ -1,0 +1,180 @@
+"""Readers of data files: each file as records in its order, with the line of each.
+
+A file of another layout (rows under a key, columns, another delimiter or encoding, compressed) is
+refused with the command that converts it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from liger_cli.data.layouts import (
+    decode,
+    other_delimiter,
+    refuse_other_bytes,
+)
+from liger_cli.data.rows import Record
+from liger_cli.errors import DataError
+
+__all__ = ["READERS", "read_file", "table_rows"]
+
+_TABLE_ROWS = 1000
+_BOM = b"\xef\xbb\xbf"
+# Bytes that are not UTF-8, as the error handler surrogateescape keeps them.
+_ESCAPED = re.compile("[\udc80-\udcff]")
+
+
+def read_file(path: Path) -> Iterator[Record]:
+    """Yields the records of a file whose ending is one of READERS.
+
+    Raises:
+        DataError: It cannot be read; names the file and the line.
+    """
+    try:
+        if path.suffix != ".parquet":
+            with path.open("rb") as stream:
+                refuse_other_bytes(path, stream.read(4096))
+        yield from READERS[path.suffix](path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _read_lines(path: Path) -> Iterator[Record]:
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip().removeprefix(_BOM):
+                yield f"{path}:{number}", line
+
+
+def _read_json(path: Path) -> Iterator[Record]:
+    """A list, an object a line, or one object over several lines."""
+    with path.open("rb") as stream:
+        is_list = stream.read(1024).removeprefix(_BOM).lstrip()[:1] == b"["
+        stream.seek(0)
+        first = next((line for line in stream if line.strip().removeprefix(_BOM)), b"")
+    if is_list:
+        return _read_list(path, decode(path.read_bytes(), path, 1))
+    if first.strip().removeprefix(_BOM) == b"{":
+        return iter([(f"{path}:1", path.read_bytes())])
+    return _read_lines(path)
+
+
+def _read_list(path: Path, text: str) -> Iterator[Record]:
+    """Yields the items of a JSON list, each with the line it starts on."""
+    decoder = json.JSONDecoder()
+    line, seen = 1, 0
+
+    def skip_space(position: int) -> int:
+        nonlocal line, seen
+        while position < len(text) and text[position] in " \t\r\n":
+            position += 1
+        line += text.count("\n", seen, position)
+        seen = position
+        return position
+
+    def fail(message: str) -> DataError:
+        return DataError(f"{path}:{line}: not JSON: {message}")
+
+    position = skip_space(skip_space(0) + 1)
+    is_open = text[position : position + 1] != "]"
+    while is_open:
+        try:
+            item, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            line += text.count("\n", position, error.pos)
+            raise fail(error.msg) from error
+        except RecursionError as error:
+            raise DataError(f"{path}:{line}: not usable JSON: nested too deep") from error
+        yield f"{path}:{line}", item
+        position = skip_space(end)
+        is_open = text[position : position + 1] == ","
+        if is_open:
+            position = skip_space(position + 1)
+        elif text[position : position + 1] != "]":
+            raise fail("expected a comma or the end of the list")
+    if skip_space(position + 1) != len(text):
+        raise fail("text after the end of the list")
+
+
+def _read_text(path: Path) -> Iterator[Record]:
+    """Every line that is not blank is a row."""
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            text = decode(line, path, number).strip("\r\n")
+            if text.strip():
+                yield f"{path}:{number}", {"text": text}
+
+
+def _read_csv(path: Path) -> Iterator[Record]:
+    # The limit of the module is 128 KiB a field, and a document is longer.
+    csv.field_size_limit(2**31 - 1)
+    delimiter = "\t" if path.suffix == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        reader = csv.reader(_checked_lines(stream, path), delimiter=delimiter, strict=True)
+        start = 1
+        try:
+            header = next(reader, [])
+            other_delimiter(path, header, delimiter)
+            start = reader.line_num + 1
+            for row in reader:
+                # A field may have several lines: a row stands where it begins.
+                where, start = f"{path}:{start}", reader.line_num + 1
+                # A blank line is no row of one empty field.
+                if row and len(row) != len(header):
+                    raise DataError(
+                        f"{where}: {len(row)} fields, but the header names {len(header)}"
+                    )
+                if row:
+                    yield where, dict(zip(header, row, strict=True))
+        except csv.Error as error:
+            since = f" in the row that begins on line {start}" if start < reader.line_num else ""
+            raise DataError(f"{path}:{reader.line_num}: not CSV: {error}{since}") from error
+
+
+def _checked_lines(stream: Iterable[str], path: Path) -> Iterator[str]:
+    for number, line in enumerate(stream, start=1):
+        if not line.isascii() and _ESCAPED.search(line):
+            decode(line.encode("utf-8", "surrogateescape"), path, number)
+        yield line
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from table_rows(path, file.iter_batches(_TABLE_ROWS))
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not Parquet: {error}") from error
+
+
+def table_rows(name: object, batches: Iterable[Any]) -> Iterator[Record]:
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            # A struct has the keys of all rows, and those that a row has not are null.
+            content = {key: _without_nulls(value) for key, value in row.items()}
+            yield f"{name}:{number}", content
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _read_lines,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".txt": _read_text,
+}
