@@ -32,9 +32,9 @@ MIN_BYTES = 1_000_000
 _ROWS, _COUNTS = "rows.arrow", "counts.json"
 # What decides the ids and labels of a row besides its content and options.
 _CODE = (
-    *("answers", "borders", "cache", "calls", "chat", "encode", "examples", "files", "formats"),
-    *("instructions", "marks", "rows", "samples", "shown", "sources", "template", "turns"),
-    "values",
+    *("answers", "borders", "cache", "calls", "chat", "clip", "encode", "examples", "files"),
+    *("formats", "instructions", "marks", "rows", "samples", "shown", "sources", "template"),
+    *("turns", "values"),
 )
 
 

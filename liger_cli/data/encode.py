@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from liger_cli.data.answers import kept_answers
 from liger_cli.data.borders import TokenBorders
 from liger_cli.data.chat import ChatRenderer, Conversation
+from liger_cli.data.clip import TextClipper
 from liger_cli.data.rows import Row
 from liger_cli.data.template import Span
 from liger_cli.errors import DataError
@@ -55,11 +56,13 @@ class Encoder:
         tokenizer: Any; character offsets are used where it has them.
         completion_only: Of a prompt and its completion only the completion is trained.
         assistant_only: Of a conversation only what the assistant says is trained.
+        max_length: Tokens that are kept of a row; of a longer one the rest may be missing.
     """
 
     tokenizer: PreTrainedTokenizerBase
     completion_only: bool = True
     assistant_only: bool = True
+    max_length: int | None = None
 
     def encode(self, rows: Sequence[Row], renderer: ChatRenderer) -> list[Encoded]:
         """Returns ids and labels of each row; a row with nothing to train on has no label."""
@@ -67,13 +70,15 @@ class Encoder:
         found = [row for row, is_one in zip(rows, is_chat, strict=True) if is_one]
         chats = iter(self._encode_conversations(found, renderer))
         segments = [
-            self._segments(row) for row, is_one in zip(rows, is_chat, strict=True) if not is_one
+            self._clipped(self._segments(row))
+            for row, is_one in zip(rows, is_chat, strict=True)
+            if not is_one
         ]
         texts = map(self._label, segments, self._tokenise(segments))
         return [next(chats) if is_one else next(texts) for is_one in is_chat]
 
     def _encode_conversations(self, rows: Sequence[Row], renderer: ChatRenderer) -> list[Encoded]:
-        found = [self.conversation(row, renderer) for row in rows]
+        found = [self._clipped_chat(self.conversation(row, renderer)) for row in rows]
         has_offsets = self.assistant_only and self.tokenizer.is_fast
         encoded = self._tokens([chat.text for chat in found], offsets=has_offsets)
         offsets = encoded["offset_mapping"] if has_offsets and found else [()] * len(found)
@@ -119,6 +124,33 @@ class Encoder:
 
         borders = TokenBorders(chat.text, ids, ids_before, self.decode, row.where, offsets)
         return Encoded(ids, labels_of(ids, chat.trained, borders), chat.left_out)
+
+    def _clipped_chat(self, chat: Conversation) -> Conversation:
+        """Return the beginning of a long conversation, which has more than max_length tokens."""
+        [first] = self._clipped([Segment(chat.text, True)]) if chat.text else [Segment("", True)]
+        if (end := len(first.text)) == len(chat.text):
+            return chat
+        trained = tuple((begin, min(last, end)) for begin, last in chat.trained if begin < end)
+        return chat._replace(text=first.text, trained=trained)
+
+    def _clipped(self, segments: list[Segment]) -> list[Segment]:
+        """Return the first segments of a long row, which have more than max_length tokens."""
+        if self.max_length is None:
+            return segments
+        size = self._clipper.first_size
+        texts = [segment.text for segment in segments]
+        while (first := self._clipper.clip(texts, size)) is not None:
+            cut = [
+                segment._replace(text=text) for segment, text in zip(segments, first, strict=False)
+            ]
+            if sum(map(len, self._tokenise([cut])[0])) > self.max_length:
+                return cut
+            size *= 4
+        return segments
+
+    @cached_property
+    def _clipper(self) -> TextClipper:
+        return TextClipper(self.tokenizer, self.max_length or 0)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids as it was before they were made."""

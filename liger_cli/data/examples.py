@@ -43,6 +43,8 @@ __all__ = [
 
 # Records that are tokenised at once: enough to keep a tokenizer's threads busy.
 BATCH = 1000
+# Fewer where they are long, which are all in memory with their tokens.
+_BATCH_BYTES = 32 * 1024 * 1024
 _SYNTHETIC_ROWS = {"train": 1024, "eval": 64}
 
 
@@ -249,7 +251,9 @@ def open_source(
     first = next(source.read(), None)
     if first is None:
         raise DataError(f"{source.name} holds no rows")
-    encoder = Encoder(tokenizer, options.completion_only, options.assistant_only)
+    encoder = Encoder(
+        tokenizer, options.completion_only, options.assistant_only, options.max_length
+    )
     form = RowFormat.find(first, source.folder)
     return RowMaker(form, encoder, ChatRenderer(tokenizer), options)
 
@@ -293,7 +297,16 @@ def _first_rows(
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
-    return iter(lambda: list(islice(records, BATCH)), [])
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += len(record[1]) if isinstance(record[1], bytes) else 0
+        if len(batch) == BATCH or size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _with_images(
