@@ -36,8 +36,8 @@ def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
 def forward_takes(model: nn.Module, name: str) -> bool | None:
     """Return whether a model's forward names an argument; None where its signature cannot say.
 
-    A forward of nothing but `*args` and `**kwargs` passes on what it is given to a function that
-    is not known here.
+    A forward of nothing but `*args` and `**kwargs` passes its arguments on to a function that is
+    not known here.
     """
     parameters = forward_parameters(model)
     if name in parameters:
