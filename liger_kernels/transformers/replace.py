@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from liger_kernels.ops import gated_rms_norm, geglu, glu_mlp, layer_norm, rms_norm, swiglu
-from liger_kernels.ops.glu_mlp import ACTIVATIONS as FUSED_ACTIVATIONS
 from liger_kernels.transformers.calls import (
     is_bare,
     is_plain,
