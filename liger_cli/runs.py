@@ -37,6 +37,7 @@ from liger_cli.training.checkpoint_files import step_of
 from liger_cli.training.evaluate import EvalResult, evaluate
 from liger_cli.training.inputs import Inputs, load_inputs
 from liger_cli.training.launch import choose_run_dir, make_accelerator, quiet_libraries
+from liger_cli.training.launch_variables import config_of_launch
 from liger_cli.training.loading import load_patched
 from liger_cli.training.loop import train
 from liger_cli.training.memory_errors import (
@@ -79,6 +80,7 @@ def run_train(
     Raises:
         LigerError: Anything a user can mend; what is cheap to find out comes first.
     """
+    config = config_of_launch(config)
     parse_ops(config.ops, require)
     quiet_libraries()
     if measure_only:
@@ -276,6 +278,7 @@ def run_eval(config: RunConfig) -> RunReport | None:
     Raises:
         LigerError: Anything a user can mend.
     """
+    config = config_of_launch(config)
     parse_ops(config.ops)
     quiet_libraries()
     source = resolve_model(config.model, notify)

@@ -12,7 +12,7 @@ import datasets
 import torch
 import transformers
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError, EnvironmentProblem
@@ -39,13 +39,17 @@ def make_accelerator(config: RunConfig, *, adapts: bool = False) -> Accelerator:
         EnvironmentProblem: The device cannot do what was asked, or the launch is one of a kind that
             the loop does not know.
     """
-    # Said in full: what is left out, accelerate takes from environment variables.
+    # Said in full: accelerate reads what is left out from environment variables.
     precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
     if adapts and precision == "no":
         frozen = parameter_dtype(config, PartialState(cpu=config.use_cpu).device, adapts=True)
         precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(frozen, "no")
     try:
-        accelerator = Accelerator(mixed_precision=precision, cpu=config.use_cpu)
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            cpu=config.use_cpu,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
     except ValueError as error:
         raise EnvironmentProblem(f"{precision} autocast: {error}") from None
     if precision == "fp16" and accelerator.device.type == "cpu":

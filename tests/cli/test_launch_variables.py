@@ -1,0 +1,153 @@
+"""What `accelerate launch` asks for by environment variables is done, or refused with exit code 3."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from liger_cli import runs
+from liger_cli.config import RunConfig
+from liger_cli.errors import EnvironmentProblem
+from liger_cli.training.launch_variables import (
+    HARMLESS,
+    HONOURED,
+    REFUSED,
+    config_of_launch,
+)
+
+# name: (a value, more words of the command line, words of the message)
+LAUNCHES = {
+    "deepspeed": ("ACCELERATE_USE_DEEPSPEED", "true", (), "DeepSpeed"),
+    "fsdp": ("ACCELERATE_USE_FSDP", "true", (), "FSDP"),
+    "megatron": ("ACCELERATE_USE_MEGATRON_LM", "true", (), "Megatron-LM"),
+    "sagemaker": ("ACCELERATE_USE_SAGEMAKER", "1", (), "SageMaker"),
+    "parallelism": ("ACCELERATE_USE_PARALLELISM_CONFIG", "True", (), "a ParallelismConfig"),
+    "tpu-pod": ("ACCELERATE_IN_TPU_POD", "1", (), "a TPU pod"),
+    "downcast": ("ACCELERATE_DOWNCAST_BF16", "true", (), "bf16 on a TPU"),
+    "replicate": ("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "2", (), "a parallelism"),
+    "shard": ("PARALLELISM_CONFIG_DP_SHARD_SIZE", "2", (), "a parallelism"),
+    "tp": ("PARALLELISM_CONFIG_TP_SIZE", "2", (), "a parallelism"),
+    "cp": ("PARALLELISM_CONFIG_CP_SIZE", "4", (), "a parallelism"),
+    "sp": ("PARALLELISM_CONFIG_SP_SIZE", "2", (), "a parallelism"),
+    "bf16": ("ACCELERATE_MIXED_PRECISION", "bf16", (), "bf16 autocast, .* for none"),
+    "fp16": ("ACCELERATE_MIXED_PRECISION", "fp16", ("--bf16",), "fp16 autocast, .* for bf16"),
+    "fp8": ("ACCELERATE_MIXED_PRECISION", "fp8", (), "a precision that this version"),
+    "dynamo": ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", (), "torch.compile"),
+    "accumulation": (
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+        "4",
+        ("--gradient-accumulation-steps", "2"),
+        "gradient_accumulation_steps=2",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_case_242_a_launch_of_another_kind_is_refused(
+    launch, command, train, liger, data, run_dir, monkeypatch
+):
+    name, value, words, asks = LAUNCHES[launch]
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(runs, "resolve_model", lambda *_: pytest.fail("a model was looked for"))
+    if command == "train":
+        done = train(*words)
+    else:
+        done = liger("eval", "--model", "qwen3", "--dataset", data, "--use-cpu", *words)
+    assert done.code == 3
+    said = " ".join(done.err.split())
+    assert re.search(f"the launch asks for .*{asks}", said), said
+    assert f"({name}={value})" in said
+    assert not run_dir.exists()
+
+
+def test_every_refusal_has_a_launch():
+    assert {name for name, *_ in LAUNCHES.values()} == set(REFUSED)
+
+
+def names_read(package):
+    """Return the launch variables that a package's source names, whole or put together."""
+    found = set()
+    spec = importlib.util.find_spec(package)
+    for path in Path(spec.origin).parent.rglob("*.py"):
+        text = "" if "models" in path.parts else path.read_text()
+        if "ACCELERATE_" not in text and "PARALLELISM_CONFIG_" not in text:
+            continue
+        names = r"(ACCELERATE_\w*[A-Z0-9]|PARALLELISM_CONFIG_\w+_SIZE)"
+        found.update(re.findall(rf"[\"']{names}[\"']", text))
+        for part in re.split(r"^class ", text, flags=re.MULTILINE):
+            for prefix in re.findall(r"prefix = \"(ACCELERATE_\w+_)\"", part):
+                found.update(prefix + end for end in re.findall(r"prefix \+ \"(\w+)\"", part))
+    return found - {"ACCELERATE_MIN_VERSION"}
+
+
+def test_case_242_every_variable_of_accelerate_is_in_one_table():
+    found = names_read("accelerate") | names_read("transformers")
+    assert len(found) > 30
+    tables = [*REFUSED, *HONOURED, *HARMLESS]
+    for name in sorted(found):
+        assert sum(fnmatch.fnmatch(name, pattern) for pattern in tables) == 1, name
+
+
+# What `accelerate launch` writes where it is asked for nothing, and values that agree.
+@pytest.mark.parametrize(
+    ("environ", "options"),
+    [
+        (
+            {
+                "ACCELERATE_USE_CPU": "False",
+                "ACCELERATE_MIXED_PRECISION": "no",
+                "ACCELERATE_DYNAMO_BACKEND": "NO",
+                "ACCELERATE_DYNAMO_MODE": "default",
+                "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False",
+            },
+            {"bf16": True},
+        ),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {"bf16": True}),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, {"fp16": True}),
+        (
+            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+            {"gradient_accumulation_steps": 4},
+        ),
+        ({name: "false" for name in REFUSED if name.startswith("ACCELERATE_USE")}, {}),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "1"}, {}),
+    ],
+)
+def test_a_launch_that_agrees_changes_nothing(environ, options):
+    config = RunConfig(model="qwen3", **options)
+    assert config_of_launch(config, environ) is config
+
+
+def test_a_launch_on_the_cpu_is_a_run_on_the_cpu():
+    config = RunConfig(model="qwen3")
+    assert not config.use_cpu
+    assert config_of_launch(config, {"ACCELERATE_USE_CPU": "True"}).use_cpu
+
+
+def test_precisions_that_disagree_name_both():
+    with pytest.raises(EnvironmentProblem, match="bf16 autocast.*for fp16"):
+        config_of_launch(
+            RunConfig(model="qwen3", fp16=True), {"ACCELERATE_MIXED_PRECISION": "bf16"}
+        )
+
+
+def test_accumulation_that_agrees_trains_the_same(train, run_dir, monkeypatch):
+    words = ("--gradient-accumulation-steps", 2, "--max-steps", 2, "--json")
+    alone = train(*words)
+    assert alone.code == 0, alone.err
+    run_dir.rename(run_dir.with_name("alone"))
+    # accelerate would divide each micro-batch's loss by it.
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    launched = train(*words)
+    assert launched.code == 0, launched.err
+    for field in ("loss", "grad_norm"):
+        rows = [
+            [json.loads(line)[field] for line in (directory / "metrics.jsonl").open()]
+            for directory in (run_dir.with_name("alone"), run_dir)
+        ]
+        assert rows[0] == rows[1]
