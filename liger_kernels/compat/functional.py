@@ -6,11 +6,13 @@ op has are refused: nothing here is accepted and dropped.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor
 
 from liger_kernels import ops
+from liger_kernels.ops.loss_options import inverse_of_mean, wide_dtype
 
 __all__ = [
     "liger_cross_entropy",
@@ -99,6 +101,21 @@ def liger_rope(
     return turned
 
 
+def _weights_per_label(
+    weight: Tensor, input: Tensor, target: Tensor, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Return class weights times labels / sum of the labels' weights, and 1 / labels.
+
+    A mean divides the weighted loss by the sum of the labels' weights, but the z-loss by the number
+    of labels. With these weights both are divided by the number of labels.
+    """
+    dtype, label = wide_dtype(input.dtype), target.flatten().to(input.device)
+    weight = weight.to(input.device, dtype)
+    of_sum = inverse_of_mean(label, ignore_index, weight, dtype)
+    of_count = inverse_of_mean(label, ignore_index, None, dtype)
+    return weight * (of_sum / of_count), of_count
+
+
 def liger_cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -115,15 +132,17 @@ def liger_cross_entropy(
     """Return ops.cross_entropy with the arguments of torch.nn.functional.cross_entropy.
 
     Args:
-        input: (V,), (N, V) or (N, V, ...) logits, classes second as in torch.
+        input: (V,), (N, V) or (N, V, ...) logits, classes second as in torch. The loss has their
+            dtype, but under autocast it is fp32, as in torch.
         target: Labels: input's shape without the classes.
-        weight: (V,) class weights.
+        weight: (V,) class weights; a mean divides by the sum of the labels' weights.
         size_average: Must be None, as reduce: reduction replaced both.
         ignore_index: As ops.cross_entropy takes it; so are label_smoothing, softcap, reduction.
         reduce: See size_average.
         reduction: "mean", "sum" or "none".
         label_smoothing: From 0 to 1.
-        lse_square_scale: z_loss of ops.cross_entropy.
+        lse_square_scale: z_loss of ops.cross_entropy, but a mean divides it by the number of
+            labels, also where there are class weights.
         softcap: Cap of the logits, or None.
         return_z_loss: Must be False: the loss comes as one number.
 
@@ -134,8 +153,12 @@ def liger_cross_entropy(
         name, value = ("reduce", reduce) if size_average is None else ("size_average", size_average)
         raise ValueError(f"liger_cross_entropy got {name}={value!r}; say it by reduction")
     refuse("liger_cross_entropy", return_z_loss=return_z_loss)
-    return ops.cross_entropy(
-        input.movedim(1, -1) if input.dim() > 2 else input,
+    logits, factor = input.movedim(1, -1) if input.dim() > 2 else input, None
+    if reduction == "mean" and lse_square_scale and _fits(weight, logits.shape[-1:]):
+        weight, factor = _weights_per_label(weight, input, target, ignore_index)
+        reduction = "sum"
+    loss = ops.cross_entropy(
+        logits,
         target,
         weight=weight,
         ignore_index=ignore_index,
@@ -144,6 +167,13 @@ def liger_cross_entropy(
         softcap=softcap,
         reduction=reduction,
     )
+    loss = loss if factor is None else loss * factor
+    return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
+
+
+def _fits(weight: Tensor | None, shape: torch.Size) -> TypeGuard[Tensor]:
+    """Return whether there are class weights that the op takes; it refuses others by name."""
+    return weight is not None and weight.shape == shape and weight.is_floating_point()
 
 
 def liger_fused_linear_cross_entropy(
@@ -159,7 +189,7 @@ def liger_fused_linear_cross_entropy(
     softcap: float | None = None,
     return_z_loss: bool = False,
 ) -> Tensor:
-    """Return ops.fused_linear_cross_entropy: the loss of input @ weight.T + bias, without logits.
+    """Return ops.fused_linear_cross_entropy: the loss of input @ weight.T + bias, in fp32.
 
     Args:
         input: (..., H) hidden states.
@@ -168,7 +198,7 @@ def liger_fused_linear_cross_entropy(
         bias: (V,) of the head, or None.
         ce_weight: (V,) class weights, or None.
         ignore_index: As liger_cross_entropy takes it; so are the rest.
-        lse_square_scale: z_loss of the op.
+        lse_square_scale: As liger_cross_entropy takes it.
         label_smoothing: From 0 to 1.
         reduction: "mean", "sum" or "none".
         softcap: Cap of the logits, or None.
@@ -178,6 +208,10 @@ def liger_fused_linear_cross_entropy(
         ValueError: As the op, or return_z_loss is set.
     """
     refuse("liger_fused_linear_cross_entropy", return_z_loss=return_z_loss)
+    normalizer = None
+    if reduction == "mean" and lse_square_scale and _fits(ce_weight, weight.shape[:1]):
+        ce_weight, inverse = _weights_per_label(ce_weight, input, target, ignore_index)
+        normalizer = inverse.reciprocal()
     loss: Any = ops.fused_linear_cross_entropy(
         input,
         weight,
@@ -189,5 +223,6 @@ def liger_fused_linear_cross_entropy(
         z_loss=lse_square_scale,
         softcap=softcap,
         reduction=reduction,
+        normalizer=normalizer,
     )
     return loss
