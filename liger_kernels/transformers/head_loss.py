@@ -26,11 +26,11 @@ from liger_kernels.transformers.pending_logits import (
     Pending,
     Step,
     active_layer,
-    is_lazy_head,
     same_layout,
     weights_of,
 )
 from liger_kernels.transformers.recognise import Tail
+from liger_kernels.transformers.sharding import gather
 
 # Logits the chunked route makes at a time: 256 MiB in fp32, and as much again for the gradient.
 _CHUNK_ELEMENTS = 2**26
@@ -241,14 +241,14 @@ def _loss(
         else:
             loss = cross_entropy(_before_upcast(pending), target, weight=weight, **options)
     if loss is not None:
-        pending.call.has_loss = True
-        _count_loss(pending.head)
+        pending.finish_loss(loss)
     return loss
 
 
 def _loss_without_logits(
     pending: Pending, target: Tensor, weight: Tensor | None, options: dict[str, Any]
 ) -> Tensor | None:
+    gather(pending.head)
     linear = _linear_of(pending)
     tail = _tail_of(pending.arithmetic())
     if torch.compiler.is_compiling():
@@ -385,15 +385,3 @@ def _chunk_loss(
     wide = torch.promote_types(logits.dtype, torch.float32)
     weight = None if weight is None else weight.to(wide)
     return F.cross_entropy(logits.to(wide), target, weight, **options)
-
-
-def _count_loss(head: nn.Module) -> None:
-    """Note that a loss was computed from this head's pending logits."""
-    module: Any
-    for module in head.modules():
-        if is_lazy_head(module):
-            if torch.compiler.is_compiling():
-                # Written, never read, in a compiled region: a counter would recompile every step.
-                module._has_compiled_loss = True
-            else:
-                module._num_losses += 1

@@ -32,6 +32,7 @@ from liger_kernels.transformers.pending_logits import (
     stock_output,
 )
 from liger_kernels.transformers.recognise import BASE_ATTRIBUTE
+from liger_kernels.transformers.sharding import reshard_if_left
 from liger_kernels.transformers.stub_logits import call_traced
 
 __all__ = ["HeadPatch", "head_problem", "install_head", "num_fused"]
@@ -71,6 +72,7 @@ def lazy_class(stock_class: type) -> Any:
         BASE_ATTRIBUTE: stock_class,
         "_lazy_call": None,
         "_num_losses": 0,
+        "_is_left_gathered": False,
         "_has_compiled_loss": False,
     }
     return type(stock_class.__name__, (stock_class,), members)
@@ -82,7 +84,7 @@ def _swap(head: Any) -> None:
 
 
 def _restore(head: nn.Module) -> None:
-    for name in ("_lazy_call", "_num_losses", "_has_compiled_loss"):
+    for name in ("_lazy_call", "_num_losses", "_is_left_gathered", "_has_compiled_loss"):
         head.__dict__.pop(name, None)
     # FSDP2 may have put a class of its own on top; beneath it the head answers as the stock one.
     if "_lazy_call" in type(head).__dict__:
@@ -323,6 +325,7 @@ def _call_model(model: Any, args: Any, kwargs: dict[str, Any], skip_logits: bool
         return _without_logits(out, stubs.find, is_named_kept=not skip_logits)
     # PEFT may have put an adapter in the head's place since it was patched.
     _swap(head)
+    reshard_if_left(head)
     call = LazyCall(patch.op, targets)
     head._lazy_call = call
     try:

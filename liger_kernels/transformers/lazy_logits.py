@@ -54,7 +54,9 @@ class LazyLogits(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 hooks = list((self._backward_hooks or {}).values())
             for hook in hooks:
-                real.register_hook(hook)
+                # FSDP's are on the real logits already.
+                if hook not in pending.backward_hooks:
+                    real.register_hook(hook)
         return real
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -79,6 +81,8 @@ class LazyLogits(Tensor):
         if face is not None and face._pending.call.has_loss:
             _warn_of_no_gradient(function, args[1:])
         if is_metadata(function) or (is_hook and face is not None and face._pending.made is None):
+            if is_hook and face is not None and _home_of(args[1:]).startswith("torch.distributed"):
+                face._pending.backward_hooks.append(args[1])
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
         if face is not None:
@@ -102,20 +106,22 @@ class LazyLogits(Tensor):
 
 def _warn_of_no_gradient(function: Callable[..., Any], args: Any) -> None:
     """Warns who asks for a gradient that the loss, which needed no logits, will not bring."""
-    if function is Tensor.register_hook:
-        hook = args[0] if args else None
-        while isinstance(hook, functools.partial):
-            hook = hook.func
-        # FSDP's own, which only wait for the backward to come by.
-        is_asked = not str(getattr(hook, "__module__", "")).startswith("torch.")
-    else:
-        is_asked = function is Tensor.retain_grad
-    if is_asked:
+    is_hook = function is Tensor.register_hook
+    # Those of torch only wait for the backward to come by.
+    if function is Tensor.retain_grad or (is_hook and not _home_of(args).startswith("torch.")):
         warnings.warn(
             "out.loss was computed without making these logits, so its backward brings them no "
             "gradient: call the model with skip_logits=False to have one",
             stacklevel=4,
         )
+
+
+def _home_of(args: Any) -> str:
+    """Return the module that a hook comes from, the first of args."""
+    hook = args[0] if args else None
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", ""))
 
 
 def _read(value: Any) -> Any:

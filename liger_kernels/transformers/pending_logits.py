@@ -17,6 +17,13 @@ from torch import Tensor, nn
 from liger_kernels.ops.fused_linear_cross_entropy import LabelCount
 from liger_kernels.transformers.calls import is_transformed, runs_stock_linear
 from liger_kernels.transformers.recognise import original_class
+from liger_kernels.transformers.sharding import (
+    can_gather,
+    gather,
+    is_part,
+    is_sharded,
+    reshard_if_left,
+)
 
 HeadOp = Literal["fused_linear_cross_entropy", "cross_entropy"]
 # Of each of a head's parameters: whether it is sharded, its shape, dtype, address and version.
@@ -90,6 +97,8 @@ class Pending:
             self.source_version = _version(source)
             self.switches = _switches_of(head)
         self.made: Tensor | None = None
+        # FSDP's, which gather the head's group before the backward of these logits.
+        self.backward_hooks: list[Callable[[Tensor], Any]] = []
         # Random states as a head with dropout found them.
         self.rng_states: list[Tensor] = []
 
@@ -136,7 +145,23 @@ class Pending:
             # Read inside inference_mode they would have no graph, which a later reader may need.
             with torch.inference_mode(False), self.as_recorded(self.needs_grad):
                 self.made = self._make()
+            _register(self.backward_hooks, self.made)
         return self.made
+
+    def finish_loss(self, loss: Tensor) -> None:
+        """Count a loss that was computed from these logits, and prepare its backward.
+
+        It brings the logits no gradient, so FSDP's hooks wait for that of the loss instead. Without
+        a backward nothing would reshard the head.
+        """
+        self.call.has_loss = True
+        _count_loss(self.head)
+        if torch.compiler.is_compiling():
+            return
+        for pending in self.lineage():
+            _register(pending.backward_hooks, loss)
+        if not loss.requires_grad:
+            reshard_if_left(self.head)
 
     def _make(self) -> Tensor:
         if self.parent is not None and self.step is not None:
@@ -177,6 +202,7 @@ class Pending:
         those after it on the lazy logits. They run again only where they hold the weights.
         """
         head: Any = self.head
+        gather(head)
         if "forward" not in head.__dict__ and same_layout(self.weights, weights_of(head)):
             return stock_output(head, x)
         if is_sharded(head) and not head._forward_pre_hooks:
@@ -214,6 +240,12 @@ class Pending:
             yield
 
 
+def _register(hooks: list[Callable[[Tensor], Any]], x: Tensor) -> None:
+    if x.requires_grad:
+        for hook in hooks:
+            x.register_hook(hook)
+
+
 def _has_dropout(head: nn.Module) -> bool:
     return any(
         isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0.0
@@ -228,20 +260,16 @@ def _rng_states(device: torch.device) -> list[Tensor]:
     return states
 
 
-def is_sharded(head: nn.Module) -> bool:
-    """Return whether this process has but a part of the head's weights."""
-    return any(map(_is_part, head.parameters()))
-
-
-def _is_part(x: Tensor) -> bool:
-    return type(x).__name__ == "DTensor"
-
-
 def weights_of(head: nn.Module) -> Weights:
     """Return what tells whether the head's weights have been taken away or changed."""
     if torch.compiler.is_compiling():
         return []
-    return [(_is_part(p), p.shape, p.dtype, _address(p), _version(p)) for p in head.parameters()]
+    # FSDP2 may gather the same weights at another address.
+    moves = can_gather(head)
+    return [
+        (is_part(p), p.shape, p.dtype, 0 if moves else _address(p), _version(p))
+        for p in head.parameters()
+    ]
 
 
 def _version(x: Tensor) -> int:
@@ -290,6 +318,17 @@ def class_of(module: nn.Module) -> Any:
 def is_lazy_head(module: nn.Module) -> bool:
     """Return whether a module's class was swapped for one that can answer with pending logits."""
     return hasattr(type(module), "_lazy_call")
+
+
+def _count_loss(head: nn.Module) -> None:
+    module: Any
+    for module in head.modules():
+        if is_lazy_head(module):
+            if torch.compiler.is_compiling():
+                # Written, never read, in a compiled region: a counter would recompile every step.
+                module._has_compiled_loss = True
+            else:
+                module._num_losses += 1
 
 
 def stock_output(head: nn.Module, x: Tensor) -> Tensor:
