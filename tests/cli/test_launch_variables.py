@@ -1,4 +1,4 @@
-"""What `accelerate launch` asks for by environment variables is done, or refused with exit code 3."""
+"""What `accelerate launch` asks for by variables is done, or refused with exit code 3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by test_fsdp2.py, a process a rank: patched models under fully_shard against one stock process.
+"""Run by test_fsdp2.py, a process a rank: sharded and patched models against one stock process.
 
 python fsdp2_ranks.py RANK STORE OUT    (a JSON list of cases on stdin; rank 0 writes OUT)
 """

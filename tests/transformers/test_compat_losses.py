@@ -53,7 +53,7 @@ def reference(
     reduction: str,
     softcap: float | None,
 ) -> Tensor:
-    """Return torch's cross entropy plus the z-loss, which a mean divides by the number of labels."""
+    """Return torch's cross entropy plus the z-loss, which a mean divides by the labels."""
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     loss = F.cross_entropy(
@@ -198,7 +198,7 @@ def upcast_loss(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, w).float(), target)
 
 
-# name: (ours, what it stands in for), both functions of a dtype.
+# name: (ours, the stock one), both functions of a dtype.
 NAMES: dict[str, tuple[Callable[[torch.dtype], Any], Callable[[torch.dtype], Any]]] = {
     "liger_cross_entropy": (
         lambda d: functional.liger_cross_entropy(x(d, ROWS, VOCAB), TARGET),

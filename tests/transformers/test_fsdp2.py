@@ -56,7 +56,7 @@ CASE: dict[str, Any] = {
     "frozen": None,
     # "scaled" is no plain linear layer, so its loss is computed in chunks of tokens.
     "head": "linear",
-    # Where the loss is computed: in the "model", by its "caller", or by one that reads "logits" too.
+    # Where the loss is computed: in the "model", by its "caller", or from real "logits" too.
     "loss": "model",
     "order": "patch-shard",
     "ops": "auto",
