@@ -101,8 +101,8 @@ SLOW = {
 
 def run_ranks(cases: dict[str, dict[str, Any]], directory: Path) -> dict[str, Any]:
     """Return what rank 0 found of each case; those after a crash are missing."""
-    stdin = json.dumps([{**CASE, **options, "name": name} for name, options in cases.items()])
-    out = directory / "out.json"
+    out, given = directory / "out.json", directory / "cases.json"
+    given.write_text(json.dumps([{**CASE, **case, "name": name} for name, case in cases.items()]))
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), str(RANKS.parent), os.environ.get("PYTHONPATH", "")])
     processes = []
@@ -110,15 +110,12 @@ def run_ranks(cases: dict[str, dict[str, Any]], directory: Path) -> dict[str, An
         with open(directory / f"rank{rank}.txt", "w") as log:
             process = subprocess.Popen(
                 [sys.executable, str(RANKS), str(rank), str(directory / "store"), str(out)],
-                stdin=subprocess.PIPE,
+                stdin=given.open(),
                 stdout=log,
                 stderr=log,
                 text=True,
                 env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             )
-        assert process.stdin is not None
-        process.stdin.write(stdin)
-        process.stdin.close()
         processes.append(process)
     # When one crashes, the other's next collective fails.
     for process in processes:
