@@ -5,6 +5,7 @@ Commands are imported when they run, so `liger --help` needs neither torch nor p
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 import traceback
@@ -22,7 +23,9 @@ from liger_cli.errors import (
     Interrupted,
     LigerError,
     OutOfMemory,
+    panics_raised,
 )
+from liger_cli.text import printable, shorten
 from liger_kernels.nearest import nearest_name
 
 __all__ = ["COMMANDS", "main"]
@@ -71,7 +74,8 @@ class _LazyGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with panics_raised():
+                return super().invoke(ctx)
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except (Exception, KeyboardInterrupt) as error:
@@ -80,12 +84,15 @@ class _LazyGroup(TyperGroup):
                 _show_as_json(problem)
             if _is_usage_error(error):
                 # typer shows these itself, with the usage line.
+                if isinstance(getattr(error, "message", None), str):
+                    error.message = printable(error.message)  # type: ignore[union-attr]
                 raise
             if ctx.params["debug"]:
-                traceback.print_exc()
-            typer.secho(f"error: {problem.message}", err=True, fg=typer.colors.RED)
+                typer.echo(printable(traceback.format_exc()), err=True, nl=False)
+            message = printable(f"error: {problem.message}")
+            typer.secho(message, err=True, fg=typer.colors.RED)
             if problem.hint:
-                typer.echo(problem.hint, err=True)
+                typer.echo(printable(problem.hint), err=True)
             raise typer.Exit(problem.exit_code) from None
 
 
@@ -121,6 +128,8 @@ def _describe(error: Any) -> LigerError:
             hint="Lower --per-device-train-batch-size (and raise --gradient-accumulation-steps), "
             "lower --max-length, or add --gradient-checkpointing.",
         )
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return ConfigError(f"no file system has such long names: {shorten(str(error.filename))}")
     if isinstance(error, OSError):
         return EnvironmentProblem(
             f"{type(error).__name__}: {_first_line(error)}",

@@ -10,11 +10,11 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import yaml
-
+from liger_cli.config.yaml_file import read_mapping
 from liger_cli.errors import ConfigError
+from liger_cli.readers import read_file_bytes
 from liger_cli.report.values import RunReport, TrainPart
 from liger_cli.training.run_log import read_lines
 
@@ -123,21 +123,33 @@ def read_run(directory: Path, name: str = "") -> Run:
     report_file, config_file = directory / "report.json", directory / "config.yaml"
     if not step_log.is_file():
         raise _no_run(directory)
-    with _reading(step_log):
-        steps = list(read_lines(step_log))
-        losses = {row["step"]: float(row["loss"]) for row in steps}
-    with _reading(eval_log):
-        evals = list(read_lines(eval_log))
-        found = {row["step"]: row["eval_loss"] for row in evals}
-        eval_losses = {step: float(loss) for step, loss in found.items() if loss is not None}
+    steps = _read_log(step_log, "loss")
+    evals = _read_log(eval_log, "eval_loss")
+    losses, eval_losses = _column(steps, "loss"), _column(evals, "eval_loss")
     is_finished = report_file.is_file()
-    with _reading(report_file if is_finished else config_file):
-        if is_finished:
-            report = RunReport.from_json(report_file.read_text(encoding="utf-8"))
-        else:
-            config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    if is_finished:
+        with _reading(report_file):
+            report = RunReport.from_json(read_file_bytes(report_file))
+    else:
+        with _reading(config_file):
+            config = read_mapping(config_file)
+        with _reading(eval_log):
             report = _report_so_far(config, steps, evals)
     return Run(name, directory, report, is_finished, steps, evals, losses, eval_losses)
+
+
+def _read_log(path: Path, loss: str) -> list[dict[str, Any]]:
+    """Return the rows of a log; a loss that is no finite number is None."""
+
+    def refuse(problem: str) -> NoReturn:
+        raise ValueError(problem)
+
+    with _reading(path):
+        return list(read_lines(path, (loss,), on_bad=refuse))
+
+
+def _column(rows: list[dict[str, Any]], key: str) -> dict[int, float]:
+    return {row["step"]: float(row[key]) for row in rows if row[key] is not None}
 
 
 @contextlib.contextmanager
@@ -145,8 +157,10 @@ def _reading(path: Path) -> Iterator[None]:
     """Turns what reading a file raises that a run has not written into a message that names it."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
+    except (OSError, ValueError, TypeError, KeyError, ConfigError) as error:
+        what = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyError):
+            what = f"{error} is missing"
         raise ConfigError(f"{path} cannot be read as that of a run: {what}") from error
 
 
@@ -173,7 +187,7 @@ def _report_so_far(
 
     report = RunReport(command="train", config=config)
     if rows:
-        report.train = TrainPart(**summary([StepMetrics(**row) for row in rows]))
+        report.train = TrainPart(**summary([StepMetrics.from_row(row) for row in rows]))
     if evals:
         add_evaluation(report, EvalResult.from_names(evaluated_values(evals[-1])))
     return report

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from liger_cli.announce import notify
 from liger_cli.errors import ConfigError
 from liger_cli.report import show_json
+from liger_cli.text import printable
 from liger_cli.training.generation import Answer, Generator, Sampling
 from liger_cli.training.launch import quiet_libraries
 from liger_cli.training.model import load_model, load_tokenizer, resolve_model
@@ -124,7 +125,8 @@ def _summary(answer: Answer) -> str:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    # A model may write what a terminal obeys; a file or a pipe gets its text as it is.
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 __all__ = [
     "ConfigError",
     "DataError",
     "EnvironmentProblem",
+    "ExtensionPanic",
     "Interrupted",
     "LigerError",
     "NonFiniteLoss",
     "OutOfMemory",
     "RequirementFailed",
+    "panics_raised",
 ]
 
 
@@ -74,3 +78,26 @@ class Interrupted(LigerError):
     """The user stopped the run; what it had is saved."""
 
     exit_code = 130
+
+
+class ExtensionPanic(Exception):
+    """A compiled extension gave up, as a tokenizer in Rust does by a panic."""
+
+
+@contextmanager
+def panics_raised() -> Iterator[None]:
+    """Raise what a compiled extension ends with as an ExtensionPanic.
+
+    Such an exception is a BaseException, which passes every `except Exception` and ends a worker
+    without a word. What ends a program on purpose passes through.
+
+    Raises:
+        ExtensionPanic: With the first line of what the extension says.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        line = (str(error).splitlines() or [""])[0]
+        raise ExtensionPanic(f"{type(error).__name__}: {line}") from error

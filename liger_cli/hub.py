@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import ssl
 import urllib.error
 import urllib.request
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
+from liger_cli.readers import read_json
 
 if TYPE_CHECKING:
     from liger_cli.training.presets import ModelSource
@@ -43,9 +43,9 @@ def fetch_config(name: str) -> tuple[dict[str, Any], Path | None]:
             f"the model; where there is a network, `hf download {name}` fills the cache",
         ) from error
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"the config.json of {name} is not JSON: {error}") from error
+        config = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the config.json of {name} cannot be read: {error}") from error
     return config, None if online else path.parent
 
 

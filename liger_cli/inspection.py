@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
+from liger_cli.config.yaml_file import read_mapping
 from liger_cli.environment import environment
+from liger_cli.errors import ConfigError
+from liger_cli.readers import expand_path
 from liger_cli.report import RunReport
 from liger_cli.training.adapters import model_under
 from liger_cli.training.checkpoint_files import find_checkpoints
@@ -32,7 +33,7 @@ def find_model(name: str, notify: Callable[[str], None]) -> ModelSource:
         ConfigError: As resolve_model.
         EnvironmentProblem: As resolve_model.
     """
-    run = Path(name).expanduser()
+    run = expand_path(name, "model")
     config_file = run / "config.yaml"
     if not config_file.is_file() or (run / "config.json").is_file():
         return resolve_model(name)
@@ -40,7 +41,9 @@ def find_model(name: str, notify: Callable[[str], None]) -> ModelSource:
     if checkpoints := find_checkpoints(run):
         model = str(checkpoints[-1].absolute())
     else:
-        model = yaml.safe_load(config_file.read_text(encoding="utf-8"))["model"]
+        model = read_mapping(config_file).get("model")
+        if not isinstance(model, str):
+            raise ConfigError(f"{config_file}: model does not name the model of the run")
     notify(f"{name} is the directory of a run; its model is {model}")
     return resolve_model(model)
 

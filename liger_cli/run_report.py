@@ -11,6 +11,7 @@ from liger_cli.config import RunConfig
 from liger_cli.environment import environment
 from liger_cli.errors import ConfigError
 from liger_cli.inspection import describe_model
+from liger_cli.readers import read_file_bytes
 from liger_cli.report import BestPart, DataPart, EvalPart, GainPart, RunReport, StopPart, TrainPart
 from liger_cli.training.adapters import model_under
 from liger_cli.training.arms import ArmResult
@@ -85,8 +86,8 @@ def read_report(path: Path) -> RunReport:
         ConfigError: The file is none.
     """
     try:
-        return RunReport.from_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return RunReport.from_json(read_file_bytes(path))
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path} cannot be read as a report: {str(error).splitlines()[0]}",
             hint="Without that file, --resume writes it anew.",

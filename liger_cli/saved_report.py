@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from liger_cli.compare import read_run
 from liger_cli.errors import ConfigError
+from liger_cli.readers import JsonError, parse_json, read_file_bytes
 from liger_cli.report.summary import SavedReport
 from liger_cli.report.values import RunReport
 
@@ -35,7 +35,8 @@ def read_saved(path: Path) -> SavedReport:
     if file.name == "report.json" and (file.parent / "metrics.jsonl").is_file():
         return read_saved(file.parent)
     try:
-        return SavedReport(_parse(file.read_bytes()))
+        # The name may be that of a pipe, which a command writes to.
+        return SavedReport(_parse(read_file_bytes(file, any_kind=True), str(file)))
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}", hint=_WHAT) from error
     except ValidationError as error:
@@ -49,11 +50,10 @@ def read_saved(path: Path) -> SavedReport:
         raise ConfigError(f"{file} is no report: {error}", hint=_WHAT) from error
 
 
-def _parse(document: bytes) -> RunReport:
+def _parse(document: bytes, name: str) -> RunReport:
     try:
-        text = document.decode()
-        values = json.loads(text)
-    except ValueError as error:
+        values = parse_json(document, name)
+    except JsonError as error:
         raise ValueError(f"it is not JSON ({error})") from error
     command = values.get("command") if isinstance(values, dict) else None
     if command is not None and command not in _READ:
@@ -61,4 +61,4 @@ def _parse(document: bytes) -> RunReport:
         raise ValueError(
             f"liger {command} writes JSON of its own kind, which it also prints as text{instead}"
         )
-    return RunReport.from_json(text)
+    return RunReport.from_json(document)

@@ -16,6 +16,7 @@ import torch
 from liger_cli.bench.op_targets import Workload
 from liger_cli.bench.op_timing import Part, Times
 from liger_cli.peer_interpreter import PeerInterpreter
+from liger_cli.readers import parse_json
 
 __all__ = ["PeerArm", "PeerFailed", "PeerProcess"]
 
@@ -92,7 +93,7 @@ class PeerProcess:
         line = self._process.stdout.readline()
         if not line:
             raise PeerFailed(self._last_words())
-        answer = dict(json.loads(line))
+        answer = dict(parse_json(line))
         if "error" in answer:
             raise PeerFailed(answer["error"])
         return answer

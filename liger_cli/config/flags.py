@@ -13,6 +13,7 @@ import typer
 from liger_cli.config.describe import choices, default_text, group, limits, value_type
 from liger_cli.config.keys import ALIASES, RunConfig
 from liger_cli.config.resolve import ResolvedConfig, flag_name, load_config, resolve_config
+from liger_cli.text import printable
 
 __all__ = ["config_flags"]
 
@@ -133,4 +134,4 @@ def _help(name: str) -> str:
 
 
 def _warn(message: str) -> None:
-    typer.secho(f"warning: {message}; it is ignored", err=True, fg=typer.colors.YELLOW)
+    typer.secho(printable(f"warning: {message}; it is ignored"), err=True, fg=typer.colors.YELLOW)

@@ -1,11 +1,13 @@
 """A configuration file as text: flat YAML, read strictly and with the place of every key.
 
-The dialect is YAML without its traps: no tags, no merge keys, no dates, no octal or base-60 numbers
-(010 and 1:30 are text), and 1e-4 is a number, which PyYAML alone would take for text.
+The dialect is YAML without its traps: no tags, no anchors and aliases (a few hundred bytes of them
+fill any memory), no merge keys, no dates, no octal or base-60 numbers (010 and 1:30 are text), and
+1e-4 is a number, which PyYAML alone would take for text.
 """
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,11 +17,15 @@ from typing import Any
 import yaml
 
 from liger_cli.errors import ConfigError
+from liger_cli.readers import read_file_bytes
+from liger_cli.text import shorten
 
-__all__ = ["Entry", "read_file", "read_set", "shorten", "to_yaml"]
+__all__ = ["Entry", "read_file", "read_mapping", "read_set", "to_yaml"]
 
 # A page of YAML has a few kB; this is a model or a dataset, given by mistake.
 _MAX_BYTES = 256 * 1024
+# A configuration is flat, and that of a model in a preset has parts.
+_MAX_DEPTH = 20
 
 # The words of PyYAML, and what they mean for somebody who has made the mistake.
 _PLAIN_WORDS = (
@@ -55,18 +61,35 @@ class Entry:
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
+    _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
-        tag = getattr(event, "tag", None)
-        if tag is not None:
+        tag, anchor = getattr(event, "tag", None), getattr(event, "anchor", None)
+        message = None
+        if anchor is not None:
+            sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
+            message = (
+                f"anchors and aliases such as {sign + anchor!r} are not used here; write the value "
+                "out, and in quotes where it is text"
+            )
+        elif tag is not None:
             message = f"tags such as {tag!r} are not used here; quotes make a value text"
+        elif self._depth == _MAX_DEPTH:
+            message = f"nested too deep, more than {_MAX_DEPTH} levels"
+        if message is not None:
             raise yaml.composer.ComposerError(None, None, message, event.start_mark)
-        return super().compose_node(parent, index)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes what either reader, this one or plain PyYAML, would take for more than text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 _NUMBER = re.compile(
@@ -94,7 +117,7 @@ def read_file(path: Path) -> list[Entry]:
     Raises:
         ConfigError: The file is unreadable, not YAML, or not one mapping; with line and column.
     """
-    shown = _printable(path)
+    shown = shorten(str(path), 1000)
     text = _read_text(path, shown)
     try:
         return _entries(text, shown)
@@ -107,10 +130,17 @@ def read_file(path: Path) -> list[Entry]:
         ) from None
     except yaml.MarkedYAMLError as error:
         raise ConfigError(f"{_place(shown, error)}: not valid YAML: {_explain(error)}") from None
-    except RecursionError:
-        raise ConfigError(
-            f"{shown}:1:1: nested too deep; the file is a flat list of keys"
-        ) from None
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return the keys and values of a YAML file that liger wrote or ships with; the last counts.
+
+    Raises:
+        ConfigError: As read_file, or the file is a pipe or a device.
+    """
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} cannot be read: it is no regular file")
+    return {entry.name: entry.value for entry in read_file(path)}
 
 
 def read_set(text: str) -> Entry:
@@ -129,7 +159,7 @@ def read_set(text: str) -> Entry:
             parsed = loader.get_single_data()
         finally:
             loader.dispose()
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         why = _explain(error) if isinstance(error, yaml.MarkedYAMLError) else "it cannot be read"
         raise ConfigError(f"{source}: the value is not valid YAML: {why}") from None
     return Entry(name.strip().replace("-", "_"), parsed, source, source, source)
@@ -142,29 +172,14 @@ def to_yaml(values: Mapping[str, Any]) -> str:
     )
 
 
-def shorten(text: str, length: int = 80) -> str:
-    """Returns text fit for a line of a message: escaped where unprintable, cut in the middle."""
-    text = _printable(text)
-    return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 4 :]}"
-
-
-def _printable(text: object) -> str:
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
-
-
 def _read_text(path: Path, shown: str) -> str:
     try:
-        # Not read_bytes: a device may have no end, and a model takes minutes.
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES + 1)
+        content = read_file_bytes(path, max_bytes=_MAX_BYTES, any_kind=True)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
+        if getattr(error, "errno", None) == errno.EFBIG:
+            reason = f"it has more than {_MAX_BYTES // 1024} kB, so it is no configuration"
         raise ConfigError(f"the configuration {shown} cannot be read: {reason}") from None
-    if len(content) > _MAX_BYTES:
-        raise ConfigError(
-            f"the configuration {shown} cannot be read: it has more than {_MAX_BYTES // 1024} kB, "
-            "so it is no configuration"
-        )
     try:
         # Editors on Windows put a byte order mark in front and end lines with CR LF.
         text = content.decode("utf-8-sig")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liger_cli.environment import cache_directory
+from liger_cli.readers import read_json
 
 if TYPE_CHECKING:
     import pyarrow
@@ -171,12 +172,12 @@ def _read(folder: Path, notify: Callable[[str], None]) -> Tokenised | None:
     if not folder.is_dir():
         return None
     try:
-        content = json.loads((folder / _COUNTS).read_text("utf-8"))
+        content = read_json(folder / _COUNTS)
         counts = content["counts"]
         if content["sha256"] != _seal(folder / _ROWS, counts):
             raise ValueError("the content is not what was written")
         return Tokenised(datasets.Dataset.from_file(str(folder / _ROWS)), Counts(**counts))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         notify(f"the cached data {folder} are damaged and made anew: {error}")
         shutil.rmtree(folder)
         return None

@@ -19,7 +19,7 @@ from liger_cli.data.chat import ChatRenderer, Conversation
 from liger_cli.data.clip import TextClipper
 from liger_cli.data.rows import Row
 from liger_cli.data.template import Span
-from liger_cli.errors import DataError
+from liger_cli.errors import DataError, ExtensionPanic, panics_raised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,7 +65,23 @@ class Encoder:
     max_length: int | None = None
 
     def encode(self, rows: Sequence[Row], renderer: ChatRenderer) -> list[Encoded]:
-        """Returns ids and labels of each row; a row with nothing to train on has no label."""
+        """Return ids and labels of each row; a row with nothing to train on has no label.
+
+        Raises:
+            DataError: The tokenizer gives up on a row, as one does whose pattern explodes.
+        """
+        try:
+            with panics_raised():
+                return self._encode(rows, renderer)
+        except ExtensionPanic as error:
+            # The rows go to the tokenizer together; one by one they show whose text it was.
+            for row in rows if len(rows) > 1 else ():
+                self.encode([row], renderer)
+            raise DataError(
+                f"{rows[0].where}: the tokenizer fails on this text: {error}"
+            ) from error
+
+    def _encode(self, rows: Sequence[Row], renderer: ChatRenderer) -> list[Encoded]:
         is_chat = [self._is_conversation(row) for row in rows]
         found = [row for row, is_one in zip(rows, is_chat, strict=True) if is_one]
         chats = iter(self._encode_conversations(found, renderer))

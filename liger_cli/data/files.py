@@ -7,7 +7,6 @@ refused with the command that converts it.
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from liger_cli.data.layouts import (
 )
 from liger_cli.data.rows import Record
 from liger_cli.errors import DataError
+from liger_cli.readers import JsonError, parse_json_at
 
 __all__ = ["READERS", "read_file", "table_rows"]
 
@@ -66,7 +66,6 @@ def _read_json(path: Path) -> Iterator[Record]:
 
 def _read_list(path: Path, text: str) -> Iterator[Record]:
     """Yields the items of a JSON list, each with the line it starts on."""
-    decoder = json.JSONDecoder()
     line, seen = 1, 0
 
     def skip_space(position: int) -> int:
@@ -84,12 +83,9 @@ def _read_list(path: Path, text: str) -> Iterator[Record]:
     is_open = text[position : position + 1] != "]"
     while is_open:
         try:
-            item, end = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            line += text.count("\n", position, error.pos)
-            raise fail(error.msg) from error
-        except RecursionError as error:
-            raise DataError(f"{path}:{line}: not usable JSON: nested too deep") from error
+            item, end = parse_json_at(text, position, str(path))
+        except JsonError as error:
+            raise DataError(str(error)) from error
         yield f"{path}:{line}", item
         position = skip_space(end)
         is_open = text[position : position + 1] == ","

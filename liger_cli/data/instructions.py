@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from liger_cli.data.values import check_text, describe
 from liger_cli.errors import DataError
+from liger_cli.readers import JsonError, parse_json
 
 __all__ = ["instruction_messages", "instruction_parts"]
 
@@ -67,9 +67,9 @@ def _history(history: Any, where: str) -> Iterator[tuple[str, str]]:
     if isinstance(history, str):
         # A CSV file has no lists.
         try:
-            history = json.loads(history)
-        except ValueError as error:
-            raise DataError(f"{where}: history is not JSON: {error}") from error
+            history = parse_json(history)
+        except JsonError as error:
+            raise DataError(f"{where}: history: {error.reason}") from error
     if not isinstance(history, list):
         raise DataError(f"{where}: history must be a list, found {describe(history)}")
     for number, turn in enumerate(history):

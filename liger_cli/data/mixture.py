@@ -13,16 +13,33 @@ from typing import Any
 
 import numpy as np
 
+from liger_cli.errors import ConfigError
+
+_MAX_ROWS = 2**26
+
 __all__ = ["Joined", "join_sources", "next_source", "row_counts"]
 
 
 def row_counts(sizes: Sequence[int], weights: Sequence[float | None]) -> list[int]:
-    """Returns how many rows of each dataset an epoch has."""
+    """Return how many rows of each dataset an epoch has.
+
+    Raises:
+        ConfigError: The weights make it longer than an order of rows can be kept.
+    """
     if all(weight is None for weight in weights):
         return list(sizes)
     shares = [1.0 if weight is None else weight for weight in weights]
     scale = max(size / share for size, share in zip(sizes, shares, strict=True))
-    return [max(size, round(scale * share)) for size, share in zip(sizes, shares, strict=True)]
+    wanted = [scale * share for share in shares]
+    # Of sizes and weights that are alike it is far less; the order of an epoch is kept in memory.
+    if not sum(wanted) <= max(_MAX_ROWS, 4 * sum(sizes)):
+        raise ConfigError(
+            f"dataset: the weights {', '.join(f'{share:g}' for share in shares)} of datasets of "
+            f"{', '.join(map(str, sizes))} rows make an epoch of {sum(wanted):.3g} rows, in which "
+            f"every row of each is used; at most {_MAX_ROWS} are allowed",
+            hint="weights are relative: 3 and 1 are three rows of the first for one of the second",
+        )
+    return [max(size, round(rows)) for size, rows in zip(sizes, wanted, strict=True)]
 
 
 def next_source(taken: Sequence[float], weights: Sequence[float]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from liger_cli.data.instructions import instruction_messages, instruction_parts
 from liger_cli.data.layouts import layout_hint, not_utf8
 from liger_cli.data.values import check_list, check_text, describe
 from liger_cli.errors import DataError
+from liger_cli.readers import JsonError, expand_path, parse_json
 
 __all__ = ["Record", "Row", "RowFormat", "make_row"]
 
@@ -194,13 +194,13 @@ def _as_object(record: Record) -> Mapping[str, Any]:
     where, content = record
     if isinstance(content, bytes):
         try:
-            content = json.loads(content.decode("utf-8-sig").strip())
+            text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise not_utf8(where, error) from error
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON: {error.msg} (column {error.colno})") from error
-        except RecursionError as error:
-            raise DataError(f"{where}: not usable JSON: nested too deep") from error
+        try:
+            content = parse_json(text)
+        except JsonError as error:
+            raise DataError(f"{where}: {error.reason}") from error
     if not isinstance(content, dict):
         raise DataError(f"{where}: a row must be an object, found {describe(content)}")
     return content
@@ -325,7 +325,7 @@ def _check_image(image: Any, where: str, folder: Path | None) -> Any:
             raise DataError(f"{where}: the image {image[:40]}... is not base64") from error
     if "://" in image:
         raise DataError(f"{where}: the image {image[:80]} is remote; images are read from files")
-    path = Path(image).expanduser()
+    path = expand_path(image, f"{where}: the image", DataError)
     path = path if path.is_absolute() or folder is None else folder / path
     if not path.is_file():
         raise DataError(f"{where}: there is no image {path}")
@@ -336,9 +336,9 @@ def _check_tools(tools: Any, where: str) -> tuple[Mapping[str, Any], ...]:
     if isinstance(tools, str):
         # A table has one type a column, and tools have many shapes.
         try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: tools is not JSON: {error.msg}") from error
+            tools = parse_json(tools)
+        except JsonError as error:
+            raise DataError(f"{where}: tools: {error.reason}") from error
     for number, tool in check_list(tools, "tools", where):
         if not isinstance(tool, dict):
             raise DataError(f"{where}: tools[{number}] must be an object, found {describe(tool)}")

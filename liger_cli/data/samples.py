@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from liger_cli.data.rows import Record
 from liger_cli.errors import EnvironmentProblem
+from liger_cli.readers import read_json
 
 __all__ = ["SAMPLE_LICENCE", "SAMPLE_NAME", "find_sample", "read_sample"]
 
@@ -32,7 +32,7 @@ def read_sample(split: Literal["train", "eval"]) -> Iterator[Record]:
     Raises:
         EnvironmentProblem: The package is not installed.
     """
-    conversations = json.loads(find_sample().read_text(encoding="utf-8")).items()
+    conversations = read_json(find_sample()).items()
     answered = ((key, value) for key, value in conversations if len(value["messages"]) > 1)
     for number, (key, conversation) in enumerate(answered):
         if (number % _EVAL_EVERY == 0) == (split == "eval"):

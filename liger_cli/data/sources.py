@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from liger_cli.data.places import files_below, matching_files
 from liger_cli.data.rows import Record
 from liger_cli.data.samples import SAMPLE_LICENCE, SAMPLE_NAME, find_sample, read_sample
 from liger_cli.errors import ConfigError, DataError
+from liger_cli.readers import check_regular_files, expand_path, path_exists, read_json
 from liger_kernels.nearest import nearest_name
 
 __all__ = ["SYNTHETIC_NAME", "Source", "Split", "find_source", "find_sources", "split_names"]
@@ -82,7 +82,7 @@ def split_names(text: str) -> list[tuple[str, float | None]]:
 
     Several are written NAME:WEIGHT,NAME,...; the path of one that exists is taken as it is.
     """
-    if Path(text).expanduser().exists():
+    if path_exists(text):
         return [(text, None)]
     found: list[tuple[str, float | None]] = []
     for part in text.split(","):
@@ -142,7 +142,7 @@ def find_source(name: str, split: Split = "train", *, streaming: bool = False) -
     if name == SAMPLE_NAME:
         files = (find_sample(),)
         return Source(name, lambda: read_sample(split), files, licence=SAMPLE_LICENCE, split=split)
-    path = Path(name).expanduser()
+    path = expand_path(name, "dataset", DataError)
     if path.is_dir() and (path / "dataset_dict.json").is_file():
         return _saved(name, path / _choose_split(_split_folders(path), split, name))
     if path.is_dir() and (path / "state.json").is_file():
@@ -204,7 +204,7 @@ def _files(name: str, paths: Sequence[Path], folder: Path) -> Source:
 
 def _split_folders(path: Path) -> list[str]:
     try:
-        return list(json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"])
+        return list(map(str, read_json(path / "dataset_dict.json")["splits"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}/dataset_dict.json cannot be read: {error!r}") from error
 
@@ -222,6 +222,7 @@ def _choose_split(names: Sequence[str], split: Split, name: str) -> str:
 def _saved(name: str, path: Path) -> Source:
     import datasets
 
+    check_regular_files(path)
     try:
         dataset = datasets.load_from_disk(str(path))
     # What is wrong in a folder of Arrow files comes from several libraries.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from liger_cli.data.rendering import render_chat, render_marked
 from liger_cli.errors import DataError
 
 if TYPE_CHECKING:
@@ -57,13 +58,7 @@ class ChatTemplate:
             DataError: The template refuses the conversation.
         """
         with _template_errors(where):
-            return self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=self.source,
-                tools=[dict(tool) for tool in tools] or None,
-                tokenize=False,
-                add_generation_prompt=prompt,
-            )
+            return render_chat(self.tokenizer, messages, self.source, tools, prompt=prompt)
 
     @cached_property
     def marks_generation(self) -> bool:
@@ -74,17 +69,9 @@ class ChatTemplate:
         self, messages: Sequence[Message], tools: Sequence[Message], where: str
     ) -> list[Span]:
         """Returns where the {% generation %} blocks are in the rendered conversation."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         with _template_errors(where):
-            _, spans = render_jinja_template(
-                conversations=[[dict(message) for message in messages]],
-                tools=[dict(tool) for tool in tools] or None,
-                chat_template=self.source,
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
-            )
-        return [(start, end) for start, end in spans[0] if start < end]
+            _, spans = render_marked(self.tokenizer, messages, self.source, tools)
+        return [(start, end) for start, end in spans if start < end]
 
     @cached_property
     def special(self) -> re.Pattern[str]:

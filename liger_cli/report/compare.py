@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterator
 
 from liger_cli.compare import Comparison, LossDifference, Run
-from liger_cli.config.yaml_file import shorten
 from liger_cli.figures import format_bytes, format_count
 from liger_cli.report.console import make_console, print_line, show_json
 from liger_cli.report.evaluation import parts_by_name
 from liger_cli.report.plots import Chart
 from liger_cli.report.tables import Table
+from liger_cli.text import shorten
 
 __all__ = ["loss_chart", "show_comparison"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -11,8 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from liger_cli.figures import format_bytes, format_count
+from liger_cli.text import printable
 
 __all__ = [
     "TrainProgress",
@@ -23,6 +26,14 @@ __all__ = [
     "show_lines",
     "show_table",
 ]
+
+
+class _PlainConsole(Console):
+    """A console that shows text as it is, and hands no control character to the terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        return super().render_str(printable(text), **options)
+
 
 # Rows are not broken where no terminal shows them, so that a log can be searched.
 _WIDTH_WITHOUT_TERMINAL = 1000
@@ -46,8 +57,16 @@ def show_lines(*lines: str, stderr: bool = False) -> None:
 
 
 def show_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Prints one JSON document to stdout."""
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    """Print one JSON document to stdout; NaN and infinity, which JSON does not have, are null."""
+    sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def new_table(*columns: str) -> Table:
@@ -60,10 +79,14 @@ def new_table(*columns: str) -> Table:
 
 def make_console(*, stderr: bool) -> Console:
     """Returns a console that breaks no lines where no terminal shows them."""
-    console = Console(stderr=stderr, highlight=False, markup=False)
+    console = _PlainConsole(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(
-            stderr=stderr, highlight=False, markup=False, width=_WIDTH_WITHOUT_TERMINAL
+        console = _PlainConsole(
+            stderr=stderr,
+            highlight=False,
+            markup=False,
+            emoji=False,
+            width=_WIDTH_WITHOUT_TERMINAL,
         )
     return console
 

@@ -8,6 +8,7 @@ from rich.text import Text
 from liger_cli.figures import format_count
 from liger_cli.preview import DataPreview, Fill, RowPreview
 from liger_cli.report import show_json, show_lines, show_table
+from liger_cli.text import printable
 
 __all__ = ["show_preview"]
 
@@ -51,7 +52,7 @@ def show_preview(preview: DataPreview, *, as_json: bool) -> None:
 def _text(row: RowPreview, *, in_colour: bool) -> Text:
     text = Text()
     for piece in row.pieces:
-        shown = _printable(piece.text)
+        shown = printable(piece.text)
         if not piece.is_trained:
             text.append(shown)
         elif in_colour:
@@ -59,13 +60,6 @@ def _text(row: RowPreview, *, in_colour: bool) -> Text:
         else:
             text.append(f"[[{shown}]]")
     return text
-
-
-def _printable(text: str) -> str:
-    """Text without what a terminal obeys; lines and tabs stay."""
-    return "".join(
-        char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text
-    )
 
 
 def _figures(preview: DataPreview) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from liger_cli.bench.op_targets import Measure
+from liger_cli.readers import parse_json
 from liger_cli.report import Finite, show_lines, show_table
 from liger_cli.report.tables import Table
 
@@ -151,7 +152,7 @@ class OpsReport(_Part):
         Raises:
             ValueError: The text is no such report, or one of another schema.
         """
-        values = json.loads(text)
+        values = parse_json(text)
         version = values.pop("schema_version", None) if isinstance(values, dict) else None
         if version != SCHEMA_VERSION:
             raise ValueError(f"report: schema_version is {version}, expected {SCHEMA_VERSION}")

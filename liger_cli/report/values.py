@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
+from liger_cli.readers import parse_json
+
 __all__ = [
     "MIN_MEMORY_NOISE",
     "MIN_SPEED_NOISE",
@@ -268,13 +270,13 @@ class RunReport(_Part):
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> RunReport:
+    def from_json(cls, text: str | bytes) -> RunReport:
         """Reads what `to_json` wrote.
 
         Raises:
             ValueError: The text is no report, or one of a newer schema.
         """
-        values = json.loads(text)
+        values = parse_json(text)
         version = values.pop("schema_version", None) if isinstance(values, dict) else None
         if version != SCHEMA_VERSION:
             raise ValueError(f"report: schema_version is {version}, expected {SCHEMA_VERSION}")

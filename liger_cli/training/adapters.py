@@ -7,7 +7,6 @@ A checkpoint is peft's directory: adapter_config.json, which names the base mode
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +18,7 @@ import torch
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
 from liger_cli.figures import format_count
+from liger_cli.readers import expand_path, read_json
 from liger_cli.training.demo_model import converted_model, converted_preset
 from liger_cli.training.packages import require_package
 from liger_cli.training.presets import ModelSource
@@ -56,12 +56,12 @@ def find_base(path: Path) -> str:
     """
     file = path / ADAPTER_CONFIG
     try:
-        name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        name = read_json(file).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{file} cannot be read as an adapter's: {error}") from error
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{file}: base_model_name_or_path does not name the base model")
-    place = Path(name).expanduser()
+    place = expand_path(name, f"{file}: base_model_name_or_path")
     if (place / ADAPTER_CONFIG).is_file() and not (place / "config.json").is_file():
         raise ConfigError(f"{file}: the base model {name} is an adapter itself")
     if place.is_dir():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from liger_cli.config import RunConfig
 from liger_cli.errors import LigerError, OutOfMemory
 from liger_cli.measure import median_after_warm_up
 from liger_cli.peer_interpreter import PeerInterpreter
+from liger_cli.readers import parse_json, read_file_bytes
 from liger_cli.training.endings import sigterm_raises
 
 __all__ = ["ArmResult", "ArmSpec", "run_arm"]
@@ -117,11 +117,11 @@ def run_arm(
         done = _run(command, peer.environment if peer else None)
         if done.returncode:
             raise _failure(name, done)
-        report: dict[str, Any] = json.loads(done.stdout)
-        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        report: dict[str, Any] = parse_json(done.stdout)
+        lines = read_file_bytes(run_dir / "metrics.jsonl").splitlines()
     return ArmResult(
         name=name,
-        steps=[json.loads(line) for line in lines],
+        steps=[parse_json(line) for line in lines],
         coverage=report["coverage"],
         modules=report["modules"],
         peer=report.get("peer"),

@@ -7,7 +7,9 @@ configuration, and what tells whether the files are whole: see checkpoint_files.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from liger_cli.config import RunConfig
 from liger_cli.data.feed import Feed
-from liger_cli.errors import DataError, EnvironmentProblem
+from liger_cli.errors import DataError, EnvironmentProblem, LigerError
 from liger_cli.training.adapters import save_weights
 from liger_cli.training.checkpoint_files import (
     checkpoint_path,
@@ -154,9 +156,10 @@ def load_state(checkpoint: Path, state: TrainState) -> Reached:
             f"be others: {_difference(manifest['data'], state.data)}",
             hint=f"--model {checkpoint} without --resume starts a new run from its weights.",
         )
-    state.load_state_dict(_load(checkpoint / _STATE))
-    generators = _load(checkpoint / _random_file(accelerator.process_index))
-    set_random_state(generators, accelerator.device)
+    with _restoring(path := checkpoint / _STATE):
+        state.load_state_dict(_load(path))
+    with _restoring(path := checkpoint / _random_file(accelerator.process_index)):
+        set_random_state(_load(path), accelerator.device)
     return Reached(int(manifest["step"]), bool(manifest["is_evaluated"]))
 
 
@@ -172,9 +175,18 @@ def _random_file(rank: int) -> str:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    return dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+@contextlib.contextmanager
+def _restoring(path: Path) -> Iterator[None]:
+    """Turn what a file of a checkpoint makes its readers raise into an error that names it."""
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    # What is whole and cannot be read fails in as many ways as the unpickler has.
+        yield
+    except (LigerError, torch.OutOfMemoryError):
+        raise
+    # What is whole and cannot be read fails in as many ways as the unpickler, the optimizer, the
+    # schedule and the generators have.
     except Exception as error:
         raise DataError(
             f"the checkpoint file {path} cannot be read: {type(error).__name__}: {error}",

@@ -21,6 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from liger_cli.errors import DataError, EnvironmentProblem
+from liger_cli.readers import read_json
 from liger_cli.training.auto_fit import is_out_of_memory
 
 __all__ = [
@@ -41,6 +42,16 @@ __all__ = [
 MANIFEST = "manifest.json"
 # A link in the directory of a run to the checkpoint of its best evaluation.
 BEST = "best"
+
+_TYPES = {
+    "step": int,
+    "is_evaluated": bool,
+    "num_processes": int,
+    "device": str,
+    "data": dict,
+    "config": dict,
+    "files": dict,
+}
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 # What reads and writes of files raise: torch and safetensors have errors of their own.
@@ -96,9 +107,14 @@ def find_damage(checkpoint: Path, *, reads_files: bool = True) -> str | None:
         reads_files: False looks at sizes only.
     """
     try:
-        files = dict(read_manifest(checkpoint)["files"])
+        files = read_manifest(checkpoint)["files"]
         for name, entry in files.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                return f"{MANIFEST} names {name}, which is outside the checkpoint"
             found = (checkpoint / name).stat().st_size
+            # To read a pipe or a device might never end.
+            if not (checkpoint / name).is_file():
+                return f"{MANIFEST} names {name}, which is no regular file"
             if found != entry["bytes"]:
                 return f"{name} has {found} bytes, not {entry['bytes']}"
         if reads_files:
@@ -107,7 +123,7 @@ def find_damage(checkpoint: Path, *, reads_files: bool = True) -> str | None:
                 if hashes[name] != entry["sha256"]:
                     return f"{name} has changed since it was written"
     except FileNotFoundError as error:
-        return f"{Path(error.filename).relative_to(checkpoint)} is missing"
+        return f"{os.path.relpath(error.filename, checkpoint)} is missing"
     except OSError as error:
         return f"it cannot be read: {error}"
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -122,8 +138,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         OSError: There is none.
         ValueError: It is not what was written.
     """
-    values = dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")))
-    if values.pop("sha256", None) != _hash_of(values):
+    values = read_json(checkpoint / MANIFEST)
+    # The seal holds against accidents; whoever makes one up meets the types.
+    is_whole = isinstance(values, dict) and values.pop("sha256", None) == _hash_of(values)
+    if not is_whole or not all(isinstance(values.get(key), kind) for key, kind in _TYPES.items()):
         raise ValueError(f"{checkpoint / MANIFEST} has changed since it was written")
     return values
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from liger_cli.config import RunConfig
+from liger_cli.errors import ConfigError
+from liger_cli.readers import MAX_BYTES, parse_json
 from liger_cli.training.demo_model import converted_model
 from liger_cli.training.presets import ModelSource
 
@@ -67,9 +68,13 @@ def _largest_part(folder: Path) -> str | None:
     sizes: dict[str, int] = {}
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for entry in header.values():
-            if (name := _NAMES.get(entry.get("dtype", ""))) is not None:
-                begin, end = entry["data_offsets"]
-                sizes[name] = sizes.get(name, 0) + end - begin
+            size = int.from_bytes(file.read(8), "little")
+            content = file.read(min(size, MAX_BYTES))
+        try:
+            for entry in parse_json(content).values():
+                if (name := _NAMES.get(entry.get("dtype", ""))) is not None:
+                    begin, end = entry["data_offsets"]
+                    sizes[name] = sizes.get(name, 0) + end - begin
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} is no file of safetensors: {error}") from error
     return max(sizes, key=lambda name: sizes[name]) if sizes else None

@@ -26,7 +26,7 @@ from liger_cli.training.random_state import kept_random_state
 from liger_kernels.transformers.pending_logits import is_lazy_head
 from liger_kernels.transformers.wrappers import forward_parameters
 
-__all__ = ["EvalResult", "evaluate"]
+__all__ = ["FIGURES", "EvalResult", "evaluate"]
 
 # Logits made at a time: 128 MiB in float32, and twice as much for probabilities and entropies.
 _CHUNK_ELEMENTS = 2**25
@@ -52,7 +52,7 @@ class EvalResult:
 
     def figures(self) -> dict[str, Any]:
         """Returns the numbers of all sets together, by name."""
-        return {name: getattr(self, name) for name in _FIGURES}
+        return {name: getattr(self, name) for name in FIGURES}
 
     def by_name(self) -> dict[str, Any]:
         """Returns the numbers of all together as loss, those of a set as NAME_loss."""
@@ -67,17 +67,19 @@ class EvalResult:
     def from_names(cls, values: Mapping[str, Any]) -> EvalResult:
         """Returns the result of what by_name returned; a number that JSON has not is NaN again."""
         names = [key.removesuffix("_loss") for key in values if key.endswith("_loss")]
-        sets = {name: cls._from_names(values, f"{name}_") for name in names}
+        # A name that only ends like that of a figure is not a set's.
+        known = [n for n in names if all(f"{n}_{figure}" in values for figure in FIGURES)]
+        sets = {name: cls._from_names(values, f"{name}_") for name in known}
         return replace(cls._from_names(values, ""), sets=sets)
 
     @classmethod
     def _from_names(cls, values: Mapping[str, Any], prefix: str) -> EvalResult:
-        figures = {name: values[f"{prefix}{name}"] for name in _FIGURES}
+        figures = {name: values[f"{prefix}{name}"] for name in FIGURES}
         means = {name: math.nan for name in ("loss", "perplexity") if figures[name] is None}
-        return cls(**figures | means)
+        return cls(**figures | means | {"tokens": int(figures["tokens"] or 0)})
 
 
-_FIGURES = [entry.name for entry in fields(EvalResult) if entry.name != "sets"]
+FIGURES = [entry.name for entry in fields(EvalResult) if entry.name != "sets"]
 
 
 @torch.no_grad()

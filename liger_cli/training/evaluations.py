@@ -13,12 +13,13 @@ from typing import Any
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError
 from liger_cli.training.checkpoint_files import checkpoint_path
-from liger_cli.training.evaluate import EvalResult
+from liger_cli.training.evaluate import FIGURES, EvalResult
 from liger_cli.training.run_log import JsonLines
 
 __all__ = ["EVAL_LOG", "Best", "EarlyStop", "Evaluations", "eval_interval", "evaluated_values"]
 
 EVAL_LOG = "eval.jsonl"
+_EVAL_FIELDS = tuple(f"eval_{name}" for name in FIGURES)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class Evaluations:
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, *, last_step: int, write: bool) -> None:
-        self._log = JsonLines(run_dir / EVAL_LOG, last_step=last_step, write=write)
+        self._log = JsonLines(
+            run_dir / EVAL_LOG, required=_EVAL_FIELDS, last_step=last_step, write=write
+        )
         self._run_dir = run_dir
         self._metric, self._is_greater_better = config.best_metric
         self._patience = config.early_stopping_patience

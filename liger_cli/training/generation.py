@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from transformers import TextStreamer
 
-from liger_cli.errors import ConfigError, LigerError
+from liger_cli.data.rendering import render_chat
+from liger_cli.errors import ConfigError, ExtensionPanic, LigerError, panics_raised
 from liger_cli.training.adapters import model_under
 
 __all__ = ["Answer", "Generator", "Sampling"]
@@ -81,7 +82,7 @@ class Generator:
         Raises:
             ConfigError: The text is empty, or too long for the model.
         """
-        return self._generate(self._tokenizer(prompt)["input_ids"])
+        return self._generate(self._ids(prompt))
 
     def answer(self, messages: Sequence[dict[str, str]]) -> Answer:
         """Returns the assistant's answer to a conversation; the tokenizer has a chat template.
@@ -90,13 +91,18 @@ class Generator:
             ConfigError: The template refuses the conversation, or it is too long.
         """
         try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
+            text = render_chat(self._tokenizer, messages, prompt=True)
         # A template is a program of its own, which may refuse a system message.
         except Exception as error:
             raise ConfigError(f"the model's chat template: {error}") from error
-        return self._generate(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._generate(self._ids(text, add_special_tokens=False))
+
+    def _ids(self, text: str, **options: Any) -> list[int]:
+        try:
+            with panics_raised():
+                return list(self._tokenizer(text, **options)["input_ids"])
+        except ExtensionPanic as error:
+            raise ConfigError(f"the model's tokenizer fails on the prompt: {error}") from error
 
     def _generate(self, prompt: list[int]) -> Answer:
         self._check(prompt)

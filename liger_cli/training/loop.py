@@ -32,7 +32,7 @@ from liger_cli.training.gradients import Gradients
 from liger_cli.training.on_the_way import OnTheWay
 from liger_cli.training.optimizers import Schedule, make_optimizer
 from liger_cli.training.profiling import StepProfiler
-from liger_cli.training.result import StepMetrics, TrainResult
+from liger_cli.training.result import COUNTS, STEP_FIELDS, StepMetrics, TrainResult
 from liger_cli.training.run_log import STEP_LOG, JsonLines, copy_logs
 from liger_cli.training.saving import Saver, is_due
 from liger_cli.training.tokenizers import Preprocessing
@@ -101,7 +101,9 @@ def train(
     done, is_evaluated = load_state(resume_from, state) if resume_from else Reached(0, False)
     if resume_from and resume_from.parent != run_dir:
         copy_logs((STEP_LOG, EVAL_LOG), resume_from.parent, run_dir, accelerator)
-    log = JsonLines(run_dir / STEP_LOG, last_step=done, write=is_main)
+    log = JsonLines(
+        run_dir / STEP_LOG, required=STEP_FIELDS, counts=COUNTS, last_step=done, write=is_main
+    )
     writes_evals = evaluate is not None and is_main
     evals = Evaluations(config, run_dir, last_step=done if evaluate else 0, write=writes_evals)
     eval_steps = eval_interval(config, plan.steps_per_epoch)
@@ -206,7 +208,7 @@ def train(
     if evaluated is None:
         evaluated = evaluate_after(step)
     return TrainResult(
-        history=tuple(StepMetrics(**row) for row in log.rows),
+        history=tuple(map(StepMetrics.from_row, log.rows)),
         eval=evaluated,
         plan=feed.plan,
         best=evals.best,

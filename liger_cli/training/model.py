@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import logging
-from collections.abc import Callable, Iterator
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +15,7 @@ import torch
 
 from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
 from liger_cli.hub import as_problem, fetch_config
+from liger_cli.readers import check_regular_files, expand_path, read_json
 from liger_cli.training.adapters import ADAPTER_CONFIG, find_base, load_adapter, with_adapter
 from liger_cli.training.demo_model import converted_model
 from liger_cli.training.dtypes import choose_dtype
@@ -34,6 +37,12 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+
+# Keys that count modules: num_hidden_layers, n_layer, depths, num_local_experts, ...
+_COUNT_OF_MODULES = re.compile(r"(^|_)(layers?|blocks?|experts?|depths?|stages?)$|^num_.*_layers_")
+_MAX_MODULES = 10_000
+# The largest mixtures of experts have some 120 000, where each expert is modules of its own.
+_MAX_REGISTERED = 1_000_000
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 _WHOLE_MODEL = ("model*.safetensors*", "pytorch_model*.bin*")
@@ -60,7 +69,7 @@ def resolve_model(name: str, notify: Callable[[str], None] | None = None) -> Mod
     preset = name.replace("_", "-")
     if preset in preset_names():
         return read_preset(preset)
-    path = Path(name).expanduser()
+    path = expand_path(name, "model")
     if path.is_dir():
         return _resolve_directory(name, find_run_model(path, notify or _log.warning))
     if path.is_file():
@@ -79,6 +88,7 @@ def resolve_model(name: str, notify: Callable[[str], None] | None = None) -> Mod
 
 
 def _resolve_directory(name: str, path: Path) -> ModelSource:
+    check_regular_files(path)
     config_file = path / "config.json"
     # Some programs save the base model's config.json with an adapter.
     if (path / ADAPTER_CONFIG).is_file() and not _holds(path, _WHOLE_MODEL):
@@ -97,7 +107,7 @@ def _resolve_config_file(name: str, path: Path) -> ModelSource:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
 
@@ -210,6 +220,7 @@ def _make_config(source: ModelSource) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     values = dict(source.config or {})
+    _check_sizes(values, source.name)
     model_type = values.pop("model_type")
     if model_type not in CONFIG_MAPPING:
         nearest = nearest_name(model_type, CONFIG_MAPPING)
@@ -226,6 +237,44 @@ def _make_config(source: ModelSource) -> PretrainedConfig:
             f"the configuration of {source.name} (model type {model_type}) is not one that the "
             f"installed transformers can build: {' '.join(str(error).split())}"
         ) from error
+
+
+def _check_sizes(values: Mapping[str, Any], name: str, parents: str = "") -> None:
+    """Raise a ConfigError for more layers, experts or the like than any model has.
+
+    Each is a module, or several, which take a millisecond to make even without weights.
+    """
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _check_sizes(value, name, f"{parents}{key}.")
+        elif _COUNT_OF_MODULES.search(str(key)):
+            numbers = value if isinstance(value, list) else [value]
+            for number in numbers:
+                if isinstance(number, int | float) and abs(number) > _MAX_MODULES:
+                    raise ConfigError(
+                        f"the configuration of {name}: {parents}{key} is {number}; at most "
+                        f"{_MAX_MODULES} are built"
+                    )
+
+
+@contextmanager
+def _counted_modules(name: str) -> Iterator[None]:
+    """Raise a ConfigError once the model that is built has more modules than any there is."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    thread, count = threading.get_ident(), itertools.count(1)
+
+    def look(*_: Any) -> None:
+        if threading.get_ident() == thread and next(count) > _MAX_REGISTERED:
+            raise ConfigError(
+                f"the configuration of {name} asks for more than {_MAX_REGISTERED} modules"
+            )
+
+    hook = register_module_module_registration_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _auto_class(source: ModelSource, config: PretrainedConfig) -> Any:
@@ -259,8 +308,9 @@ def _attention_of(config: PretrainedConfig) -> str | None:
 def _build(source: ModelSource, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     auto_class = _auto_class(source, config)
     try:
-        return auto_class.from_config(config, trust_remote_code=False, **options)
-    except torch.OutOfMemoryError:
+        with _counted_modules(source.name):
+            return auto_class.from_config(config, trust_remote_code=False, **options)
+    except (torch.OutOfMemoryError, MemoryError, LigerError):
         raise
     # Values that do not fit together surface as whatever the model's constructor raises.
     except Exception as error:

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 import liger_cli
+from liger_cli.config.yaml_file import read_mapping
 from liger_cli.errors import ConfigError
 
 __all__ = ["DemoPackage", "ModelSource", "configs_directory", "list_presets", "preset_names"]
@@ -79,7 +78,7 @@ def read_preset(name: str) -> ModelSource:
     """Returns the preset of a name that preset_names lists."""
     path = configs_directory() / "models" / f"{name}.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_mapping(path)
         package = content.get("package")
         return ModelSource(
             kind="package" if package else "random",
@@ -91,7 +90,7 @@ def read_preset(name: str) -> ModelSource:
             num_parameters=content["num_parameters"],
             package=DemoPackage(**package) if package else None,
         )
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"preset {path} cannot be read: {error!r}") from error
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from liger_cli.data.batches import BatchPlan
@@ -11,7 +12,7 @@ from liger_cli.measure import median_after_warm_up
 from liger_cli.training.evaluate import EvalResult
 from liger_cli.training.evaluations import Best, EarlyStop
 
-__all__ = ["StepMetrics", "TrainResult", "summary"]
+__all__ = ["COUNTS", "STEP_FIELDS", "StepMetrics", "TrainResult", "summary"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,18 @@ class StepMetrics:
     step_ms: float
     tokens_per_s: float
     peak_memory_bytes: int
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> StepMetrics:
+        """Return the metrics of a row of metrics.jsonl: what it lacks is NaN, or 0 of a count."""
+        values = {entry.name: row.get(entry.name) for entry in fields(cls)}
+        absent = {name: 0 if name in COUNTS else math.nan for name in values}
+        absent["grad_norm"] = None
+        return cls(**{k: absent[k] if value is None else value for k, value in values.items()})
+
+
+COUNTS = ("step", "tokens", "trained_tokens", "peak_memory_bytes")
+STEP_FIELDS = tuple(entry.name for entry in fields(StepMetrics))
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,12 @@ def summary(history: Sequence[StepMetrics]) -> dict[str, Any]:
 
 def _speed(steps: Sequence[StepMetrics]) -> dict[str, Any]:
     return {
-        "tokens_per_s": median_after_warm_up([step.tokens_per_s for step in steps]),
-        "step_ms": median_after_warm_up([step.step_ms for step in steps]),
+        "tokens_per_s": _median(step.tokens_per_s for step in steps),
+        "step_ms": _median(step.step_ms for step in steps),
         "peak_memory_bytes": max(step.peak_memory_bytes for step in steps),
     }
+
+
+def _median(values: Iterable[float]) -> float:
+    found = [value for value in values if not math.isnan(value)]
+    return median_after_warm_up(found) if found else math.nan

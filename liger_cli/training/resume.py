@@ -10,6 +10,7 @@ import torch
 
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError
+from liger_cli.readers import expand_path
 from liger_cli.training.checkpoint_files import (
     find_checkpoints,
     newest_whole,
@@ -74,7 +75,7 @@ def choose_checkpoint(
         if output_dir is None:
             raise ConfigError("--resume auto needs --output-dir, the directory of the run")
         return newest_whole(find_checkpoints(output_dir), notify)
-    path = Path(resume)
+    path = expand_path(resume, "--resume")
     found = find_checkpoints(path)
     if not found and step_of(resolved := path.resolve()) and resolved.is_dir():
         # A link such as `best` is as good as the checkpoint it leads to.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liger_cli.errors import ConfigError, EnvironmentProblem
+from liger_cli.errors import ConfigError, EnvironmentProblem, panics_raised
 from liger_cli.training.demo_model import converted_model
 from liger_cli.training.presets import ModelSource
 
@@ -105,7 +105,8 @@ def _from_files(place: str, source: ModelSource) -> Any:
     from liger_cli.hub import as_problem
 
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        with panics_raised():
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     # A tokenizer's files fail in the ways of several libraries; what is wrong is in the message.
     except Exception as error:
         raise as_problem(error, f"the tokenizer of {source.name}", source) from error
@@ -130,7 +131,8 @@ def load_processor(source: ModelSource) -> Any:
 
     place = str(source.path or source.name)
     try:
-        return AutoProcessor.from_pretrained(place, trust_remote_code=False)
+        with panics_raised():
+            return AutoProcessor.from_pretrained(place, trust_remote_code=False)
     except ImportError as error:
         raise EnvironmentProblem(f"the processor of {source.name}: {error}") from error
     except Exception as error:
