@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["format_bytes", "format_count"]
+import math
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["finite", "format_bytes", "format_count"]
+
+
+def finite(value: Any) -> Any:
+    """Return a value of JSON with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def format_bytes(num_bytes: float) -> str:

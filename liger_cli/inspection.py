@@ -41,9 +41,10 @@ def find_model(name: str, notify: Callable[[str], None]) -> ModelSource:
     if checkpoints := find_checkpoints(run):
         model = str(checkpoints[-1].absolute())
     else:
-        model = read_mapping(config_file).get("model")
-        if not isinstance(model, str):
+        found = read_mapping(config_file).get("model")
+        if not isinstance(found, str):
             raise ConfigError(f"{config_file}: model does not name the model of the run")
+        model = found
     notify(f"{name} is the directory of a run; its model is {model}")
     return resolve_model(model)
 

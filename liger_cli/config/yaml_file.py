@@ -59,6 +59,10 @@ class Entry:
     at_value: str
 
 
+class _TooDeep(yaml.composer.ComposerError):
+    pass
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
     _depth = 0
@@ -77,6 +81,7 @@ class _Loader(yaml.SafeLoader):
             message = f"tags such as {tag!r} are not used here; quotes make a value text"
         elif self._depth == _MAX_DEPTH:
             message = f"nested too deep, more than {_MAX_DEPTH} levels"
+            raise _TooDeep(None, None, message, event.start_mark)
         if message is not None:
             raise yaml.composer.ComposerError(None, None, message, event.start_mark)
         self._depth += 1
@@ -128,6 +133,8 @@ def read_file(path: Path) -> list[Entry]:
         raise ConfigError(
             f"{place}: not valid YAML: the character {character} is not allowed"
         ) from None
+    except _TooDeep as error:
+        raise ConfigError(f"{shown}:{error.problem_mark.line + 1}:1: {error.problem}") from None
     except yaml.MarkedYAMLError as error:
         raise ConfigError(f"{_place(shown, error)}: not valid YAML: {_explain(error)}") from None
 

@@ -178,8 +178,8 @@ def _model_text(model: Mapping[str, Any]) -> str:
         "row": "a listed family",
         "recognised": "not listed; recognised by what its modules compute",
     }
-    millions = f"{model['num_parameters'] / 1e6:,.1f}".replace(",", " ")
-    return (
-        f"{model['name']}: {model['class']}, type {model['model_type']} "
-        f"({how[model['source']]}), {millions} M parameters"
-    )
+    # A report that is read back may be anybody's.
+    name, kind, model_type = (model.get(key) for key in ("name", "class", "model_type"))
+    source, size = str(model.get("source")), model.get("num_parameters")
+    millions = f"{size / 1e6:,.1f}".replace(",", " ") if isinstance(size, int | float) else "?"
+    return f"{name}: {kind}, type {model_type} ({how.get(source, source)}), {millions} M parameters"

@@ -244,18 +244,16 @@ def _judge(gain: float | None, better: str, worse: str, quantity: str, noise: fl
 
 def _parity_text(parity: ParityPart) -> str:
     relative, norms = parity.max_relative_difference, parity.max_grad_norm_difference
+    absolute = parity.max_loss_difference
+    apart = "?" if absolute is None else f"{absolute:.2g}"
     if relative is None:
         return "no losses to compare, or none that is finite"
     if parity.equal:
         beside = "" if norms is None else f", norms of the gradient within {norms:.1%}"
-        return (
-            f"losses agree over {parity.steps} steps "
-            f"(at most {parity.max_loss_difference:.2g} apart{beside})"
-        )
+        return f"losses agree over {parity.steps} steps (at most {apart} apart{beside})"
     if relative > parity.tolerance:
         return (
-            f"LOSSES DIFFER: {parity.max_loss_difference:.2g} apart, "
-            f"{relative:.1%} where {parity.tolerance:.1%} is allowed"
+            f"LOSSES DIFFER: {apart} apart, {relative:.1%} where {parity.tolerance:.1%} is allowed"
         )
     allowed = parity.grad_norm_tolerance
     if norms is not None and allowed is not None and norms > allowed:

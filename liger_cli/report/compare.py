@@ -79,7 +79,7 @@ def _figures(run: Run) -> dict[str, str]:
         figures[op] = f"{counts['patched']}/{counts['candidates']}"
     devices = (report.environment or {}).get("devices") or []
     if devices:
-        figures["device"] = ", ".join(str(device["name"]) for device in devices)
+        figures["device"] = ", ".join(str(device.get("name")) for device in devices)
     return figures
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -14,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from liger_cli.figures import format_bytes, format_count
+from liger_cli.figures import finite, format_bytes, format_count
 from liger_cli.text import printable
 
 __all__ = [
@@ -31,7 +30,7 @@ __all__ = [
 class _PlainConsole(Console):
     """A console that shows text as it is, and hands no control character to the terminal."""
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
 
 
@@ -58,15 +57,7 @@ def show_lines(*lines: str, stderr: bool = False) -> None:
 
 def show_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
     """Print one JSON document to stdout; NaN and infinity, which JSON does not have, are null."""
-    sys.stdout.write(json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    sys.stdout.write(json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
 def new_table(*columns: str) -> Table:

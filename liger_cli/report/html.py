@@ -40,6 +40,7 @@ from liger_cli.report.summary import (
 )
 from liger_cli.report.svg import bars_svg, curves_svg
 from liger_cli.report.tables import Table
+from liger_cli.text import printable
 
 __all__ = ["html", "write_html"]
 
@@ -100,6 +101,8 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("liger_cli.report"),
         autoescape=True,
+        # What is markup already was made of printable text.
+        finalize=lambda value: printable(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from liger_cli.bench.op_targets import Measure
+from liger_cli.figures import finite
 from liger_cli.readers import parse_json
 from liger_cli.report import Finite, show_lines, show_table
 from liger_cli.report.tables import Table
@@ -142,7 +143,7 @@ class OpsReport(_Part):
 
     def to_json(self) -> str:
         """Returns the report as one JSON document; NaN and infinity are null."""
-        values = json.loads(self.model_dump_json())
+        values = finite(self.model_dump(mode="json"))
         return json.dumps({"schema_version": SCHEMA_VERSION, **values}, indent=1)
 
     @classmethod

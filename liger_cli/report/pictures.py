@@ -17,7 +17,7 @@ from liger_cli.report.charts import (
     step_charts,
     sweep_charts,
 )
-from liger_cli.report.plots import check_plot, draw
+from liger_cli.report.plots import check_plot, draw, save
 from liger_cli.report.summary import SavedReport
 
 __all__ = ["write_pictures"]
@@ -69,5 +69,4 @@ def _draw_bars(chart: BarChart, path: Path) -> None:
     )
     axes.bar_label(drawn, [bar.text for bar in bars], padding=4)
     axes.margins(x=0.2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save(figure, path)

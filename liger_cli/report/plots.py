@@ -11,7 +11,7 @@ from typing import Any
 from liger_cli.errors import ConfigError, EnvironmentProblem
 from liger_cli.outputs import check_writable
 
-__all__ = ["Chart", "check_plot", "draw"]
+__all__ = ["Chart", "check_plot", "draw", "save"]
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -55,6 +55,13 @@ def check_plot(path: Path, what: str) -> None:
     check_writable(path, what)
 
 
+def save(figure: Any, path: Path) -> None:
+    """Write a figure; its names are text, in which a $ begins no formula."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with import_module("matplotlib").rc_context({"text.parse_math": False}):
+        figure.savefig(path)
+
+
 def draw(chart: Chart, path: Path) -> None:
     """Draws a chart into a file, whose ending tells its kind."""
     # Without pyplot there is no window, no display and no state that other charts share.
@@ -71,8 +78,7 @@ def draw(chart: Chart, path: Path) -> None:
             axes.plot(*_columns(marks), "o", color=color, label=label, markeredgecolor="black")
     axes.grid(alpha=0.3)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _columns(points: Mapping[int, float]) -> tuple[list[int], list[float]]:

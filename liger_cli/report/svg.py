@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from liger_cli.figures import format_count
 from liger_cli.report.charts import BarChart, Curves
+from liger_cli.text import printable
 
 __all__ = ["bars_svg", "curves_svg"]
 
@@ -165,16 +166,16 @@ def _path(name: str, points: Iterable[tuple[float, float]]) -> Markup:
 def _dot(x: float, y: float, color: int, title: str) -> Markup:
     return Markup(
         '<circle class="dot s{}" cx="{:.1f}" cy="{:.1f}" r="2.6"><title>{}</title></circle>'
-    ).format(color, x, y, title)
+    ).format(color, x, y, printable(title))
 
 
 def _text(x: float, y: float, text: str, name: str, *, anchor: str = "start") -> Markup:
     return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(
-        name, x, y, anchor, text
+        name, x, y, anchor, printable(text)
     )
 
 
 def _svg(parts: Iterable[Markup], width: float, height: float, alternative: str) -> Markup:
     return Markup('<svg viewBox="0 0 {:.0f} {:.0f}" role="img" aria-label="{}">{}</svg>').format(
-        width, height, alternative, Markup("").join(parts)
+        width, height, printable(alternative), Markup("").join(parts)
     )

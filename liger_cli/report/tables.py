@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from rich.table import Table as RichTable
 
 from liger_cli.report.console import new_table
+from liger_cli.text import printable
 
 __all__ = ["Table", "markdown_text"]
 
@@ -48,7 +49,7 @@ class Table:
 
 def markdown_text(text: str) -> str:
     """Returns text of which markdown makes no tag, on one line."""
-    return _TAG.sub("&lt;", " ".join(text.split()))
+    return _TAG.sub("&lt;", printable(" ".join(text.split())))
 
 
 def _markdown_cell(text: str) -> str:

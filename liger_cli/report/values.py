@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
+from liger_cli.figures import finite
 from liger_cli.readers import parse_json
 
 __all__ = [
@@ -216,6 +217,30 @@ class PeerPart(_Part):
     num_changed: int
 
 
+def _check_coverage(value: dict[str, dict[str, int]] | None) -> dict[str, dict[str, int]] | None:
+    for op, counts in (value or {}).items():
+        if not {"patched", "candidates"} <= set(counts):
+            raise ValueError(f"{op} should have patched and candidates")
+    return value
+
+
+def _check_modules(value: list[ModuleRow] | None) -> list[ModuleRow] | None:
+    for number, row in enumerate(value or ()):
+        if missing := {"name", "op", "status", "backend", "reason"} - set(row):
+            raise ValueError(f"row {number} has no {', '.join(sorted(missing))}")
+    return value
+
+
+def _check_environment(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    devices = (value or {}).get("devices") or []
+    if not isinstance(devices, list) or not all(isinstance(device, dict) for device in devices):
+        raise ValueError("devices should be a list of objects")
+    for device in devices:
+        if not isinstance(device.get("memory_bytes") or 0, int | float):
+            raise ValueError("memory_bytes of a device should be a number")
+    return value
+
+
 class RunReport(_Part):
     """The result of one command. Parts it does not have are None here and absent from the JSON.
 
@@ -235,9 +260,9 @@ class RunReport(_Part):
     command: str
     model: dict[str, Any] | None = None
     config: dict[str, Any] | None = None
-    environment: dict[str, Any] | None = None
-    coverage: dict[str, dict[str, int]] | None = None
-    modules: list[ModuleRow] | None = None
+    environment: Annotated[dict[str, Any] | None, AfterValidator(_check_environment)] = None
+    coverage: Annotated[dict[str, dict[str, int]] | None, AfterValidator(_check_coverage)] = None
+    modules: Annotated[list[ModuleRow] | None, AfterValidator(_check_modules)] = None
     missing: list[str] | None = None
     others: dict[str, int] | None = None
     data: DataPart | None = None
@@ -261,8 +286,8 @@ class RunReport(_Part):
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as plain JSON values, without the parts it does not have."""
         absent = {name for name in type(self).model_fields if getattr(self, name) is None}
-        # Through pydantic's JSON writer, which turns a NaN in config or environment into null.
-        values = json.loads(self.model_dump_json(exclude=absent))
+        # Not by pydantic's own writer, which refuses half of a surrogate pair in a file's name.
+        values = finite(self.model_dump(mode="json", exclude=absent))
         return {"schema_version": SCHEMA_VERSION, **values}
 
     def to_json(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from liger_cli.figures import finite
 from liger_cli.report.console import show_lines, show_table
 from liger_cli.report.values import Finite
 
@@ -116,7 +117,7 @@ class VerifyReport(_Part):
 
     def to_json(self) -> str:
         """Returns the report as one JSON document; NaN and infinity are null."""
-        values = json.loads(self.model_dump_json())
+        values = finite(self.model_dump(mode="json"))
         return json.dumps({"schema_version": SCHEMA_VERSION, **values}, indent=2)
 
 

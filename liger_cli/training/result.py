@@ -32,10 +32,12 @@ class StepMetrics:
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> StepMetrics:
         """Return the metrics of a row of metrics.jsonl: what it lacks is NaN, or 0 of a count."""
-        values = {entry.name: row.get(entry.name) for entry in fields(cls)}
-        absent = {name: 0 if name in COUNTS else math.nan for name in values}
-        absent["grad_norm"] = None
-        return cls(**{k: absent[k] if value is None else value for k, value in values.items()})
+        values: dict[str, Any] = {}
+        for name in STEP_FIELDS:
+            absent = None if name == "grad_norm" else 0 if name in COUNTS else math.nan
+            value = row.get(name)
+            values[name] = absent if value is None else value
+        return cls(**values)
 
 
 COUNTS = ("step", "tokens", "trained_tokens", "peak_memory_bytes")

@@ -12,8 +12,11 @@ __all__ = ["FoldedRow", "TreeLine", "fold_modules", "module_tree", "others_text"
 Row = Mapping[str, str | None]
 
 _FIELDS = ("class", "op", "status", "backend", "reason", "source")
-_NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)")
+# A part of a name that is a number; longer ones count no layers.
+_NUMBER = re.compile(r"((?:(?<=\.)|^)[0-9]{1,9}(?=\.|$))")
 _ROOT = "(model)"
+# Of a name with more parts the rest is one: nothing nests its modules as deep.
+_MAX_PARTS = 60
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,17 @@ def fold_modules(rows: Iterable[Row]) -> list[FoldedRow]:
     Where two numbers vary, as in layers of experts, each range is given for itself; the count says
     how many modules there are.
     """
-    groups: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
+    groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[list[int]]] = {}
     for row in rows:
-        name = row["name"] or _ROOT
-        numbers = tuple(int(number) for number in _NUMBER.findall(name))
-        groups.setdefault((_NUMBER.sub("{}", name), *_fields(row)), []).append(numbers)
+        # Every second part is a number.
+        parts = _NUMBER.split(row["name"] or _ROOT)
+        numbers = [int(number) for number in parts[1::2]]
+        groups.setdefault((tuple(parts[::2]), _fields(row)), []).append(numbers)
     folded = []
-    for (template, *fields), members in groups.items():
+    for (texts, fields), members in groups.items():
         ranges = [_ranges(position) for position in zip(*members, strict=True)]
-        folded.append(FoldedRow(template.format(*ranges), len(members), *fields))
+        name = texts[0] + "".join(map(str.__add__, ranges, texts[1:]))
+        folded.append(FoldedRow(name, len(members), *fields))
     return folded
 
 
@@ -65,7 +70,7 @@ def module_tree(rows: Iterable[Row]) -> list[TreeLine]:
     root = _Node()
     for row in rows:
         node = root
-        for part in (row["name"] or "").split(".") if row["name"] else ():
+        for part in (row["name"] or "").split(".", _MAX_PARTS) if row["name"] else ():
             node = node.children.setdefault(part, _Node())
         node.rows.append(_fields(row))
     lines = [TreeLine(_ROOT, FoldedRow(_ROOT, 1, *fields)) for fields in root.rows]
@@ -106,11 +111,11 @@ class _Node:
         """Return the children as (name, node, how many are like it), equal layers as one."""
         groups: dict[object, list[str]] = {}
         for name, child in self.children.items():
-            key = child.signature() if name.isdigit() else name
+            key = child.signature() if _is_number(name) else name
             groups.setdefault(key, []).append(name)
         folded = []
         for names in groups.values():
-            ranges = _ranges(map(int, names)) if names[0].isdigit() else names[0]
+            ranges = _ranges(map(int, names)) if _is_number(names[0]) else names[0]
             folded.append((ranges, self.children[names[0]], len(names)))
         return sorted(folded, key=lambda entry: _first_number(entry[0]))
 
@@ -130,7 +135,7 @@ class _Node:
         """
         below = self.folded()
         # A list of layers says nothing that its layers do not.
-        if not self.rows and (len(below) == 1 or all(part[0].isdigit() for part, _, _ in below)):
+        if not self.rows and (len(below) == 1 or all(_is_range(part) for part, _, _ in below)):
             for part, child, more in below:
                 yield from child.lines(f"{label}.{part}", f"{name}.{part}", count * more, depth)
             return
@@ -149,7 +154,15 @@ def _fields(row: Row) -> tuple[str, ...]:
 
 def _first_number(name: str) -> int:
     """Layers stand in their own order; sorting leaves other names as they came."""
-    return int(name.split("-")[0].split(",")[0]) if name[0].isdigit() else -1
+    return int(name.split("-")[0].split(",")[0]) if _is_range(name) else -1
+
+
+def _is_number(name: str) -> bool:
+    return _NUMBER.fullmatch(name) is not None
+
+
+def _is_range(name: str) -> bool:
+    return re.fullmatch(r"[0-9]{1,9}([-,][0-9]{1,9})*", name) is not None
 
 
 def _ranges(numbers: Iterable[int]) -> str:
