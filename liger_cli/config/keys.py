@@ -280,7 +280,9 @@ class RunConfig(BaseModel):
                 raise ValueError("should have no control characters and be valid Unicode")
             # A shell expands the ~ of a flag; in a file nobody does, and a directory ~ is a trap.
             if str(value).startswith("~"):
-                return type(value)(os.path.expanduser(value))
+                value = type(value)(os.path.expanduser(value))
+                if str(value).startswith("~"):
+                    raise ValueError("should name a user that there is after its ~")
         return value
 
     @field_validator("optim", mode="before")
