@@ -1,4 +1,4 @@
-"""What is read back from a run's directory: strange lines, and files that are not what they were."""
+"""What is read back from a run directory: strange lines, and files of another content."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"
 
 DOUBLED = "{% set ns = namespace(x=['aaaa']) %}{% for i in range(60) %}{% set ns.x = "
 HOSTILE = {
-    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
+    "{% endfor %}",
     "loops over a text": "{% set r = 'a' * 99999 %}{% for a in r %}{% for b in r %}{% endfor %}"
     "{% endfor %}",
     "a long range": "{% for i in range(10**9) %}{% endfor %}",
