@@ -17,7 +17,7 @@ from liger_cli.report.charts import (
     step_charts,
     sweep_charts,
 )
-from liger_cli.report.plots import check_plot, draw, save
+from liger_cli.report.plots import check_plot, draw, plain_names
 from liger_cli.report.summary import SavedReport
 
 __all__ = ["write_pictures"]
@@ -53,6 +53,7 @@ def write_pictures(saved: SavedReport, path: Path) -> list[Path]:
     return files
 
 
+@plain_names
 def _draw_bars(chart: BarChart, path: Path) -> None:
     # Without pyplot there is no window, no display and no state that other charts share.
     figure: Any = import_module("matplotlib.figure").Figure(
@@ -69,4 +70,5 @@ def _draw_bars(chart: BarChart, path: Path) -> None:
     )
     axes.bar_label(drawn, [bar.text for bar in bars], padding=4)
     axes.margins(x=0.2)
-    save(figure, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from liger_cli.errors import ConfigError, EnvironmentProblem
 from liger_cli.outputs import check_writable
 
-__all__ = ["Chart", "check_plot", "draw", "save"]
+__all__ = ["Chart", "check_plot", "draw", "plain_names"]
+
+_Args = ParamSpec("_Args")
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -55,13 +58,18 @@ def check_plot(path: Path, what: str) -> None:
     check_writable(path, what)
 
 
-def save(figure: Any, path: Path) -> None:
-    """Write a figure; its names are text, in which a $ begins no formula."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with import_module("matplotlib").rc_context({"text.parse_math": False}):
-        figure.savefig(path)
+def plain_names(function: Callable[_Args, None]) -> Callable[_Args, None]:
+    """Give a function that draws text in which a $ begins no formula."""
+
+    @functools.wraps(function)
+    def drawing(*args: _Args.args, **options: _Args.kwargs) -> None:
+        with import_module("matplotlib").rc_context({"text.parse_math": False}):
+            function(*args, **options)
+
+    return drawing
 
 
+@plain_names
 def draw(chart: Chart, path: Path) -> None:
     """Draws a chart into a file, whose ending tells its kind."""
     # Without pyplot there is no window, no display and no state that other charts share.
@@ -78,7 +86,8 @@ def draw(chart: Chart, path: Path) -> None:
             axes.plot(*_columns(marks), "o", color=color, label=label, markeredgecolor="black")
     axes.grid(alpha=0.3)
     axes.legend()
-    save(figure, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
 
 
 def _columns(points: Mapping[int, float]) -> tuple[list[int], list[float]]:
