@@ -134,7 +134,8 @@ def read_file(path: Path) -> list[Entry]:
             f"{place}: not valid YAML: the character {character} is not allowed"
         ) from None
     except _TooDeep as error:
-        raise ConfigError(f"{shown}:{error.problem_mark.line + 1}:1: {error.problem}") from None
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{shown}:{line}:1: {error.problem}") from None
     except yaml.MarkedYAMLError as error:
         raise ConfigError(f"{_place(shown, error)}: not valid YAML: {_explain(error)}") from None
 

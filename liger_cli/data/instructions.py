@@ -69,7 +69,7 @@ def _history(history: Any, where: str) -> Iterator[tuple[str, str]]:
         try:
             history = parse_json(history)
         except JsonError as error:
-            raise DataError(f"{where}: history: {error.reason}") from error
+            raise DataError(f"{where}: history is {error.reason}") from error
     if not isinstance(history, list):
         raise DataError(f"{where}: history must be a list, found {describe(history)}")
     for number, turn in enumerate(history):
