@@ -281,7 +281,8 @@ class RunConfig(BaseModel):
             # A shell expands the ~ of a flag; in a file nobody does, and a directory ~ is a trap.
             if str(value).startswith("~"):
                 value = type(value)(os.path.expanduser(value))
-                if str(value).startswith("~"):
+                # A model and data that are not there are found out later; a directory is made.
+                if isinstance(value, Path) and str(value).startswith("~"):
                     raise ValueError("should name a user that there is after its ~")
         return value
 

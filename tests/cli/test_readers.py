@@ -91,7 +91,7 @@ def test_case_238_every_json_file_ends_in_its_code_with_its_name(
     [
         (("inspect", "--model", "~nouser/x"), 2),
         (("inspect", "--model", LONG), 2),
-        (("train", "-m", "qwen3", "-d", "~nouser/x.jsonl", "--use-cpu"), 2),
+        (("train", "-m", "qwen3", "-d", "~nouser/x.jsonl", "--use-cpu"), 4),
         (("train", "-m", "qwen3", "-d", f"{LONG}.jsonl", "--use-cpu"), 4),
         (("train", "-m", "qwen3", "-d", f"a.jsonl,{LONG}.jsonl", "--use-cpu"), 4),
         (("train", "-m", "qwen3", "--resume", "~nouser/x", "--use-cpu"), 2),
