@@ -280,10 +280,7 @@ class RunConfig(BaseModel):
                 raise ValueError("should have no control characters and be valid Unicode")
             # A shell expands the ~ of a flag; in a file nobody does, and a directory ~ is a trap.
             if str(value).startswith("~"):
-                value = type(value)(os.path.expanduser(value))
-                # A model and data that are not there are found out later; a directory is made.
-                if isinstance(value, Path) and str(value).startswith("~"):
-                    raise ValueError("should name a user that there is after its ~")
+                return type(value)(os.path.expanduser(value))
         return value
 
     @field_validator("optim", mode="before")

@@ -16,6 +16,7 @@ from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError, EnvironmentProblem
+from liger_cli.readers import expand_path
 from liger_cli.training.dtypes import parameter_dtype
 from liger_cli.training.resume import check_same_run, choose_checkpoint
 
@@ -84,6 +85,8 @@ def choose_run_dir(
         ConfigError: The directory is taken, or there is nothing to resume.
         DataError: Every checkpoint is damaged.
     """
+    if config.output_dir is not None:
+        expand_path(str(config.output_dir), "output_dir")
     # Decided once: the clock and the directory may have moved on for another process.
     choice: list[Any] = [None]
     if accelerator.is_main_process:

@@ -38,7 +38,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-# Keys that count modules: num_hidden_layers, n_layer, depths, num_local_experts, ...
+# As num_hidden_layers, n_layer, depths, num_local_experts.
 _COUNT_OF_MODULES = re.compile(r"(^|_)(layers?|blocks?|experts?|depths?|stages?)$|^num_.*_layers_")
 _MAX_MODULES = 10_000
 # The largest mixtures of experts have some 120 000, where each expert is modules of its own.
@@ -240,10 +240,7 @@ def _make_config(source: ModelSource) -> PretrainedConfig:
 
 
 def _check_sizes(values: Mapping[str, Any], name: str, parents: str = "") -> None:
-    """Raise a ConfigError for more layers, experts or the like than any model has.
-
-    Each is a module, or several, which take a millisecond to make even without weights.
-    """
+    """Raise a ConfigError for more layers or experts than any model has."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             _check_sizes(value, name, f"{parents}{key}.")
