@@ -38,7 +38,6 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-# As num_hidden_layers, n_layer, depths, num_local_experts.
 _COUNT_OF_MODULES = re.compile(r"(^|_)(layers?|blocks?|experts?|depths?|stages?)$|^num_.*_layers_")
 _MAX_MODULES = 10_000
 # The largest mixtures of experts have some 120 000, where each expert is modules of its own.
