@@ -29,7 +29,8 @@ def differentiable_once(name: str) -> Callable[[Any], Any]:
 
     Those are the second one, by create_graph=True, and the one of forward mode. torch's own
     once_differentiable stays silent where the gradient it is given needs none, and a penalty on the
-    result would then train nothing.
+    result would then train nothing. Gradients with a lazy minus sign are resolved before backward,
+    since a kernel reads memory, where the sign is not.
     """
 
     def decorate(function: Any) -> Any:
@@ -46,6 +47,7 @@ def differentiable_once(name: str) -> Callable[[Any], Any]:
                         "create_graph=True, or use torch's own operation there"
                     )
                 _keep_thread_state()
+                grads = tuple(g if g is None or not g.is_neg() else g.resolve_neg() for g in grads)
             return backward(ctx, *grads)
 
         def apply_jvp(ctx: Any, *tangents: Any) -> Any:

@@ -16,7 +16,12 @@ import torch
 
 from liger_kernels.ops.handover import scaled
 from liger_kernels.ops.launch import cdiv, lookup, num_sms, remembered
-from liger_kernels.ops.loss_options import LossOptions, wide_dtype
+from liger_kernels.ops.loss_options import (
+    LossOptions,
+    label_argument,
+    wide_dtype,
+    without_autocast,
+)
 from liger_kernels.ops.loss_rows import loss_rows
 
 # Tiles of a GPU's matrix products: of the logits, and of the gradient of hidden.
@@ -83,8 +88,13 @@ def count_labels(target: torch.Tensor, ignore_index: int = -100) -> LabelCount:
 
     Call it as soon as the labels are on their device: the copy to the host then runs beside the
     model. In a CUDA graph or compiled code nothing can be waited for: there it is target's size.
+
+    Raises:
+        ValueError: target is no tensor.
     """
-    if torch.compiler.is_compiling() or is_capturing(target):
+    if not isinstance(target, torch.Tensor):
+        raise label_argument("target").error(target)
+    if target.is_meta or torch.compiler.is_compiling() or is_capturing(target):
         return LabelCount(target.numel())
     count = (target != ignore_index).sum()
     if count.device.type not in ("cuda", "xpu"):
@@ -228,14 +238,24 @@ def accumulator_dtype(
     return wide_dtype(compute)
 
 
+def _has_wide_products(device: torch.device) -> bool:
+    """Return whether mm and addmm of torch take an out_dtype on this device: on sm_80 and newer."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_first: bool) -> None:
     """Set out to a @ b, or add it; out may be wider than a and b."""
+    if out.dtype != a.dtype == torch.float16 and not _has_wide_products(a.device):
+        # An fp16 product would overflow before it is divided by the number of labels.
+        a, b = a.to(out.dtype), b.to(out.dtype)
     if out.dtype == a.dtype:
         if is_first:
             torch.mm(a, b, out=out)
         else:
             out.addmm_(a, b)
-    elif a.is_cuda and torch.version.hip is None:
+    elif _has_wide_products(a.device):
         if is_first:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
         else:
@@ -263,7 +283,7 @@ def sweep(
     what each token's loss and entropy is times, may have stride 0.
     """
     # Autocast would recast some of the products, in backward perhaps unlike in forward.
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device):
         return _sweep(hidden, weight, bias, call, outputs, coef, entropy_coef, needs)
 
 

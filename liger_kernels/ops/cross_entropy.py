@@ -20,18 +20,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from liger_kernels.ops.arguments import TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.handover import early_factor, handed_over, late_factor, scaled
 from liger_kernels.ops.launch import rows_of
 from liger_kernels.ops.loss_options import (
+    LOSS_OPTIONS,
+    REDUCTION,
     LossOptions,
-    check_options,
+    check_class_weight,
     check_target,
+    class_weight_argument,
     inverse_of_mean,
+    label_argument,
     wide_dtype,
 )
 from liger_kernels.ops.loss_rows import loss_rows
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic, upcast
+
+_TENSORS = (
+    TensorArgument("logits", "(..., V)"),
+    label_argument("target"),
+    class_weight_argument("weight"),
+)
 
 
 def cross_entropy_ref(
@@ -198,7 +209,7 @@ def cross_entropy(
         ignore_index: Rows with this label give 0; any int, also one that is a class.
         label_smoothing: Share of the loss that goes to all classes alike, 0 to 1, as in torch.
         z_loss: Adds z_loss * lse^2 to each row that has a label, under the same denominator.
-        softcap: Cap of the logits, or None.
+        softcap: Cap of the logits; None or infinity for none.
         scale: Multiplies the logits before the cap.
         reduction: "mean", "sum", or "none" for the loss of each row, 0 where ignored.
 
@@ -209,23 +220,27 @@ def cross_entropy(
         retained graph raises RuntimeError, except with "none". Differentiable once.
 
     Raises:
-        ValueError: a shape, dtype or option is off, or, on a CPU, a label is out of range.
+        ValueError: a type, shape, dtype, device or option is off, or, on a CPU, a label is out of
+            range.
     """
-    if logits.dim() == 0 or not logits.is_floating_point():
+    check_tensors(_TENSORS, logits, target, weight)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(
-            f"logits must be floating (..., V), got {logits.dtype} {tuple(logits.shape)}"
+            "logits must be floating (..., V) with a class at least, "
+            f"got {logits.dtype} {tuple(logits.shape)}"
         )
     vocab = logits.shape[-1]
-    check_target(target, logits.shape[:-1], vocab, ignore_index, "target")
     options = LossOptions.of(ignore_index, label_smoothing, z_loss, softcap, scale)
-    check_options(options, reduction, vocab, weight, "weight")
+    REDUCTION.of(reduction)
+    check_target(target, logits.shape[:-1], vocab, options.ignore_index, "target")
+    check_class_weight(weight, vocab, "weight")
     x, dtype = rows_of(logits), wide_dtype(logits.dtype)
     label = target.reshape(-1).to(x.device, non_blocking=True)
     if weight is not None:
         weight = weight.to(x.device, dtype).contiguous()
     inverse = None
     if reduction == "mean":
-        inverse = inverse_of_mean(label, ignore_index, weight, dtype)
+        inverse = inverse_of_mean(label, options.ignore_index, weight, dtype)
     elif reduction == "sum":
         inverse = torch.ones((), dtype=dtype, device=x.device)
     needs_grad = logits.requires_grad and torch.is_grad_enabled()
@@ -302,4 +317,6 @@ OP = Op(
     ),
     sample=_sample,
     num_bytes=traffic(1, 2),
+    tensors=_TENSORS,
+    options=LOSS_OPTIONS,
 )

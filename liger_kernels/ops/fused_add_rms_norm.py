@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 
+from liger_kernels.ops.arguments import EPS, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.launch import in_rows
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic
-from liger_kernels.ops.rms_norm import norm_options, rms_norm, rms_norm_ref
+from liger_kernels.ops.rms_norm import CAST, OFFSET, WEIGHT, X, norm_options, rms_norm, rms_norm_ref
 from liger_kernels.ops.rms_norm_kernel import NormOptions, rms_norm_bwd, rms_norm_fwd
+
+_TENSORS = (X, TensorArgument("residual", "(..., N)"), WEIGHT)
 
 
 def fused_add_rms_norm_ref(x, residual, weight=None, eps=1e-6, *, offset=0.0, cast="mid"):
@@ -97,12 +100,13 @@ def fused_add_rms_norm(
         rms_norm gives for it. Differentiable once; a second differentiation raises RuntimeError.
 
     Raises:
-        ValueError: x is a scalar or not floating, residual is not as x, weight is not (N,), or cast
-            is unknown.
+        ValueError: x, residual or weight is no tensor, on another device, or of another dtype or
+            shape; eps is not finite or negative, offset is not finite, or cast is unknown.
 
     Source: https://arxiv.org/abs/1910.07467, equation 4.
     """
-    if residual.shape != x.shape or not residual.is_floating_point():
+    check_tensors(_TENSORS, x, residual, weight)
+    if residual.shape != x.shape:
         raise ValueError(
             f"residual must be floating {tuple(x.shape)} as x, "
             f"got {residual.dtype} {tuple(residual.shape)}"
@@ -111,7 +115,9 @@ def fused_add_rms_norm(
     options = norm_options(x, dtype, weight, eps, offset, cast)
     if x.numel() == 0:
         # A grid of size zero is no launch; this keeps the graph and gives zero gradients.
-        return fused_add_rms_norm_ref(x, residual, weight, eps, offset=offset, cast=cast)
+        return fused_add_rms_norm_ref(
+            x, residual, weight, options.eps, offset=options.offset, cast=cast
+        )
     if torch.compiler.is_compiling():
         # The compiler fuses the sum with what is around it; and dynamo of torch 2.11 loses the
         # gradients of a function that gives two inputs the same one.
@@ -166,4 +172,6 @@ OP = Op(
     ),
     sample=_sample,
     num_bytes=traffic(4, 4),
+    tensors=_TENSORS,
+    options=(EPS, OFFSET, CAST),
 )

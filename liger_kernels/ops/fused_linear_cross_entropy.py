@@ -20,20 +20,28 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from liger_kernels.ops.chunked_linear import (
-    HeadCall,
-    LabelCount,
-    count_labels,
-    is_capturing,
+from liger_kernels.ops.arguments import (
+    SMALLEST,
+    Flag,
+    Instance,
+    Number,
+    TensorArgument,
+    check_tensors,
 )
+from liger_kernels.ops.chunked_linear import HeadCall, LabelCount, count_labels, is_capturing
 from liger_kernels.ops.cross_entropy import cross_entropy_ref, random_target
 from liger_kernels.ops.head_loss import PerTokenLoss, TotalLoss, compiled
 from liger_kernels.ops.loss_options import (
+    LOSS_OPTIONS,
+    NORMALIZER,
+    REDUCTION,
     LossOptions,
-    check_normalizer,
-    check_options,
+    check_class_weight,
     check_target,
+    class_weight_argument,
+    has_autocast,
     inverse_of_mean,
+    label_argument,
     wide_dtype,
 )
 from liger_kernels.ops.op import Case, Op, Sample, randn, upcast
@@ -47,6 +55,18 @@ __all__ = [
     "fused_linear_cross_entropy",
     "fused_linear_logprobs",
 ]
+
+# The weight first: all that is moved is moved to its device.
+_LINEAR = (
+    TensorArgument("weight", "(V, H)"),
+    TensorArgument("hidden", "(..., H)", is_moved=True),
+    TensorArgument("bias", "(V,)", is_optional=True),
+)
+_TENSORS = (*_LINEAR, label_argument("target"), class_weight_argument("class_weight"))
+_LOGPROBS_TENSORS = (*_LINEAR, label_argument("ids"))
+_RETURN_STATS = Flag("return_stats")
+_LABEL_COUNT = Instance("label_count", LabelCount, "count_labels")
+_TEMPERATURE = Number("temperature", least=SMALLEST, allowed="positive")
 
 
 def _linear_ref(hidden, weight, bias):
@@ -79,25 +99,25 @@ class Stats(NamedTuple):
 
 
 def _check_linear(hidden, weight, bias):
-    if weight.dim() != 2 or not weight.is_floating_point():
+    if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(
-            f"weight must be floating (V, H), got {weight.dtype} {tuple(weight.shape)}"
+            "weight must be floating (V, H) with sizes of 1 at least, "
+            f"got {weight.dtype} {tuple(weight.shape)}"
         )
     vocab, width = weight.shape
-    if hidden.dim() == 0 or hidden.shape[-1] != width or not hidden.is_floating_point():
+    if hidden.dim() == 0 or hidden.shape[-1] != width:
         raise ValueError(
             f"hidden must be floating (..., {width}) as weight's width, "
             f"got {hidden.dtype} {tuple(hidden.shape)}"
         )
-    if bias is not None and (bias.shape != (vocab,) or not bias.is_floating_point()):
+    if bias is not None and bias.shape != (vocab,):
         raise ValueError(f"bias must be floating ({vocab},), got {bias.dtype} {tuple(bias.shape)}")
 
 
 def _compute_dtype(weight):
-    device_type = weight.device.type
-    if torch.is_autocast_enabled(device_type) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return weight.dtype
+    kind, dtype = weight.device.type, weight.dtype
+    is_cast = has_autocast(weight.device) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if is_cast and dtype != torch.float64 else dtype
 
 
 def _needs(*tensors):
@@ -134,7 +154,7 @@ def fused_linear_cross_entropy(
         ignore_index: Tokens with this label give 0 and are left out before the product; any int.
         label_smoothing: Share of the loss that goes to all classes alike, 0 to 1, as in torch.
         z_loss: Adds z_loss * lse^2 to each token that has a label, under the same denominator.
-        softcap: Cap of the logits, or None.
+        softcap: Cap of the logits; None or infinity for none.
         scale: Multiplies the logits before the cap.
         reduction: "mean", "sum", or "none" for the loss of each token, 0 where ignored.
         normalizer: Divides the sum of a mean in place of the count; a number, or a tensor with
@@ -152,14 +172,20 @@ def fused_linear_cross_entropy(
         captured it does not wait, and no token is left out.
 
     Raises:
-        ValueError: a shape, dtype or option is off, or, on a CPU, a label is out of range.
+        ValueError: a type, shape, dtype, device or option is off, or, on a CPU, a label is out of
+            range.
     """
+    check_tensors(_TENSORS, weight, hidden, bias, target, class_weight)
     _check_linear(hidden, weight, bias)
     vocab = weight.shape[0]
-    check_target(target, hidden.shape[:-1], vocab, ignore_index, "target")
     options = LossOptions.of(ignore_index, label_smoothing, z_loss, softcap, scale)
-    check_options(options, reduction, vocab, class_weight, "class_weight")
-    check_normalizer(normalizer, reduction)
+    REDUCTION.of(reduction)
+    normalizer, label_count = NORMALIZER.of(normalizer), _LABEL_COUNT.of(label_count)
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"normalizer is for reduction='mean', got reduction={reduction!r}")
+    return_stats, ignore_index = _RETURN_STATS.of(return_stats), options.ignore_index
+    check_target(target, hidden.shape[:-1], vocab, ignore_index, "target")
+    check_class_weight(class_weight, vocab, "class_weight")
     # Compiled code counts the labels inside its operator; while a graph is captured all take part.
     is_counted = not torch.compiler.is_compiling() and not is_capturing(weight)
     count = None
@@ -221,7 +247,7 @@ def fused_linear_logprobs(
         weight: (V, H).
         ids: (...) int32 or int64, each from 0 to V - 1; nothing is ignored.
         bias: (V,) or None.
-        temperature: Divides the logits; positive.
+        temperature: Divides the logits; positive and finite.
 
     Returns:
         Two tensors of ids' shape, fp32 (fp64 for fp64 weights): log p of the id, and the
@@ -230,15 +256,16 @@ def fused_linear_logprobs(
         An id out of range gives NaN on a GPU.
 
     Raises:
-        ValueError: a shape, dtype or the temperature is off, or, on a CPU, an id is out of range.
+        ValueError: a type, shape, dtype, device or the temperature is off, or, on a CPU, an id is
+            out of range.
     """
+    check_tensors(_LOGPROBS_TENSORS, weight, hidden, bias, ids)
     _check_linear(hidden, weight, bias)
+    temperature = _TEMPERATURE.of(temperature)
     check_target(ids, hidden.shape[:-1], weight.shape[0], None, "ids")
-    if not temperature > 0.0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
     call = HeadCall(
         label=ids.reshape(-1).to(weight.device, non_blocking=True),
-        options=LossOptions(scale=1.0 / float(temperature)),
+        options=LossOptions(scale=1.0 / temperature),
         compute_dtype=_compute_dtype(weight),
         outputs=("loss", "entropy"),
         differentiable=("loss", "entropy"),
@@ -340,6 +367,8 @@ OP = Op(
     sample=_sample,
     num_bytes=_num_bytes,
     num_flops=_num_flops,
+    tensors=_TENSORS,
+    options=(*LOSS_OPTIONS, NORMALIZER, _RETURN_STATS, _LABEL_COUNT),
 )
 
 LOGPROBS = Op(
@@ -364,4 +393,6 @@ LOGPROBS = Op(
     num_flops=lambda case: 8 * torch.Size(case.shape).numel(),
     # No module runs it.
     part_of=(),
+    tensors=_LOGPROBS_TENSORS,
+    options=(_TEMPERATURE,),
 )

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from liger_kernels.ops.arguments import EPS, Choice, Flag, Integer, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.gated_rms_norm_kernel import (
     gated_rms_norm_bwd_kernel,
@@ -39,9 +40,12 @@ from liger_kernels.ops.launch import (
     sum_partials,
 )
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic, upcast
-from liger_kernels.ops.rms_norm import CASTS
+from liger_kernels.ops.rms_norm import CAST, WEIGHT, X
 
 ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
+_TENSORS = (X, TensorArgument("gate", "(..., N)"), WEIGHT)
+_GATE_FIRST, _ACTIVATION = Flag("gate_first"), Choice("activation", ACTIVATIONS)
+_NUM_GROUPS = Integer("num_groups", "an int that divides x's width")
 
 
 def gated_rms_norm_ref(
@@ -283,8 +287,9 @@ def gated_rms_norm(
         Differentiable once; a second differentiation raises RuntimeError.
 
     Raises:
-        ValueError: x is a scalar or not floating, gate is not as x, weight is not (N,), num_groups
-            does not divide N, or activation or cast is unknown.
+        ValueError: x, gate or weight is no tensor, on another device, or of another dtype or shape;
+            eps is not finite or negative, num_groups does not divide N, gate_first is no bool, or
+            activation or cast is unknown.
 
     Source: https://arxiv.org/abs/2405.21060, section 7.
     """
@@ -294,11 +299,11 @@ def gated_rms_norm(
     if weight is not None and is_mid:
         product_dtype = torch.promote_types(x.dtype, weight.dtype)
     options = _Options(
-        float(eps),
-        gate_first,
+        EPS.of(eps),
+        _GATE_FIRST.of(gate_first),
         activation,
         cast,
-        num_groups,
+        _NUM_GROUPS.of(num_groups),
         product_dtype,
         out_dtype=product_dtype if gate_first else x.dtype,
     )
@@ -308,31 +313,31 @@ def gated_rms_norm(
             x,
             gate,
             weight,
-            eps,
+            options.eps,
             gate_first=gate_first,
             activation=activation,
             cast=cast,
-            num_groups=num_groups,
+            num_groups=options.num_groups,
         )
     weight = None if weight is None else weight.contiguous()
     return _GatedRmsNorm.apply(rows_of(x), rows_of(gate), weight, options).view(x.shape)
 
 
 def _check(x, gate, weight, activation, cast, num_groups) -> None:
-    if x.dim() == 0 or not x.is_floating_point():
+    check_tensors(_TENSORS, x, gate, weight)
+    if x.dim() == 0:
         raise ValueError(f"x must be a floating tensor (..., N), got {x.dtype} {tuple(x.shape)}")
-    if gate.shape != x.shape or not gate.is_floating_point():
+    if gate.shape != x.shape:
         raise ValueError(
             f"gate must be floating {tuple(x.shape)} as x, got {gate.dtype} {tuple(gate.shape)}"
         )
     width = x.shape[-1]
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must be ({width},) as x's width, got {tuple(weight.shape)}")
-    if num_groups < 1 or width % num_groups:
+    if _NUM_GROUPS.of(num_groups) < 1 or width % num_groups:
         raise ValueError(f"num_groups must divide x's width {width}, got {num_groups}")
-    for name, value, known in (("activation", activation, ACTIVATIONS), ("cast", cast, CASTS)):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    _ACTIVATION.of(activation)
+    CAST.of(cast)
 
 
 def _sample(case: Case, dtype, device, generator) -> Sample:
@@ -389,4 +394,6 @@ OP = Op(
     ),
     sample=_sample,
     num_bytes=traffic(3, 5),
+    tensors=_TENSORS,
+    options=(EPS, _GATE_FIRST, _ACTIVATION, CAST, _NUM_GROUPS),
 )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from liger_kernels.ops.arguments import Choice, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.launch import (
     Launch,
@@ -30,6 +31,10 @@ from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic
 
 # geglu's `approximate`, as torch spells it -> the kernels' name of the activation.
 _GELUS = {"tanh": "gelu_tanh", "none": "gelu"}
+_APPROXIMATE = Choice("approximate", _GELUS)
+_TENSORS = tuple(
+    TensorArgument(name, "(..., N)", "be a floating tensor (..., N)") for name in ("gate", "up")
+)
 
 
 def swiglu_ref(gate, up):
@@ -154,10 +159,6 @@ def _tiling(
     return (num_rows * cdiv(width, block),), width, block, strides
 
 
-def _kernels_serve(gate: torch.Tensor, up: torch.Tensor) -> bool:
-    return runs_triton(gate) and runs_triton(up)
-
-
 def _act(gate: torch.Tensor, activation: str) -> torch.Tensor:
     if activation == "silu":
         return F.silu(gate)
@@ -174,7 +175,7 @@ def _act_bwd(dact, gate, activation, dgate) -> None:
 
 def _glu_fwd(gate, up, activation):
     out_dtype = torch.promote_types(gate.dtype, up.dtype)
-    if not _kernels_serve(gate, up):
+    if not (runs_triton(gate) and runs_triton(up)):
         act = _act(gate, activation)
         return act.mul_(up) if act.dtype == out_dtype else act * up
     y = torch.empty(gate.shape, dtype=out_dtype, device=gate.device)
@@ -199,7 +200,7 @@ def _fwd_launch(num_rows: int, width: int, strides: tuple[int, int], activation:
 
 def _glu_bwd(dy, gate, up, activation, dgate, dup, *, remakes_y=False):
     """Write the gradients into dgate and dup, (M, N) or None, and y over dy if remakes_y."""
-    if not _kernels_serve(gate, up):
+    if not (runs_triton(gate) and runs_triton(up)):
         act = _act(gate, activation)
         if dup is not None:
             torch.mul(act, dy, out=dup)
@@ -268,11 +269,9 @@ class _Glu(torch.autograd.Function):
 
 
 def _glu(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
-    for name, value in (("gate", gate), ("up", up)):
-        if value.dim() == 0 or not value.is_floating_point():
-            raise ValueError(
-                f"{name} must be a floating tensor (..., N), got {value.dtype} {tuple(value.shape)}"
-            )
+    check_tensors(_TENSORS, gate, up)
+    if gate.dim() == 0:
+        raise ValueError(f"gate must be a floating tensor (..., N), got {gate.dtype} ()")
     if up.shape != gate.shape:
         raise ValueError(f"up must be {tuple(gate.shape)} as gate is, got {tuple(up.shape)}")
     if gate.numel() == 0 or is_traced_as_torch(gate):
@@ -295,7 +294,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         differentiation raises RuntimeError.
 
     Raises:
-        ValueError: gate or up is a scalar or not floating, or their shapes differ.
+        ValueError: gate or up is no tensor, on another device, or of another dtype or shape.
 
     Source: https://arxiv.org/abs/2002.05202, equation 5.
     """
@@ -317,14 +316,12 @@ def geglu(gate: torch.Tensor, up: torch.Tensor, *, approximate: str = "tanh") ->
         differentiation raises RuntimeError.
 
     Raises:
-        ValueError: gate or up is a scalar or not floating, their shapes differ, or approximate is
-            unknown.
+        ValueError: gate or up is no tensor, on another device, or of another dtype or shape, or
+            approximate is unknown.
 
     Source: https://arxiv.org/abs/2002.05202, equation 5, and https://arxiv.org/abs/1606.08415.
     """
-    if approximate not in _GELUS:
-        raise ValueError(f"approximate must be one of {', '.join(_GELUS)}, got {approximate!r}")
-    return _glu(gate, up, _GELUS[approximate])
+    return _glu(gate, up, _GELUS[_APPROXIMATE.of(approximate)])
 
 
 def _sample(case: Case, dtype, device, generator) -> Sample:
@@ -370,6 +367,7 @@ SWIGLU = Op(
     ),
     sample=_sample,
     num_bytes=traffic(3, 5),
+    tensors=_TENSORS,
 )
 
 GEGLU = Op(
@@ -395,4 +393,6 @@ GEGLU = Op(
     ),
     sample=_sample,
     num_bytes=traffic(3, 5),
+    tensors=_TENSORS,
+    options=(_APPROXIMATE,),
 )

@@ -14,12 +14,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from liger_kernels.ops.arguments import Choice, Flag, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.glu import _act, _glu_bwd, _glu_fwd
 from liger_kernels.ops.launch import rows_of
 from liger_kernels.ops.op import Case, Op, Sample, randn
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+_TENSORS = (
+    TensorArgument("x", "(..., H)", shares_dtype=True),
+    TensorArgument("gate_weight", "(I, H)", shares_dtype=True),
+    TensorArgument("up_weight", "(I, H)", is_optional=True, shares_dtype=True),
+    TensorArgument("down_weight", "(H_out, I)", shares_dtype=True),
+)
+_ACTIVATION, _KEEPS_PRODUCT = Choice("activation", ACTIVATIONS), Flag("keeps_product")
 
 
 def glu_mlp_ref(x, gate_weight, up_weight, down_weight, *, activation="silu", keeps_product=False):
@@ -121,12 +129,17 @@ def glu_mlp(
         RuntimeError.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, or activation is unknown.
+        ValueError: types, devices, shapes or dtypes do not fit together, keeps_product is no bool,
+            or activation is unknown.
 
     Source: https://arxiv.org/abs/2002.05202, equation 6.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    check_tensors(_TENSORS, x, gate_weight, up_weight, down_weight)
+    _ACTIVATION.of(activation)
+    _KEEPS_PRODUCT.of(keeps_product)
+    for row, tensor in ((_TENSORS[0], x), (_TENSORS[3], down_weight)):
+        if tensor.dim() == 0:
+            raise ValueError(f"{row.name} must be floating {row.shape}, got {tensor.dtype} ()")
     width, inner = x.shape[-1], down_weight.shape[-1]
     num_gates = 1 if up_weight is not None else 2
     expected = {
@@ -208,4 +221,6 @@ OP = Op(
     # Three products, and in backward twice as many.
     num_flops=lambda case: 18 * torch.Size(case.shape).numel(),
     part_of=("swiglu", "geglu"),
+    tensors=_TENSORS,
+    options=(_ACTIVATION, _KEEPS_PRODUCT),
 )

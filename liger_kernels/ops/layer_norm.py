@@ -11,10 +11,17 @@ from typing import Any
 
 import torch
 
+from liger_kernels.ops.arguments import EPS, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.launch import in_rows, is_traced_as_torch
 from liger_kernels.ops.layer_norm_kernel import LayerNormOptions, layer_norm_bwd, layer_norm_fwd
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic, upcast
+
+_TENSORS = (
+    TensorArgument("x", "(..., N)", "be a floating tensor (..., N)"),
+    TensorArgument("weight", "(N,)", is_optional=True),
+    TensorArgument("bias", "(N,)", is_optional=True),
+)
 
 
 def layer_norm_ref(x, weight=None, bias=None, eps=1e-5):
@@ -77,22 +84,24 @@ def layer_norm(
         Differentiable once; a second differentiation raises RuntimeError.
 
     Raises:
-        ValueError: x is a scalar or not floating, or weight or bias is not (N,).
+        ValueError: x, weight or bias is no tensor, on another device, or of another dtype or shape,
+            or eps is not finite or negative.
 
     Source: https://arxiv.org/abs/1607.06450, equations 3 and 4.
     """
-    if x.dim() == 0 or not x.is_floating_point():
+    check_tensors(_TENSORS, x, weight, bias)
+    if x.dim() == 0:
         raise ValueError(f"x must be a floating tensor (..., N), got {x.dtype} {tuple(x.shape)}")
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.shape != (x.shape[-1],):
             raise ValueError(
                 f"{name} must be ({x.shape[-1]},) as x's width, got {tuple(value.shape)}"
             )
-    out_dtype = _out_dtype(x)
+    options = LayerNormOptions(EPS.of(eps), _out_dtype(x))
     if x.numel() == 0 or is_traced_as_torch(x):
         # A grid of size zero is no launch; this keeps the graph and gives zero gradients.
-        return layer_norm_ref(x, weight, bias, eps).to(out_dtype)
-    return _LayerNorm.apply(x, weight, bias, LayerNormOptions(float(eps), out_dtype))
+        return layer_norm_ref(x, weight, bias, options.eps).to(options.out_dtype)
+    return _LayerNorm.apply(x, weight, bias, options)
 
 
 def _sample(case: Case, dtype, device, generator) -> Sample:
@@ -146,4 +155,6 @@ OP = Op(
     ),
     sample=_sample,
     num_bytes=traffic(2, 3),
+    tensors=_TENSORS,
+    options=(EPS,),
 )

@@ -47,13 +47,17 @@ def _exp(x):
 
 @triton.jit
 def _add_tile(
-    z,  # [R, LANES]
+    z,  # [R, LANES]; -inf in columns that do not exist
+    w,  # [R, LANES] class weights or 1, 0 in columns that do not exist
     cols,  # [R, LANES]
-    peaks,  # [LANES]
+    peaks,  # [LANES]; -inf before the first finite logit
     sums,
     moments,
+    weighted,
+    weights,
     bests,
     HAS_MOMENTS: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
     HAS_BEST: tl.constexpr,
 ):
     """Add a tile to the running maximum, sum of exponentials, and what else a lane keeps.
@@ -66,14 +70,23 @@ def _add_tile(
         tile_bests = tl.min(tl.where(z == tile_peaks[None, :], cols, 2147483647), 0)
         bests = tl.where(tile_peaks > peaks, tile_bests, bests)
     new_peaks = tl.maximum(peaks, tile_peaks)
-    shrink = _exp(peaks - new_peaks)
-    below = z - new_peaks[None, :]
+    # No logit is reserved to mean "none": all of a row may be the lowest number there is. Anything
+    # finite may be taken from -inf.
+    base = tl.where(new_peaks == float("-inf"), 0.0, new_peaks)
+    rise = peaks - base
+    shrink = _exp(rise)
+    below = z - base[None, :]
     e = _exp(below)
     if HAS_MOMENTS:
         # Sums of e * (z - peak) stay small where sums of e * z would cancel.
-        moments = shrink * (moments + sums * (peaks - new_peaks))
+        moments = tl.where(shrink > 0.0, shrink * (moments + sums * rise), 0.0)
         moments += tl.sum(tl.where(e > 0.0, e * below, 0.0), 0)
-    return new_peaks, sums * shrink + tl.sum(e, 0), moments, bests
+    if HAS_SMOOTHING:
+        # Likewise: sums of w * z would overflow, or lose the digits of their distance from lse.
+        weighted += tl.where(weights != 0.0, weights * rise, 0.0)
+        weighted += tl.sum(tl.where(w != 0.0, w * below, 0.0), 0)
+        weights += tl.sum(w, 0)
+    return new_peaks, sums * shrink + tl.sum(e, 0), moments, weighted, weights, bests
 
 
 @triton.jit
@@ -130,6 +143,7 @@ def loss_rows_kernel(
     IGNORE_INDEX: tl.constexpr,  # None: every label counts
     HAS_CLASS_WEIGHT: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_DX: tl.constexpr,
@@ -142,8 +156,6 @@ def loss_rows_kernel(
     BLOCK_V: tl.constexpr,
     KEEP_V: tl.constexpr,
 ):
-    # Finite, so that a lane without a column yet subtracts it from itself without a NaN.
-    LOWEST: tl.constexpr = -1e30
     HAS_MOMENTS: tl.constexpr = HAS_ENTROPY or HAS_ENTROPY_COEF
     row = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + row * stride_xm
@@ -168,7 +180,7 @@ def loss_rows_kernel(
         w_label = tl.load(class_weight_ptr + column, mask=has_label, other=0.0)
 
     # Every lane keeps its own running maximum and sums; they meet once, at the end.
-    peaks = tl.full((LANES,), LOWEST, tl.float32)
+    peaks = tl.full((LANES,), float("-inf"), tl.float32)
     sums = tl.zeros((LANES,), tl.float32)
     moments = tl.zeros((LANES,), tl.float32)
     weighted = tl.zeros((LANES,), tl.float32)
@@ -193,29 +205,23 @@ def loss_rows_kernel(
             eviction_policy="evict_last",
         )
         z = _logits(x, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-        peaks, sums, moments, bests = _add_tile(
-            z, cols, peaks, sums, moments, bests, HAS_MOMENTS, HAS_BEST
-        )
-        if HAS_SMOOTHING:
-            if HAS_CLASS_WEIGHT:
-                w = tl.load(class_weight_ptr + cols)
-                weights += tl.sum(w, 0)
-                weighted += tl.sum(w * z, 0)
-            else:
-                weighted += tl.sum(z, 0)
+        w = tl.full(cols.shape, 1.0, tl.float32)
+        if HAS_SMOOTHING and HAS_CLASS_WEIGHT:
+            w = tl.load(class_weight_ptr + cols)
+        peaks, sums, moments, weighted, weights, bests = _add_tile(
+            z, w, cols, peaks, sums, moments, weighted, weights, bests,
+            HAS_MOMENTS, HAS_SMOOTHING, HAS_BEST,
+        )  # fmt: skip
     kept = tl.load(x_row + kept_cols, mask=is_read, other=0.0, eviction_policy="evict_first")
     kept_z = _logits(kept, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-    if HAS_SMOOTHING:
-        if HAS_CLASS_WEIGHT:
-            kept_w = tl.load(class_weight_ptr + kept_cols, mask=kept_mask, other=0.0)
-            weights += tl.sum(kept_w, 0)
-            weighted += tl.sum(tl.where(kept_mask, kept_w * kept_z, 0.0), 0)
-        else:
-            weighted += tl.sum(tl.where(kept_mask, kept_z, 0.0), 0)
-    kept_z = tl.where(is_read, kept_z, LOWEST)
-    peaks, sums, moments, bests = _add_tile(
-        kept_z, kept_cols, peaks, sums, moments, bests, HAS_MOMENTS, HAS_BEST
-    )
+    kept_w = is_read.to(tl.float32)
+    if HAS_SMOOTHING and HAS_CLASS_WEIGHT:
+        kept_w = tl.load(class_weight_ptr + kept_cols, mask=is_read, other=0.0)
+    kept_z = tl.where(is_read, kept_z, float("-inf"))
+    peaks, sums, moments, weighted, weights, bests = _add_tile(
+        kept_z, kept_w, kept_cols, peaks, sums, moments, weighted, weights, bests,
+        HAS_MOMENTS, HAS_SMOOTHING, HAS_BEST,
+    )  # fmt: skip
 
     # A row that was not read has no peak; 0 keeps what is computed for nothing finite.
     peak = tl.where(is_ignored, 0.0, tl.max(peaks, 0))
@@ -242,9 +248,12 @@ def loss_rows_kernel(
     if HAS_LOSS:
         loss = w_label * nll
         if HAS_SMOOTHING:
-            smooth = (weight_sum * lse - tl.sum(weighted, 0)) / V
+            weighted += tl.where(weights != 0.0, weights * (peaks - peak), 0.0)
+            smooth = (weight_sum * log_total - tl.sum(weighted, 0)) / V
             loss = (1.0 - label_smoothing) * loss + label_smoothing * smooth
-        loss += fp32(z_loss) * lse * lse
+        if HAS_Z_LOSS:
+            # From the left: lse^2 may overflow where its product with z_loss does not.
+            loss += fp32(z_loss) * lse * lse
         tl.store(loss_ptr + row, tl.where(is_ignored, 0.0, loss))
 
     if HAS_DX:
@@ -258,7 +267,9 @@ def loss_rows_kernel(
             at_all = at_label + spread * weight_sum
         else:
             at_all = at_label
-        at_all = (at_all + 2.0 * coef * fp32(z_loss) * lse) / total
+        if HAS_Z_LOSS:
+            at_all += 2.0 * coef * fp32(z_loss) * lse
+        at_all /= total
         entropy_coef = fp32(0.0)
         if HAS_ENTROPY_COEF:
             entropy_coef = tl.load(entropy_coef_ptr + row * stride_entropy_coefm)

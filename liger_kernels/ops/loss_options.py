@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from liger_kernels.ops.arguments import (
+    FLOATING,
+    INTEGERS,
+    LABELS,
+    LARGEST,
+    Cap,
+    Choice,
+    Integer,
+    Number,
+    TensorArgument,
+    as_float,
+    describe,
+)
+
 REDUCTIONS = ("mean", "sum", "none")
+REDUCTION = Choice("reduction", REDUCTIONS)
+# In the order of LossOptions.of and of the public functions.
+_IGNORE_INDEX = Integer("ignore_index")
+_LABEL_SMOOTHING = Number("label_smoothing", least=0.0, most=1.0, allowed="from 0 to 1")
+_Z_LOSS, _SOFTCAP, _SCALE = Number("z_loss"), Cap("softcap"), Number("scale")
+LOSS_OPTIONS = (_IGNORE_INDEX, _LABEL_SMOOTHING, _Z_LOSS, _SOFTCAP, _SCALE, REDUCTION)
 
 
 @dataclass(frozen=True)
@@ -29,9 +51,18 @@ class LossOptions:
         softcap: float | None,
         scale: float,
     ) -> LossOptions:
-        """Return the options with whole numbers as floats: a kernel is compiled once for both."""
-        cap = None if softcap is None else float(softcap)
-        return cls(ignore_index, float(label_smoothing), float(z_loss), cap, float(scale))
+        """Validate the options and return them as floats: a kernel is compiled once for 1 and 1.0.
+
+        Raises:
+            ValueError: One is of another type, not finite (softcap=inf is no cap) or out of range.
+        """
+        return cls(
+            _IGNORE_INDEX.of(ignore_index),
+            _LABEL_SMOOTHING.of(label_smoothing),
+            _Z_LOSS.of(z_loss),
+            _SOFTCAP.of(softcap),
+            _SCALE.of(scale),
+        )
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,21 +70,33 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_options(
-    options: LossOptions, reduction: str, vocab: int, class_weight: torch.Tensor | None, name: str
-) -> None:
-    """Raise ValueError for an option that is off; `name` is what class_weight is called."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if isinstance(options.ignore_index, bool) or not isinstance(options.ignore_index, int):
-        raise ValueError(f"ignore_index must be an int, got {options.ignore_index!r}")
-    if not 0.0 <= options.label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be from 0 to 1, got {options.label_smoothing}")
-    if options.softcap is not None and not options.softcap > 0.0:
-        raise ValueError(f"softcap must be None or positive, got {options.softcap}")
+def has_autocast(device: torch.device) -> bool:
+    """Return whether autocast knows the device: tensors without data have none."""
+    return torch.amp.is_autocast_available(device.type)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which products have the dtype of their arguments."""
+    if has_autocast(device):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def label_argument(name: str) -> TensorArgument:
+    """Return the row of a tensor of labels."""
+    return TensorArgument(name, "(...)", "hold int32 or int64 labels", LABELS, is_moved=True)
+
+
+def class_weight_argument(name: str) -> TensorArgument:
+    """Return the row of class weights."""
+    return TensorArgument(name, "(V,)", is_optional=True, is_moved=True, is_constant=True)
+
+
+def check_class_weight(class_weight: torch.Tensor | None, vocab: int, name: str) -> None:
+    """Raise ValueError unless class_weight has a weight for each class and is a constant."""
     if class_weight is None:
         return
-    if class_weight.shape != (vocab,) or not class_weight.is_floating_point():
+    if class_weight.shape != (vocab,):
         given = f"{class_weight.dtype} {tuple(class_weight.shape)}"
         raise ValueError(f"{name} must be floating ({vocab},), got {given}")
     if class_weight.requires_grad:
@@ -64,8 +107,6 @@ def check_target(
     target: torch.Tensor, shape: torch.Size, vocab: int, ignore_index: int | None, name: str
 ) -> None:
     """Raise ValueError unless target has a label for each row; only a CPU's values are read."""
-    if target.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} must hold int32 or int64 labels, got {target.dtype}")
     if target.shape != shape:
         raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(target.shape)}")
     if target.device.type != "cpu" or torch.compiler.is_compiling():
@@ -79,19 +120,42 @@ def check_target(
         raise ValueError(f"{name} holds {first}; labels go from 0 to {vocab - 1}{other}")
 
 
-def check_normalizer(normalizer: int | float | torch.Tensor | None, reduction: str) -> None:
-    """Raise ValueError unless normalizer is one number, not negative, for a mean."""
-    if normalizer is None:
-        return
-    if reduction != "mean":
-        raise ValueError(f"normalizer is for reduction='mean', got reduction={reduction!r}")
-    if isinstance(normalizer, torch.Tensor):
-        if normalizer.numel() != 1:
-            raise ValueError(f"normalizer must be one number, got {tuple(normalizer.shape)}")
-    elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
-        raise ValueError(f"normalizer must be a number or a 0-dim tensor, got {normalizer!r}")
-    elif not normalizer >= 0:
-        raise ValueError(f"normalizer must not be negative, got {normalizer}")
+@dataclass(frozen=True)
+class Normalizer:
+    """What divides a sum of losses: a number, a tensor with one, or None for the count."""
+
+    name: str = "normalizer"
+
+    def of(self, value: Any) -> Any:
+        """Return the value, a number as a float; a tensor's own number is not read.
+
+        Raises:
+            ValueError: It is of another type, negative or not finite, or a tensor of several
+                numbers, of another dtype, or one that requires grad.
+        """
+        if value is None:
+            return None
+        if isinstance(value, torch.Tensor):
+            if value.numel() != 1:
+                raise ValueError(f"{self.name} must be one number, got {tuple(value.shape)}")
+            if value.dtype not in (*FLOATING, *INTEGERS):
+                raise ValueError(f"{self.name} must be floating or an integer, got {value.dtype}")
+            if value.requires_grad:
+                raise ValueError(f"{self.name} must not require grad: it gets no gradient")
+            return value
+        number = as_float(value)
+        if number is None:
+            must = "must be a number or a 0-dim tensor"
+        elif number < 0.0:
+            must = "must not be negative"
+        elif number <= LARGEST:
+            return number
+        else:
+            must = "must be finite"
+        raise ValueError(f"{self.name} {must}, got {describe(value)}")
+
+
+NORMALIZER = Normalizer()
 
 
 def inverse_of_mean(
@@ -108,6 +172,8 @@ def inverse_of_mean(
     """
     if isinstance(normalizer, torch.Tensor):
         total = normalizer.detach().reshape(())
+        if total.is_meta and not label.is_meta:
+            raise ValueError(f"normalizer must hold a number, got a tensor on {total.device}")
         if total.device.type == "cpu" != label.device.type and not torch.compiler.is_compiling():
             # A fill: a copy of one number from the host would wait.
             total = torch.full((), total.item(), device=label.device)

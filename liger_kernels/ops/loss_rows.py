@@ -11,7 +11,7 @@ import torch
 
 from liger_kernels.ops.launch import Launch, cdiv, lookup, next_power_of_2, remembered, runs_triton
 from liger_kernels.ops.loss_kernel import loss_rows_kernel
-from liger_kernels.ops.loss_options import LossOptions, wide_dtype
+from liger_kernels.ops.loss_options import LossOptions, wide_dtype, without_autocast
 
 
 class _Shape(NamedTuple):
@@ -47,6 +47,8 @@ _WIDE_SHAPES = (
 _WARP_LANES = 256
 # It widens at most this many logits at a time where it needs a copy.
 _COPY_BYTES = 32 << 20
+# A logarithm whose exponential is 0 in fp64 too.
+_NO_EXP = -1e3
 
 
 def _shape_of(vocab: int, is_wide: bool) -> _Shape:
@@ -72,8 +74,9 @@ def loss_rows(
 ) -> None:
     """Fill the outputs that are given from logits x (M, V) and labels (M,).
 
-    coef and entropy_coef (M,) may have stride 0; class_weight (V,) is wide and contiguous. With
-    overwrite x is scratch memory and dx, if given, is x itself; else x is left as it is.
+    Rows of x and dx are packed, at any stride; label, coef and entropy_coef (M,) may have any
+    stride, 0 too; class_weight (V,) is wide. With overwrite x is scratch memory and dx, if given,
+    is x itself; else x is left as it is.
     """
     num_rows, vocab = x.shape
     if num_rows == 0:
@@ -96,6 +99,9 @@ def loss_rows(
         tuple(t is not None for t in (class_weight, loss, nll, entropy, best)),
         options,
     )
+    # The kernel reads these two at their first address and every one after it.
+    label = label.contiguous()
+    class_weight = None if class_weight is None else class_weight.contiguous()
     launch(x, label, class_weight, coef, entropy_coef, dx, loss, nll, entropy, best)
 
 
@@ -126,6 +132,7 @@ def _launch_of(
         IGNORE_INDEX=options.ignore_index,
         HAS_CLASS_WEIGHT=has_class_weight,
         HAS_SMOOTHING=options.label_smoothing != 0.0,
+        HAS_Z_LOSS=options.z_loss != 0.0,
         HAS_SOFTCAP=options.softcap is not None,
         HAS_SCALE=options.scale != 1.0,
         HAS_DX=stride_dx is not None,
@@ -148,7 +155,7 @@ def _loss_rows_torch(options, class_weight, overwrite, x, *tensors) -> None:
     step = num_rows if in_place else max(1, _COPY_BYTES // (4 * vocab))
     for start in range(0, num_rows, step):
         part = [None if t is None else t[start : start + step] for t in (x, *tensors)]
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             _some_rows(options, class_weight, in_place, *part)
 
 
@@ -174,14 +181,15 @@ def _some_rows(
     if class_weight is not None:
         class_weight = class_weight.to(z.dtype)
         w_label, weight_sum = class_weight[column[:, 0]], class_weight.sum()
-    if options.label_smoothing:
-        weighted = z.sum(1) if class_weight is None else z @ class_weight
 
     peak = z.amax(1)
     z.sub_(peak[:, None])
+    if options.label_smoothing:
+        # Of distances from the peak: of large logits the sum would overflow, or lose its digits.
+        weighted = z.sum(1) if class_weight is None else z @ class_weight
     if entropy is not None or entropy_coef is not None:
-        # A logit of -inf has p = 0 and adds nothing; 0 * -inf would be NaN.
-        shifted = z.clamp_min(-1e30)
+        # Below it, exp is 0 and the logit adds nothing; 0 * -inf would be NaN.
+        shifted = z.clamp_min(_NO_EXP)
     e = z.exp_()
     total = e.sum(1)
     log_total = total.log()
@@ -196,17 +204,24 @@ def _some_rows(
     if loss is not None:
         row_loss = w_label * row_nll
         if options.label_smoothing:
-            smooth = (weight_sum * lse - weighted) / vocab
-            row_loss = row_loss.lerp(smooth, options.label_smoothing)
-        row_loss = row_loss + options.z_loss * lse.square()
+            smooth = (weight_sum * log_total - weighted) / vocab
+            # Not lerp, which takes the difference of two infinite losses.
+            row_loss = (1.0 - options.label_smoothing) * row_loss + options.label_smoothing * smooth
+        if options.z_loss:
+            # From the left: lse^2 may overflow where its product with z_loss does not.
+            row_loss = row_loss + options.z_loss * lse * lse
         loss.copy_(row_loss.masked_fill(is_ignored, 0.0))
     if dx is None:
         return
 
     coef = coef.to(z.dtype).masked_fill(is_wrong, float("nan")).masked_fill(is_ignored, 0.0)
-    spread = coef * (options.label_smoothing / vocab)
-    at_label = coef * w_label * (1.0 - options.label_smoothing)
-    at_all = at_label + spread * weight_sum + 2.0 * options.z_loss * coef * lse
+    at_all = at_label = coef * w_label
+    if options.label_smoothing:
+        spread = coef * (options.label_smoothing / vocab)
+        at_label = at_label * (1.0 - options.label_smoothing)
+        at_all = at_label + spread * weight_sum
+    if options.z_loss:
+        at_all = at_all + 2.0 * options.z_loss * coef * lse
     at_all = at_all.masked_fill(is_ignored, 0.0)[:, None]
     if entropy_coef is not None:
         entropy_coef = entropy_coef.to(z.dtype).masked_fill(is_ignored, 0.0)[:, None]

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from liger_kernels.ops.arguments import Option, TensorArgument
+
 
 @dataclass(frozen=True)
 class Case:
@@ -51,6 +53,10 @@ class Op:
     num_bytes: Callable[[Case, torch.dtype], tuple[int, int]]
     # case -> floating-point operations of matrix products, forward and backward together.
     num_flops: Callable[[Case], int] = _no_flops
+    # Every parameter of function, in one or the other: what it may be. The function validates by
+    # the same rows; the property tests go through them.
+    tensors: tuple[TensorArgument, ...] = ()
+    options: tuple[Option, ...] = ()
     # The names of --ops whose modules run it, for an op that is not such a name itself.
     part_of: tuple[str, ...] | None = None
 

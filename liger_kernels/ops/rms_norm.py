@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 
+from liger_kernels.ops.arguments import EPS, Choice, Number, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.launch import in_rows, is_traced_as_torch
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic, upcast
 from liger_kernels.ops.rms_norm_kernel import NormOptions, rms_norm_bwd, rms_norm_fwd
 
 CASTS = ("mid", "end")
+X = TensorArgument("x", "(..., N)", "be a floating tensor (..., N)")
+WEIGHT = TensorArgument("weight", "(N,)", is_optional=True)
+OFFSET, CAST = Number("offset"), Choice("cast", CASTS)
 
 
 def rms_norm_ref(x, weight=None, eps=1e-6, *, offset=0.0, cast="mid"):
@@ -72,18 +76,19 @@ def norm_options(
 ) -> NormOptions:
     """Return the options of the norm of a tensor of x's shape and this dtype, or say what is wrong.
 
+    x and weight have passed check_tensors.
+
     Raises:
         ValueError: see rms_norm.
     """
-    if x.dim() == 0 or not x.is_floating_point():
+    if x.dim() == 0:
         raise ValueError(f"x must be a floating tensor (..., N), got {x.dtype} {tuple(x.shape)}")
     if weight is not None and weight.shape != (x.shape[-1],):
         raise ValueError(f"weight must be ({x.shape[-1]},) as x's width, got {tuple(weight.shape)}")
-    if cast not in CASTS:
-        raise ValueError(f"cast must be one of {', '.join(CASTS)}, got {cast!r}")
+    CAST.of(cast)
     if weight is not None and cast == "mid" and weight.dtype != dtype:
         dtype = torch.promote_types(dtype, weight.dtype)
-    return NormOptions(float(eps), float(offset), cast, dtype)
+    return NormOptions(EPS.of(eps), OFFSET.of(offset), cast, dtype)
 
 
 def rms_norm(
@@ -109,14 +114,16 @@ def rms_norm(
         (..., N). Differentiable once; a second differentiation raises RuntimeError.
 
     Raises:
-        ValueError: x is a scalar or not floating, weight is not (N,), or cast is unknown.
+        ValueError: x or weight is no tensor, on another device, or of another dtype or shape; eps
+            is not finite or negative, offset is not finite, or cast is unknown.
 
     Source: https://arxiv.org/abs/1910.07467, equation 4.
     """
+    check_tensors((X, WEIGHT), x, weight)
     options = norm_options(x, x.dtype, weight, eps, offset, cast)
     if x.numel() == 0 or is_traced_as_torch(x):
         # A grid of size zero is no launch; this keeps the graph and gives zero gradients.
-        return rms_norm_ref(x, weight, eps, offset=offset, cast=cast)
+        return rms_norm_ref(x, weight, options.eps, offset=options.offset, cast=cast)
     return _RmsNorm.apply(x, weight, options)
 
 
@@ -161,4 +168,6 @@ OP = Op(
     ),
     sample=_sample,
     num_bytes=traffic(2, 3),
+    tensors=(X, WEIGHT),
+    options=(EPS, OFFSET, CAST),
 )

@@ -14,12 +14,22 @@ from typing import Any
 
 import torch
 
+from liger_kernels.ops.arguments import Choice, Integer, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.launch import runs_triton
 from liger_kernels.ops.op import Case, Op, Sample, randn, upcast
 from liger_kernels.ops.rope_kernel import RopeOptions, launch_rope, pair_layouts
 
 STYLES = ("half", "pairs", "pairs_to_half")
+_TENSORS = (
+    TensorArgument("q", "(B, H, T, D)", "be floating of rank 3 or 4"),
+    TensorArgument("k", "(B, H, T, D)", "be floating and as q", is_optional=True),
+    TensorArgument("cos", "(B, T, W)", "be floating", is_constant=True),
+    TensorArgument("sin", "(B, T, W)", "be floating", is_constant=True),
+)
+_STYLE = Choice("style", STYLES)
+_ROTARY_DIM = Integer("rotary_dim", "None or an int", is_optional=True)
+_UNSQUEEZE_DIM = Integer("unsqueeze_dim")
 
 
 def rope_ref(q, k, cos, sin, *, style="half", rotary_dim=None, unsqueeze_dim=1):
@@ -149,8 +159,8 @@ def rope(
         transposed view. Differentiable once; a second differentiation raises RuntimeError.
 
     Raises:
-        ValueError: A shape, rotary_dim, unsqueeze_dim or style is not as above, or cos or sin
-            requires grad.
+        ValueError: A type, device, dtype or shape, rotary_dim, unsqueeze_dim or style is not as
+            above, or cos or sin requires grad.
 
     Source: https://arxiv.org/abs/2104.09864, equation 34.
     """
@@ -164,11 +174,12 @@ def rope(
 
 
 def _check(q, k, cos, sin, style, rotary_dim, unsqueeze_dim) -> RopeOptions:
+    check_tensors(_TENSORS, q, k, cos, sin)
     rank = q.dim()
-    if rank not in (3, 4) or not q.is_floating_point():
+    if rank not in (3, 4):
         raise ValueError(f"q must be floating of rank 3 or 4, got {q.dtype} {tuple(q.shape)}")
-    if style not in STYLES:
-        raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
+    _STYLE.of(style)
+    rotary_dim, unsqueeze_dim = _ROTARY_DIM.of(rotary_dim), _UNSQUEEZE_DIM.of(unsqueeze_dim)
     head_axis = unsqueeze_dim - rank if unsqueeze_dim >= 0 else unsqueeze_dim
     if head_axis not in (-3, -2):
         allowed = f"{rank - 3}, {rank - 2}, -3 or -2"
@@ -176,9 +187,7 @@ def _check(q, k, cos, sin, style, rotary_dim, unsqueeze_dim) -> RopeOptions:
             f"unsqueeze_dim must be {allowed} for q of rank {rank}, got {unsqueeze_dim}"
         )
     if k is not None and (
-        k.dim() != rank
-        or not k.is_floating_point()
-        or any(k.shape[i] != q.shape[i] for i in range(-rank, 0) if i != head_axis)
+        k.dim() != rank or any(k.shape[i] != q.shape[i] for i in range(-rank, 0) if i != head_axis)
     ):
         raise ValueError(
             f"k must be floating and as q {tuple(q.shape)} but for the heads at {unsqueeze_dim}, "
@@ -195,8 +204,6 @@ def _check(q, k, cos, sin, style, rotary_dim, unsqueeze_dim) -> RopeOptions:
                 f"({batch}, {num_tokens}, W) for q {tuple(q.shape)} with heads at {unsqueeze_dim}, "
                 f"got {tuple(table.shape)}"
             )
-        if not table.is_floating_point():
-            raise ValueError(f"{name} must be floating, got {table.dtype}")
         if table.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} must not require grad: rope has no gradient for it; detach it"
@@ -305,4 +312,6 @@ OP = Op(
     ),
     sample=_sample,
     num_bytes=_num_bytes,
+    tensors=_TENSORS,
+    options=(_STYLE, _ROTARY_DIM, _UNSQUEEZE_DIM),
 )

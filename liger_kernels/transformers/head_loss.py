@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from liger_kernels.ops.arguments import LARGEST
 from liger_kernels.ops.cross_entropy import cross_entropy
 from liger_kernels.ops.fused_linear_cross_entropy import fused_linear_cross_entropy
 from liger_kernels.transformers.calls import runs_stock_linear
@@ -317,9 +318,11 @@ def _tail_of(steps: list[Step]) -> Tail | None:
                 scale *= step.factor
             else:
                 softcap *= step.factor
-    if softcap is None:
-        return Tail(scale, None)
-    return Tail(scale * softcap, softcap) if softcap > 0.0 else None
+    if softcap is not None:
+        scale *= softcap
+    # The fused op takes finite numbers; with others the stock operations give what they give.
+    is_finite = abs(scale) <= LARGEST and (softcap is None or 0.0 < softcap <= LARGEST)
+    return Tail(scale, softcap) if is_finite else None
 
 
 def _before_upcast(pending: Pending) -> Tensor:
