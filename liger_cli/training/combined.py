@@ -16,6 +16,8 @@ class Together(torch.optim.Optimizer):
     def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
         self._parts = parts
         super().__init__([group for part in parts for group in part.param_groups], {})
+        # Schedules look up the learning rate here.
+        self.defaults = dict(parts[0].defaults)
         self._share_groups()
 
     def _share_groups(self) -> None:
@@ -49,6 +51,7 @@ class MasterWeights(torch.optim.Optimizer):
         self._parameters: list[nn.Parameter] = []
         self._masters: list[nn.Parameter] = []
         super().__init__([dict(group) for group in inner.param_groups], {})
+        self.defaults = dict(inner.defaults)
         for group in inner.param_groups:
             group["params"] = [self._master(parameter) for parameter in group["params"]]
         self._share_groups()

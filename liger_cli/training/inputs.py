@@ -70,7 +70,7 @@ def load_inputs(
         LigerError: The model or the data cannot be had.
     """
     source = source or resolve_model(config.model)
-    meta_model = build_meta_model(source)
+    meta_model = build_meta_model(source, trains_adapter=trains)
     if trains and config.adapter != "none":
         if source.adapter is not None:
             raise ConfigError(

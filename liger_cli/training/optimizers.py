@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, Adafactor
 
@@ -176,7 +177,21 @@ class Schedule:
         return dict(self._schedule.state_dict())
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Restore the state of a run, which may have had another number of steps.
+
+        The learning rate of the step to come, in `values` and in the optimizer's state, is that of
+        the old length: it is computed again. Load the optimizer's state first.
+        """
         self._schedule.load_state_dict(values)
+        if isinstance(self._schedule, LambdaLR):
+            schedule = self._schedule
+            rates = [
+                base * factor(schedule.last_epoch)
+                for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            schedule._last_lr = rates
 
 
 def _make_schedule(config: RunConfig, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
