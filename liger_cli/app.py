@@ -25,7 +25,9 @@ from liger_cli.errors import (
     OutOfMemory,
     panics_raised,
 )
+from liger_cli.streams import SafeStreams
 from liger_cli.text import printable, shorten
+from liger_cli.training.endings import Interruption
 from liger_kernels.nearest import nearest_name
 
 __all__ = ["COMMANDS", "main"]
@@ -73,16 +75,23 @@ class _LazyGroup(TyperGroup):
         return name, command and _import_command(str(name)), rest
 
     def invoke(self, ctx: Any) -> Any:
+        with Interruption() as interruption:
+            return self._invoke(ctx, interruption)
+
+    def _invoke(self, ctx: Any, interruption: Interruption) -> Any:
         try:
             with panics_raised():
                 return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, BrokenPipeError):
+        except (typer.Exit, typer.Abort):
             raise
         except (Exception, KeyboardInterrupt) as error:
             problem = _describe(error)
+            if interruption.requested and not isinstance(error, Interrupted):
+                # Libraries make other errors of a KeyboardInterrupt.
+                problem = Interrupted("interrupted")
             if ctx.obj["as_json"] and not problem.is_reported:
                 _show_as_json(problem)
-            if _is_usage_error(error):
+            if _is_usage_error(error) and not interruption.requested:
                 # typer shows these itself, with the usage line.
                 if isinstance(getattr(error, "message", None), str):
                     error.message = printable(error.message)  # type: ignore[union-attr]
@@ -97,13 +106,27 @@ class _LazyGroup(TyperGroup):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs `liger` and exits with the code of the command.
+    """Run `liger` and exit with the code of the command, or 3 where --json cannot be written.
 
     Args:
         arguments: The words after `liger`; those of the process by default.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    get_command(_app)(args=arguments, prog_name="liger", obj={"as_json": "--json" in words})
+    as_json = "--json" in words
+    with SafeStreams() as streams:
+        try:
+            get_command(_app)(args=arguments, prog_name="liger", obj={"as_json": as_json})
+        except SystemExit as end:
+            failure = streams.stdout_failure()
+            # Text is for people, who close a pipe when they have read enough. A document is whole.
+            if failure is None or not as_json or end.code:
+                raise
+            typer.secho(
+                f"error: stdout cannot be written: {failure.strerror}",
+                err=True,
+                fg=typer.colors.RED,
+            )
+            raise SystemExit(EnvironmentProblem.exit_code) from None
 
 
 def _is_usage_error(error: BaseException) -> bool:

@@ -1,14 +1,88 @@
-"""Whether what a command is to write can be written, found out before there is anything to lose."""
+"""Files that people keep: checked before there is anything to lose, and replaced in one step."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from liger_cli.errors import ConfigError, EnvironmentProblem
 
-__all__ = ["check_files", "check_writable"]
+__all__ = [
+    "check_files",
+    "check_writable",
+    "replacing",
+    "sync_path",
+    "write_file",
+    "write_problem",
+]
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file in one step: a reader sees the old content or all of the new one.
+
+    Args:
+        path: The file; directories above it are created.
+        content: Text is written as UTF-8.
+
+    Raises:
+        EnvironmentProblem: It cannot be written; what was there is as it was.
+    """
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; that file replaces `path` when the block ends.
+
+    After an error `path` is as it was. What is there and is no regular file, such as /dev/stdout,
+    is yielded itself.
+
+    Raises:
+        EnvironmentProblem: A file cannot be written, with the name of `path`.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        target = path.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Libraries choose a format by the ending.
+        name = f".{target.stem}.{os.getpid()}.unfinished{target.suffix}"
+        unfinished = target.with_name(name)
+        try:
+            yield unfinished
+            sync_path(unfinished)
+            if target.exists():
+                shutil.copymode(target, unfinished)
+            unfinished.replace(target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise write_problem(path, error) from error
+
+
+def write_problem(path: Path, error: Exception, hint: str | None = None) -> EnvironmentProblem:
+    """Return the error of a file or directory that cannot be written, with the space left."""
+    # Those of compiled libraries go on with a stack of addresses.
+    text = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__)
+    text = text.splitlines()[0]
+    with contextlib.suppress(OSError):
+        text += f" ({shutil.disk_usage(path.parent).free / 1e9:.1f} GB are free)"
+    return EnvironmentProblem(f"{path} cannot be written: {text}", hint=hint)
+
+
+def sync_path(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_files(files: Mapping[str, Path | None]) -> None:

@@ -15,7 +15,7 @@ from liger_cli.data.feed import plan_batches, total_steps
 from liger_cli.data.packing import check_packed
 from liger_cli.dry_run import describe_dry_run
 from liger_cli.errors import ConfigError
-from liger_cli.outputs import check_writable
+from liger_cli.outputs import write_file
 from liger_cli.report import (
     PeerPart,
     RunReport,
@@ -36,7 +36,7 @@ from liger_cli.training.auto_fit import is_out_of_memory
 from liger_cli.training.checkpoint_files import step_of
 from liger_cli.training.evaluate import EvalResult, evaluate
 from liger_cli.training.inputs import Inputs, load_inputs
-from liger_cli.training.launch import choose_run_dir, make_accelerator, quiet_libraries
+from liger_cli.training.launch import make_accelerator, quiet_libraries, run_directory
 from liger_cli.training.launch_variables import config_of_launch
 from liger_cli.training.loading import load_patched
 from liger_cli.training.loop import train
@@ -46,7 +46,7 @@ from liger_cli.training.memory_errors import (
     evaluation_out_of_memory,
     out_of_memory,
 )
-from liger_cli.training.model import resolve_model
+from liger_cli.training.model import ModelSource, resolve_model
 from liger_cli.training.optimizers import check_optimization
 from liger_cli.training.peer_patch import apply_peer_patch
 from liger_cli.training.result import StepMetrics, TrainResult
@@ -92,10 +92,36 @@ def run_train(
     check_trackers(config)
     if accelerator.num_processes > 1:
         _refuse_several_processes(config, baseline)
-    run_dir, checkpoint = choose_run_dir(config, resume, accelerator, notify)
-    if accelerator.is_main_process:
-        check_writable(run_dir, "output_dir", is_directory=True)
-    config = config.model_copy(update={"output_dir": run_dir})
+    writes = not dry_run
+    with run_directory(config, resume, accelerator, notify, writes=writes) as (run_dir, checkpoint):
+        return _run_in(
+            run_dir,
+            checkpoint,
+            config.model_copy(update={"output_dir": run_dir}),
+            source,
+            accelerator,
+            baseline=baseline,
+            require=require,
+            dry_run=dry_run,
+            measure_only=measure_only,
+            peer_patch=peer_patch,
+        )
+
+
+def _run_in(
+    run_dir: Path,
+    checkpoint: Path | None,
+    config: RunConfig,
+    source: ModelSource,
+    accelerator: Any,
+    *,
+    baseline: int,
+    require: str,
+    dry_run: bool,
+    measure_only: bool,
+    peer_patch: bool,
+) -> RunReport | None:
+    """Train in a directory that is this run's alone; the arguments are those of run_train."""
     inputs = load_inputs(config, source=source, notify=notify)
     batches = plan_batches(config, inputs.train, accelerator)
     num_steps = total_steps(config, batches)
@@ -209,7 +235,7 @@ def _train_loaded(
     if is_main:
         announce_kernels(record)
         # The directory stays free for another try until there is something to run.
-        (run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        write_file(run_dir / "config.yaml", config.to_yaml())
 
     def evaluate_now(prepared: Any) -> EvalResult:
         return _evaluate(config, prepared, inputs, accelerator)

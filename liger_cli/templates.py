@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from liger_cli.errors import ConfigError
-from liger_cli.outputs import check_writable
+from liger_cli.outputs import check_writable, write_file
 from liger_cli.training.presets import configs_directory
 from liger_kernels.nearest import nearest_name
 
@@ -30,13 +30,9 @@ def write_template(name: str, path: Path, *, overwrite: bool = False) -> None:
         hint = f"; did you mean {near!r}?" if near else ""
         raise ConfigError(f"--template: unknown template {name!r}{hint} ({', '.join(names)})")
     check_writable(path, "file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = (_directory() / f"{name}.yaml").read_bytes()
-    try:
-        with path.open("wb" if overwrite else "xb") as file:
-            file.write(content)
-    except FileExistsError:
-        raise ConfigError(f"{path} exists", hint="--force overwrites it.") from None
+    if path.exists() and not overwrite:
+        raise ConfigError(f"{path} exists", hint="--force overwrites it.")
+    write_file(path, (_directory() / f"{name}.yaml").read_bytes())
 
 
 def _directory() -> Path:

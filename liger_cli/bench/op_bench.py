@@ -33,7 +33,6 @@ from liger_cli.report.ops import (
     TargetPart,
     TimePart,
 )
-from liger_cli.training.endings import sigterm_raises
 
 __all__ = ["OpsPlan", "judge", "measure", "plan_ops", "require_checks", "run_ops"]
 
@@ -138,7 +137,7 @@ def run_ops(plan: OpsPlan, *, on_row: Callable[[Workload], None]) -> OpsReport:
     began = time.monotonic()
     interrupted = None
     # The peer imports its packages while the limits of the hardware are measured.
-    with sigterm_raises(), plan.peer() as peer:
+    with plan.peer() as peer:
         stopwatch = Stopwatch(plan.device)
         copy_bytes_per_s = copy_rate(stopwatch)
         matmul_flops_per_s = matmul_rate(stopwatch, plan.dtype)

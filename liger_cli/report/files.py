@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liger_cli.outputs import check_files
+from liger_cli.outputs import check_files, write_file
 from liger_cli.report.html import write_html
 from liger_cli.report.markdown import markdown as as_markdown
 from liger_cli.report.pictures import write_pictures
@@ -27,8 +27,7 @@ def write_files(
     if page is not None:
         write_html(saved, page)
     if markdown is not None:
-        markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(as_markdown(saved), encoding="utf-8")
+        write_file(markdown, as_markdown(saved))
     if pictures is not None:
         written += write_pictures(saved, pictures)
     return written

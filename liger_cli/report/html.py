@@ -12,6 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from liger_cli.outputs import write_file
 from liger_cli.report.bench import (
     arms_table,
     asserted_table,
@@ -92,8 +93,7 @@ def html(saved: SavedReport) -> str:
 
 def write_html(saved: SavedReport, path: Path) -> None:
     """Writes the page of a report."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html(saved), encoding="utf-8")
+    write_file(path, html(saved))
 
 
 @cache

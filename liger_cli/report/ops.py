@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from liger_cli.bench.op_targets import Measure
 from liger_cli.figures import finite
+from liger_cli.outputs import write_file
 from liger_cli.readers import parse_json
 from liger_cli.report import Finite, show_lines, show_table
 from liger_cli.report.tables import Table
@@ -253,8 +254,7 @@ def write_reports(report: OpsReport, *, json_file: Path | None, markdown_file: P
     """Writes the JSON and the tables, each where a file is named."""
     for path, text in ((json_file, report.to_json() + "\n"), (markdown_file, markdown(report))):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            write_file(path, text)
 
 
 def _arm_lines(row: OpRow) -> Iterable[tuple[str, ...]]:

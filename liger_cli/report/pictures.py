@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from liger_cli.errors import ConfigError
+from liger_cli.outputs import replacing
 from liger_cli.report.charts import (
     BarChart,
     Curves,
@@ -70,5 +71,5 @@ def _draw_bars(chart: BarChart, path: Path) -> None:
     )
     axes.bar_label(drawn, [bar.text for bar in bars], padding=4)
     axes.margins(x=0.2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished)

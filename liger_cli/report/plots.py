@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 from liger_cli.errors import ConfigError, EnvironmentProblem
-from liger_cli.outputs import check_writable
+from liger_cli.outputs import check_writable, replacing
 
 __all__ = ["Chart", "check_plot", "draw", "plain_names"]
 
@@ -86,8 +86,8 @@ def draw(chart: Chart, path: Path) -> None:
             axes.plot(*_columns(marks), "o", color=color, label=label, markeredgecolor="black")
     axes.grid(alpha=0.3)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished)
 
 
 def _columns(points: Mapping[int, float]) -> tuple[list[int], list[float]]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from liger_cli.figures import finite
+from liger_cli.outputs import write_file
 from liger_cli.readers import parse_json
 
 __all__ = [
@@ -308,8 +308,9 @@ class RunReport(_Part):
         return cls.model_validate(values)
 
     def write(self, path: Path) -> None:
-        """Writes the report in one step: a reader sees the old file or the whole new one."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        unfinished.write_text(self.to_json() + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        """Write the report in one step.
+
+        Raises:
+            EnvironmentProblem: It cannot be written.
+        """
+        write_file(path, self.to_json() + "\n")

@@ -19,6 +19,7 @@ from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
 from liger_cli.figures import format_count
 from liger_cli.readers import expand_path, read_json
+from liger_cli.training.checkpoint_files import write_failure, written_aside
 from liger_cli.training.demo_model import converted_model, converted_preset
 from liger_cli.training.packages import require_package
 from liger_cli.training.presets import ModelSource
@@ -99,7 +100,11 @@ def base_place(source: ModelSource, model: Any, keep: Path | None) -> str:
     if keep is None:
         return ""
     place = keep / _KEPT_BASE
-    model.save_pretrained(place)
+    try:
+        with written_aside(place) as directory:
+            model.save_pretrained(directory)
+    except Exception as error:
+        raise write_failure(error, place) from error
     return str(place.resolve())
 
 

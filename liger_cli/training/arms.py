@@ -16,9 +16,9 @@ from typing import Any
 from liger_cli.config import RunConfig
 from liger_cli.errors import LigerError, OutOfMemory
 from liger_cli.measure import median_after_warm_up
+from liger_cli.outputs import write_file
 from liger_cli.peer_interpreter import PeerInterpreter
 from liger_cli.readers import parse_json, read_file_bytes
-from liger_cli.training.endings import sigterm_raises
 
 __all__ = ["ArmResult", "ArmSpec", "run_arm"]
 
@@ -110,7 +110,7 @@ def run_arm(
         config_file = Path(folder) / "config.yaml"
         arm = {"ops": ops, "max_steps": steps, "torch_compile": torch_compile}
         config = config.model_copy(update={**arm, "output_dir": run_dir})
-        config_file.write_text(config.to_yaml(), encoding="utf-8")
+        write_file(config_file, config.to_yaml())
         command = [peer.executable if peer else sys.executable, "-m", _PROCESS, "train"]
         command += ["--config", str(config_file), "--measure-only", "--json"]
         command += ["--peer-patch"] * (peer is not None)
@@ -132,7 +132,7 @@ def _run(
     command: Sequence[str], environment: dict[str, str] | None
 ) -> subprocess.CompletedProcess[str]:
     """subprocess.run, which however leaves no process behind."""
-    with sigterm_raises(), _open_pipe() as reads:
+    with _open_pipe() as reads:
         # A session of its own: all its processes end together, and Ctrl-C comes to us alone.
         process = subprocess.Popen(
             command,

@@ -32,7 +32,7 @@ from liger_cli.training.checkpoint_files import (
 from liger_cli.training.random_state import random_state, set_random_state
 from liger_cli.training.tokenizers import Preprocessing
 
-__all__ = ["Reached", "TrainState", "load_state", "save_checkpoint"]
+__all__ = ["Reached", "TrainState", "load_state", "raise_everywhere", "save_checkpoint"]
 
 _STATE = "trainer_state.pt"
 
@@ -121,12 +121,19 @@ def save_checkpoint(
         except Exception as error:
             problem = write_failure(error, target, hint=_kept_line(run_dir))
             problem.__cause__ = error
-    _raise_everywhere(problem)
+    raise_everywhere(problem)
     return target
 
 
-def _raise_everywhere(problem: EnvironmentProblem | None) -> None:
-    """Raises the main process's error on all: the others would wait for it for ever."""
+def raise_everywhere(problem: EnvironmentProblem | None) -> None:
+    """Raise the main process's error on every process: the others would wait for it for ever.
+
+    Args:
+        problem: The error, on the main process; None where there is none.
+
+    Raises:
+        EnvironmentProblem: There is one.
+    """
     words: list[Any] = [None if problem is None else (problem.message, problem.hint)]
     broadcast_object_list(words)
     if problem is not None:

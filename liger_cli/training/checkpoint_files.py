@@ -21,6 +21,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from liger_cli.errors import DataError, EnvironmentProblem
+from liger_cli.outputs import sync_path as _sync
+from liger_cli.outputs import write_problem
 from liger_cli.readers import read_json
 from liger_cli.training.auto_fit import is_out_of_memory
 
@@ -203,15 +205,6 @@ def written_aside(target: Path) -> Iterator[Path]:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a directory, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_failure(error: Exception, target: Path, hint: str | None = None) -> EnvironmentProblem:
     """Returns the error of a directory that cannot be written, most often for want of space.
 
@@ -220,11 +213,7 @@ def write_failure(error: Exception, target: Path, hint: str | None = None) -> En
     """
     if not isinstance(error, WRITE_ERRORS) or is_out_of_memory(error):
         raise error
-    # Those of compiled libraries go on with a stack of addresses.
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    with contextlib.suppress(OSError):
-        text += f" ({shutil.disk_usage(target.parent).free / 1e9:.1f} GB are free)"
-    return EnvironmentProblem(f"{target} cannot be written: {text}", hint=hint)
+    return write_problem(target, error, hint)
 
 
 def delete_old(

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from liger_cli.errors import Interrupted, NonFiniteLoss
 
-__all__ = ["StopRequest", "interrupted", "non_finite", "sigterm_raises"]
+__all__ = ["Interruption", "StopRequest", "interrupted", "non_finite"]
 
 _log = logging.getLogger(__name__)
 
@@ -23,19 +21,19 @@ _log = logging.getLogger(__name__)
 _ECHO_S = 1.0
 
 
-class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a flag; a later one acts as it would without this."""
+class _Handler:
+    """Handles SIGINT and SIGTERM inside a `with` block, in the main thread."""
 
     def __init__(self) -> None:
         self.requested = False
         self._since = 0.0
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Self:
         # Python delivers signals to the main thread, and lets no other thread ask for them.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -43,13 +41,46 @@ class StopRequest:
             signal.signal(number, handler)
         self._previous = {}
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self.requested:
             self.requested, self._since = True, time.monotonic()
-            _log.warning("stopping after this step; once more stops at once")
+            self._first()
         elif time.monotonic() - self._since > _ECHO_S:
-            self.__exit__()
-            signal.raise_signal(number)
+            self._later(number)
+
+    def _first(self) -> None:
+        raise NotImplementedError
+
+    def _later(self, number: int) -> None:
+        raise NotImplementedError
+
+
+class Interruption(_Handler):
+    """Makes SIGINT and SIGTERM a KeyboardInterrupt, wherever a command is."""
+
+    def _first(self) -> None:
+        raise KeyboardInterrupt
+
+    def _later(self, number: int) -> None:
+        raise KeyboardInterrupt
+
+
+class StopRequest(_Handler):
+    """Turns the first SIGINT or SIGTERM into a flag; a later one acts as it would without this."""
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        outer = getattr(self._previous.get(signal.SIGTERM), "__self__", None)
+        # A library may have swallowed the KeyboardInterrupt.
+        self.requested = isinstance(outer, Interruption) and outer.requested
+        return self
+
+    def _first(self) -> None:
+        _log.warning("stopping after this step; once more stops at once")
+
+    def _later(self, number: int) -> None:
+        self.__exit__()
+        signal.raise_signal(number)
 
 
 def interrupted(step: int, checkpoint: Path | None) -> Interrupted:
@@ -71,17 +102,3 @@ def non_finite(step: int, loss: float, norm: float, checkpoint: Path | None) -> 
         hint="A lower --learning-rate, a longer --warmup-steps or --dtype float32 may help; "
         "--save-steps sets how often a checkpoint is written.",
     )
-
-
-@contextlib.contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """Makes SIGTERM a KeyboardInterrupt, as SIGINT is, instead of an end without a last word."""
-    # Python delivers signals to the main thread, and lets no other thread ask for them.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError, EnvironmentProblem
+from liger_cli.outputs import check_writable
 from liger_cli.readers import expand_path
 from liger_cli.training.dtypes import parameter_dtype
-from liger_cli.training.resume import check_same_run, choose_checkpoint
+from liger_cli.training.resume import check_same_run, choose_checkpoint, find_resumed
+from liger_cli.training.run_lock import LOCK, locked
 
-__all__ = ["choose_run_dir", "make_accelerator", "quiet_libraries"]
+__all__ = ["make_accelerator", "quiet_libraries", "run_directory"]
 
 
 def quiet_libraries() -> None:
@@ -68,58 +72,79 @@ def make_accelerator(config: RunConfig, *, adapts: bool = False) -> Accelerator:
     return accelerator
 
 
-def choose_run_dir(
+@contextlib.contextmanager
+def run_directory(
     config: RunConfig,
     resume: str | None,
     accelerator: Accelerator,
     notify: Callable[[str], None],
-) -> tuple[Path, Path | None]:
-    """Returns the directory of the run and the checkpoint it goes on from, if any.
+    *,
+    writes: bool = True,
+) -> Iterator[tuple[Path, Path | None]]:
+    """Yield the directory of the run and the checkpoint to resume from, if any.
+
+    The main process holds the lock of the directory meanwhile, from before it looks into it.
 
     Args:
         resume: None, "auto" (the newest checkpoint of output_dir, or a new run where there is none)
             or the path of a checkpoint or of a run.
-        notify: Told of checkpoints that are damaged.
+        notify: Called with a line about each damaged checkpoint and about a lock left behind.
+        writes: False takes no lock, for a run that only looks.
 
     Raises:
-        ConfigError: The directory is taken, or there is nothing to resume.
+        ConfigError: The directory is taken or in use, or there is nothing to resume.
         DataError: Every checkpoint is damaged.
+        EnvironmentProblem: The directory cannot be written.
     """
     if config.output_dir is not None:
         expand_path(str(config.output_dir), "output_dir")
-    # Decided once: the clock and the directory may have moved on for another process.
-    choice: list[Any] = [None]
-    if accelerator.is_main_process:
-        choice = [_choose_run_dir(config, resume, notify)]
-    run_dir, checkpoint = broadcast_object_list(choice)[0]
-    if checkpoint is not None:
-        check_same_run(checkpoint, config, accelerator.num_processes)
-    return run_dir, checkpoint
+    with contextlib.ExitStack() as held:
+        # Decided once: the clock and the directory may have moved on for another process.
+        choice: list[Any] = [None]
+        if accelerator.is_main_process:
+            run_dir = _find_run_dir(config, resume)
+            if run_dir.exists() and not run_dir.is_dir():
+                raise ConfigError(f"output_dir {run_dir} is a file, not a directory")
+            check_writable(run_dir, "output_dir", is_directory=True)
+            if writes:
+                held.enter_context(locked(run_dir / LOCK, f"output_dir {run_dir}", notify))
+                for leftover in run_dir.glob(".*.unfinished.*"):
+                    leftover.unlink(missing_ok=True)
+            choice = [(run_dir, _choose_checkpoint(config, resume, run_dir, notify))]
+        run_dir, checkpoint = broadcast_object_list(choice)[0]
+        if checkpoint is not None:
+            check_same_run(checkpoint, config, accelerator.num_processes)
+        yield run_dir, checkpoint
 
 
-def _choose_run_dir(
-    config: RunConfig, resume: str | None, notify: Callable[[str], None]
-) -> tuple[Path, Path | None]:
+def _find_run_dir(config: RunConfig, resume: str | None) -> Path:
+    if config.output_dir is not None:
+        return config.output_dir
+    if resume is not None:
+        return find_resumed(resume, None)[-1].parent
+    name = re.sub(r"[^\w.-]+", "-", config.model).strip("-.") or "model"
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    run_dir = Path("runs") / f"{name}-{stamp}"
+    # Runs may begin in the same second.
+    later = (run_dir.with_name(f"{run_dir.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([run_dir], later) if not path.exists())
+
+
+def _choose_checkpoint(
+    config: RunConfig, resume: str | None, run_dir: Path, notify: Callable[[str], None]
+) -> Path | None:
     if resume is None:
-        name = re.sub(r"[^\w.-]+", "-", config.model).strip("-.") or "model"
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        return _check_free(config.output_dir or Path("runs") / f"{name}-{stamp}"), None
+        _check_free(run_dir)
+        return None
     checkpoint = choose_checkpoint(resume, config.output_dir, notify)
-    if checkpoint is None:
-        assert config.output_dir is not None
-        return config.output_dir, None
-    run_dir = checkpoint.parent
-    if config.output_dir is not None and config.output_dir.resolve() != run_dir.resolve():
-        run_dir = _check_free(config.output_dir)
-    return run_dir, checkpoint
+    if checkpoint is not None and checkpoint.parent.resolve() != run_dir.resolve():
+        _check_free(run_dir)
+    return checkpoint
 
 
-def _check_free(run_dir: Path) -> Path:
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError(f"output_dir {run_dir} is a file, not a directory")
-    if run_dir.is_dir() and any(run_dir.iterdir()):
+def _check_free(run_dir: Path) -> None:
+    if run_dir.is_dir() and any(path.name != LOCK for path in run_dir.iterdir()):
         raise ConfigError(
             f"output_dir {run_dir} exists and is not empty",
             hint="--resume auto goes on with the run in it; or take another --output-dir.",
         )
-    return run_dir

@@ -75,7 +75,7 @@ def train(
 
     Raises:
         NonFiniteLoss: The loss or a gradient is NaN or infinite; checkpoints before it are kept.
-        EnvironmentProblem: A checkpoint cannot be written; those before it are kept.
+        EnvironmentProblem: A checkpoint or a log cannot be written; checkpoints before it are kept.
         Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
     """
     device, is_main = accelerator.device, accelerator.is_main_process
@@ -207,6 +207,8 @@ def train(
     # Not in the last step: a run that was killed after it is resumed to be evaluated.
     if evaluated is None:
         evaluated = evaluate_after(step)
+    log.sync()
+    evals.sync()
     return TrainResult(
         history=tuple(map(StepMetrics.from_row, log.rows)),
         eval=evaluated,

@@ -5,6 +5,7 @@ The sum of a weight and its change is made in float32 and rounded once to the dt
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,9 +19,12 @@ from liger_cli.training.adapters import load_adapter
 from liger_cli.training.checkpoint_files import write_failure, written_aside
 from liger_cli.training.dtypes import stored_dtype
 from liger_cli.training.model import ModelSource, load_model
+from liger_cli.training.run_lock import locked
 from liger_cli.training.tokenizers import Preprocessing
 
 __all__ = ["Merged", "merge_adapter"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def merge_adapter(
         notify: Told what a user should know of the base model.
 
     Raises:
-        ConfigError: The source is not an adapter, or the directory is taken.
+        ConfigError: The source is not an adapter, or the directory is taken or in use.
         EnvironmentProblem: The directory cannot be written.
     """
     if source.adapter is None:
@@ -70,8 +74,21 @@ def merge_adapter(
             f"the base model of {source.name} is quantized: a merge would round the adapter away",
             hint=f"write a model that is not as base_model_name_or_path in {source.adapter}",
         )
+    place = output.resolve()
+    # Two merges into one directory would write aside under one name.
+    with locked(place.with_name(f".{place.name}.lock"), f"output {output}", notify or _log.warning):
+        return _merge_into(output, source, dtype, notify)
+
+
+def _merge_into(
+    output: Path,
+    source: ModelSource,
+    dtype: torch.dtype | None,
+    notify: Callable[[str], None] | None,
+) -> Merged:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"output {output} exists and is not an empty directory")
+    assert source.adapter is not None
     base = replace(source, adapter=None)
     preprocessing = Preprocessing.of(source)
     model: Any = load_model(base, dtype=dtype or stored_dtype(base), notify=notify)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from liger_cli.errors import EnvironmentProblem
+from liger_cli.outputs import replacing
+
 __all__ = ["StepProfiler"]
+
+
+_log = logging.getLogger(__name__)
 
 
 class StepProfiler:
@@ -50,5 +57,10 @@ class StepProfiler:
     def _close(self) -> None:
         if self._profile is not None:
             self._profile.stop()
-            self._profile.export_chrome_trace(str(self._path))
+            try:
+                with replacing(self._path) as unfinished:
+                    self._profile.export_chrome_trace(str(unfinished))
+            except EnvironmentProblem as problem:
+                # No reason to end a run, or to hide the error that ends it.
+                _log.warning(problem.message)
             self._profile = None

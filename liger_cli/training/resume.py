@@ -18,7 +18,7 @@ from liger_cli.training.checkpoint_files import (
     step_of,
 )
 
-__all__ = ["check_same_run", "choose_checkpoint", "describe_resume"]
+__all__ = ["check_same_run", "choose_checkpoint", "describe_resume", "find_resumed"]
 
 # What a resumed run may change: its length, what it tells and keeps, and how it computes the same.
 # Everything else would make step N another one than that of the run it resumes, or is in the
@@ -71,10 +71,19 @@ def choose_checkpoint(
         ConfigError: The path is neither.
         DataError: Every checkpoint is damaged.
     """
+    return newest_whole(find_resumed(resume, output_dir), notify)
+
+
+def find_resumed(resume: str, output_dir: Path | None) -> list[Path]:
+    """Return the checkpoints that --resume allows, the oldest first; empty where "auto" has none.
+
+    Raises:
+        ConfigError: The path is neither a run nor a checkpoint, or "auto" has no output_dir.
+    """
     if resume == "auto":
         if output_dir is None:
             raise ConfigError("--resume auto needs --output-dir, the directory of the run")
-        return newest_whole(find_checkpoints(output_dir), notify)
+        return find_checkpoints(output_dir)
     path = expand_path(resume, "--resume")
     found = find_checkpoints(path)
     if not found and step_of(resolved := path.resolve()) and resolved.is_dir():
@@ -83,7 +92,7 @@ def choose_checkpoint(
         found = [c for c in find_checkpoints(parent) if step_of(c) <= step_of(resolved)]
     if not found:
         raise ConfigError(f"--resume {resume}: there is no checkpoint of a run")
-    return newest_whole(found, notify)
+    return found
 
 
 def check_same_run(checkpoint: Path, config: RunConfig, num_processes: int) -> None:

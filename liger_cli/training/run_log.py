@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from liger_cli.figures import finite
+from liger_cli.outputs import write_file, write_problem
 from liger_cli.readers import JsonError, parse_json
 from liger_cli.text import shorten
 
@@ -25,7 +25,10 @@ _LARGEST = 1e100
 
 
 class JsonLines:
-    """A file of one JSON object a line, each flushed as it is written.
+    """A file of one JSON object a line, each given to the operating system as it comes.
+
+    A line that cannot be written, on a full disk for one, ends nothing: it is kept, and tried again
+    with the next one. `sync` says that lines are missing.
 
     Args:
         path: The file; created with its directory. Lines in it that are no rows are left out, with
@@ -50,25 +53,59 @@ class JsonLines:
 
         rows = read_lines(path, required, counts=counts, on_bad=leave_out)
         self.rows = [row for row in rows if row["step"] <= last_step]
-        self._file: TextIO | None = None
+        self._path = path
+        self._file: BinaryIO | None = None
+        # Of the file: its whole lines, and their size.
+        self._num_lines = len(self.rows)
+        self._num_bytes = 0
         if write:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f".{path.name}.unfinished")
-            unfinished.write_text("".join(map(_line, self.rows)), encoding="utf-8")
-            unfinished.replace(path)
-            self._file = path.open("a", encoding="utf-8")
+            content = "".join(map(_line, self.rows)).encode()
+            write_file(path, content)
+            self._num_bytes = len(content)
+            self._file = path.open("r+b", buffering=0)
 
     def write(self, row: dict[str, Any]) -> None:
-        """Appends a row."""
+        """Append a row."""
+        was_whole = self._num_lines == len(self.rows)
         self.rows.append(row)
-        if self._file is not None:
-            self._file.write(_line(row))
-            self._file.flush()
+        if (error := self._append()) is not None and was_whole:
+            _log.warning(
+                "%s cannot be written: %s; its lines are kept until they can be",
+                self._path,
+                error.strerror,
+            )
 
     def sync(self) -> None:
-        """Waits until all rows are on the disk: a checkpoint there must not be ahead of them."""
-        if self._file is not None:
+        """Wait until all rows are on the disk: a checkpoint there must not be ahead of them.
+
+        Raises:
+            EnvironmentProblem: Some cannot be written.
+        """
+        if self._file is None:
+            return
+        error = self._append()
+        try:
             os.fsync(self._file.fileno())
+        except OSError as failure:
+            error = error or failure
+        if error is not None:
+            raise write_problem(self._path, error) from error
+
+    def _append(self) -> OSError | None:
+        """Write the rows that are not in the file yet; return why that cannot be done."""
+        if self._file is None:
+            return None
+        rest = "".join(map(_line, self.rows[self._num_lines :])).encode()
+        end = self._num_bytes
+        try:
+            while rest:
+                # Over half a line that an earlier try has left.
+                written = os.pwrite(self._file.fileno(), rest, end)
+                end, rest = end + written, rest[written:]
+        except OSError as error:
+            return error
+        self._num_lines, self._num_bytes = len(self.rows), end
+        return None
 
 
 def copy_logs(names: Sequence[str], source: Path, target: Path, accelerator: Any) -> None:
@@ -76,7 +113,7 @@ def copy_logs(names: Sequence[str], source: Path, target: Path, accelerator: Any
     if accelerator.is_main_process:
         for name in names:
             if (source / name).is_file():
-                shutil.copyfile(source / name, target / name)
+                write_file(target / name, (source / name).read_bytes())
     accelerator.wait_for_everyone()
 
 

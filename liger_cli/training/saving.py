@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from liger_cli.config import RunConfig
-from liger_cli.training.checkpoint import TrainState, save_checkpoint
+from liger_cli.errors import EnvironmentProblem
+from liger_cli.training.checkpoint import TrainState, raise_everywhere, save_checkpoint
 from liger_cli.training.checkpoint_files import checkpoint_path, delete_old, mark_best
 from liger_cli.training.evaluations import Evaluations
 from liger_cli.training.run_log import JsonLines
@@ -90,10 +91,8 @@ class Saver:
         self._mark_best()
 
     def _save(self, step: int, *, is_evaluated: bool = False) -> None:
-        if self._is_main:
-            # A checkpoint on the disk must not be ahead of the logs there.
-            self._log.sync()
-            self._evals.sync()
+        # A checkpoint on the disk must not be ahead of the logs there.
+        problem = self._sync_logs()
         self.newest = save_checkpoint(
             self._run_dir,
             step,
@@ -107,6 +106,25 @@ class Saver:
         if self._is_main and self._config.save_total_limit is not None:
             limit, best = self._config.save_total_limit, self._evals.best_step
             delete_old(self._run_dir, step, limit, _log.warning, best=best)
+        raise_everywhere(problem)
+
+    def _sync_logs(self) -> EnvironmentProblem | None:
+        """Bring the logs to the disk; return the error of one that cannot be written.
+
+        The run ends with it, after the checkpoint that would be lost otherwise.
+        """
+        if self._is_main:
+            try:
+                self._log.sync()
+                self._evals.sync()
+            except EnvironmentProblem as problem:
+                name = checkpoint_path(self._run_dir, self._log.rows[-1]["step"]).name
+                problem.hint = (
+                    f"{name} was written, and --resume auto goes on from it; the steps whose lines "
+                    "could not be written are missing in the log."
+                )
+                return problem
+        return None
 
     def _mark_best(self) -> None:
         if self._is_main:
