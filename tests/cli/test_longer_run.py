@@ -60,7 +60,7 @@ def config_of(name, warmup, optim="sgd"):
 def test_case_222_rates_after_a_resume(name, warmup):
     """Lengths longer, as long and shorter, after every step that both lengths have."""
     config = config_of(name, warmup)
-    for old, new in itertools.product((7, 10), (7, 8, 10, 23)):
+    for old, new in itertools.product((7, 10), (7, 8, 15)):
         unbroken = rates(*parts_of(config, new), new)
         for done in range(1, min(old, new) + 1):
             optimizer, schedule = parts_of(config, old)
@@ -98,10 +98,8 @@ def test_case_222_rates_of_every_parameter_group(name, optim):
     ],
     ids=["max_steps", "to epochs", "num_train_epochs", "shorter"],
 )
-@pytest.mark.parametrize("name", ["cosine", "warmup_stable_decay"])
-def test_case_222_finished_run_is_lengthened(train, run_dir, tmp_path, name, first, then):
-    words = ["--lr-scheduler-type", name, "--warmup-ratio", 0.2, "--save-steps", 0]
-    words += ["--lr-scheduler-kwargs", NEEDED[name]] if name in NEEDED else []
+def test_case_222_finished_run_is_lengthened(train, run_dir, tmp_path, first, then):
+    words = ["--lr-scheduler-type", "cosine", "--warmup-ratio", 0.2, "--save-steps", 0]
     assert train(*words, *first).code == 0
     done = 3 if "--save-steps" in first else len(metrics(run_dir))
     done_at = run_dir / f"checkpoint-{done}"

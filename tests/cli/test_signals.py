@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -133,21 +132,32 @@ def test_case_241_other_threads_set_no_handler():
     assert seen == [before]
 
 
+WAITS = """
+import sys, time
+import liger_cli.runs
+from liger_cli.app import main
+
+def wait(*args, **options):
+    print("waiting", file=sys.stderr, flush=True)
+    time.sleep(60)
+
+liger_cli.runs.load_inputs = wait
+main(sys.argv[1:])
+"""
+
+
 def test_case_241_whole_process(tmp_path):
-    """The signal comes from outside, while the run waits for its data."""
-    fifo = tmp_path / "data.jsonl"
-    os.mkfifo(fifo)
-    words = ["train", "-m", "qwen3", "-d", fifo, "-o", tmp_path / "run", "--use-cpu", "--json"]
+    """The signal comes from outside, while the run reads its data."""
+    words = [*map(str, TRAIN), "-o", str(tmp_path / "run"), "--json"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "liger_cli", *map(str, words)],
+        [sys.executable, "-c", WAITS, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    # Opens when the run has begun to read, and gives it nothing.
-    with fifo.open("w"):
-        process.terminate()
-        out, err = process.communicate(timeout=60)
+    assert process.stderr.readline() == "waiting\n"
+    process.terminate()
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert json.loads(out)["error"]["kind"] == "Interrupted"
     assert err == "error: interrupted\n"
