@@ -20,7 +20,7 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def hold(file, ready, release):
-    """Holds the lock in a process of its own until it may end."""
+    """Hold the lock in another process until it may end."""
     with locked(file, "output_dir run", print):
         ready.set()
         release.wait(60)
