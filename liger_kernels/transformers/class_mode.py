@@ -146,7 +146,7 @@ def _models_of(row: Family) -> list[Any]:
         if inspect.isclass(value)
         and issubclass(value, PreTrainedModel)
         and value.__module__ == module.__name__
-        and value.forward is not nn.Module.forward
+        and getattr(value, "forward", None) is not nn.Module.forward
         and _is_of(_type_of(value), row)
     ]
 

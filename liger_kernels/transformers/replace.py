@@ -219,13 +219,16 @@ def _layer_norm_forward(base: Any, spec: LayerNormSpec) -> Callable[..., Any]:
 def _gated_norm_forward(base: Any, spec: GatedNormSpec) -> Callable[..., Any]:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(spec.inputs, args, strict=False)), **kwargs}
-        x, gate = (given.get(name) for name in spec.inputs)
+        given: dict[str, Any] = {**dict(zip(spec.inputs, args, strict=False)), **kwargs}
+        x: Any = given.get(spec.inputs[0])
+        gate = given.get(spec.inputs[1])
         is_extra = len(given) != 2 or len(args) + len(kwargs) != 2
         found = None if is_extra else norm_inputs(self, spec, x)
         if found is None or gate is None or not is_plain(gate) or gate.shape != x.shape:
             return base.forward(self, *args, **kwargs)
         weight, eps = found
+        if weight is None:
+            return base.forward(self, *args, **kwargs)
         note(self)
         return gated_rms_norm(
             x,
@@ -344,7 +347,8 @@ def _experts_namespace(base: Any, spec: ExpertsSpec) -> dict[str, Any]:
         is_eager = getattr(self.config, "_experts_implementation", None) in (None, "eager")
         is_plain_call = len(args) == 3 and not kwargs and is_as_patched(self)
         if is_eager and is_plain_call and is_plain(args[0]):
-            return run_experts(self, *args, self._apply_gate)
+            hidden, experts, weights = args
+            return run_experts(self, hidden, experts, weights, self._apply_gate)
         return base.forward(self, *args, **kwargs)
 
     gate = {"_apply_gate": functools.wraps(base._apply_gate)(_apply_gate)}

@@ -118,6 +118,7 @@ def _add_and_norm(layer: nn.Module, x: Any, residual: Any, norm: Any) -> tuple[A
     note(norm)
     note(layer)
     weight, eps = found
+    assert isinstance(spec, NormSpec)
     options: Any = {"eps": eps, "offset": spec.offset, "cast": spec.cast}
     y, total = fused_add_rms_norm(x, residual, weight, **options)
     if norm._saves_memory and y.requires_grad:
