@@ -37,7 +37,7 @@ def distance(some, others):
     return max(float((some[name] - other).abs().max()) for name, other in others.items())
 
 
-def test_mutant_271_two_processes_train_the_weights_of_one(data, tmp_path):
+def test_case_271_two_processes_train_the_weights_of_one(data, tmp_path):
     """Eight rows a step, of different label counts; the last step has seven."""
     one, two = tmp_path / "one", tmp_path / "two"
     rows = ("--per-device-train-batch-size", 2, "--gradient-accumulation-steps")
@@ -54,7 +54,7 @@ def test_mutant_271_two_processes_train_the_weights_of_one(data, tmp_path):
     assert distance(weights(one / "checkpoint-1"), final) >= 1e-3
 
 
-def test_mutant_271_the_loss_scale_is_saved_and_restored(
+def test_case_271_the_loss_scale_is_saved_and_restored(
     data, run_dir, tmp_path, liger, monkeypatch
 ):
     make = runs.make_accelerator

@@ -59,7 +59,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_mutant_263_the_token_after_each_position_is_its_label(call):
+def test_case_263_the_token_after_each_position_is_its_label(call):
     ids, mask, labels = zoo.text_inputs().values()
     # Labels other than the ids.
     labels = torch.where(labels == -100, labels, (labels + 7) % zoo.VOCAB_SIZE)
