@@ -17,6 +17,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
+from liger_cli.common.streams import SafeStreams
+from liger_cli.common.text import printable, shorten
 from liger_cli.errors import (
     ConfigError,
     EnvironmentProblem,
@@ -25,9 +27,7 @@ from liger_cli.errors import (
     OutOfMemory,
     panics_raised,
 )
-from liger_cli.streams import SafeStreams
-from liger_cli.text import printable, shorten
-from liger_cli.training.endings import Interruption
+from liger_cli.training.runtime.stop_signals import Interruption
 from liger_kernels.nearest import nearest_name
 
 __all__ = ["COMMANDS", "main"]
@@ -178,7 +178,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _import_command(name: str) -> Any:
-    command = importlib.import_module(f"liger_cli.commands.{name}").command
+    command = importlib.import_module(f"liger_cli.commands.{name}.cli").command
     if not isinstance(command, typer.Typer):
         function, command = command, typer.Typer(add_completion=False)
         command.command(name)(function)

@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from liger_cli.common.environment import environment
 from liger_cli.config import RunConfig
-from liger_cli.environment import environment
-from liger_cli.training.arms import ArmResult, run_arm
+from liger_cli.training.runtime.arms import ArmResult, run_arm
 
 # Name, and what differs from the defaults of a run on random tokens.
 WORKLOADS: dict[str, dict[str, Any]] = {

@@ -38,7 +38,7 @@ import transformers
 from torch import nn
 
 from liger_kernels.transformers import apply_liger_kernel
-from liger_kernels.transformers.plan import PATCH_OPS
+from liger_kernels.transformers.patching.plan import PATCH_OPS
 
 ROOT = Path(__file__).parents[1]
 # Of the largest number of each gradient, or a hundredth of the model's largest: some gradients are

@@ -30,12 +30,12 @@ import torch
 from safetensors.torch import load_file
 
 from liger_cli.app import main as liger
-from liger_cli.training import checkpoint_files
-from liger_cli.training.checkpoint_files import find_checkpoints, find_damage, step_of
+from liger_cli.training.checkpoints import files as checkpoint_files
+from liger_cli.training.checkpoints.files import find_checkpoints, find_damage, step_of
 
 # Forked from a process that has imported everything and computed nothing: a run starts at once.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["liger_cli.runs", __name__])
+FORKS.set_forkserver_preload(["liger_cli.commands.train.run", __name__])
 STEPS = 8
 EXACT = ("step", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens")
 

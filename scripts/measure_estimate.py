@@ -30,11 +30,11 @@ from unittest import mock
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from liger_cli import runs
+from liger_cli.commands.train.cli import run as runs
 from liger_cli.config import RunConfig
-from liger_cli.estimate import Batch, MemoryEstimate, meta_model_of, step_memory
 from liger_cli.training import loop
-from liger_cli.training.model import resolve_model
+from liger_cli.training.memory import Batch, MemoryEstimate, meta_model_of, step_memory
+from liger_cli.training.model.source import resolve_model
 
 STEPS = 3
 # Groups of live blocks that a record lists.

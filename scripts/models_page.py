@@ -8,13 +8,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from liger_kernels.transformers.families import FAMILIES, Family
+from liger_kernels.transformers.patching.families import FAMILIES, Family
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
 _HEAD = """# Model types
 
-Made from `liger_kernels/transformers/families.py` by `python scripts/models_page.py`; do not edit.
+Made from `liger_kernels/transformers/patching/families.py` by `python scripts/models_page.py`; do
+not edit.
 
 Each type below has a function `apply_liger_kernel_to_<type>(*, <options>, model=None)`: with a
 model it patches that instance, without one the models of the type that are built from then on.

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from liger_cli.commands.bench.ops.tables import OpsReport, Table, markdown
 from liger_cli.report import AgainstPart, RunReport, verdict
 from liger_cli.report.bench import ARM_COLUMNS, arm_cells
-from liger_cli.report.ops import OpsReport, Table, markdown
-from liger_cli.training.peer_patch import PEER
+from liger_cli.training.runtime.peer_patch import PEER
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from liger_kernels.transformers.repair import repair_model
+from liger_kernels.transformers.patching.upstream_fixes import repair_model
 
 # Model type to class. A type with a vision part is its image-text class; the text configuration
 # inside has a type, and a line, of its own.

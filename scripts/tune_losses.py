@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from tuning import Results, rms_error, time_ms, transient_mib
 
-from liger_kernels.ops import chunked_linear, fused_linear_cross_entropy, loss_rows
-from liger_kernels.ops.loss_options import LossOptions
+from liger_kernels.ops import fused_linear_cross_entropy
+from liger_kernels.ops.losses import linear
+from liger_kernels.ops.losses import rows as loss_rows
+from liger_kernels.ops.losses.options import LossOptions
 
 BF16 = torch.bfloat16
 # (rows, vocabulary)
@@ -169,10 +171,10 @@ def variants(num_rows: int, vocab: int, chunk: int, is_frozen: bool) -> Iterator
     for other in OTHER_CHUNKS:
         is_near = chunk / 2 <= other <= min(2 * chunk, num_rows)
         if other != chunk and is_near and other * vocab * 2 <= 1024 << 20:
-            with replaced(chunked_linear, "chunk_tokens", lambda *_, other=other: other):
+            with replaced(linear, "chunk_tokens", lambda *_, other=other: other):
                 yield f"chunks of {other}"
     if not is_frozen:
-        with replaced(chunked_linear, "accumulator_dtype", lambda *_: torch.float32):
+        with replaced(linear, "accumulator_dtype", lambda *_: torch.float32):
             yield "fp32 sum"
 
 
@@ -196,9 +198,7 @@ def tune_fused(results: Results, num_tokens: int, width: int, vocab: int) -> Non
             return loss
 
         num_rows = int((target != -100).sum())
-        chunk = chunked_linear.chunk_tokens(
-            num_rows, width, vocab, BF16, target.device, not is_frozen
-        )
+        chunk = linear.chunk_tokens(num_rows, width, vocab, BF16, target.device, not is_frozen)
         for name in variants(num_rows, vocab, chunk, is_frozen):
             # The first run compiles.
             assert rms_error(step().detach(), wanted[0]) < 1e-3, name

@@ -10,10 +10,10 @@ from typing import Any, TypeVar, get_type_hints
 
 import typer
 
+from liger_cli.common.text import printable
 from liger_cli.config.describe import choices, default_text, group, limits, value_type
 from liger_cli.config.keys import ALIASES, RunConfig
 from liger_cli.config.resolve import ResolvedConfig, flag_name, load_config, resolve_config
-from liger_cli.text import printable
 
 __all__ = ["config_flags"]
 

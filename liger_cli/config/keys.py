@@ -366,7 +366,7 @@ class RunConfig(BaseModel):
     def _known_ops(cls, value: str) -> str:
         if value not in ("auto", "all", "none"):
             # The names are in the library, which imports torch.
-            from liger_kernels.transformers.plan import resolve_ops
+            from liger_kernels.transformers.patching.plan import resolve_ops
 
             try:
                 resolve_ops(value)

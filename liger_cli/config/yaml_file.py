@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
+from liger_cli.common.readers import read_file_bytes
+from liger_cli.common.text import shorten
 from liger_cli.errors import ConfigError
-from liger_cli.readers import read_file_bytes
-from liger_cli.text import shorten
 
 __all__ = ["Entry", "read_file", "read_mapping", "read_set", "to_yaml"]
 

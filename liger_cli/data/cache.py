@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liger_cli.environment import cache_directory
-from liger_cli.readers import read_json
+from liger_cli.common.environment import cache_directory
+from liger_cli.common.readers import read_json
 
 if TYPE_CHECKING:
     import pyarrow

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from liger_cli.common.readers import JsonError, parse_json_at
 from liger_cli.data.layouts import (
     decode,
     other_delimiter,
@@ -19,7 +20,6 @@ from liger_cli.data.layouts import (
 )
 from liger_cli.data.rows import Record
 from liger_cli.errors import DataError
-from liger_cli.readers import JsonError, parse_json_at
 
 __all__ = ["READERS", "read_file", "table_rows"]
 

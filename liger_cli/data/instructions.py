@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from liger_cli.common.readers import JsonError, parse_json
 from liger_cli.data.values import check_text, describe
 from liger_cli.errors import DataError
-from liger_cli.readers import JsonError, parse_json
 
 __all__ = ["instruction_messages", "instruction_parts"]
 

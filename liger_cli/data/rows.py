@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from liger_cli.common.readers import JsonError, expand_path, parse_json
 from liger_cli.data.calls import check_calls, check_role
 from liger_cli.data.formats import (
     FORMATS,
@@ -22,7 +23,6 @@ from liger_cli.data.instructions import instruction_messages, instruction_parts
 from liger_cli.data.layouts import layout_hint, not_utf8
 from liger_cli.data.values import check_list, check_text, describe
 from liger_cli.errors import DataError
-from liger_cli.readers import JsonError, expand_path, parse_json
 
 __all__ = ["Record", "Row", "RowFormat", "make_row"]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from liger_cli.common.readers import read_json
 from liger_cli.data.rows import Record
 from liger_cli.errors import EnvironmentProblem
-from liger_cli.readers import read_json
 
 __all__ = ["SAMPLE_LICENCE", "SAMPLE_NAME", "find_sample", "read_sample"]
 

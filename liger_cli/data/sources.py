@@ -14,13 +14,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from liger_cli.common.readers import check_regular_files, expand_path, path_exists, read_json
 from liger_cli.data.files import READERS, read_file, table_rows
 from liger_cli.data.layouts import refuse_ending
 from liger_cli.data.places import files_below, matching_files
 from liger_cli.data.rows import Record
 from liger_cli.data.samples import SAMPLE_LICENCE, SAMPLE_NAME, find_sample, read_sample
 from liger_cli.errors import ConfigError, DataError
-from liger_cli.readers import check_regular_files, expand_path, path_exists, read_json
 from liger_kernels.nearest import nearest_name
 
 __all__ = ["SYNTHETIC_NAME", "Source", "Split", "find_source", "find_sources", "split_names"]
@@ -243,7 +243,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _from_hub(name: str, split: Split, streaming: bool) -> Source:
-    from liger_cli.hub import fetch_dataset
+    from liger_cli.common.hub import fetch_dataset
 
     dataset = fetch_dataset(
         name, lambda names: _choose_split(names, split, name), streaming=streaming

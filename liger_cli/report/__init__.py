@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from liger_cli.figures import format_bytes, format_count
+from liger_cli.common.numbers import format_bytes, format_count
 from liger_cli.report.bench import (
     arms_table,
     asserted_table,

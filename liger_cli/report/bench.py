@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from liger_cli.figures import format_bytes, format_count
+from liger_cli.common.numbers import format_bytes, format_count
 from liger_cli.report.tables import Table
 from liger_cli.report.values import (
     MIN_SPEED_NOISE,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from liger_cli.figures import format_bytes, format_count
+from liger_cli.common.numbers import format_bytes, format_count
 from liger_cli.report.bench import comparisons
 from liger_cli.report.plots import Chart
 from liger_cli.report.values import Arm, RunReport

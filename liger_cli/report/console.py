@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from liger_cli.figures import finite, format_bytes, format_count
-from liger_cli.text import printable
+from liger_cli.common.numbers import finite, format_bytes, format_count
+from liger_cli.common.text import printable
 
 __all__ = [
     "TrainProgress",

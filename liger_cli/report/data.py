@@ -5,10 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from liger_cli.figures import format_count
-from liger_cli.preview import DataPreview, Fill, RowPreview
+from liger_cli.commands.data.preview import DataPreview, Fill, RowPreview
+from liger_cli.common.numbers import format_count
+from liger_cli.common.text import printable
 from liger_cli.report import show_json, show_lines, show_table
-from liger_cli.text import printable
 
 __all__ = ["show_preview"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from liger_cli.figures import format_bytes
+from liger_cli.common.numbers import format_bytes
 from liger_cli.report.console import show_json, show_lines, show_table
 
 __all__ = ["CardPart", "EstimateReport", "FitPart", "PartRow", "show_estimate"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from liger_cli.figures import format_count
+from liger_cli.common.numbers import format_count
 from liger_cli.report.bench import loss_text
 from liger_cli.report.tables import Table
 from liger_cli.report.values import EvalPart, RunReport

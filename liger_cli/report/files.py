@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liger_cli.outputs import check_files, write_file
+from liger_cli.common.outputs import check_files, write_file
 from liger_cli.report.html import write_html
 from liger_cli.report.markdown import markdown as as_markdown
 from liger_cli.report.pictures import write_pictures

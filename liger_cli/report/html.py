@@ -12,7 +12,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from liger_cli.outputs import write_file
+from liger_cli.common.outputs import write_file
+from liger_cli.common.text import printable
 from liger_cli.report.bench import (
     arms_table,
     asserted_table,
@@ -41,7 +42,6 @@ from liger_cli.report.summary import (
 )
 from liger_cli.report.svg import bars_svg, curves_svg
 from liger_cli.report.tables import Table
-from liger_cli.text import printable
 
 __all__ = ["html", "write_html"]
 

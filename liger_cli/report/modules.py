@@ -7,7 +7,12 @@ from collections.abc import Iterable
 
 from liger_cli.report.tables import Table
 from liger_cli.report.values import RunReport
-from liger_kernels.transformers.fold import FoldedRow, fold_modules, module_tree, others_text
+from liger_kernels.transformers.patching.render import (
+    FoldedRow,
+    fold_modules,
+    module_tree,
+    others_text,
+)
 
 __all__ = [
     "FoldedRow",

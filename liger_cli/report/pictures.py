@@ -7,8 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from liger_cli.common.outputs import replacing
 from liger_cli.errors import ConfigError
-from liger_cli.outputs import replacing
 from liger_cli.report.charts import (
     BarChart,
     Curves,

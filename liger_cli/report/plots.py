@@ -9,8 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ParamSpec
 
+from liger_cli.common.outputs import check_writable, replacing
 from liger_cli.errors import ConfigError, EnvironmentProblem
-from liger_cli.outputs import check_writable, replacing
 
 __all__ = ["Chart", "check_plot", "draw", "plain_names"]
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from liger_cli.common.numbers import format_bytes, format_count
 from liger_cli.config import RunConfig
-from liger_cli.figures import format_bytes, format_count
 from liger_cli.report.bench import comparisons, gain_text, is_noise, loss_text, percent_text
 from liger_cli.report.modules import op_counts
 from liger_cli.report.values import (

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from markupsafe import Markup
 
-from liger_cli.figures import format_count
+from liger_cli.common.numbers import format_count
+from liger_cli.common.text import printable
 from liger_cli.report.charts import BarChart, Curves
-from liger_cli.text import printable
 
 __all__ = ["bars_svg", "curves_svg"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from rich.table import Table as RichTable
 
+from liger_cli.common.text import printable
 from liger_cli.report.console import new_table
-from liger_cli.text import printable
 
 __all__ = ["Table", "markdown_text"]
 

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-from liger_cli.figures import finite
-from liger_cli.outputs import write_file
-from liger_cli.readers import parse_json
+from liger_cli.common.numbers import finite
+from liger_cli.common.outputs import write_file
+from liger_cli.common.readers import parse_json
 
 __all__ = [
     "MIN_MEMORY_NOISE",

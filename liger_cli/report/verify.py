@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from liger_cli.figures import finite
+from liger_cli.common.numbers import finite
 from liger_cli.report.console import show_lines, show_table
 from liger_cli.report.values import Finite
 

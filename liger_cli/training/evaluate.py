@@ -21,9 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 from liger_cli.data.batches import count_labels, load_windows
 from liger_cli.data.encode import IGNORED
+from liger_cli.training.checkpoints.random_state import kept_random_state
 from liger_cli.training.forward import LossOf
-from liger_cli.training.random_state import kept_random_state
-from liger_kernels.transformers.pending_logits import is_lazy_head
+from liger_kernels.transformers.lazy_logits.deferred import is_lazy_head
 from liger_kernels.transformers.wrappers import forward_parameters
 
 __all__ = ["FIGURES", "EvalResult", "evaluate"]

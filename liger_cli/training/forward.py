@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from liger_cli.data.batches import count_labels
-from liger_cli.training.adapters import model_under
+from liger_cli.training.model.adapters import model_under
 from liger_kernels.transformers.wrappers import forward_parameters
 
 __all__ = ["LossOf"]

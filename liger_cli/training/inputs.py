@@ -22,9 +22,9 @@ from liger_cli.data.samples import SAMPLE_NAME
 from liger_cli.data.sources import SYNTHETIC_NAME, Split
 from liger_cli.data.stream import open_stream
 from liger_cli.errors import ConfigError, DataError, LigerError
-from liger_cli.training.adapters import attach_adapter, new_adapter
-from liger_cli.training.model import ModelSource, build_meta_model, resolve_model
-from liger_cli.training.tokenizers import Preprocessing
+from liger_cli.training.model.adapters import attach_adapter, new_adapter
+from liger_cli.training.model.source import ModelSource, build_meta_model, resolve_model
+from liger_cli.training.model.tokenizers import Preprocessing
 
 __all__ = ["Inputs", "load_inputs"]
 

@@ -18,24 +18,24 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 
+from liger_cli.common.measure import PeakMemory, StepTimer
 from liger_cli.config import RunConfig
 from liger_cli.data.batches import BatchPlan, count_labels, count_tokens
 from liger_cli.data.feed import Feed, identity, make_feed, plan_batches, total_steps
-from liger_cli.measure import PeakMemory, StepTimer
-from liger_cli.training.auto_fit import FittingFeed
-from liger_cli.training.checkpoint import Reached, TrainState, load_state
-from liger_cli.training.endings import StopRequest, interrupted, non_finite
+from liger_cli.training.checkpoints.run_log import STEP_LOG, JsonLines, copy_logs
+from liger_cli.training.checkpoints.saver import Saver, is_due
+from liger_cli.training.checkpoints.state import Reached, TrainState, load_state
 from liger_cli.training.evaluate import EvalResult
 from liger_cli.training.evaluations import EVAL_LOG, EarlyStop, Evaluations, eval_interval
 from liger_cli.training.forward import LossOf
-from liger_cli.training.gradients import Gradients
-from liger_cli.training.on_the_way import OnTheWay
-from liger_cli.training.optimizers import Schedule, make_optimizer
-from liger_cli.training.profiling import StepProfiler
+from liger_cli.training.model.tokenizers import Preprocessing
+from liger_cli.training.optim.optimizers import Schedule, make_optimizer
 from liger_cli.training.result import COUNTS, STEP_FIELDS, StepMetrics, TrainResult
-from liger_cli.training.run_log import STEP_LOG, JsonLines, copy_logs
-from liger_cli.training.saving import Saver, is_due
-from liger_cli.training.tokenizers import Preprocessing
+from liger_cli.training.runtime.async_scalars import OnTheWay
+from liger_cli.training.runtime.auto_fit import FittingFeed
+from liger_cli.training.runtime.profiling import StepProfiler
+from liger_cli.training.runtime.stop_signals import StopRequest, interrupted, non_finite
+from liger_cli.training.step import Gradients
 
 __all__ = ["train"]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from liger_cli.common.measure import median_after_warm_up
 from liger_cli.data.batches import BatchPlan
-from liger_cli.measure import median_after_warm_up
 from liger_cli.training.evaluate import EvalResult
 from liger_cli.training.evaluations import Best, EarlyStop
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from liger_kernels import ops
-from liger_kernels.ops.loss_options import inverse_of_mean, wide_dtype
+from liger_kernels.ops.losses.options import inverse_of_mean, wide_dtype
 
 __all__ = [
     "liger_cross_entropy",

@@ -17,9 +17,9 @@ from torch import nn
 
 from liger_kernels.transformers.api import apply_liger_kernel
 from liger_kernels.transformers.class_mode import FAMILY_FUNCTIONS
-from liger_kernels.transformers.engine import PatchRecord, restore
-from liger_kernels.transformers.families import FAMILIES
 from liger_kernels.transformers.loading import AutoLigerKernelForCausalLM
+from liger_kernels.transformers.patching.engine import PatchRecord, restore
+from liger_kernels.transformers.patching.families import FAMILIES
 
 # Functions that stand for more than one model type.
 _ALSO = {"llama4": ("llama4_text",)}

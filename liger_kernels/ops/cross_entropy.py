@@ -22,9 +22,9 @@ from torch import Tensor
 
 from liger_kernels.ops.arguments import TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
-from liger_kernels.ops.handover import early_factor, handed_over, late_factor, scaled
 from liger_kernels.ops.launch import rows_of
-from liger_kernels.ops.loss_options import (
+from liger_kernels.ops.losses.grads_in_forward import early_factor, handed_over, late_factor, scaled
+from liger_kernels.ops.losses.options import (
     LOSS_OPTIONS,
     REDUCTION,
     LossOptions,
@@ -35,7 +35,7 @@ from liger_kernels.ops.loss_options import (
     label_argument,
     wide_dtype,
 )
-from liger_kernels.ops.loss_rows import loss_rows
+from liger_kernels.ops.losses.rows import loss_rows
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic, upcast
 
 _TENSORS = (

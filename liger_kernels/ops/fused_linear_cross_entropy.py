@@ -28,10 +28,10 @@ from liger_kernels.ops.arguments import (
     TensorArgument,
     check_tensors,
 )
-from liger_kernels.ops.chunked_linear import HeadCall, LabelCount, count_labels, is_capturing
 from liger_kernels.ops.cross_entropy import cross_entropy_ref, random_target
-from liger_kernels.ops.head_loss import PerTokenLoss, TotalLoss, compiled
-from liger_kernels.ops.loss_options import (
+from liger_kernels.ops.losses.head import PerTokenLoss, TotalLoss, compiled
+from liger_kernels.ops.losses.linear import HeadCall, LabelCount, count_labels, is_capturing
+from liger_kernels.ops.losses.options import (
     LOSS_OPTIONS,
     NORMALIZER,
     REDUCTION,

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from liger_kernels.transformers.api import apply_liger_kernel, inspect_model, patched
-    from liger_kernels.transformers.engine import PatchRecord, restore
     from liger_kernels.transformers.loading import AutoLigerKernelForCausalLM
-    from liger_kernels.transformers.plan import Patch, PatchPlan, Skip
+    from liger_kernels.transformers.patching.engine import PatchRecord, restore
+    from liger_kernels.transformers.patching.plan import Patch, PatchPlan, Skip
 
 _HOMES = {
     "AutoLigerKernelForCausalLM": "loading",
-    "Patch": "plan",
-    "PatchPlan": "plan",
-    "PatchRecord": "engine",
-    "Skip": "plan",
+    "Patch": "patching.plan",
+    "PatchPlan": "patching.plan",
+    "PatchRecord": "patching.engine",
+    "Skip": "patching.plan",
     "apply_liger_kernel": "api",
     "inspect_model": "api",
     "patched": "api",
-    "restore": "engine",
+    "restore": "patching.engine",
 }
 _FAMILY_PREFIX = "apply_liger_kernel_to_"
 
@@ -48,5 +48,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    families = importlib.import_module(f"{__name__}.families").FAMILIES
+    families = importlib.import_module(f"{__name__}.patching.families").FAMILIES
     return sorted([*globals(), *__all__, *(_FAMILY_PREFIX + name for name in families)])

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 from torch import nn
 
-from liger_kernels.transformers.engine import PatchRecord, apply
-from liger_kernels.transformers.families import FAMILIES
-from liger_kernels.transformers.plan import PatchPlan, build_plan
-from liger_kernels.transformers.selection import OpSelection, resolve_ops
+from liger_kernels.transformers.patching.engine import PatchRecord, apply
+from liger_kernels.transformers.patching.families import FAMILIES
+from liger_kernels.transformers.patching.plan import PatchPlan, build_plan
+from liger_kernels.transformers.patching.selection import OpSelection, resolve_ops
 
 __all__ = ["apply_liger_kernel", "apply_selection", "inspect_model", "patched"]
 

@@ -14,11 +14,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from liger_kernels.transformers.api import apply_selection
-from liger_kernels.transformers.engine import PatchRecord, apply
-from liger_kernels.transformers.families import FAMILIES, Family
 from liger_kernels.transformers.options import COMMON_OPTIONS, select, unknown_option
-from liger_kernels.transformers.plan import PatchPlan, build_plan, coverage_of
-from liger_kernels.transformers.selection import OpSelection
+from liger_kernels.transformers.patching.engine import PatchRecord, apply
+from liger_kernels.transformers.patching.families import FAMILIES, Family
+from liger_kernels.transformers.patching.plan import PatchPlan, build_plan, coverage_of
+from liger_kernels.transformers.patching.selection import OpSelection
 
 __all__ = ["FAMILY_FUNCTIONS", "FamilyRecord"]
 

@@ -17,11 +17,11 @@ from transformers import (
 )
 
 from liger_kernels.transformers.api import apply_selection
-from liger_kernels.transformers.engine import restore
-from liger_kernels.transformers.families import FAMILIES
 from liger_kernels.transformers.options import COMMON_OPTIONS, select, unknown_option
-from liger_kernels.transformers.repair import repair_model
-from liger_kernels.transformers.selection import PATCH_OPS, OpSelection
+from liger_kernels.transformers.patching.engine import restore
+from liger_kernels.transformers.patching.families import FAMILIES
+from liger_kernels.transformers.patching.selection import PATCH_OPS, OpSelection
+from liger_kernels.transformers.patching.upstream_fixes import repair_model
 
 __all__ = ["AutoLigerKernelForCausalLM"]
 

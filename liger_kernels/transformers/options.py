@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from liger_kernels.nearest import nearest_name
-from liger_kernels.transformers.selection import LOSSES, PATCH_OPS, OpSelection
+from liger_kernels.transformers.patching.selection import LOSSES, PATCH_OPS, OpSelection
 
 __all__ = ["COMMON_OPTIONS", "select", "unknown_option"]
 

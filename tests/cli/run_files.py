@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from liger_cli.training.checkpoint_files import find_checkpoints, step_of
+from liger_cli.training.checkpoints.files import find_checkpoints, step_of
 
 # Everything in a line of metrics.jsonl that is not a measurement of time or memory.
 EXACT = ("step", "loss", "learning_rate", "grad_norm", "tokens", "trained_tokens")

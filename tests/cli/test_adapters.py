@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from liger_cli.config import load_config
-from liger_cli.estimate import Batch, estimate_memory
-from liger_cli.training.dtypes import parameter_dtype
-from liger_cli.training.model import build_meta_model, load_model, resolve_model
+from liger_cli.training.memory import Batch, estimate_memory
+from liger_cli.training.model.dtypes import parameter_dtype
+from liger_cli.training.model.source import build_meta_model, load_model, resolve_model
 
 LORA = ("--adapter", "lora", "--lora-r", 4)
 
@@ -30,7 +30,7 @@ def adapter(checkpoint: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def base(tmp_path):
     """A model of a directory, with its tokenizer."""
-    from liger_cli.training.model import load_tokenizer
+    from liger_cli.training.model.source import load_tokenizer
 
     path = tmp_path / "base-model"
     source = resolve_model("qwen3")
@@ -145,7 +145,7 @@ def test_case_93_resume_of_an_adapter_is_exact(train, run_dir, tmp_path, words):
 
 
 def test_frozen_weights_have_their_dtype_and_trained_ones_float32(data):
-    from liger_cli.training.loading import load_patched
+    from liger_cli.training.model.loading import load_patched
 
     flags = {
         "model": "qwen3",

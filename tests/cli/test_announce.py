@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
-from liger_cli.announce import announce_kernels
+from liger_cli.commands.train.announce import announce_kernels
 from liger_cli.config import load_config
-from liger_cli.training.loading import load_patched
-from liger_cli.training.model import list_presets, resolve_model
+from liger_cli.training.model.loading import load_patched
+from liger_cli.training.model.source import list_presets, resolve_model
 from liger_kernels.compare import CheckResult
-from liger_kernels.transformers import plan
+from liger_kernels.transformers.patching import plan
 
 # Small random models, one of each family.
 FAMILIES = sorted(

@@ -30,7 +30,7 @@ def failing(monkeypatch):
             raise error
 
         module = types.SimpleNamespace(command=command)
-        monkeypatch.setitem(sys.modules, "liger_cli.commands.doctor", module)
+        monkeypatch.setitem(sys.modules, "liger_cli.commands.doctor.cli", module)
 
     return install
 

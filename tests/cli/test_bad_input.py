@@ -11,8 +11,8 @@ import time
 import pytest
 
 from liger_cli.report import TrainProgress
-from liger_cli.training import memory_errors
-from liger_cli.training.checkpoint_files import find_checkpoints
+from liger_cli.training.checkpoints.files import find_checkpoints
+from liger_cli.training.memory import limits
 
 
 @pytest.mark.parametrize(
@@ -169,9 +169,9 @@ def test_resume_with_nothing_left_to_train(train, run_dir, tmp_path):
 def test_model_that_cannot_fit(liger, data, run_dir, monkeypatch, command, num_copies):
     num_bytes = 403_200 * 4 * num_copies
     words = ("-m", "qwen3", "-d", data, "-o", run_dir, "--use-cpu", "--max-steps", 1)
-    monkeypatch.setattr(memory_errors, "host_memory", lambda: num_bytes)
+    monkeypatch.setattr(limits, "host_memory", lambda: num_bytes)
     assert liger(command, *words).code == 0
-    monkeypatch.setattr(memory_errors, "host_memory", lambda: num_bytes - 1)
+    monkeypatch.setattr(limits, "host_memory", lambda: num_bytes - 1)
     done = liger(command, *words[:4], "--use-cpu")
     assert done.code == 5
     assert "qwen3 needs 0 GB for its weights" in done.err

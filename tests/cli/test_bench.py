@@ -19,15 +19,15 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import liger_cli.bench.comparison as comparison
-from liger_cli.bench.figures import compare_arms
-from liger_cli.bench.plan import parse_bounds, parse_sizes, plan_bench
-from liger_cli.bench.reasons import Facts, no_gain
+import liger_cli.commands.bench.models.comparison as comparison
+from liger_cli.commands.bench.models.figures import compare_arms
+from liger_cli.commands.bench.models.plan import parse_bounds, parse_sizes, plan_bench
+from liger_cli.commands.bench.models.reasons import Facts, no_gain
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError, LigerError, OutOfMemory, RequirementFailed
 from liger_cli.report import AgainstPart, Arm, RatiosPart, RunReport, verdict
-from liger_cli.training.arms import ArmResult
-from liger_cli.training.model import build_meta_model, resolve_model
+from liger_cli.training.model.source import build_meta_model, resolve_model
+from liger_cli.training.runtime.arms import ArmResult
 from liger_kernels.transformers.api import inspect_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "performance_page.py"

@@ -16,15 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from liger_cli.commands.bench.cli.ops import arms as op_arms
+from liger_cli.commands.bench.cli.ops import rounds as op_bench
 
-from liger_cli.bench import op_arms, op_bench, op_targets
-from liger_cli.bench.op_arms import check
-from liger_cli.bench.op_bench import judge, measure
-from liger_cli.bench.op_targets import MIB, Target, Workload, select
-from liger_cli.bench.op_timing import Arm, Stopwatch, Times
-from liger_cli.errors import ConfigError
-from liger_cli.measure import transient_bytes
-from liger_cli.report.ops import (
+from liger_cli.commands.bench.cli import targets as op_targets
+from liger_cli.commands.bench.ops.arms import check
+from liger_cli.commands.bench.ops.rounds import judge, measure
+from liger_cli.commands.bench.ops.tables import (
     ArmPart,
     CheckPart,
     OpRow,
@@ -36,6 +34,10 @@ from liger_cli.report.ops import (
     op_tables,
     targets_table,
 )
+from liger_cli.commands.bench.targets import MIB, Target, Workload, select
+from liger_cli.commands.bench.timing import Arm, Stopwatch, Times
+from liger_cli.common.measure import transient_bytes
+from liger_cli.errors import ConfigError
 from liger_kernels.ops.registry import OPS
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "performance_page.py"
@@ -51,8 +53,8 @@ TINY = (
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes of milliseconds, and few calls."""
     monkeypatch.setattr(op_targets, "_SMALL", TINY)
-    monkeypatch.setattr("liger_cli.bench.op_timing._HOST_CALLS", 2)
-    monkeypatch.setattr("liger_cli.bench.op_bench._BUDGET_MS", 0.0)
+    monkeypatch.setattr("liger_cli.commands.bench.timing._HOST_CALLS", 2)
+    monkeypatch.setattr("liger_cli.commands.bench.ops.rounds._BUDGET_MS", 0.0)
 
 
 def break_op(monkeypatch: pytest.MonkeyPatch, name: str, width: int | None = None) -> None:
@@ -80,7 +82,7 @@ def break_op(monkeypatch: pytest.MonkeyPatch, name: str, width: int | None = Non
 def test_wrong_words_measure_nothing_case_99(
     words: list[str], message: str, liger: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("liger_cli.bench.op_bench.measure", pytest.fail)
+    monkeypatch.setattr("liger_cli.commands.bench.ops.rounds.measure", pytest.fail)
     ran = liger("bench", "ops", *words, "--json")
     assert (ran.code, list(ran.json())) == (2, ["error"])
     assert message in ran.err
@@ -327,7 +329,8 @@ def test_peer_needs_only_torch_and_what_is_its_own() -> None:
     """Its interpreter need not have what the program is made of."""
     absent = ("pydantic", "rich", "typer", "yaml", "psutil", "transformers", "accelerate")
     code = (
-        f"import sys; sys.modules.update(dict.fromkeys({absent})); import liger_cli.bench.peer_ops"
+        f"import sys; sys.modules.update(dict.fromkeys({absent})); "
+        "import liger_cli.commands.bench.peer.ops"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

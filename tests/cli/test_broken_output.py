@@ -13,8 +13,8 @@ import sys
 import pytest
 
 from liger_cli.app import main
+from liger_cli.common.streams import SafeStreams
 from liger_cli.report import TrainProgress, show_json, show_lines
-from liger_cli.streams import SafeStreams
 
 SHOW = ("config", "show", "--model", "qwen3")
 

@@ -15,13 +15,15 @@ import torch
 from accelerate import DistributedType
 from run_files import assert_same, metrics, names, stopped_copy
 
-from liger_cli import runs
+from liger_cli.commands.train.cli import run as runs
 from liger_cli.report import TrainProgress
-from liger_cli.training import checkpoint_files, endings, launch, saving
-from liger_cli.training.checkpoint_files import find_checkpoints, find_damage, written_aside
-from liger_cli.training.endings import StopRequest
+from liger_cli.training.checkpoints import files as checkpoint_files
+from liger_cli.training.checkpoints import saver
+from liger_cli.training.checkpoints.files import find_checkpoints, find_damage, written_aside
+from liger_cli.training.checkpoints.random_state import random_state, set_random_state
 from liger_cli.training.evaluate import EvalResult
-from liger_cli.training.random_state import random_state, set_random_state
+from liger_cli.training.runtime import launch, stop_signals
+from liger_cli.training.runtime.stop_signals import StopRequest
 
 STEPS = ("--max-steps", 4, "--save-steps", 2, "--logging-steps", 1)
 
@@ -61,7 +63,7 @@ def test_every_n_steps_and_at_the_end(train, run_dir):
 
 def test_every_n_minutes(train, run_dir, after_step, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(saving.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(saver.time, "monotonic", lambda: clock[0])
     after_step(lambda step: clock.__setitem__(0, 25.0 * step))
     done = train("--max-steps", 8, "--save-minutes", 1, "--save-steps", 0, "--logging-steps", 1)
     assert done.code == 0, done.err
@@ -84,7 +86,7 @@ def test_later_signal_acts_at_once_but_not_an_echo(monkeypatch):
         signal.raise_signal(signal.SIGINT)
         assert stop.requested
         later = time.monotonic() + 5
-        monkeypatch.setattr(endings.time, "monotonic", lambda: later)
+        monkeypatch.setattr(stop_signals.time, "monotonic", lambda: later)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from liger_cli.commands.config.templates import template_names
 from liger_cli.config import ALIASES, RunConfig, load_config
-from liger_cli.templates import template_names
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "train"
 

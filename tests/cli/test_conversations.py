@@ -21,8 +21,8 @@ from liger_cli.data.examples import RowOptions, load_examples
 from liger_cli.data.rows import make_row
 from liger_cli.data.shown import OUTSIDE, SYSTEM, THOUGHTS
 from liger_cli.errors import DataError
-from liger_cli.training.model import load_tokenizer, resolve_model
-from liger_cli.training.tokenizers import byte_tokenizer
+from liger_cli.training.model.source import load_tokenizer, resolve_model
+from liger_cli.training.model.tokenizers import byte_tokenizer
 
 
 def user(content: str) -> dict:

@@ -12,8 +12,8 @@ from liger_cli.data.collate import Collator
 from liger_cli.data.encode import IGNORED
 from liger_cli.data.examples import RowOptions, load_examples
 from liger_cli.errors import ConfigError, DataError, EnvironmentProblem
-from liger_cli.training.model import load_tokenizer, resolve_model
-from liger_cli.training.tokenizers import byte_tokenizer
+from liger_cli.training.model.source import load_tokenizer, resolve_model
+from liger_cli.training.model.tokenizers import byte_tokenizer
 
 SPECIAL = [
     *("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>"),

@@ -8,7 +8,7 @@ import pytest
 
 from liger_cli.data.examples import RowOptions, load_examples
 from liger_cli.errors import DataError
-from liger_cli.training.tokenizers import byte_tokenizer
+from liger_cli.training.model.tokenizers import byte_tokenizer
 
 FULL = {
     "instruction": "do",

@@ -15,7 +15,7 @@ from liger_cli.data.places import files_below, matching_files
 from liger_cli.data.sources import find_source, find_sources
 from liger_cli.data.stream import open_stream
 from liger_cli.errors import ConfigError
-from liger_cli.training.tokenizers import byte_tokenizer
+from liger_cli.training.model.tokenizers import byte_tokenizer
 
 OPTIONS = RowOptions(64, 264)
 

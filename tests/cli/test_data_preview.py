@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from liger_cli.preview import Piece, RowPreview
+from liger_cli.commands.data.preview import Piece, RowPreview
 from liger_cli.report import data as report_data
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from liger_cli import hub
+from liger_cli.common import hub
 from liger_cli.config import load_config
 from liger_cli.data import cache
 from liger_cli.data import examples as data_module
@@ -26,7 +26,7 @@ from liger_cli.data.mixture import next_source, row_counts
 from liger_cli.data.sources import find_source, split_names
 from liger_cli.data.stream import open_stream
 from liger_cli.errors import ConfigError, DataError, EnvironmentProblem
-from liger_cli.training.tokenizers import byte_tokenizer
+from liger_cli.training.model.tokenizers import byte_tokenizer
 
 OPTIONS = RowOptions(64, 264)
 ROWS = [{"prompt": f"say {i}: ", "completion": "wo\u00e9 " * (i % 5)} for i in range(1, 12)]

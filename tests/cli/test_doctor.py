@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-import liger_cli.checks as checks
-import liger_cli.environment as environment
+import liger_cli.commands.doctor.checks as checks
+import liger_cli.common.environment as environment
 from liger_kernels.compare import CheckResult
 from liger_kernels.ops.registry import OPS
 
@@ -123,7 +123,7 @@ def test_environment_is_json_and_names_this_installation() -> None:
 
 
 def test_environment_imports_no_torch_before_it_is_asked() -> None:
-    code = "import sys, liger_cli.environment; assert 'torch' not in sys.modules"
+    code = "import sys, liger_cli.common.environment; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -11,14 +11,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from liger_cli.commands.estimate.cards import CARDS, find_card
+from liger_cli.commands.estimate.fit import largest_that_fits
 from liger_cli.config import load_config
 from liger_cli.errors import ConfigError
-from liger_cli.estimate import Batch, estimate_memory, meta_model_of, step_memory
-from liger_cli.estimate.cards import CARDS, find_card
-from liger_cli.estimate.fit import largest_that_fits
-from liger_cli.training.adapters import attach_adapter, new_adapter
 from liger_cli.training.forward import LossOf
-from liger_cli.training.model import load_model, resolve_model
+from liger_cli.training.memory import Batch, estimate_memory, meta_model_of, step_memory
+from liger_cli.training.model.adapters import attach_adapter, new_adapter
+from liger_cli.training.model.source import load_model, resolve_model
 from liger_kernels.transformers.api import apply_liger_kernel
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -340,7 +340,7 @@ def test_a_model_that_cannot_be_followed_says_so(monkeypatch) -> None:
         step_memory(config, model, Batch(1, 8))
     assert (
         torch.nn.functional.scaled_dot_product_attention.__module__
-        != "liger_cli.estimate.attention"
+        != "liger_cli.training.memory.attention"
     )
 
 

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from liger_cli.data.collate import Collator
 from liger_cli.data.examples import RowOptions, load_examples
 from liger_cli.training.evaluate import evaluate as evaluate_model
-from liger_cli.training.model import load_model, load_tokenizer, resolve_model
+from liger_cli.training.model.source import load_model, load_tokenizer, resolve_model
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from liger_cli.common.outputs import replacing, write_file
 from liger_cli.errors import EnvironmentProblem
-from liger_cli.outputs import replacing, write_file
 from liger_cli.report import TrainProgress
-from liger_cli.training.adapters import base_place
-from liger_cli.training.presets import list_presets
-from liger_cli.training.run_log import JsonLines, read_lines
+from liger_cli.training.checkpoints.run_log import JsonLines, read_lines
+from liger_cli.training.model.adapters import base_place
+from liger_cli.training.model.presets import list_presets
 
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "docs" / "results" / "bench-llama-1b-h100.json"
@@ -178,7 +178,7 @@ def test_case_240_append_that_fails_loses_no_checkpoint(train, run_dir, monkeypa
         steps.append(step)
         shown(progress, step, **values)
 
-    monkeypatch.setattr("liger_cli.training.run_log.os.pwrite", full)
+    monkeypatch.setattr("liger_cli.training.checkpoints.run_log.os.pwrite", full)
     monkeypatch.setattr(TrainProgress, "update", update)
     words = ("--max-steps", 6, "--save-steps", 4, "--logging-steps", 1)
     done = train(*words, "--json")

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from liger_cli.training.model import load_model, load_tokenizer, resolve_model
+from liger_cli.training.model.source import load_model, load_tokenizer, resolve_model
 
 CPU = ("--use-cpu", "--max-new-tokens", 12)
 
@@ -79,7 +79,7 @@ def test_text_on_stdout_is_that_of_the_document(generate):
 
 def test_text_is_shown_as_it_comes(generate, monkeypatch):
     """The first words are written before the last are made."""
-    from liger_cli import conversation
+    from liger_cli.commands.generate.cli import conversation
 
     pieces = []
     monkeypatch.setattr(conversation, "_write", pieces.append)

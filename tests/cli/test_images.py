@@ -20,8 +20,8 @@ from liger_cli.data.encode import IGNORED
 from liger_cli.data.examples import RowOptions, load_examples
 from liger_cli.errors import DataError
 from liger_cli.training.forward import LossOf
-from liger_cli.training.model import load_model, resolve_model
-from liger_cli.training.tokenizers import byte_tokenizer, load_processor, load_tokenizer
+from liger_cli.training.model.source import load_model, resolve_model
+from liger_cli.training.model.tokenizers import byte_tokenizer, load_processor, load_tokenizer
 
 # The byte tokenizer's reserved words, at the numbers that the presets' configurations give them;
 # version 4 takes the name of a token for a regular expression.

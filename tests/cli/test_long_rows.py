@@ -15,7 +15,7 @@ from liger_cli.data.clip import TextClipper
 from liger_cli.data.encode import Encoder
 from liger_cli.data.examples import RowOptions, load_examples
 from liger_cli.data.rows import make_row
-from liger_cli.training.tokenizers import byte_tokenizer
+from liger_cli.training.model.tokenizers import byte_tokenizer
 
 MAX_LENGTH = 64
 TEMPLATE = (

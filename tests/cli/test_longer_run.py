@@ -12,7 +12,7 @@ from torch import nn
 from liger_cli.config import load_config
 from liger_cli.config.conflicts import METRIC_SCHEDULES
 from liger_cli.config.describe import choices
-from liger_cli.training.optimizers import Schedule, make_optimizer
+from liger_cli.training.optim.optimizers import Schedule, make_optimizer
 
 # The arguments that a schedule cannot do without.
 NEEDED = {

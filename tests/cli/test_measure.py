@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from liger_cli.measure import PeakMemory, StepTimer, median_after_warm_up
-from liger_cli.training.on_the_way import OnTheWay
+from liger_cli.common.measure import PeakMemory, StepTimer, median_after_warm_up
+from liger_cli.training.runtime.async_scalars import OnTheWay
 
 CPU = torch.device("cpu")
 BLOCK_BYTES = 256 * 2**20

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from liger_cli.training.model import load_model, load_tokenizer, resolve_model
-from liger_cli.training.tokenizers import load_processor
+from liger_cli.training.model.source import load_model, load_tokenizer, resolve_model
+from liger_cli.training.model.tokenizers import load_processor
 
 LORA = ("--adapter", "lora", "--lora-r", 4, "--learning-rate", 1e-2)
 IDS = torch.arange(3, 40)[None]

@@ -12,13 +12,18 @@ import pytest
 import torch
 import yaml
 
-from liger_cli import hub
-from liger_cli.environment import cache_directory
+from liger_cli.common import hub
+from liger_cli.common.environment import cache_directory
 from liger_cli.errors import ConfigError, EnvironmentProblem
-from liger_cli.training import demo_model
-from liger_cli.training.model import build_meta_model, load_model, load_tokenizer, resolve_model
-from liger_cli.training.tokenizers import byte_tokenizer
-from liger_kernels.transformers.families import FAMILIES
+from liger_cli.training.model.source import (
+    build_meta_model,
+    demo_model,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
+from liger_cli.training.model.tokenizers import byte_tokenizer
+from liger_kernels.transformers.patching.families import FAMILIES
 
 TINY = {
     "model_type": "llama",
@@ -423,7 +428,7 @@ def test_demo_model_knows_english():
 
 
 def test_preset_file_that_cannot_be_read(monkeypatch, tmp_path):
-    from liger_cli.training import presets
+    from liger_cli.training.model.source import presets
 
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "mine.yaml").write_text(yaml.safe_dump({"config": {}}))

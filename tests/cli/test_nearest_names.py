@@ -14,7 +14,7 @@ from liger_cli.config import find_problems, load_config
 from liger_cli.errors import ConfigError
 from liger_kernels.nearest import nearest_name
 from liger_kernels.ops.registry import OPS, find_op
-from liger_kernels.transformers.plan import resolve_ops
+from liger_kernels.transformers.patching.plan import resolve_ops
 
 ROOT = Path(liger_kernels.__file__).parents[1]
 

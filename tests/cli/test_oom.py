@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from liger_cli.config import load_config
-from liger_cli.estimate import Batch
-from liger_cli.training import loop, memory_errors
-from liger_cli.training.auto_fit import is_out_of_memory, smaller_batches
+from liger_cli.training import loop
 from liger_cli.training.forward import LossOf
-from liger_cli.training.memory_errors import RunMemory, out_of_memory
-from liger_cli.training.presets import ModelSource
+from liger_cli.training.memory import Batch, limits
+from liger_cli.training.memory.limits import RunMemory, out_of_memory
+from liger_cli.training.model.presets import ModelSource
+from liger_cli.training.runtime.auto_fit import is_out_of_memory, smaller_batches
 
 # 270 million parameters, most of them in the embedding.
 CONFIG = {
@@ -103,7 +103,7 @@ def test_other_errors_are_not_taken_for_it(train, limit_rows):
 
 
 def test_out_of_memory_while_weights_are_loaded(train, monkeypatch):
-    from liger_cli.training import loading
+    from liger_cli.training.model.source import loading
 
     def fail(*args, **options):
         raise torch.OutOfMemoryError("no memory for weights")
@@ -220,14 +220,14 @@ def hints(memory: RunMemory) -> list[str]:
 
 def test_remedies_that_fit_come_first(monkeypatch):
     """On a card that the optimizer's state alone fills, a smaller batch is no remedy."""
-    monkeypatch.setattr(memory_errors, "device_memory", lambda device: 80_000_000_000)
+    monkeypatch.setattr(limits, "device_memory", lambda device: 80_000_000_000)
     assert hints(run_memory())[0].startswith("--per-device-train-batch-size 4")
     memory = run_memory(per_device_train_batch_size=2, max_length=128)
-    monkeypatch.setattr(memory_errors, "device_memory", lambda device: 2_000_000_000)
+    monkeypatch.setattr(limits, "device_memory", lambda device: 2_000_000_000)
     assert hints(memory)[0].startswith("--adapter lora")
     assert not any(line.startswith("all of these") for line in hints(memory))
     # Nothing fits alone: the strongest first, and what they come to together.
-    monkeypatch.setattr(memory_errors, "device_memory", lambda device: 1_000_000_000)
+    monkeypatch.setattr(limits, "device_memory", lambda device: 1_000_000_000)
     first, *_, together, _ = hints(memory)
     assert first.startswith("--adapter lora")
     assert together.startswith("all of these: predicted ")
@@ -289,9 +289,9 @@ def test_dry_run_tells_rows_batch_and_memory(train, run_dir):
 
 
 def test_dry_run_refuses_what_cannot_fit(train, monkeypatch):
-    from liger_cli.training import memory_errors
+    from liger_cli.training.memory import limits
 
-    monkeypatch.setattr(memory_errors, "host_memory", lambda: 1_000_000)
+    monkeypatch.setattr(limits, "host_memory", lambda: 1_000_000)
     done = train("--dry-run")
     assert done.code == 5
     assert "for its weights, gradients and optimizer alone" in done.err

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-import liger_cli.checks as checks
-import liger_cli.verify.model as verification
+import liger_cli.commands.doctor.checks as checks
+import liger_cli.commands.verify.model as verification
 from liger_kernels.compare import CheckResult
 from liger_kernels.ops.registry import OPS
 
@@ -38,7 +38,7 @@ def test_verify_says_which_ops_the_model_does_not_use(liger: Callable[..., Any])
 
 @pytest.mark.parametrize("name", OPS)
 def test_doctor_advises_only_what_ops_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from liger_kernels.transformers.plan import resolve_ops
+    from liger_kernels.transformers.patching.plan import resolve_ops
 
     monkeypatch.setattr("liger_kernels.compare.check_op", _only_fails(name))
     [failed] = [check for check in checks._kernels() if check.status == "fail"]

@@ -17,8 +17,8 @@ from torch import nn
 from liger_cli.config import load_config
 from liger_cli.config.describe import choices
 from liger_cli.errors import EnvironmentProblem
-from liger_cli.training.model import load_model, resolve_model
-from liger_cli.training.optimizers import Schedule, check_optimization, make_optimizer
+from liger_cli.training.model.source import load_model, resolve_model
+from liger_cli.training.optim.optimizers import Schedule, check_optimization, make_optimizer
 
 CPU = torch.device("cpu")
 ON_A_CPU = [name for name in choices("optim") if name != "adamw_8bit"]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from liger_cli.common.outputs import check_writable
 from liger_cli.errors import ConfigError, EnvironmentProblem
-from liger_cli.outputs import check_writable
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 BENCH = RESULTS / "bench-llama-1b-h100.json"
@@ -44,7 +44,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
     def full(**_options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("liger_cli.outputs.tempfile.TemporaryFile", full)
+    monkeypatch.setattr("liger_cli.common.outputs.tempfile.TemporaryFile", full)
     with pytest.raises(EnvironmentProblem, match=r"--save .* cannot be written: No space left"):
         check_writable(tmp_path / "x", "--save")
 

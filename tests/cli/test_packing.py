@@ -26,8 +26,8 @@ from liger_cli.data.packing import (
 )
 from liger_cli.errors import ConfigError
 from liger_cli.training.forward import LossOf
-from liger_cli.training.model import build_meta_model, load_model, resolve_model
-from liger_cli.training.tokenizers import byte_tokenizer
+from liger_cli.training.model.source import build_meta_model, load_model, resolve_model
+from liger_cli.training.model.tokenizers import byte_tokenizer
 from liger_kernels.transformers.api import apply_liger_kernel
 
 # Full and sliding attention, capped scores, norms of queries, experts, chunked attention.

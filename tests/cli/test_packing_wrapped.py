@@ -12,7 +12,7 @@ from transformers import BloomForCausalLM
 
 from liger_cli.data.packing import check_packed, refuse_packing
 from liger_cli.errors import ConfigError
-from liger_cli.training.model import build_meta_model, load_model, resolve_model
+from liger_cli.training.model.source import build_meta_model, load_model, resolve_model
 from liger_kernels.transformers.wrappers import forward_parameters, forward_takes, inner_model
 
 LORA = ("--adapter", "lora", "--lora-r", 4)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from liger_cli.training.model import build_meta_model, list_presets, resolve_model
-from liger_cli.training.presets import configs_directory, preset_names
-from liger_cli.training.tokenizers import byte_tokenizer
+from liger_cli.training.model.presets import configs_directory, preset_names
+from liger_cli.training.model.source import build_meta_model, list_presets, resolve_model
+from liger_cli.training.model.tokenizers import byte_tokenizer
 
 # As published with the weights, tied parameters counted once.
 PUBLISHED = {

@@ -14,9 +14,9 @@ from torch import nn
 from liger_cli.config import load_config
 from liger_cli.config.conflicts import METRIC_SCHEDULES
 from liger_cli.config.describe import choices
-from liger_cli.training.checkpoint_files import written_aside
-from liger_cli.training.model import load_model, resolve_model
-from liger_cli.training.optimizers import Schedule
+from liger_cli.training.checkpoints.files import written_aside
+from liger_cli.training.model.source import load_model, resolve_model
+from liger_cli.training.optim.optimizers import Schedule
 
 NEEDED = {
     "cosine_with_min_lr": "min_lr_rate=0.1",

@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 
-from liger_cli.compare import read_run
+from liger_cli.commands.compare.runs import read_run
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError, DataError
-from liger_cli.training.checkpoint import _load, _restoring
+from liger_cli.training.checkpoints.run_log import JsonLines
+from liger_cli.training.checkpoints.state import _load, _restoring
 from liger_cli.training.evaluations import Evaluations
 from liger_cli.training.result import COUNTS, STEP_FIELDS, StepMetrics, summary
-from liger_cli.training.run_log import JsonLines
 
 
 def step_row(step, **other):

@@ -8,10 +8,10 @@ import pickle
 
 import pytest
 
+from liger_cli.common.readers import JsonError, expand_path, parse_json, read_json
 from liger_cli.config.yaml_file import read_file, read_mapping, read_set, to_yaml
 from liger_cli.data.mixture import row_counts
 from liger_cli.errors import ConfigError, DataError, ExtensionPanic, panics_raised
-from liger_cli.readers import JsonError, expand_path, parse_json, read_json
 
 DIGITS = "7" * 5000
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -173,8 +173,8 @@ def test_case_238_a_prompt_on_which_the_tokenizer_explodes(liger, tmp_path):
 def exploding_model(folder):
     from tokenizers import Regex, pre_tokenizers
 
-    from liger_cli.training.model import resolve_model
-    from liger_cli.training.tokenizers import byte_tokenizer
+    from liger_cli.training.model.source import resolve_model
+    from liger_cli.training.model.tokenizers import byte_tokenizer
 
     folder.mkdir()
     source = resolve_model("qwen3")
@@ -246,7 +246,7 @@ def test_case_234_a_run_directory_and_a_preset_are_read_by_the_same_reader(
         done = liger(*words)
         assert done.code == 2, done.err
         assert f"{run / 'config.yaml'}:1" in done.err
-    monkeypatch.setattr("liger_cli.training.presets.configs_directory", lambda: tmp_path)
+    monkeypatch.setattr("liger_cli.training.model.presets.configs_directory", lambda: tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "mine.yaml").write_text(BILLION)
     done = liger("inspect", "--model", "mine")
@@ -269,8 +269,8 @@ def test_case_238_a_file_of_json_is_regular_and_bounded(tmp_path, monkeypatch):
     large = tmp_path / "large.json"
     large.write_text("[" + "1," * 100 + "1]")
     assert len(read_json(large)) == 101
-    monkeypatch.setattr("liger_cli.readers.MAX_BYTES", 50)
-    from liger_cli.readers import read_file_bytes
+    monkeypatch.setattr("liger_cli.common.readers.MAX_BYTES", 50)
+    from liger_cli.common.readers import read_file_bytes
 
     with pytest.raises(OSError, match="more than 50 bytes"):
         read_file_bytes(large, max_bytes=50)

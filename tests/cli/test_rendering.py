@@ -13,9 +13,9 @@ from liger_cli.data import rendering
 from liger_cli.data.chat import ChatRenderer
 from liger_cli.data.rendering import RenderLimit, render_chat, render_marked
 from liger_cli.errors import ConfigError, DataError
-from liger_cli.training.checkpoint_files import find_damage, write_manifest
-from liger_cli.training.model import build_meta_model, resolve_model
-from liger_cli.training.tokenizers import byte_tokenizer
+from liger_cli.training.checkpoints.files import find_damage, write_manifest
+from liger_cli.training.model.source import build_meta_model, resolve_model
+from liger_cli.training.model.tokenizers import byte_tokenizer
 
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 
@@ -142,7 +142,7 @@ def test_case_236_more_layers_than_any_model_has(liger, tmp_path, model, changes
 
 
 def test_case_236_layers_times_experts_are_counted_while_they_are_built(monkeypatch):
-    monkeypatch.setattr("liger_cli.training.model._MAX_REGISTERED", 5)
+    monkeypatch.setattr("liger_cli.training.model.source._MAX_REGISTERED", 5)
     with pytest.raises(ConfigError, match="more than 5 modules"):
         build_meta_model(resolve_model("qwen3"))
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from liger_cli.figures import format_bytes, format_count
+from liger_cli.common.numbers import format_bytes, format_count
 from liger_cli.report import (
     Arm,
     EvalPart,

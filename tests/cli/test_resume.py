@@ -12,7 +12,7 @@ from run_files import assert_same, metrics, names, stopped_copy
 
 from liger_cli.config import RunConfig
 from liger_cli.data.collate import Collator
-from liger_cli.training.resume import _FREE_KEYS
+from liger_cli.training.checkpoints.resume import _FREE_KEYS
 
 # 23 rows are 6 steps of 4, the last of 3 rows in two micro-batches: 8 steps are more than an epoch.
 STEPS = ("--max-steps", 8, "--save-steps", 3, "--learning-rate", 1e-3)
@@ -217,7 +217,7 @@ def test_keys_that_may_change_are_keys():
 
 def test_checkpoint_older_than_a_key(train, run_dir):
     """A key that it does not know had the effect of its default."""
-    from liger_cli.training.checkpoint_files import read_manifest, write_manifest
+    from liger_cli.training.checkpoints.files import read_manifest, write_manifest
 
     assert train("--max-steps", 1).code == 0
     path = run_dir / "checkpoint-1"

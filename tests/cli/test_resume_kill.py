@@ -17,12 +17,12 @@ import pytest
 from run_files import assert_same, metrics, names, stopped_copy
 
 from liger_cli.app import main
-from liger_cli.training import checkpoint_files
-from liger_cli.training.checkpoint_files import find_checkpoints, step_of
+from liger_cli.training.checkpoints import files
+from liger_cli.training.checkpoints.files import find_checkpoints, step_of
 
 # Forked from a process that has imported everything and computed nothing: a run starts at once.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["liger_cli.runs", "peft", __name__])
+_FORKS.set_forkserver_preload(["liger_cli.commands.train.run", "peft", __name__])
 
 STEPS = ("--max-steps", 12, "--save-steps", 2, "--learning-rate", 1e-3)
 STEPS += ("--per-device-train-batch-size", 2, "--gradient-accumulation-steps", 2)
@@ -39,14 +39,14 @@ def run(words, rank=None, num_processes=1, port=0, dies_at=None):
         values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in values.items()})
     if dies_at is not None:
-        sync, times = checkpoint_files._sync, iter(range(dies_at))
+        sync, times = files._sync, iter(range(dies_at))
 
         def die_or_sync(path):
             if next(times, None) is None:
                 os.kill(os.getpid(), signal.SIGKILL)
             sync(path)
 
-        checkpoint_files._sync = die_or_sync
+        files._sync = die_or_sync
     main([str(word) for word in words])
 
 

@@ -13,8 +13,8 @@ import time
 import pytest
 
 from liger_cli.errors import ConfigError, EnvironmentProblem
-from liger_cli.training import run_lock
-from liger_cli.training.run_lock import LOCK, locked
+from liger_cli.training.checkpoints import run_lock
+from liger_cli.training.checkpoints.run_lock import LOCK, locked
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -171,7 +171,9 @@ def files(path):
 
 @pytest.mark.parametrize("words", [(), ("--resume", "auto"), ("--baseline", 1)], ids=str)
 def test_case_231_second_run_is_refused_at_its_start(train, run_dir, monkeypatch, words):
-    monkeypatch.setattr("liger_cli.runs.load_inputs", lambda *args, **more: pytest.fail("began"))
+    monkeypatch.setattr(
+        "liger_cli.commands.train.run.load_inputs", lambda *args, **more: pytest.fail("began")
+    )
     run_dir.mkdir()
     (run_dir / "metrics.jsonl").write_text("mine")
     (run_dir / LOCK).write_text(
@@ -202,8 +204,8 @@ def test_case_231_killed_run_is_gone_on_with(train, run_dir):
 def test_case_231_merge_into_one_directory(liger, tmp_path):
     from dataclasses import replace
 
-    from liger_cli.training.merge import merge_adapter
-    from liger_cli.training.presets import list_presets
+    from liger_cli.commands.merge.merge import merge_adapter
+    from liger_cli.training.model.presets import list_presets
 
     output = tmp_path / "merged"
     source = replace(next(iter(list_presets())), adapter=tmp_path)

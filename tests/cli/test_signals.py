@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from liger_cli.training.endings import Interruption, StopRequest
+from liger_cli.training.runtime.stop_signals import Interruption, StopRequest
 
 TRAIN = ("train", "-m", "qwen3", "-d", "synthetic", "--max-steps", 2, "--use-cpu")
 EVAL = ("eval", "-m", "qwen3", "-d", "synthetic", "--use-cpu")
@@ -21,25 +21,28 @@ GENERATE = ("generate", "-m", "qwen3", "--prompt", "a", "--use-cpu")
 
 # A command, and a function that it calls on its way.
 PLACES = [
-    (TRAIN, "liger_cli.runs.resolve_model"),
-    (TRAIN, "liger_cli.runs.load_inputs"),
-    (TRAIN, "liger_cli.runs.inspect_model"),
-    (TRAIN, "liger_cli.runs.check_memory"),
-    (TRAIN, "liger_cli.runs.load_patched"),
-    (TRAIN, "liger_cli.runs.announce_kernels"),
+    (TRAIN, "liger_cli.commands.train.run.resolve_model"),
+    (TRAIN, "liger_cli.commands.train.run.load_inputs"),
+    (TRAIN, "liger_cli.commands.train.run.inspect_model"),
+    (TRAIN, "liger_cli.commands.train.run.check_memory"),
+    (TRAIN, "liger_cli.commands.train.run.load_patched"),
+    (TRAIN, "liger_cli.commands.train.run.announce_kernels"),
     (TRAIN, "liger_cli.training.loop.make_optimizer"),
-    (EVAL, "liger_cli.runs.load_inputs"),
-    (EVAL, "liger_cli.runs.evaluate"),
-    (("bench", "-m", "qwen3", "--steps", 2), "liger_cli.bench.comparison.resolve_model"),
-    (("bench", "-m", "qwen3", "--steps", 2), "liger_cli.training.arms._run"),
-    (("bench", "ops", "--quick", "--no-compile"), "liger_cli.bench.op_bench.copy_rate"),
-    (("verify", "-m", "qwen3", "--use-cpu"), "liger_cli.verify.model.verify"),
-    (GENERATE, "liger_cli.conversation.load_model"),
-    (PREVIEW, "liger_cli.preview.preview_data"),
-    (("inspect", "-m", "qwen3"), "liger_cli.inspection.inspect_source"),
-    (("estimate", "-m", "qwen3"), "liger_cli.estimate.describe.describe_estimate"),
-    (("doctor",), "liger_cli.checks.run_checks"),
-    (("models",), "liger_cli.training.presets.list_presets"),
+    (EVAL, "liger_cli.commands.train.run.load_inputs"),
+    (EVAL, "liger_cli.commands.train.run.evaluate"),
+    (
+        ("bench", "-m", "qwen3", "--steps", 2),
+        "liger_cli.commands.bench.models.comparison.resolve_model",
+    ),
+    (("bench", "-m", "qwen3", "--steps", 2), "liger_cli.training.runtime.arms._run"),
+    (("bench", "ops", "--quick", "--no-compile"), "liger_cli.commands.bench.ops.rounds.copy_rate"),
+    (("verify", "-m", "qwen3", "--use-cpu"), "liger_cli.commands.verify.model.verify"),
+    (GENERATE, "liger_cli.commands.generate.conversation.load_model"),
+    (PREVIEW, "liger_cli.commands.data.preview.preview_data"),
+    (("inspect", "-m", "qwen3"), "liger_cli.report.inspection.inspect_source"),
+    (("estimate", "-m", "qwen3"), "liger_cli.commands.estimate.describe.describe_estimate"),
+    (("doctor",), "liger_cli.commands.doctor.checks.run_checks"),
+    (("models",), "liger_cli.training.model.presets.list_presets"),
     (("config", "show", "-m", "qwen3"), "liger_cli.config.resolve.ResolvedConfig.describe"),
 ]
 
@@ -70,7 +73,7 @@ def test_case_241_before_the_first_step(liger, tmp_path, monkeypatch, words, pla
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_case_241_text(liger, monkeypatch, number):
     monkeypatch.setattr(
-        "liger_cli.inspection.inspect_source", lambda *args: signal.raise_signal(number)
+        "liger_cli.report.inspection.inspect_source", lambda *args: signal.raise_signal(number)
     )
     done = liger("inspect", "-m", "qwen3")
     assert (done.code, done.out, done.err) == (130, "", "error: interrupted\n")
@@ -78,7 +81,7 @@ def test_case_241_text(liger, monkeypatch, number):
 
 def test_case_241_handlers_are_put_back(liger, monkeypatch):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    monkeypatch.setattr("liger_cli.inspection.inspect_source", signalled)
+    monkeypatch.setattr("liger_cli.report.inspection.inspect_source", signalled)
     assert liger("inspect", "-m", "qwen3").code == 130
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
@@ -90,7 +93,7 @@ def test_case_241_error_that_a_library_makes_of_it(liger, monkeypatch):
         except KeyboardInterrupt:
             raise ImportError("initialization failed") from None
 
-    monkeypatch.setattr("liger_cli.inspection.inspect_source", importing)
+    monkeypatch.setattr("liger_cli.report.inspection.inspect_source", importing)
     done = liger("inspect", "-m", "qwen3", "--json")
     assert done.code == 130
     assert done.json()["error"]["message"] == "interrupted"
@@ -113,7 +116,7 @@ def test_case_241_echo_is_no_second_signal(monkeypatch):
             signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
         later = time.monotonic() + 2
-        monkeypatch.setattr("liger_cli.training.endings.time.monotonic", lambda: later)
+        monkeypatch.setattr("liger_cli.training.runtime.stop_signals.time.monotonic", lambda: later)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
 
@@ -134,14 +137,14 @@ def test_case_241_other_threads_set_no_handler():
 
 WAITS = """
 import sys, time
-import liger_cli.runs
+import liger_cli.commands.train.run
 from liger_cli.app import main
 
 def wait(*args, **options):
     print("waiting", file=sys.stderr, flush=True)
     time.sleep(60)
 
-liger_cli.runs.load_inputs = wait
+liger_cli.commands.train.run.load_inputs = wait
 main(sys.argv[1:])
 """
 

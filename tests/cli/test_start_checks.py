@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-import liger_cli.training.loading as loading
+import liger_cli.training.model.loading as loading
 import liger_kernels.ops.glu as glu
-import liger_kernels.transformers.trials as trials
+import liger_kernels.transformers.patching.self_check as trials
 from liger_cli.config import RunConfig
-from liger_cli.training.model import resolve_model
+from liger_cli.training.model.source import resolve_model
 from liger_kernels.transformers.api import apply_liger_kernel
 
 

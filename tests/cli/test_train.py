@@ -17,11 +17,11 @@ import yaml
 from liger_cli.config import load_config
 from liger_cli.data.batches import BatchPlan, count_labels, load_windows
 from liger_cli.errors import ConfigError
-from liger_cli.training import arms
-from liger_cli.training.checkpoint_files import find_checkpoints
+from liger_cli.training.checkpoints.files import find_checkpoints
 from liger_cli.training.inputs import load_inputs
-from liger_cli.training.memory_errors import RunMemory
-from liger_cli.training.model import load_model, resolve_model
+from liger_cli.training.memory.limits import RunMemory
+from liger_cli.training.model.source import load_model, resolve_model
+from liger_cli.training.runtime import arms
 
 METRICS = {
     "step",

@@ -11,7 +11,7 @@ from liger_cli.data.encode import IGNORED
 from liger_cli.data.examples import RowOptions, load_examples
 from liger_cli.data.formats import FORMATS, MESSAGE_FIELDS, ROW_FIELDS
 from liger_cli.errors import DataError
-from liger_cli.training.tokenizers import byte_tokenizer
+from liger_cli.training.model.tokenizers import byte_tokenizer
 
 END = "<|im_end|>"
 

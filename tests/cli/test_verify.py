@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-import liger_cli.verify.model as verification
+import liger_cli.commands.verify.model as verification
+from liger_cli.commands.verify.errors import errors_of, judge, largest, norm
+from liger_cli.commands.verify.precision import in_precision
 from liger_cli.report.verify import SCHEMA_VERSION
-from liger_cli.verify.errors import errors_of, judge, largest, norm
-from liger_cli.verify.precision import in_precision
 from liger_kernels.compare import CheckResult
 from liger_kernels.ops.registry import OPS
 from liger_kernels.transformers.api import apply_liger_kernel
-from liger_kernels.transformers.engine import PatchRecord
+from liger_kernels.transformers.patching.engine import PatchRecord
 
 CPU = torch.device("cpu")
 

@@ -11,12 +11,12 @@ import torch
 from rows import arguments_of, cases_with, each_tensor
 
 from liger_kernels.ops import (
-    chunked_linear,
     cross_entropy,
     fused_linear_cross_entropy,
     fused_linear_logprobs,
     swiglu,
 )
+from liger_kernels.ops.losses import linear
 from liger_kernels.ops.registry import OPS
 
 DTYPES = (
@@ -160,7 +160,7 @@ def test_case_205_the_examples():
     with pytest.raises(ValueError, match="normalizer must hold a number, got a tensor on meta"):
         fused_linear_cross_entropy(x, x, target, normalizer=torch.ones((), device="meta"))
     with pytest.raises(ValueError, match="target must hold int32 or int64 labels, got None"):
-        chunked_linear.count_labels(None)
+        linear.count_labels(None)
 
 
 def test_case_206_an_fp8_weight_is_refused():

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from liger_kernels.compare import FLOOR, check_op, compare, error
-from liger_kernels.ops import chunked_linear as chunks
 from liger_kernels.ops import (
     count_labels,
     fused_linear_cross_entropy,
@@ -19,6 +18,7 @@ from liger_kernels.ops.fused_linear_cross_entropy import (
     fused_linear_cross_entropy_ref,
     fused_linear_logprobs_ref,
 )
+from liger_kernels.ops.losses import linear as chunks
 from liger_kernels.ops.registry import OPS
 
 pytestmark = pytest.mark.skipif(

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from liger_kernels.compare import FLOOR, error
-from liger_kernels.ops import cross_entropy, handover, launch, loss_kernel, loss_rows
+from liger_kernels.ops import cross_entropy, launch
 from liger_kernels.ops.cross_entropy import cross_entropy_ref
-from liger_kernels.ops.loss_options import LossOptions
+from liger_kernels.ops.losses import grads_in_forward, rows, rows_kernel
+from liger_kernels.ops.losses.options import LossOptions
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -246,7 +247,7 @@ def test_label_out_of_range_is_nan_where_nothing_is_checked(label, device):
     loss, dx = torch.zeros(2, device=device), torch.zeros_like(x)
     coef = torch.ones((), device=device).expand(2)
     options = LossOptions(ignore_index=-100)
-    loss_rows.loss_rows(x, target, options, coef=coef, dx=dx, loss=loss)
+    rows.loss_rows(x, target, options, coef=coef, dx=dx, loss=loss)
     assert loss[0].isnan()
     assert dx[0].isnan().all()
     assert error(loss[1], F.cross_entropy(x[1], target[1])) < FLOOR[torch.float32]
@@ -297,7 +298,7 @@ def test_compiles_into_one_graph(device):
     assert error(grad_of(compiled(x, target), x), wanted) < FLOOR[torch.float32]
 
 
-@pytest.mark.parametrize("module", [loss_kernel, handover])
+@pytest.mark.parametrize("module", [rows_kernel, grads_in_forward])
 def test_case_28_kernels_read_no_global_that_is_not_a_kernel(module):
     tree = ast.parse(inspect.getsource(module))
     kernels = [

@@ -20,7 +20,7 @@ from liger_kernels.ops import (
     rms_norm,
 )
 from liger_kernels.ops.arguments import Cap, Choice, Flag, Instance, Integer, Number
-from liger_kernels.ops.loss_options import Normalizer
+from liger_kernels.ops.losses.options import Normalizer
 from liger_kernels.ops.op import Case, Op
 from liger_kernels.ops.registry import OPS
 

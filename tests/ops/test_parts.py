@@ -7,13 +7,13 @@ import dataclasses
 import pytest
 import torch
 
-from liger_cli.bench.op_targets import select
+from liger_cli.commands.bench.targets import select
 from liger_cli.errors import ConfigError
-from liger_cli.requirements import parse_ops
+from liger_cli.report.requirements import parse_ops
 from liger_kernels.compare import check_op
 from liger_kernels.ops import glu_mlp
 from liger_kernels.ops.registry import OPS, PATCH_OPS, find_op
-from liger_kernels.transformers.plan import resolve_ops
+from liger_kernels.transformers.patching.plan import resolve_ops
 
 PARTS = {name: op for name, op in OPS.items() if op.part_of is not None}
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
-from liger_kernels.transformers import apply_liger_kernel, head_loss
-from liger_kernels.transformers.head_patch import num_fused
+from liger_kernels.transformers import apply_liger_kernel
+from liger_kernels.transformers.lazy_logits.head import num_fused
+from liger_kernels.transformers.lazy_logits.tensor import loss as head_loss
 
 WORLD = 2
 

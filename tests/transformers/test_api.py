@@ -27,10 +27,10 @@ from liger_kernels.transformers import (
     apply_liger_kernel_to_llama,
     class_mode,
 )
-from liger_kernels.transformers.families import FAMILIES
-from liger_kernels.transformers.plan import build_plan
-from liger_kernels.transformers.repair import repair_model
-from liger_kernels.transformers.swap import is_patched
+from liger_kernels.transformers.patching.families import FAMILIES
+from liger_kernels.transformers.patching.plan import build_plan
+from liger_kernels.transformers.patching.upstream_fixes import repair_model
+from liger_kernels.transformers.replacements.subclasses import is_patched
 
 
 def _num_patched(model) -> int:
@@ -306,8 +306,8 @@ def test_broken_family_case_76(monkeypatch):
 
 
 def test_importing_families_imports_no_family():
-    assert "liger_kernels.transformers.families" in sys.modules
-    source = inspect.getsource(sys.modules["liger_kernels.transformers.families"])
+    assert "liger_kernels.transformers.patching.families" in sys.modules
+    source = inspect.getsource(sys.modules["liger_kernels.transformers.patching.families"])
     assert "import transformers" not in source
     assert "from transformers" not in source
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 import liger_kernels.transformers
 from liger_kernels.transformers import apply_liger_kernel_to_llama
-from liger_kernels.transformers.families import FAMILIES
-from liger_kernels.transformers.swap import is_patched
+from liger_kernels.transformers.patching.families import FAMILIES
+from liger_kernels.transformers.replacements.subclasses import is_patched
 
 
 def _num_patched(model):

@@ -33,8 +33,8 @@ from transformers.utils import is_liger_kernel_available
 from liger_kernels import compat
 from liger_kernels.ops.launch import INTERPRETED
 from liger_kernels.transformers import restore
-from liger_kernels.transformers.families import FAMILIES
-from liger_kernels.transformers.swap import is_patched
+from liger_kernels.transformers.patching.families import FAMILIES
+from liger_kernels.transformers.replacements.subclasses import is_patched
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="runs without the interpreter"),
@@ -561,7 +561,7 @@ def accuracy(prediction: Any) -> dict[str, float]:
 def test_trainer_asks_for_liger_kernel_case_67(training, tmp_path, monkeypatch):
     options, parts = TRAININGS[training]
     num_losses = 0
-    head_loss = importlib.import_module("liger_kernels.transformers.head_loss")
+    head_loss = importlib.import_module("liger_kernels.transformers.lazy_logits.loss")
     is_plain = training == "cross-entropy"
     name = "cross_entropy" if is_plain else "fused_linear_cross_entropy"
     original = getattr(head_loss, name)

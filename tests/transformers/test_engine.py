@@ -17,9 +17,9 @@ from checks import assert_same, run, snapshot
 from torch import nn
 
 from liger_kernels.transformers import apply_liger_kernel, inspect_model, patched, restore
-from liger_kernels.transformers import swap as swap_module
-from liger_kernels.transformers.engine import apply
+from liger_kernels.transformers.patching.engine import apply
 from liger_kernels.transformers.recognise import reachable_functions
+from liger_kernels.transformers.replacements import subclasses as swap_module
 
 
 class CountingHook(accelerate.hooks.ModelHook):
@@ -79,7 +79,7 @@ def test_failure_while_applying_leaves_the_model_as_it_was(monkeypatch):
     model = zoo.build("llama")
     before = snapshot(model)
     plan = inspect_model(model, "all")
-    monkeypatch.setattr("liger_kernels.transformers.engine.patched_class", fail)
+    monkeypatch.setattr("liger_kernels.transformers.patching.engine.patched_class", fail)
     with pytest.raises(RuntimeError, match="no"):
         apply(model, plan)
     assert snapshot(model) == before
@@ -452,7 +452,7 @@ def test_pickle_loads_in_another_process_case_50(tmp_path):
     torch.save(zoo.text_inputs(), tmp_path / "inputs.pt")
     script = f"""
         import json, torch
-        from liger_kernels.transformers.swap import is_patched
+        from liger_kernels.transformers.replacements.subclasses import is_patched
         inputs = torch.load({str(tmp_path / "inputs.pt")!r})
         losses = {{}}
         for family in {zoo.FAMILIES!r}:
@@ -476,7 +476,7 @@ def test_ops_import_without_transformers_case_75():
         sys.modules["transformers"] = None
         import liger_kernels, liger_kernels.ops, liger_kernels.transformers
         from liger_kernels import rms_norm
-        from liger_kernels.transformers.plan import build_plan
+        from liger_kernels.transformers.patching.plan import build_plan
         import torch
         plan = build_plan(torch.nn.Sequential(torch.nn.LayerNorm(8)), "all")
         assert plan.coverage["layer_norm"]["patched"] == 1

@@ -13,8 +13,8 @@ import zoo
 from checks import Run, assert_same, run, snapshot
 
 from liger_kernels.transformers import apply_liger_kernel
-from liger_kernels.transformers.families import FAMILIES
-from liger_kernels.transformers.repair import repair_model
+from liger_kernels.transformers.patching.families import FAMILIES
+from liger_kernels.transformers.patching.upstream_fixes import repair_model
 
 # Modules of each op in the models of zoo.py; every one of them is patched.
 PLACES: dict[str, dict[str, int]] = {

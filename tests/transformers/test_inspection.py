@@ -24,9 +24,9 @@ from transformers.models.llama import modeling_llama
 
 from liger_kernels.ops.launch import INTERPRETED
 from liger_kernels.transformers import apply_liger_kernel, inspect_model, restore
-from liger_kernels.transformers.fold import module_tree
-from liger_kernels.transformers.origin import source_of
-from liger_kernels.transformers.plan import PatchPlan
+from liger_kernels.transformers.patching.plan import PatchPlan
+from liger_kernels.transformers.patching.render import module_tree
+from liger_kernels.transformers.patching.third_party import source_of
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs without the interpreter")
 

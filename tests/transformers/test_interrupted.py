@@ -18,8 +18,8 @@ from torch import nn
 
 import liger_kernels.transformers
 from liger_kernels.transformers import apply_liger_kernel, class_mode, inspect_model, restore
-from liger_kernels.transformers import swap as swap_module
-from liger_kernels.transformers.engine import apply
+from liger_kernels.transformers.patching.engine import apply
+from liger_kernels.transformers.replacements import subclasses as swap_module
 
 _FILES = {
     str(Path(swap_module.__file__).with_name(name))

@@ -21,10 +21,10 @@ from liger_kernels.transformers import (
     inspect_model,
     restore,
 )
+from liger_kernels.transformers.patching.upstream_fixes import repair_model
 from liger_kernels.transformers.recognise import recognise_rope, rope_functions
-from liger_kernels.transformers.repair import repair_model
-from liger_kernels.transformers.rotary import _rotary
-from liger_kernels.transformers.swap import is_patched
+from liger_kernels.transformers.replacements.attention import _rotary
+from liger_kernels.transformers.replacements.subclasses import is_patched
 
 IS_BROKEN = transformers.__version__ == "5.24.0"
 
@@ -201,7 +201,7 @@ def test_llama4_is_repaired_where_it_must_be():
 
 def test_launcher_tells_of_the_repair():
     """Whatever ops are asked for: loading does it."""
-    from liger_cli.training.model import load_model, resolve_model
+    from liger_cli.training.model.source import load_model, resolve_model
 
     told: list[str] = []
     for name in ("llama4", "llama4-text"):
@@ -319,7 +319,8 @@ def test_rotation_case_23_24_25(case, monkeypatch):
     original = rope_functions(type(attention))[spec.function]
     calls = []
     monkeypatch.setattr(
-        "liger_kernels.transformers.rotary.note", lambda module=None: calls.append(module)
+        "liger_kernels.transformers.replacements.attention.note",
+        lambda module=None: calls.append(module),
     )
     results = []
     for function in (original, _rotary(original, spec)):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 from liger_kernels.transformers import AutoLigerKernelForCausalLM, apply_liger_kernel
-from liger_kernels.transformers.swap import is_patched
+from liger_kernels.transformers.replacements.subclasses import is_patched
 
 # Loaders ----------------------------------------------------------------------------------------
 

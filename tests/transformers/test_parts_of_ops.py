@@ -6,7 +6,7 @@ import pytest
 import torch
 import zoo
 
-import liger_kernels.transformers.trials as trials
+import liger_kernels.transformers.patching.self_check as trials
 from liger_kernels.compare import CheckResult
 from liger_kernels.ops.launch import INTERPRETED
 from liger_kernels.transformers import inspect_model

@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama
 
 from liger_kernels.compare import CheckResult
 from liger_kernels.transformers import inspect_model, patched
-from liger_kernels.transformers.plan import PATCH_OPS, resolve_ops
+from liger_kernels.transformers.patching.plan import PATCH_OPS, resolve_ops
 
 ALL = tuple(op for op in PATCH_OPS if op != "cross_entropy")
 
@@ -214,7 +214,7 @@ def test_module_without_configuration():
 
 
 def test_auto_leaves_out_what_fails_on_the_device(monkeypatch):
-    from liger_kernels.transformers import plan as plan_module
+    from liger_kernels.transformers.patching import plan as plan_module
 
     def try_op(op, *where):
         return CheckResult(op, op != "rope", "no compiler")

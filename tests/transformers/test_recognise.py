@@ -15,7 +15,7 @@ from torch import nn
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
 
-from liger_kernels.transformers.families import FAMILIES
+from liger_kernels.transformers.patching.families import FAMILIES
 from liger_kernels.transformers.recognise import (
     ExpertsSpec,
     GatedNormSpec,

@@ -24,7 +24,7 @@ from liger_kernels.transformers import (
     apply_liger_kernel_to_llama,
     inspect_model,
 )
-from liger_kernels.transformers.recompute import recomputing, remember
+from liger_kernels.transformers.replacements.recompute import recomputing, remember
 
 
 def norm(x, weight, calls=None):

@@ -21,8 +21,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from liger_kernels.compare import FLOOR, error
 from liger_kernels.ops import fused_add_rms_norm, rms_norm
 from liger_kernels.transformers import AutoLigerKernelForCausalLM, apply_liger_kernel, inspect_model
-from liger_kernels.transformers import residual as residual_module
-from liger_kernels.transformers.swap import is_patched
+from liger_kernels.transformers.replacements import layers as residual_module
+from liger_kernels.transformers.replacements.subclasses import is_patched
 
 OPS = "rms_norm,fused_add_rms_norm"
 OP = "fused_add_rms_norm"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from liger_kernels.ops.launch import INTERPRETED
 from liger_kernels.transformers import apply_liger_kernel, apply_liger_kernel_to_llama
-from liger_kernels.transformers.swap import is_patched
+from liger_kernels.transformers.replacements.subclasses import is_patched
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="runs without the interpreter"),

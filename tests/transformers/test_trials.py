@@ -7,10 +7,10 @@ import torch
 import zoo
 
 import liger_kernels.ops.glu as glu
-import liger_kernels.transformers.trials as trials
+import liger_kernels.transformers.patching.self_check as trials
 from liger_kernels.ops.launch import INTERPRETED
 from liger_kernels.transformers import apply_liger_kernel, inspect_model
-from liger_kernels.transformers.plan import build_plan
+from liger_kernels.transformers.patching.plan import build_plan
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="auto tries nothing in the interpreter")
 

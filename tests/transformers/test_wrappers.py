@@ -21,8 +21,8 @@ from torch import nn
 from liger_kernels import compat
 from liger_kernels.ops.launch import INTERPRETED
 from liger_kernels.transformers import apply_liger_kernel, restore
-from liger_kernels.transformers import rotary as rotary_module
-from liger_kernels.transformers.swap import is_patched
+from liger_kernels.transformers.replacements import attention as rotary_module
+from liger_kernels.transformers.replacements.subclasses import is_patched
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs without the interpreter")
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from liger_kernels.transformers.repair import repair_model
+from liger_kernels.transformers.patching.upstream_fixes import repair_model
 
 transformers.logging.set_verbosity_error()
 

@@ -1,1 +1,0 @@
-"""`liger bench`: whole models side by side, and every op against its limit and its peers."""

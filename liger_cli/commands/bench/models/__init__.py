@@ -1,0 +1,1 @@
+"""Whole models side by side."""

@@ -1,0 +1,80 @@
+"""liger bench --model M: a model patched and as others run it, with parity beside every speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from liger_cli.config import RunConfig, config_flags
+
+__all__ = ["command"]
+
+
+def _option(name: str, text: str, metavar: str | None = None, **more: object) -> object:
+    return typer.Option(name, metavar=metavar, help=text, **more)  # type: ignore[arg-type]
+
+
+_AGAINST = "Compare with eager, compile, patched+compile, liger-kernel; one or a list."
+_SWEEP = "of a sweep, such as 512,1k or 2k..8k, which doubles; until out of memory."
+
+
+@config_flags
+def command(
+    config: RunConfig,
+    against: Annotated[str, _option("--against", _AGAINST, "LIST")] = "eager",
+    ablate: Annotated[bool, _option("--ablate", "Also eager with each op alone.")] = False,
+    seq: Annotated[str | None, _option("--seq", f"Sequence lengths {_SWEEP}", "SIZES")] = None,
+    batch: Annotated[str | None, _option("--batch", f"Batch sizes {_SWEEP}", "SIZES")] = None,
+    bounds: Annotated[
+        str | None,
+        _option("--assert", 'Exit 7 unless "speed>=1.1,memory<=0.7" holds.', "BOUNDS"),
+    ] = None,
+    steps: Annotated[
+        int | None, _option("--steps", "Steps of a run; the same as --max-steps.", min=2)
+    ] = None,
+    repeats: Annotated[
+        int | None,
+        _option("--repeats", "Runs of each side, in turn (default 2, of a sweep 1).", min=1),
+    ] = None,
+    peer_python: Annotated[
+        Path | None, _option("--peer-python", "Python that has liger-kernel.", "FILE")
+    ] = None,
+    peer_path: Annotated[
+        Path | None, _option("--peer-path", "Folder that liger-kernel is in.", "DIR")
+    ] = None,
+    html: Annotated[Path | None, _option("--html", "Also write a page there.", "FILE")] = None,
+    as_json: Annotated[bool, _option("--json", "One JSON document.")] = False,
+) -> None:
+    """Run patched and others side by side, each in its own process, with parity beside every speed.
+
+    Without more words: against eager, 2 x 512 random tokens on a CPU, 8 x 2048 on a GPU.
+    `liger bench ops` measures the kernels one by one; see `liger bench ops --help`.
+    """
+    import torch
+
+    from liger_cli.commands.bench.models.comparison import run_bench
+    from liger_cli.commands.bench.models.plan import plan_bench
+    from liger_cli.commands.bench.models.summary import require_bounds
+    from liger_cli.common.outputs import check_files
+    from liger_cli.report import show_lines, show_report
+
+    plan = plan_bench(
+        config,
+        steps=steps,
+        repeats=repeats,
+        has_gpu=torch.cuda.is_available(),
+        against=against,
+        ablate=ablate,
+        seq=seq,
+        batch=batch,
+        bounds=bounds,
+        peer_python=peer_python,
+        peer_path=peer_path,
+    )
+    check_files({"--html": html})
+    show_lines(plan.summary, stderr=True)
+    report = run_bench(plan, on_run=lambda text: show_lines(text, stderr=True))
+    show_report(report, as_json=as_json, html=html)
+    require_bounds(report)

@@ -1,0 +1,1 @@
+"""Ops one by one, against the limits of the device."""

@@ -1,0 +1,149 @@
+"""The sides of one workload in this process, and the check that comes before any figure."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from liger_cli.commands.bench.ops.tables import OURS, CheckPart, ErrorPart
+from liger_cli.commands.bench.targets import Workload
+from liger_cli.commands.bench.timing import Arm, Stopwatch
+from liger_kernels.compare import FLOOR, INTERPRETER_FLOOR, check_op, error
+from liger_kernels.ops.launch import backend
+from liger_kernels.ops.op import Sample
+
+__all__ = ["check", "local_arms"]
+
+
+def _torch_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, 1e-6)
+
+
+def _torch_layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
+
+
+# torch's own fused op, on the arguments of ours; eager widens the logits of a loss before it.
+_TORCH: dict[str, Callable[..., torch.Tensor]] = {
+    "rms_norm": _torch_rms_norm,
+    "layer_norm": _torch_layer_norm,
+    "cross_entropy": F.cross_entropy,
+}
+if hasattr(F, "linear_cross_entropy"):
+    # From torch 2.13 on; without an ignore_index it refuses labels that are -100.
+    _TORCH["fused_linear_cross_entropy"] = functools.partial(
+        F.linear_cross_entropy, ignore_index=-100
+    )
+
+
+def local_arms(
+    workload: Workload,
+    sample: Sample,
+    stopwatch: Stopwatch,
+    dtype: torch.dtype,
+    *,
+    with_compile: bool,
+) -> list[Arm]:
+    """Returns the sides that run in this process, on the same arguments."""
+    op = workload.definition
+
+    def arm(name: str, function: Callable[..., Any]) -> Arm:
+        call = functools.partial(function, *sample.args, **sample.kwargs)
+        leaves = [*sample.args, *sample.kwargs.values()]
+        return Arm(name, call, leaves, stopwatch, dtype)
+
+    ours = arm(OURS, op.function)
+    if not workload.has_all_arms:
+        return [ours]
+    arms = [arm("eager", op.reference)]
+    # Compiling takes seconds, and the host's time of a small op is not what it is for.
+    if with_compile and not workload.variant:
+        torch._dynamo.reset()
+        arms.append(arm("torch.compile", torch.compile(op.reference, dynamic=False)))
+    if op.name in _TORCH and not sample.kwargs:
+        arms.append(arm("torch", _TORCH[op.name]))
+    return [*arms, ours]
+
+
+def check(
+    workload: Workload, sample: Sample, stopwatch: Stopwatch, dtype: torch.dtype
+) -> CheckPart:
+    """Compares ours and eager with the reference in fp64, or fp32 where that does not fit.
+
+    Every output and every gradient counts; the limits are those of liger_kernels.compare.
+    """
+    op, device = workload.definition, stopwatch.device
+    first = check_op(op.name, device)
+    if not first.ok:
+        return CheckPart(ok=False, reason=f"first case: {first.reason}")
+    try:
+        parameters = [*inspect.signature(op.reference).parameters][: len(sample.args)]
+        named = enumerate((*parameters, *sample.kwargs))
+        names = {f"gradient {i}": f"gradient of {name}" for i, name in named}
+        precision, truth = _truth(workload, sample, stopwatch, dtype)
+        eager = _outcome(op.reference, sample, stopwatch, dtype)
+        ours = _outcome(op.function, sample, stopwatch, dtype)
+        floors = INTERPRETER_FLOOR if backend(device) == "triton-interpreter" else FLOOR
+        errors = []
+        for key, value in ours.items():
+            by_eager = error(eager[key], truth[key])
+            limit = 2 * by_eager + floors[dtype]
+            name = names.get(key, key)
+            errors.append((name, error(value, truth.pop(key)), by_eager, limit))
+    except Exception as problem:
+        # A kernel that does not run on this shape is a finding, as a wrong number is.
+        return CheckPart(ok=False, reason=f"{type(problem).__name__}: {problem}".split("\n")[0])
+    parts = [ErrorPart(name=k, ours=o, eager=e, limit=limit) for k, o, e, limit in errors]
+    broken = [
+        f"{k} is off by {o:.1e}, allowed {limit:.1e}" for k, o, _, limit in errors if o > limit
+    ]
+    return CheckPart(ok=not broken, truth=precision, errors=parts, reason="; ".join(broken) or None)
+
+
+def _truth(
+    workload: Workload, sample: Sample, stopwatch: Stopwatch, dtype: torch.dtype
+) -> tuple[str, dict[str, torch.Tensor]]:
+    reference = workload.definition.reference
+    try:
+        found = _outcome(reference, _cast(sample, torch.float64), stopwatch, dtype)
+        return "fp64", found
+    except torch.OutOfMemoryError:
+        # The logits of the largest vocabularies, several times over: 70 GB and more.
+        pass
+    # Not before: while an error is handled, it keeps the tensors of its frames.
+    stopwatch.free()
+    return "fp32", _outcome(reference, _cast(sample, torch.float32), stopwatch, dtype)
+
+
+def _cast(sample: Sample, dtype: torch.dtype) -> Sample:
+    """The same values as fresh leaves in another dtype; strides are kept."""
+
+    def cast(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        return value.detach().to(dtype).requires_grad_(value.requires_grad)
+
+    kwargs = {name: cast(value) for name, value in sample.kwargs.items()}
+    return replace(sample, args=tuple(map(cast, sample.args)), kwargs=kwargs)
+
+
+def _outcome(
+    function: Callable[..., Any], sample: Sample, stopwatch: Stopwatch, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Every output and every gradient of a call, by name."""
+    values = [*sample.args, *sample.kwargs.values()]
+    call = functools.partial(function, *sample.args, **sample.kwargs)
+    arm = Arm("", call, values, stopwatch, dtype)
+    found = {f"output {i}": y.detach() for i, y in enumerate(arm.full())}
+    for i, value in enumerate(values):
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            assert value.grad is not None, f"argument {i} got no gradient"
+            found[f"gradient {i}"] = value.grad
+    arm.clear()
+    return found

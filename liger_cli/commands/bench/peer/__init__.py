@@ -1,0 +1,1 @@
+"""Another kernel package, run by its own interpreter."""

@@ -1,0 +1,68 @@
+"""liger estimate: the memory of a training step by part, before a card is rented."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from liger_cli.config import RunConfig, config_flags
+
+__all__ = ["command"]
+
+
+@config_flags
+def command(
+    config: RunConfig,
+    context: typer.Context,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", metavar="NAME|GB", help="The card it shall fit into: H100-80GB, 24."),
+    ] = None,
+    fit: Annotated[
+        Literal["batch", "seq"] | None,
+        typer.Option("--fit", help="Find the largest batch, or the longest rows, that fit."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="per_device_train_batch_size.")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="max_length.")] = None,
+    fsdp: Annotated[
+        int,
+        typer.Option("--fsdp", min=1, help="GPUs that share weights, gradients and moments."),
+    ] = 1,
+    padded: Annotated[
+        bool, typer.Option("--padded", help="Rows have several lengths, so attention is masked.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Estimate the memory of a training step by part. Needs no weights, no data and no GPU.
+
+    Rows are as long as max_length. Exit 5 where the card of --gpu has less than it takes.
+    """
+    from liger_cli.commands.estimate.cards import find_card
+    from liger_cli.commands.estimate.describe import describe_estimate
+    from liger_cli.errors import ConfigError, OutOfMemory
+    from liger_cli.report import show_lines
+    from liger_cli.report.estimate import show_estimate
+
+    sizes = {"per_device_train_batch_size": batch_size, "max_length": seq_len}
+    given = {key: size for key, size in sizes.items() if size is not None}
+    # A flag wins over a file and --set; of two flags for one key neither does.
+    for key in (key for key in given if context.params.get(key) is not None):
+        short = "--batch-size" if key.startswith("per") else "--seq-len"
+        raise ConfigError(f"{short} and {key} are the same; give one of them")
+    report = describe_estimate(
+        config.model_copy(update=given),
+        card=None if gpu is None else find_card(gpu),
+        fit=fit,
+        num_shards=fsdp,
+        is_padded=padded,
+    )
+    if config.torch_compile:
+        show_lines(
+            "torch_compile is not in the estimate: it decides by itself what to keep", stderr=True
+        )
+    show_estimate(report, as_json=as_json)
+    if report.card is not None and report.card.free < 0:
+        raise OutOfMemory(f"it does not fit into {report.card.name}", is_reported=True)

@@ -1,0 +1,117 @@
+"""What `liger estimate` says of a run: its parts, the room on a card, and what would fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+from liger_cli.commands.estimate.cards import Card
+from liger_cli.commands.estimate.fit import largest_that_fits
+from liger_cli.config import RunConfig
+from liger_cli.errors import ConfigError, OutOfMemory
+from liger_cli.report.estimate import CardPart, EstimateReport, FitPart, PartRow
+from liger_cli.training.memory.limits import RunMemory, cheapest_remedies
+from liger_cli.training.memory.step import Batch, MemoryEstimate
+from liger_cli.training.model.source import resolve_model
+
+__all__ = ["Fit", "describe_estimate"]
+
+Fit = Literal["batch", "seq"]
+
+# Sequences are tried in steps of as many tokens, up to the longest.
+_SEQ_STEP, _MAX_SEQ = 64, 1 << 20
+_MAX_BATCH = 1 << 14
+
+
+def describe_estimate(
+    config: RunConfig,
+    *,
+    card: Card | None = None,
+    fit: Fit | None = None,
+    num_shards: int = 1,
+    is_padded: bool = False,
+) -> EstimateReport:
+    """Returns the memory of a step of a run, from its model's configuration alone.
+
+    Args:
+        config: The run: model, ops, batch, rows of max_length, precision, optimizer, adapter.
+        card: Where it shall fit.
+        fit: What is to be made as large as the card allows; the run's own size is where it starts.
+        num_shards: Devices that share weights, gradients and moments.
+        is_padded: Whether rows have several lengths.
+
+    Raises:
+        ConfigError: The model's forward cannot be followed, or there is nothing to fit into.
+        OutOfMemory: Not even the smallest size fits.
+    """
+    if fit is not None and card is None:
+        raise ConfigError("fit needs a card to fit into", hint="--gpu H100-80GB, or --gpu 24 (GB)")
+    batch = Batch(
+        size=config.per_device_train_batch_size,
+        length=config.max_length,
+        is_padded=is_padded,
+        is_packed=config.packing,
+    )
+    source = resolve_model(config.model)
+    memory = RunMemory(config, source, batch, on_gpu=not config.use_cpu, num_shards=num_shards)
+    fitted = None
+    if fit is not None and card is not None:
+        memory, fitted = _fitted(memory, card, fit)
+    # Where there is nothing to be found, the second call says why.
+    found = memory.found or memory.estimate()
+    room = None
+    if card is not None:
+        room = CardPart(name=card.name, usable=card.usable, free=card.usable - found.peak)
+    return EstimateReport(
+        model=source.name,
+        batch_size=memory.batch.size,
+        sequence_length=memory.batch.length,
+        parts=_rows(found),
+        peak=found.peak,
+        phases=dict(found.phases),
+        card=room,
+        fit=fitted,
+        remedies=list(cheapest_remedies(memory, room.usable)) if room and room.free < 0 else [],
+    )
+
+
+def _fitted(memory: RunMemory, card: Card, fit: Fit) -> tuple[RunMemory, FitPart]:
+    key = "per_device_train_batch_size" if fit == "batch" else "max_length"
+    unit, most = (1, _MAX_BATCH) if fit == "batch" else (_SEQ_STEP, _MAX_SEQ)
+    now = memory.batch.size if fit == "batch" else memory.batch.length
+
+    def of(num_units: int) -> RunMemory:
+        config = memory.config.model_copy(update={key: num_units * unit})
+        size, length = config.per_device_train_batch_size, config.max_length
+        return replace(memory, config=config, batch=replace(memory.batch, size=size, length=length))
+
+    largest = largest_that_fits(
+        lambda n: of(n).estimate().peak, card.usable, start=max(1, now // unit), most=most // unit
+    )
+    if largest is None:
+        raise OutOfMemory(
+            f"{memory.source.name} does not fit into {card.name} with {key} {unit}",
+            hint="\n".join(cheapest_remedies(of(1), card.usable)) or None,
+        )
+    return of(largest), FitPart(key=key, value=largest * unit, is_limit=largest * unit < most)
+
+
+def _rows(found: MemoryEstimate) -> list[PartRow]:
+    sizes = {
+        "weights": found.weights,
+        "optimizer": found.optimizer,
+        "gradients": found.gradients,
+        **found.activations,
+        "logits": found.logits,
+        "head buffers": found.head_buffers,
+    }
+    at_peak = dict(found.at_peak)
+    rows = []
+    for part, size in sizes.items():
+        there = at_peak.pop(part, 0)
+        name = f"activations of {part}" if part in found.activations else part
+        if size or there:
+            # Of activations, size is what forward keeps; backward may have more.
+            rows.append(PartRow(name=name, size=max(size, there), at_peak=there))
+    others = sum(at_peak.values())
+    return [*rows, PartRow(name="temporaries", size=others, at_peak=others)]

@@ -1,0 +1,25 @@
+"""liger eval: loss, perplexity and token accuracy of a model on a dataset."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from liger_cli.config import RunConfig, config_flags
+
+__all__ = ["command"]
+
+
+@config_flags
+def command(
+    config: RunConfig,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Loss, perplexity and token accuracy of a model, without making logits."""
+    from liger_cli.commands.train.run import run_eval
+    from liger_cli.report import show_report
+
+    report = run_eval(config)
+    if report is not None:
+        show_report(report, as_json=as_json)

@@ -1,0 +1,134 @@
+"""What `liger generate` does: a prompt or the turns of a chat, shown as they come."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+
+from liger_cli.commands.generate.text import Answer, Generator, Sampling
+from liger_cli.commands.train.announce import notify
+from liger_cli.common.text import printable
+from liger_cli.errors import ConfigError
+from liger_cli.report import show_json
+from liger_cli.training.model.source import load_model, load_tokenizer, resolve_model
+from liger_cli.training.runtime.launch import quiet_libraries
+
+__all__ = ["generate"]
+
+
+def generate(
+    model: str,
+    sampling: Sampling,
+    *,
+    prompt: str | None,
+    is_chat: bool,
+    system: str | None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"],
+    use_cpu: bool,
+    as_json: bool,
+) -> None:
+    """Generates, and shows the text as it comes or one JSON document at the end.
+
+    Args:
+        model: As --model takes it, or the directory of a run.
+        prompt: A text to go on with; of a chat the user's only turn.
+        is_chat: Whether the chat template is used; without a prompt the lines of stdin are turns.
+        system: The first message of a chat.
+
+    Raises:
+        LigerError: The model cannot be had, or the request does not go with it.
+    """
+    if prompt is None and not is_chat:
+        raise ConfigError("give --prompt TEXT, or --chat to talk")
+    if system is not None and not is_chat:
+        raise ConfigError("--system is the first message of a chat: add --chat")
+    if prompt is not None and not prompt.strip():
+        raise ConfigError("--prompt is empty: there is nothing to go on with")
+    for text in (prompt, system):
+        _check(text or "")
+    loaded, tokenizer = _load(model, is_chat, sampling.seed, dtype, use_cpu)
+    generator = Generator(loaded, tokenizer, sampling, _ignore if as_json else _write)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    answers: list[dict[str, Any]] = []
+    for turn in _lines() if prompt is None else [prompt]:
+        messages.append({"role": "user", "content": turn})
+        try:
+            answer = generator.answer(messages) if is_chat else generator.go_on(turn)
+        except KeyboardInterrupt:
+            # What follows is not a part of the text.
+            generator.on_text("\n")
+            raise
+        generator.on_text("\n")
+        messages.append({"role": "assistant", "content": answer.text})
+        answers.append({"prompt": turn, **asdict(answer)})
+        if not as_json:
+            notify(_summary(answer))
+    if as_json:
+        values = {"model": model, "sampling": asdict(sampling), "answers": answers}
+        show_json({"command": "generate", **values})
+
+
+def _load(model: str, is_chat: bool, seed: int, dtype: str, use_cpu: bool) -> tuple[Any, Any]:
+    """Returns the stock model on the device that train takes, and its tokenizer."""
+    quiet_libraries()
+    source = resolve_model(model, notify)
+    tokenizer = load_tokenizer(source)
+    if is_chat and not tokenizer.chat_template:
+        raise ConfigError(
+            f"the tokenizer of {model} has no chat template",
+            hint="--prompt without --chat goes on with the text as it is.",
+        )
+    if source.kind in ("random", "config") and source.adapter is None:
+        notify(f"{model} has random weights: its text means nothing")
+    loaded = load_model(
+        source,
+        dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+        device=PartialState(cpu=use_cpu).device,
+        seed=seed,
+        notify=notify,
+    )
+    return loaded, tokenizer
+
+
+def _lines() -> Iterator[str]:
+    """The lines of stdin that are not empty, one turn of a chat each."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"stdin is not text in UTF-8: {error}") from error
+        if not line:
+            return
+        _check(line)
+        if line.strip():
+            yield line.strip()
+
+
+def _check(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # Python keeps bytes that are no text as half characters.
+        raise ConfigError(f"the prompt is not text in UTF-8: {error}") from error
+
+
+def _summary(answer: Answer) -> str:
+    end = "ended by the model" if answer.stop == "end" else "cut at --max-new-tokens"
+    return f"{answer.new_tokens} tokens, {answer.tokens_per_s:.1f} tokens/s, {end}"
+
+
+def _write(text: str) -> None:
+    # A model may write what a terminal obeys; a file or a pipe gets its text as it is.
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def _ignore(text: str) -> None:
+    """Shows nothing."""

@@ -1,0 +1,44 @@
+"""liger inspect: what would be patched in a model, module by module, without its weights."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+__all__ = ["command"]
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", help="Preset, directory (of a run too), config.json or hub id."
+        ),
+    ],
+    ops: Annotated[
+        str, typer.Option("--ops", help="auto, all, none, a list, or auto,-rope.")
+    ] = "auto",
+    require: Annotated[
+        str,
+        typer.Option(
+            "--require", metavar="OPS", help="Exit 7 unless these are patched throughout."
+        ),
+    ] = "",
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also the file and line of each forward.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Show module by module what would be patched, and why the rest would not. Needs no weights."""
+    from functools import partial
+
+    from liger_cli.report import show_lines, show_report
+    from liger_cli.report.inspection import find_model, inspect_source
+    from liger_cli.report.requirements import check_required, parse_ops
+
+    parse_ops(ops, require)
+    source = find_model(model, notify=partial(show_lines, stderr=True))
+    report = inspect_source(source, ops)
+    show_report(report, as_json=as_json, details=True, verbose=verbose)
+    check_required(report, require, is_reported=True)

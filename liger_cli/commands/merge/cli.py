@@ -1,0 +1,67 @@
+"""liger merge: an adapter into its base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+__all__ = ["command"]
+
+# A share of the adapter's change that shows in the loss.
+_WORTH_SAYING = 0.1
+
+
+def command(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="Directory of an adapter, or of its run.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory to write; new or empty.")
+    ],
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option("--dtype", help="Of the result; auto is what the base model's files hold."),
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Put an adapter into its base model: safetensors, configuration and tokenizer."""
+    import os
+    from dataclasses import asdict
+
+    import torch
+
+    from liger_cli.commands.merge.merge import merge_adapter
+    from liger_cli.commands.train.announce import notify
+    from liger_cli.common.numbers import format_count
+    from liger_cli.errors import ConfigError
+    from liger_cli.report import show_json, show_lines
+    from liger_cli.training.model.source import resolve_model
+    from liger_cli.training.runtime.launch import quiet_libraries
+
+    if not checkpoint.is_dir():
+        raise ConfigError(
+            f"{checkpoint} is not a directory",
+            hint="An adapter of the hub: hf download ID --local-dir DIR.",
+        )
+    quiet_libraries()
+    merged = merge_adapter(
+        # From the current directory, so that no preset and no hub id is meant.
+        resolve_model(os.path.join(".", checkpoint), notify),
+        output,
+        dtype=None if dtype == "auto" else getattr(torch, dtype),
+        notify=notify,
+    )
+    if as_json:
+        show_json({"command": "merge", **asdict(merged)})
+        return
+    show_lines(
+        f"{merged.adapter}: {merged.num_merged} modules merged into {merged.base}",
+        f"{merged.output}: {format_count(merged.num_parameters)} parameters in {merged.dtype}",
+    )
+    if merged.rounding > _WORTH_SAYING:
+        notify(
+            f"rounding to {merged.dtype} takes {merged.rounding:.0%} of what the adapter changes; "
+            "--dtype float32 keeps it"
+        )

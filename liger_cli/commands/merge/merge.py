@@ -1,0 +1,161 @@
+"""An adapter put into its base model, so that the result needs no peft.
+
+The sum of a weight and its change is made in float32 and rounded once to the dtype of the weight.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from liger_cli.errors import ConfigError
+from liger_cli.training.checkpoints.files import write_failure, written_aside
+from liger_cli.training.checkpoints.run_lock import locked
+from liger_cli.training.model.adapters import load_adapter
+from liger_cli.training.model.dtypes import stored_dtype
+from liger_cli.training.model.source import ModelSource, load_model
+from liger_cli.training.model.tokenizers import Preprocessing
+
+__all__ = ["Merged", "merge_adapter"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model and what it is made of.
+
+    Attributes:
+        num_merged: Modules with an adapter; those that were trained whole are not counted.
+        rounding: Length of what rounding to dtype takes, over that of the adapter's change.
+    """
+
+    adapter: str
+    base: str
+    output: str
+    dtype: str
+    num_parameters: int
+    num_merged: int
+    rounding: float
+
+
+def merge_adapter(
+    source: ModelSource,
+    output: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> Merged:
+    """Writes the base model with the adapter in it: safetensors, configuration and tokenizer.
+
+    Args:
+        source: The adapter, as resolve_model found it.
+        output: A new or empty directory.
+        dtype: Of the result; that of the base model's files by default.
+        notify: Told what a user should know of the base model.
+
+    Raises:
+        ConfigError: The source is not an adapter, or the directory is taken or in use.
+        EnvironmentProblem: The directory cannot be written.
+    """
+    if source.adapter is None:
+        raise ConfigError(
+            f"{source.name} is not an adapter but a whole model: there is nothing to merge",
+            hint="It is used as it is: liger generate --model, liger eval --model.",
+        )
+    if "quantization_config" in (source.config or {}):
+        raise ConfigError(
+            f"the base model of {source.name} is quantized: a merge would round the adapter away",
+            hint=f"write a model that is not as base_model_name_or_path in {source.adapter}",
+        )
+    place = output.resolve()
+    # Two merges into one directory would write aside under one name.
+    with locked(place.with_name(f".{place.name}.lock"), f"output {output}", notify or _log.warning):
+        return _merge_into(output, source, dtype, notify)
+
+
+def _merge_into(
+    output: Path,
+    source: ModelSource,
+    dtype: torch.dtype | None,
+    notify: Callable[[str], None] | None,
+) -> Merged:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"output {output} exists and is not an empty directory")
+    assert source.adapter is not None
+    base = replace(source, adapter=None)
+    preprocessing = Preprocessing.of(source)
+    model: Any = load_model(base, dtype=dtype or stored_dtype(base), notify=notify)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    adapted = load_adapter(model, source.adapter)
+    num_merged, rounding = _merge(adapted)
+    merged = adapted.unload()
+    for name, parameter in merged.named_parameters():
+        # Modules that were trained whole are float32 whatever the base model is.
+        parameter.data = parameter.data.to(dtypes.get(name, merged.dtype))
+    _settle_tie(merged)
+    try:
+        # The current directory has no name to write aside under until it is resolved.
+        with written_aside(output.resolve()) as directory:
+            merged.save_pretrained(directory)
+            preprocessing.save_pretrained(directory)
+    except Exception as error:
+        raise write_failure(error, output) from error
+    return Merged(
+        adapter=str(source.adapter),
+        base=str(base.path or base.name),
+        output=str(output),
+        dtype=str(merged.dtype).removeprefix("torch."),
+        num_parameters=merged.num_parameters(),
+        num_merged=num_merged,
+        rounding=rounding,
+    )
+
+
+@torch.no_grad()
+def _merge(adapted: Any) -> tuple[int, float]:
+    """Puts every adapter into the weight beside it.
+
+    Returns:
+        How many there were, and the share of their change that rounding takes: weights that were
+        on the grid of their dtype stay where they are under a change that is small enough.
+    """
+    layers = [module for module in adapted.modules() if hasattr(module, "get_delta_weight")]
+    users = Counter(id(weight) for _, weight in adapted.named_parameters(remove_duplicate=False))
+    change = rounding = 0.0
+    for layer in layers:
+        base = layer.get_base_layer()
+        dtype = base.weight.dtype
+        if users[id(base.weight)] > 1:
+            # Head and embedding are one matrix, and the adapter is of one of them.
+            base.weight = torch.nn.Parameter(base.weight.clone(), requires_grad=False)
+        # One layer at a time: a whole model in float32 may not fit.
+        base.float()
+        before = base.weight.clone()
+        layer.merge()
+        exact = base.weight.clone()
+        base.to(dtype)
+        change += float((exact - before).square().sum())
+        rounding += float((exact - base.weight.float()).square().sum())
+    return len(layers), (rounding / change) ** 0.5 if change else 0.0
+
+
+def _settle_tie(model: Any) -> None:
+    """Makes head and embedding one matrix if they still are equal, else says that they are not."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is table.weight:
+        return
+    parts = {id(part): part for part in (model.config, model.config.get_text_config())}.values()
+    if not any(getattr(part, "tie_word_embeddings", False) for part in parts):
+        return
+    if torch.equal(head.weight, table.weight):
+        head.weight = table.weight
+        return
+    for part in parts:
+        part.tie_word_embeddings = False

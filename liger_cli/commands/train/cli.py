@@ -1,0 +1,57 @@
+"""liger train: fine-tunes a model and reports what was patched and what that gained."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from liger_cli.config import RunConfig, config_flags
+
+__all__ = ["command"]
+
+
+@config_flags
+def command(
+    config: RunConfig,
+    baseline: Annotated[
+        int,
+        typer.Option(
+            "--baseline", metavar="N", min=0, help="First run N eager steps to measure the gain."
+        ),
+    ] = 0,
+    require: Annotated[
+        str,
+        typer.Option(
+            "--require", metavar="OPS", help="Exit 7 unless these are patched throughout."
+        ),
+    ] = "",
+    resume: Annotated[
+        str | None,
+        typer.Option("--resume", metavar="auto|PATH", help="Go on from a checkpoint of the run."),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show plan, coverage and the first batch; no training."),
+    ] = False,
+    measure_only: Annotated[bool, typer.Option("--measure-only", hidden=True)] = False,
+    peer_patch: Annotated[bool, typer.Option("--peer-patch", hidden=True)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Fine-tune a model with fused kernels and measure what they gain."""
+    from liger_cli.commands.train.run import run_train
+    from liger_cli.report import show_report
+    from liger_cli.report.requirements import check_required
+
+    report = run_train(
+        config,
+        baseline=baseline,
+        require=require,
+        resume=resume,
+        dry_run=dry_run,
+        measure_only=measure_only,
+        peer_patch=peer_patch,
+    )
+    if report is not None:
+        show_report(report, as_json=as_json)
+        check_required(report, require, is_reported=True)

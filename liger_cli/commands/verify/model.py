@@ -1,0 +1,260 @@
+"""`liger verify`: the ops on this device, then the user's own model, patched against stock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from liger_cli.commands.verify.errors import GRADIENT, errors_of, judge, norm
+from liger_cli.commands.verify.modules import compare_modules
+from liger_cli.commands.verify.precision import in_precision
+from liger_cli.common.environment import devices, environment, host_memory
+from liger_cli.errors import OutOfMemory, RequirementFailed
+from liger_cli.report.inspection import describe_model
+from liger_cli.report.verify import ModulePart, OpPart, TensorPart, VerifyReport, WorstPart, verdict
+from liger_cli.training.model.source import ModelSource, load_model
+from liger_kernels.compare import check_op
+from liger_kernels.ops.launch import backend
+from liger_kernels.ops.registry import OPS
+from liger_kernels.transformers.api import apply_liger_kernel, inspect_model
+from liger_kernels.transformers.patching.plan import LOSSES, build_plan, resolve_ops
+
+__all__ = ["require_right", "verify"]
+
+# Tokens of the batch: enough for a full block of every kernel, little enough for fp64.
+_BATCH_ON_CPU, _BATCH_ON_GPU = (2, 64), (2, 256)
+_IGNORED = -100
+# Through thirty layers the same rounding grows more here and less there: on SmolLM2-135M correct
+# kernels are up to six times further from fp64 than eager in one gradient and closer in the next.
+# What a module does alone is held to twice.
+_TIMES = 8.0
+_TRUTHS = {"fp64": torch.float64, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """What errors are measured against, on the host, and how far eager is from it."""
+
+    name: str
+    values: Mapping[str, torch.Tensor]
+    # None where the truth is eager itself.
+    eager: Mapping[str, float] | None
+
+
+def verify(
+    source: ModelSource,
+    *,
+    ops: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    notify: Callable[[str], None],
+) -> VerifyReport:
+    """Returns what is right and what is not; a wrong result is a value here, not an error.
+
+    Args:
+        source: The model.
+        ops: As `--ops` takes them. What auto would leave out on this device fails.
+        dtype: Of the parameters.
+        device: Where everything runs.
+        seed: Of random weights and of the batch.
+        notify: Told what is under way.
+
+    Raises:
+        OutOfMemory: The model does not fit on a CPU.
+        LigerError: It cannot be had.
+    """
+    began = time.monotonic()
+    model = load_model(source, dtype=dtype, device=device, seed=seed, notify=notify)
+    if source.adapter is not None:
+        # It comes frozen, for use; training is what is compared.
+        model.set_adapter(model.active_adapter)
+    _check_host_memory(model, device)
+    _turn_off_dropout(model)
+    plan = inspect_model(model, ops)
+    names = {op for op in plan.coverage if op in plan.ops}
+    used = [op.name for op in OPS.values() if names & set(op.patch_names)]
+    op_parts = _check_ops(model, ops, used, device)
+    batch = _batch(model, device, seed)
+    notify("the stock model ...")
+    truth = _truth(model, batch, dtype, notify)
+
+    def against_truth(values: Mapping[str, torch.Tensor]) -> list[TensorPart]:
+        return judge(errors_of(values, truth.values, norm), truth.eager, _TIMES, dtype, device)
+
+    modules: list[ModulePart] = []
+    for patch in (patch for patch in plan.patches if patch.op in LOSSES):
+        notify(f"{patch.op} alone ...")
+        record = apply_liger_kernel(model, patch.op)
+        tensor = max(against_truth(_outcome(model, batch)), key=lambda part: part.share)
+        record.undo()
+        modules.append(
+            ModulePart(name=patch.name, module_class=patch.module_class, op=patch.op, tensor=tensor)
+        )
+    notify("the patched model ...")
+    record = apply_liger_kernel(model, ops)
+    whole = {part.name: part for part in against_truth(_outcome(model, batch))}
+    model.train()
+    inputs = {"input_ids": batch["input_ids"], "use_cache": False}
+    modules = compare_modules(model, record, lambda: model(**inputs), seed) + modules
+    gradients = [part for name, part in whole.items() if name.startswith(GRADIENT)]
+    tensors = [*whole.values(), *(part.tensor for part in modules if part.tensor is not None)]
+    return VerifyReport(
+        model=describe_model(source, model, plan),
+        environment=environment(),
+        device=devices()[0]["name"] if device.type != "cpu" else "cpu",
+        backend=backend(device),
+        dtype=str(dtype).removeprefix("torch."),
+        truth=truth.name,
+        tokens=batch["input_ids"].numel(),
+        seconds=time.monotonic() - began,
+        coverage=record.coverage,
+        ops=op_parts,
+        modules=modules,
+        loss=whole["loss"],
+        logits=whole["logits"],
+        gradients=gradients,
+        worst=_worst(modules, whole.values()),
+        ok=all(part.ok for part in op_parts if part.op in used)
+        and all(part.ok for part in tensors),
+    )
+
+
+def require_right(report: VerifyReport) -> None:
+    """Ends the command where something is wrong; the report has been shown.
+
+    Raises:
+        RequirementFailed: An op, a module or the model is.
+    """
+    if report.ok:
+        return
+    lines = [f"{part.op} is wrong here: {part.reason}" for part in report.ops if not part.ok]
+    raise RequirementFailed(
+        "\n".join([*lines, verdict(report)]),
+        hint="train without it: --ops auto leaves out an op that fails; --ops auto,-OP any other.",
+        is_reported=True,
+    )
+
+
+def _check_host_memory(model: Any, device: torch.device) -> None:
+    needed = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+    if device.type == "cpu" and needed > host_memory():
+        raise OutOfMemory(
+            f"weights and gradients to compare need {needed / 1e9:.0f} GB; this machine has "
+            f"{host_memory() / 1e9:.0f} GB",
+            hint="Take a smaller model, or --dtype bfloat16 for half of it.",
+        )
+
+
+def _turn_off_dropout(model: torch.nn.Module) -> None:
+    """Two runs must be the same; the model is not trained afterwards."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name == "p"):
+                setattr(module, name, 0.0)
+
+
+def _check_ops(model: Any, ops: str, used: Sequence[str], device: torch.device) -> list[OpPart]:
+    """Every op as `liger doctor` checks it, and those of the model in its own forms too."""
+    # Whatever was asked for is tried as auto tries it, and what auto would leave out fails.
+    trials = build_plan(model, replace(resolve_ops(ops), is_auto=True, named=())).trials
+    parts = []
+    for op in OPS:
+        results = [check_op(op, device), *(trial for trial in trials if trial.op == op)]
+        reason = next((result.reason for result in results if not result.ok), None)
+        parts.append(
+            OpPart(
+                op=op,
+                ok=reason is None,
+                ms=sum(result.ms for result in results),
+                reason=reason if op in used or reason else "not used by this run",
+            )
+        )
+    return parts
+
+
+def _batch(model: Any, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
+    """Random tokens; a quarter of the labels is ignored, and the first of them is."""
+    shape = _BATCH_ON_CPU if device.type == "cpu" else _BATCH_ON_GPU
+    vocab_size = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab_size, shape, generator=generator)
+    # Image tokens would want images.
+    for name in ("image_token_id", "image_token_index", "video_token_id"):
+        special = getattr(model.config, name, None)
+        if isinstance(special, int):
+            ids[ids == special] = 0
+    labels = ids.masked_fill(torch.rand(shape, generator=generator) < 0.25, _IGNORED)
+    labels[:, 0] = _IGNORED
+    return {"input_ids": ids.to(device), "labels": labels.to(device)}
+
+
+def _outcome(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The loss and every gradient as training makes them, and the logits as evaluation does."""
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+    model.train()
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    found = {"loss": loss.detach(), "logits": logits}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found[f"{GRADIENT}{name}"] = parameter.grad
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def _truth(
+    model: Any,
+    batch: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    notify: Callable[[str], None],
+) -> _Truth:
+    """The stock model in the highest precision that fits, and its error as it is."""
+    for name, precision in _TRUTHS.items():
+        if precision.itemsize <= dtype.itemsize or not _may_fit(model, precision):
+            continue
+        try:
+            with in_precision(model, precision):
+                values = _to_host(_outcome(model, batch))
+        except torch.OutOfMemoryError:
+            notify(f"the stock model does not fit in {name}")
+            torch.cuda.empty_cache()
+            continue
+        return _Truth(name, values, errors_of(_outcome(model, batch), values, norm))
+    return _Truth("eager", _to_host(_outcome(model, batch)), None)
+
+
+def _may_fit(model: Any, precision: torch.dtype) -> bool:
+    """Whether weights and gradients, or for a GPU the gradients kept, fit into host memory."""
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return bool(2.5 * num_parameters * precision.itemsize < host_memory())
+
+
+def _to_host(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().cpu() for name, value in values.items()}
+
+
+def _worst(modules: Sequence[ModulePart], whole: Iterable[TensorPart]) -> WorstPart | None:
+    """The module that is nearest to its limit or beyond, else what of the whole model is."""
+    found: list[tuple[TensorPart, str, str | None]] = [
+        (part.tensor, part.name, part.op) for part in modules if part.tensor is not None
+    ]
+    if all(tensor.ok for tensor, _, _ in found):
+        for part in whole:
+            parameter = part.name.removeprefix(GRADIENT)
+            is_gradient = parameter != part.name
+            where = parameter.rpartition(".")[0] if is_gradient else "the whole model"
+            found.append((part, where, None))
+    if not found:
+        return None
+    tensor, where, op = max(found, key=lambda entry: entry[0].share)
+    return WorstPart(
+        where=where, op=op, tensor=tensor.name, ours=tensor.ours, allowed=tensor.allowed
+    )

@@ -1,0 +1,1 @@
+"""What every part of the program uses: the machine, the hub, numbers, files."""

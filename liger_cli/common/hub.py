@@ -1,0 +1,117 @@
+"""What is asked of the Hugging Face hub, with an answer within seconds when it is out of reach."""
+
+from __future__ import annotations
+
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from liger_cli.common.readers import read_json
+from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
+
+if TYPE_CHECKING:
+    from liger_cli.training.model.presets import ModelSource
+
+__all__ = ["as_problem", "fetch_config", "fetch_dataset"]
+
+_PROBE_TIMEOUT_S = 5.0
+
+
+def fetch_config(name: str) -> tuple[dict[str, Any], Path | None]:
+    """Returns the configuration of a hub model, and its directory in the cache while offline.
+
+    Raises:
+        EnvironmentProblem: The hub is out of reach and the model is not in the cache, or the hub
+            does not give it.
+    """
+    from huggingface_hub import hf_hub_download
+
+    online = _is_reachable()
+    try:
+        # The client retries for half a minute before it says that there is no network.
+        path = Path(hf_hub_download(name, "config.json", local_files_only=not online))
+    except Exception as error:
+        if online:
+            raise _refused(name, error) from error
+        raise EnvironmentProblem(
+            f"the Hugging Face hub cannot be reached, and {name} is neither a local directory "
+            "nor in the hub's cache",
+            hint="offline, take a preset (liger models lists them) or a local directory that holds "
+            f"the model; where there is a network, `hf download {name}` fills the cache",
+        ) from error
+    try:
+        config = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the config.json of {name} cannot be read: {error}") from error
+    return config, None if online else path.parent
+
+
+def fetch_dataset(
+    name: str, choose_split: Callable[[Sequence[str]], str], *, streaming: bool
+) -> Any:
+    """Returns a split of a hub dataset, named organisation/name or organisation/name:configuration.
+
+    Args:
+        choose_split: Is given the names of all splits.
+        streaming: The rows are read as they arrive and not stored.
+
+    Raises:
+        EnvironmentProblem: The hub is out of reach, or does not give it.
+    """
+    import datasets
+
+    repository, _, configuration = name.partition(":")
+    try:
+        if not _is_reachable():
+            raise ConnectionError("the Hugging Face hub cannot be reached")
+        splits = datasets.get_dataset_split_names(repository, configuration or None)
+        return datasets.load_dataset(
+            repository, configuration or None, split=choose_split(splits), streaming=streaming
+        )
+    except LigerError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split()) or repr(error)
+        raise EnvironmentProblem(
+            f"{name}: there is no such file, and as a dataset of the hub: {text}",
+            hint="organisation/name:configuration takes one of several configurations; offline, "
+            "take a file or a folder that datasets.save_to_disk wrote",
+        ) from error
+
+
+def _is_reachable() -> bool:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=_PROBE_TIMEOUT_S):
+            return True
+    except urllib.error.HTTPError:
+        # Any answer is an answer.
+        return True
+    except urllib.error.URLError as error:
+        # A certificate that is not trusted here may be trusted by the hub's client.
+        return isinstance(error.reason, ssl.SSLError)
+    except (OSError, ValueError):
+        return False
+
+
+def _refused(name: str, error: Exception) -> EnvironmentProblem:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    return EnvironmentProblem(
+        f"the Hugging Face hub does not give {name}: {first_line}",
+        hint="check the name; a gated model needs `hf auth login` and its licence accepted",
+    )
+
+
+def as_problem(error: Exception, what: str, source: ModelSource) -> LigerError:
+    """Returns an error of loading as one with an exit code: of the hub, or of the user's files."""
+    text = " ".join(str(error).split()) or repr(error)
+    if source.kind == "hub":
+        return EnvironmentProblem(f"{what} cannot be loaded: {text}")
+    return ConfigError(f"{what} cannot be loaded: {text}")

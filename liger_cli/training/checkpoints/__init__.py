@@ -1,0 +1,1 @@
+"""Write, choose and read checkpoints and logs of a run."""

@@ -1,0 +1,147 @@
+"""Which checkpoint a run goes on from, and what of its configuration may be another by then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from liger_cli.common.readers import expand_path
+from liger_cli.config import RunConfig
+from liger_cli.errors import ConfigError
+from liger_cli.training.checkpoints.files import (
+    find_checkpoints,
+    newest_whole,
+    read_manifest,
+    step_of,
+)
+
+__all__ = ["check_same_run", "choose_checkpoint", "describe_resume", "find_resumed"]
+
+# What a resumed run may change: its length, what it tells and keeps, and how it computes the same.
+# Everything else would make step N another one than that of the run it resumes, or is in the
+# checkpoint, as the optimizer's options are.
+_FREE_KEYS = frozenset(
+    {
+        "attn_implementation",
+        "auto_fit",
+        "dataloader_num_workers",
+        "dataset_num_proc",
+        "early_stopping_patience",
+        "early_stopping_threshold",
+        "eval_on_start",
+        "eval_steps",
+        "eval_strategy",
+        "gradient_checkpointing",
+        "greater_is_better",
+        "load_best_model_at_end",
+        "logging_steps",
+        "max_steps",
+        "metric_for_best_model",
+        "num_train_epochs",
+        "ops",
+        "output_dir",
+        "per_device_eval_batch_size",
+        "profile_steps",
+        "report_to",
+        "save_memory",
+        "save_minutes",
+        "save_steps",
+        "save_total_limit",
+        "torch_compile",
+        "use_cpu",
+        "use_regional_compilation",
+    }
+)
+
+
+def choose_checkpoint(
+    resume: str, output_dir: Path | None, notify: Callable[[str], None]
+) -> Path | None:
+    """Returns the newest whole checkpoint that --resume means; None where there is none yet.
+
+    Args:
+        resume: "auto", of output_dir; or the path of a run or of a checkpoint. In place of one that
+            is damaged comes the one before it.
+        notify: Told of the damaged ones.
+
+    Raises:
+        ConfigError: The path is neither.
+        DataError: Every checkpoint is damaged.
+    """
+    return newest_whole(find_resumed(resume, output_dir), notify)
+
+
+def find_resumed(resume: str, output_dir: Path | None) -> list[Path]:
+    """Return the checkpoints that --resume allows, the oldest first; empty where "auto" has none.
+
+    Raises:
+        ConfigError: The path is neither a run nor a checkpoint, or "auto" has no output_dir.
+    """
+    if resume == "auto":
+        if output_dir is None:
+            raise ConfigError("--resume auto needs --output-dir, the directory of the run")
+        return find_checkpoints(output_dir)
+    path = expand_path(resume, "--resume")
+    found = find_checkpoints(path)
+    if not found and step_of(resolved := path.resolve()) and resolved.is_dir():
+        # A link such as `best` is as good as the checkpoint it leads to.
+        parent = path.parent if step_of(path) else resolved.parent
+        found = [c for c in find_checkpoints(parent) if step_of(c) <= step_of(resolved)]
+    if not found:
+        raise ConfigError(f"--resume {resume}: there is no checkpoint of a run")
+    return found
+
+
+def check_same_run(checkpoint: Path, config: RunConfig, num_processes: int) -> None:
+    """Checks that a run can go on from a checkpoint as if it had not stopped.
+
+    Raises:
+        ConfigError: A key has a value that would make the steps to come others, or the checkpoint
+            was written by another number of processes.
+    """
+    manifest = read_manifest(checkpoint)
+    if manifest["num_processes"] != num_processes:
+        raise ConfigError(
+            f"{checkpoint} was written by {manifest['num_processes']} processes, and this launch "
+            f"has {num_processes}",
+            hint="Another number of them would share out the rows of a step otherwise.",
+        )
+    changes = _changes(manifest, config)
+    if refused := [key for key in changes if key not in _FREE_KEYS]:
+        lines = [
+            f"{key} is {changes[key][1]!r}, but {checkpoint} was trained with {changes[key][0]!r}"
+            for key in refused
+        ]
+        raise ConfigError(
+            "\n".join(lines),
+            hint="A resumed run keeps its model, data, batches and optimizer. "
+            f"--model {checkpoint} without --resume starts a new run from its weights.",
+        )
+
+
+def describe_resume(checkpoint: Path, config: RunConfig, device: torch.device) -> str:
+    """Returns the line that says where a run goes on, and with what it did not have before."""
+    manifest = read_manifest(checkpoint)
+    changes = _changes(manifest, config)
+    changes.pop("output_dir", None)
+    notes = [f"{key} is {new!r} (was {old!r})" for key, (old, new) in changes.items()]
+    if manifest["device"] != device.type:
+        notes.append(
+            f"the device is {device.type} (was {manifest['device']}), so that its random numbers "
+            "and roundings are others"
+        )
+    return "; ".join([f"resume: {checkpoint}, after step {manifest['step']}", *notes])
+
+
+def _changes(manifest: dict[str, Any], config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """The values in a manifest and now of the keys that have changed."""
+    # A key that is younger than the checkpoint had the effect of its default.
+    defaults = {key: field.default for key, field in RunConfig.model_fields.items()}
+    return {
+        key: (old, new)
+        for key, new in config.model_dump(mode="json").items()
+        if (old := manifest["config"].get(key, defaults[key])) != new
+    }

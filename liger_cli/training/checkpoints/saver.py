@@ -1,0 +1,136 @@
+"""When a checkpoint is written, which ones are kept, and which one is the best."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from liger_cli.config import RunConfig
+from liger_cli.errors import EnvironmentProblem
+from liger_cli.training.checkpoints.files import checkpoint_path, delete_old, mark_best
+from liger_cli.training.checkpoints.run_log import JsonLines
+from liger_cli.training.checkpoints.state import TrainState, raise_everywhere, save_checkpoint
+from liger_cli.training.evaluations import Evaluations
+from liger_cli.training.model.tokenizers import Preprocessing
+
+__all__ = ["Saver", "is_due"]
+
+_log = logging.getLogger(__name__)
+
+
+class Saver:
+    """Writes the checkpoints of a run. Every process calls it, and the main one writes.
+
+    Args:
+        config: How often, and how many are kept.
+        run_dir: Where checkpoints go.
+        model: The prepared model.
+        preprocessing: Saved with it.
+        state: What is saved besides.
+        log: The steps so far.
+        evals: The evaluations so far.
+        resumed: The checkpoint that the run goes on from, in this directory or another.
+        is_on: False writes nothing, for a run that only measures.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        model: Any,
+        preprocessing: Preprocessing,
+        state: TrainState,
+        *,
+        log: JsonLines,
+        evals: Evaluations,
+        resumed: Path | None = None,
+        is_on: bool = True,
+    ) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._model = model
+        self._preprocessing = preprocessing
+        self._state = state
+        self._log = log
+        self._evals = evals
+        self._is_on = is_on
+        self._is_main = is_on and state.accelerator.is_main_process
+        self._saved_at = time.monotonic()
+        self.newest = resumed
+        self._mark_best()
+
+    @property
+    def is_late(self) -> bool:
+        """Whether save_minutes have gone by; the main process's clock alone decides."""
+        minutes = (time.monotonic() - self._saved_at) / 60
+        return self._is_main and 0 < self._config.save_minutes <= minutes
+
+    def save_if_due(self, step: int, *, now: bool) -> bool:
+        """Writes the checkpoint of a step, if that is its turn or asked for; returns whether.
+
+        Raises:
+            EnvironmentProblem: It cannot be written; those before it are as they were.
+        """
+        saves = self._is_on and (now or is_due(step, self._config.save_steps))
+        if saves:
+            self._save(step)
+        return saves
+
+    def evaluated(self, step: int) -> None:
+        """Keeps what the evaluation of a step calls for: the best model, or that of an early end.
+
+        Raises:
+            EnvironmentProblem: As save_if_due.
+        """
+        is_saved = self.newest == checkpoint_path(self._run_dir, step)
+        is_best = self._config.load_best_model_at_end and 0 < step == self._evals.best_step
+        if self._is_on and not is_saved and (is_best or self._evals.is_in_vain):
+            self._save(step, is_evaluated=True)
+        self._mark_best()
+
+    def _save(self, step: int, *, is_evaluated: bool = False) -> None:
+        # A checkpoint on the disk must not be ahead of the logs there.
+        problem = self._sync_logs()
+        self.newest = save_checkpoint(
+            self._run_dir,
+            step,
+            self._model,
+            self._preprocessing,
+            self._state,
+            self._config,
+            is_evaluated=is_evaluated,
+        )
+        self._saved_at = time.monotonic()
+        if self._is_main and self._config.save_total_limit is not None:
+            limit, best = self._config.save_total_limit, self._evals.best_step
+            delete_old(self._run_dir, step, limit, _log.warning, best=best)
+        raise_everywhere(problem)
+
+    def _sync_logs(self) -> EnvironmentProblem | None:
+        """Bring the logs to the disk; return the error of one that cannot be written.
+
+        The run ends with it, after the checkpoint that would be lost otherwise.
+        """
+        if self._is_main:
+            try:
+                self._log.sync()
+                self._evals.sync()
+            except EnvironmentProblem as problem:
+                name = checkpoint_path(self._run_dir, self._log.rows[-1]["step"]).name
+                problem.hint = (
+                    f"{name} was written, and --resume auto goes on from it; the steps whose lines "
+                    "could not be written are missing in the log."
+                )
+                return problem
+        return None
+
+    def _mark_best(self) -> None:
+        if self._is_main:
+            mark_best(self._run_dir, self._evals.best_step, _log.warning)
+
+
+def is_due(step: int, interval: int) -> bool:
+    """Returns whether something that is done every so many steps is done after this one."""
+    return interval > 0 and step % interval == 0

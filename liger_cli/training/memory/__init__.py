@@ -1,0 +1,8 @@
+"""Memory of a training step before the run, from a model's configuration alone."""
+
+from __future__ import annotations
+
+from liger_cli.training.memory.build import estimate_memory, meta_model_of
+from liger_cli.training.memory.step import Batch, MemoryEstimate, step_memory
+
+__all__ = ["Batch", "MemoryEstimate", "estimate_memory", "meta_model_of", "step_memory"]

@@ -1,0 +1,253 @@
+"""What a training step of a run takes by part, and what makes it take less."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from liger_cli.common.environment import host_memory
+from liger_cli.common.numbers import format_bytes
+from liger_cli.config import RunConfig
+from liger_cli.errors import LigerError, OutOfMemory
+from liger_cli.training.inputs import Inputs
+from liger_cli.training.memory import Batch, MemoryEstimate, estimate_memory
+from liger_cli.training.model.adapters import is_adapted
+from liger_cli.training.model.dtypes import parameter_dtype
+from liger_cli.training.model.presets import ModelSource
+from liger_cli.training.optim.optimizers import state_bytes
+from liger_cli.training.runtime.auto_fit import smaller_batches
+
+__all__ = [
+    "RunMemory",
+    "cheapest_remedies",
+    "check_memory",
+    "device_memory",
+    "evaluation_out_of_memory",
+    "out_of_memory",
+    "parts_line",
+]
+
+# Rows whose longest stands for all in the estimate.
+_ROWS_LOOKED_AT = 1000
+# A remedy that saves less than this is none.
+_WORTH_IT = 0.98
+_NUM_REMEDIES = 3
+# Rows that are not worth cutting.
+_SHORT = 64
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """A step of a run: what its memory follows from.
+
+    Attributes:
+        config: The run.
+        source: Its model.
+        batch: A micro-batch.
+        on_gpu: Whether it runs on a GPU.
+        num_shards: Devices that share weights, gradients and moments.
+    """
+
+    config: RunConfig
+    source: ModelSource
+    batch: Batch
+    on_gpu: bool
+    num_shards: int = 1
+
+    @classmethod
+    def of(cls, config: RunConfig, inputs: Inputs, device: torch.device) -> RunMemory:
+        """Returns what a step of this run takes."""
+        lengths = _row_lengths(config, inputs)
+        batch = Batch(
+            size=config.per_device_train_batch_size,
+            length=max(lengths),
+            is_padded=len(set(lengths)) > 1 and config.per_device_train_batch_size > 1,
+            is_packed=config.packing,
+        )
+        return cls(config, inputs.source, batch, device.type != "cpu")
+
+    @functools.cached_property
+    def found(self) -> MemoryEstimate | None:
+        """The parts; None of a model whose step cannot be followed without data."""
+        try:
+            return self.estimate()
+        except (ValueError, LigerError):
+            return None
+
+    def estimate(self) -> MemoryEstimate:
+        """Returns the parts.
+
+        Raises:
+            ValueError: The model's step cannot be followed without data.
+            LigerError: The model cannot be built, or the adapter not be put on it.
+        """
+        return estimate_memory(
+            self.config, self.source, self.batch, on_gpu=self.on_gpu, num_shards=self.num_shards
+        )
+
+    def peak(self) -> int | None:
+        return None if self.found is None else self.found.peak
+
+    def share_of_eager(self) -> float | None:
+        """Returns the peak as a share of that of the model without patches."""
+        eager = replace(self, config=self.config.model_copy(update={"ops": "none"})).peak()
+        now = self.peak()
+        return None if eager is None or now is None else now / eager
+
+    def with_remedies(self, *remedies: Remedy) -> RunMemory:
+        """Returns the same run with remedies applied to it."""
+        config, length = self.config, self.batch.length
+        for remedy in remedies:
+            config = config.model_copy(update=dict(remedy.keys))
+        length = min(length, config.max_length)
+        batch = replace(self.batch, size=config.per_device_train_batch_size, length=length)
+        return replace(self, config=config, batch=batch)
+
+
+# Compared by identity: its mappings have no hash.
+@dataclass(frozen=True, eq=False)
+class Remedy:
+    """Something that makes a step take less.
+
+    Attributes:
+        words: The flags, and what they cost.
+        keys: What they change in the configuration.
+    """
+
+    words: str
+    keys: Mapping[str, Any]
+
+
+def _row_lengths(config: RunConfig, inputs: Inputs) -> list[int]:
+    # A stream has no rows to look at, and images would be read for their lengths alone.
+    if config.streaming or inputs.data.has_images or not inputs.train:
+        return [config.max_length]
+    count = min(_ROWS_LOOKED_AT, len(inputs.train))
+    return [len(inputs.train[i]["input_ids"]) for i in range(count)]
+
+
+def device_memory(device: torch.device) -> int:
+    """Returns the bytes of memory that a device has in all."""
+    if device.type == "cpu":
+        return host_memory()
+    module = getattr(torch, device.type)
+    return int(module.get_device_properties(device).total_memory)
+
+
+def check_memory(
+    config: RunConfig, meta_model: Any, device: torch.device, *, trains: bool = True
+) -> None:
+    """Refuses a model that cannot fit on a CPU, where Linux would end the process without a word.
+
+    Raises:
+        OutOfMemory: The parameters, and in training gradients and moments, are more than there is.
+    """
+    if device.type != "cpu":
+        return
+    sizes = [(p.numel(), p.requires_grad) for p in meta_model.parameters()]
+    parameter_bytes = parameter_dtype(config, device, adapts=is_adapted(meta_model)).itemsize
+    needed, what = sum(size for size, _ in sizes) * parameter_bytes, "weights"
+    if trains:
+        trained = sum(size for size, is_trained in sizes if is_trained)
+        needed += round(trained * (parameter_bytes + state_bytes(config, parameter_bytes)))
+        what = "weights, gradients and optimizer"
+    if needed > host_memory():
+        raise OutOfMemory(
+            f"{config.model} needs {needed / 1e9:.0f} GB for its {what} alone; "
+            f"this machine has {host_memory() / 1e9:.0f} GB",
+            hint="Take a smaller model, or --dtype bfloat16 for half of it.",
+        )
+
+
+def parts_line(found: MemoryEstimate) -> str:
+    """Returns the parts of an estimate in words."""
+    parts = {
+        "weights": found.weights,
+        "optimizer": found.optimizer,
+        "gradients": found.gradients,
+        **{f"activations of {name}": size for name, size in found.activations.items()},
+        "logits": found.logits,
+        "head buffers": found.head_buffers,
+    }
+    words = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+    return f"{words}; at most {format_bytes(found.peak)} at once"
+
+
+def out_of_memory(error: BaseException, memory: RunMemory, device: torch.device) -> OutOfMemory:
+    """Returns the error that says where the memory of a step goes, and what would make it less."""
+    lines = [f"out of memory: {_first_line(error)}"]
+    found = memory.found
+    if found is not None:
+        has = format_bytes(device_memory(device))
+        lines.append(f"a step is estimated to take: {parts_line(found)}, of {has}")
+    remedies = list(cheapest_remedies(memory, device_memory(device)))
+    if memory.batch.size > 1 and not memory.config.auto_fit:
+        remedies.append("--auto-fit finds a micro-batch that fits, with the same rows a step")
+    return OutOfMemory("\n".join(lines), hint="\n".join(remedies) or None)
+
+
+def evaluation_out_of_memory(error: BaseException, config: RunConfig) -> OutOfMemory:
+    """Returns the error of an evaluation, whose result no batch size changes."""
+    size = config.per_device_eval_batch_size
+    hint = f"--per-device-eval-batch-size {size // 2} gives the same figures." if size > 1 else None
+    return OutOfMemory(f"out of memory in evaluation: {_first_line(error)}", hint=hint)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def cheapest_remedies(memory: RunMemory, num_bytes: int) -> Iterator[str]:
+    """Yields words for the cheapest remedies that fit into so many bytes, three at most.
+
+    Where none does alone it is those that help most, and what they come to together.
+    """
+    now = memory.peak()
+    if now is None:
+        return
+    useful: dict[Remedy, int] = {}
+    fitting: list[Remedy] = []
+    # They come in the order of their cost, so that more than enough of them need not be tried.
+    for remedy in _remedies(memory):
+        peak = memory.with_remedies(remedy).peak() or now
+        if peak >= _WORTH_IT * now:
+            continue
+        useful[remedy] = peak
+        if peak <= num_bytes:
+            fitting.append(remedy)
+        if len(fitting) == _NUM_REMEDIES:
+            break
+    others = sorted(useful.keys() - fitting, key=useful.__getitem__)
+    chosen = [*fitting, *others][:_NUM_REMEDIES]
+    for remedy in chosen:
+        yield f"{remedy.words}: predicted {format_bytes(useful[remedy])}"
+    if len(chosen) > 1 and not fitting:
+        together = memory.with_remedies(*chosen).peak() or now
+        yield f"all of these: predicted {format_bytes(together)}"
+
+
+def _remedies(memory: RunMemory) -> Iterator[Remedy]:
+    """What could be changed, that which costs least first: time, then data, then the model."""
+    config, size = memory.config, memory.batch.size
+    if config.ops not in ("auto", "all"):
+        yield Remedy("--ops auto", {"ops": "auto"})
+    if size > 1:
+        size, accumulation = smaller_batches(size, config.gradient_accumulation_steps)
+        flags = f"--per-device-train-batch-size {size} --gradient-accumulation-steps {accumulation}"
+        keys = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        yield Remedy(f"{flags} (the same step)", keys)
+    if not config.gradient_checkpointing:
+        words = "--gradient-checkpointing (about a third more time)"
+        yield Remedy(words, {"gradient_checkpointing": True})
+    if config.optim not in ("adafactor", "sgd"):
+        yield Remedy("--optim adafactor", {"optim": "adafactor"})
+    if config.max_length > _SHORT:
+        half = config.max_length // 2
+        yield Remedy(f"--max-length {half} (longer rows are cut)", {"max_length": half})
+    if config.adapter == "none" and memory.source.adapter is None:
+        words = "--adapter lora (trains an adapter instead of the model)"
+        yield Remedy(words, {"adapter": "lora"})

@@ -1,0 +1,177 @@
+"""What stands in for a GPU, so that a step of a model can run on tensors without data.
+
+The step is the real one: the model's own forward, autograd's backward, the optimizer's step. What
+asks for a device, or reads a tensor, gets here what a GPU would give: kernels are launched by
+nothing, attention keeps what its kernels keep, and a number that the host reads is a plausible one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers.utils import import_utils
+
+from liger_cli.training.memory.attention import attention_on_gpu
+from liger_kernels.ops import launch
+from liger_kernels.ops.losses import linear
+from liger_kernels.transformers.replacements import calls
+
+__all__ = ["BACKWARD", "Answers", "gpu_stand_in", "plain_tensors"]
+
+# The part of what autograd makes on its own, between the backward of one operation and the next.
+BACKWARD = "backward"
+# Multiprocessors of an H100, by which chunks of the fused loss are cut.
+_NUM_SMS = 132
+_GPU = torch.device("cuda")
+_ATEN = torch.ops.aten
+_patch = mock.patch.object
+
+
+class Answers:
+    """Answers operations whose result depends on data.
+
+    Args:
+        num_labels: What the host reads where it reads a count.
+        num_experts: Each gets as many tokens, and each in its turn is the one that is read.
+        is_masked: Whether rows are padded or hold several documents: then what is asked of all
+            places is not true.
+    """
+
+    def __init__(self, num_labels: int, num_experts: int, *, is_masked: bool) -> None:
+        self._num_labels = num_labels
+        self._num_experts = num_experts
+        self._experts = itertools.cycle(range(num_experts))
+        self._is_masked = is_masked
+
+    def __call__(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], part: str
+    ) -> Any:
+        """Returns a result, or NotImplemented where the operation needs no data."""
+        packet = func.overloadpacket
+        if packet is _ATEN.any:
+            # Errors are looked for in this way, and there are none.
+            result = func(*args, **kwargs)
+            result.is_false = True
+            return result
+        if packet is _ATEN._local_scalar_dense:
+            return self._number(args[0])
+        if packet is _ATEN.equal:
+            return True
+        if packet is _ATEN.nonzero:
+            (x,) = args
+            # Of one dimension it is asked for experts that have tokens, of more for the tokens.
+            num_parts = self._num_experts if x.dim() > 1 else 1
+            return x.new_empty((max(1, x.numel() // num_parts), x.dim()), dtype=torch.int64)
+        if packet is _ATEN.index and any(_is_mask(index) for index in args[1]):
+            return func(args[0], [place for index in args[1] for place in _places(index)])
+        if packet is _ATEN._grouped_mm:
+            # torch's own shapes are for bfloat16 alone; kernels take the other dtypes too.
+            return args[0].new_empty(_grouped_shape(*args[:3], **kwargs))
+        if packet is _ATEN.add and part == BACKWARD and _is_sum_of_equals(args):
+            # Autograd adds a gradient to another in place, but not where they hold no data. What is
+            # computed again has a graph.
+            return NotImplemented if torch.is_grad_enabled() else args[0]
+        return NotImplemented
+
+    def _number(self, x: Tensor) -> bool | int | float:
+        if x.dtype == torch.bool:
+            return not (self._is_masked or getattr(x, "is_false", False))
+        if x.dtype.is_floating_point:
+            return 1.0
+        # A count has no dimension, the index of an expert comes out of a list of them.
+        return next(self._experts) if x.dim() else self._num_labels
+
+
+def _is_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype == torch.bool
+
+
+def _places(index: Tensor | None) -> list[Tensor | None]:
+    """The indices of all places of a mask, one tensor a dimension; other indices as they are."""
+    if index is None or not _is_mask(index):
+        return [index]
+    return [index.new_empty(index.numel(), dtype=torch.int64) for _ in range(index.dim())]
+
+
+def _grouped_shape(a: Tensor, b: Tensor, offs: Tensor | None = None, **_: Any) -> tuple[int, ...]:
+    """The shape of products of groups: of rows of a, of columns of b, or of what is summed over."""
+    if a.dim() == b.dim() == 2:
+        assert offs is not None
+        return offs.shape[0], a.shape[0], b.shape[1]
+    leading = () if a.dim() < b.dim() or b.dim() < a.dim() else a.shape[:1]
+    return *leading, a.shape[-2], b.shape[-1]
+
+
+def _is_sum_of_equals(args: tuple[Any, ...]) -> bool:
+    a, b = args[:2]
+    return isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
+
+
+@contextlib.contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Lets the patched forwards, and transformers, take tensors without data for plain ones."""
+    loaded = [name for name in sys.modules if name.startswith("liger_kernels.transformers")]
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        for module in (sys.modules[name] for name in loaded):
+            if getattr(module, "Tensor", None) is Tensor:
+                enter(_patch(module, "Tensor", FakeTensor))
+        enter(_patch(calls, "_PLAIN_TYPES", (*calls._PLAIN_TYPES, FakeTensor)))
+        enter(_patch(FakeTensor, "data_ptr", _address, create=True))
+        if hasattr(import_utils, "is_fake_tensor"):
+            # It makes every mask where it thinks that it cannot read one.
+            enter(_patch(import_utils, "is_fake_tensor", lambda x: False))
+        yield
+
+
+@contextlib.contextmanager
+def gpu_stand_in(num_labels: int) -> Iterator[None]:
+    """Lets tensors on the CPU go the ways of a GPU's.
+
+    Args:
+        num_labels: How many labels the fused loss finds.
+    """
+    count, chunk_tokens = linear.LabelCount, linear.chunk_tokens
+    sum_dtype = linear.accumulator_dtype
+
+    def chunk_on_gpu(
+        num_rows: int,
+        width: int,
+        vocab: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        needs_weight: bool,
+    ) -> int:
+        return chunk_tokens(num_rows, width, vocab, dtype, _GPU, needs_weight, _NUM_SMS)
+
+    def sum_dtype_on_gpu(
+        compute: torch.dtype, final: torch.dtype, num_chunks: int, device: torch.device
+    ) -> torch.dtype:
+        return sum_dtype(compute, final, num_chunks, _GPU)
+
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        enter(_patch(F, "scaled_dot_product_attention", attention_on_gpu))
+        enter(_patch(launch, "backend", lambda device: "triton"))
+        enter(_patch(launch.Launch, "__call__", lambda self, *tensors: None))
+        enter(_patch(count, "wait", lambda self: num_labels))
+        enter(_patch(count, "is_here", lambda self: True))
+        enter(_patch(linear, "chunk_tokens", chunk_on_gpu))
+        enter(_patch(linear, "accumulator_dtype", sum_dtype_on_gpu))
+        # On a GPU it adds in place, whatever the dtypes.
+        enter(_patch(linear, "_add_product", lambda *args, **options: None))
+        yield
+
+
+def _address(x: Tensor) -> int:
+    # Of a storage and a place in it, like an address.
+    return (x.untyped_storage()._cdata << 24) + int(x.storage_offset())

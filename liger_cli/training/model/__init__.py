@@ -1,0 +1,1 @@
+"""Find, build, load and adapt the model of a run."""

@@ -1,0 +1,309 @@
+"""LoRA, DoRA and QLoRA by peft: a frozen model and a few trained matrices beside it.
+
+What is trained is float32, whatever the frozen parameters are: an update of a matrix in bfloat16
+is often too small to change it. It is computed in the dtype of the frozen ones, under autocast.
+A checkpoint is peft's directory: adapter_config.json, which names the base model, and safetensors.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from liger_cli.common.numbers import format_count
+from liger_cli.common.readers import expand_path, read_json
+from liger_cli.common.requirements import require_package
+from liger_cli.config import RunConfig
+from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
+from liger_cli.training.checkpoints.files import write_failure, written_aside
+from liger_cli.training.model.demo_model import converted_model, converted_preset
+from liger_cli.training.model.presets import ModelSource
+from liger_kernels.transformers.wrappers import inner_model
+
+__all__ = [
+    "ADAPTER_CONFIG",
+    "adapts",
+    "attach_adapter",
+    "base_place",
+    "find_base",
+    "is_adapted",
+    "load_adapter",
+    "model_under",
+    "new_adapter",
+    "quantization",
+    "save_weights",
+    "trained_line",
+    "with_adapter",
+]
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+# Beside the checkpoints of a run whose base model has random weights and is nowhere else.
+_KEPT_BASE = "base"
+
+
+def find_base(path: Path) -> str:
+    """Returns the name or the path of the model that an adapter's directory belongs to.
+
+    Raises:
+        ConfigError: It names none, or one that is gone.
+    """
+    file = path / ADAPTER_CONFIG
+    try:
+        name = read_json(file).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{file} cannot be read as an adapter's: {error}") from error
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{file}: base_model_name_or_path does not name the base model")
+    place = expand_path(name, f"{file}: base_model_name_or_path")
+    if (place / ADAPTER_CONFIG).is_file() and not (place / "config.json").is_file():
+        raise ConfigError(f"{file}: the base model {name} is an adapter itself")
+    if place.is_dir():
+        return str(place)
+    # The run was moved as a whole.
+    kept = path.absolute().parent / _KEPT_BASE
+    if place.name == _KEPT_BASE and kept.is_dir():
+        return str(kept)
+    # The cache was emptied, or the adapter comes from another machine.
+    if (preset := converted_preset(place)) is not None:
+        return preset
+    if place.is_absolute():
+        raise ConfigError(
+            f"{file}: the base model {name} is not there",
+            hint="write the place it has now as base_model_name_or_path",
+        )
+    return name
+
+
+def base_place(source: ModelSource, model: Any, keep: Path | None) -> str:
+    """Returns what an adapter_config.json shall name as its base model.
+
+    Args:
+        source: Of the base model.
+        model: The base model with its weights.
+        keep: The directory of the run; random weights are saved in it, being nowhere else. None
+            saves nothing, for a run that writes no checkpoint.
+    """
+    if source.kind == "hub":
+        return source.name
+    if source.kind == "package":
+        return str(converted_model(source))
+    if source.kind == "directory":
+        return str((source.path or Path()).resolve())
+    if keep is None:
+        return ""
+    place = keep / _KEPT_BASE
+    try:
+        with written_aside(place) as directory:
+            model.save_pretrained(directory)
+    except Exception as error:
+        raise write_failure(error, place) from error
+    return str(place.resolve())
+
+
+def new_adapter(config: RunConfig, model: Any) -> Any:
+    """Returns the peft configuration of a new adapter, or None where there is to be none.
+
+    Raises:
+        EnvironmentProblem: peft is missing.
+    """
+    if config.adapter == "none":
+        return None
+    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    return _peft().LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.adapter_targets,
+        modules_to_save=config.saved_modules,
+        use_rslora=config.use_rslora,
+        use_dora=config.adapter == "dora",
+        # Where head and embedding are one matrix they stay one.
+        ensure_weight_tying=bool(is_tied and config.saved_modules),
+    )
+
+
+def _mend_tied_copies(model: Any) -> None:
+    """Gives copies of tied heads the sizes of their weights.
+
+    peft makes them with those of the embedding, and the fused loss believes no such layer.
+    """
+    for module in model.modules():
+        copies = getattr(module, "modules_to_save", None)
+        for layer in copies.values() if isinstance(copies, torch.nn.ModuleDict) else ():
+            if isinstance(layer, torch.nn.Linear):
+                layer.out_features, layer.in_features = layer.weight.shape
+
+
+def load_adapter(model: Any, path: Path, *, trains: bool = False) -> Any:
+    """Returns the model with the adapter of a directory around it.
+
+    Raises:
+        ConfigError: The files are not an adapter of this model.
+        EnvironmentProblem: peft is missing.
+    """
+    peft = _peft()
+    try:
+        settings = peft.PeftConfig.from_pretrained(str(path))
+        if settings.peft_type != peft.PeftType.LORA:
+            raise ValueError(
+                f"it is of type {settings.peft_type}, and lora and dora are known here"
+            )
+        place = settings.base_model_name_or_path
+        adapted = attach_adapter(model, settings, base=place, trains=trains)
+        if model.device.type != "meta":
+            if not any((path / name).is_file() for name in _WEIGHTS):
+                # peft would ask the hub for them.
+                raise ValueError(f"{_WEIGHTS[0]} is missing")
+            weights = peft.load_peft_weights(str(path), device="cpu")
+            result = peft.set_peft_model_state_dict(adapted, weights)
+            if result.unexpected_keys:
+                raise ValueError(f"the model has no {result.unexpected_keys[0]}")
+    except (torch.OutOfMemoryError, LigerError):
+        raise
+    # Files fail in the ways of several libraries; what is wrong is in the message.
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"the adapter {path} cannot be loaded: {text}") from error
+    return adapted
+
+
+def attach_adapter(
+    model: Any,
+    settings: Any,
+    *,
+    base: str,
+    trains: bool = True,
+    seed: int = 0,
+    notify: Callable[[str], None] | None = None,
+) -> Any:
+    """Returns the model with a new adapter around it, which changes nothing yet.
+
+    Args:
+        model: The base model; it may be on the meta device.
+        settings: The peft configuration.
+        base: The name that the adapter's checkpoints have for the base model.
+        trains: Whether the adapter is to be trained, under autocast where the model is in half
+            precision; else everything is frozen.
+        seed: Of the adapter's random weights; every generator is left as it was.
+        notify: Told of what peft warns of.
+
+    Raises:
+        ConfigError: The model has none of the target modules, or cannot have such an adapter.
+    """
+    peft = _peft()
+    dtype = next(model.parameters()).dtype
+    device = torch.device("meta" if model.device.type == "meta" else "cpu")
+    settings.inference_mode = not trains
+    with warnings.catch_warnings(record=True) as caught, torch.random.fork_rng(devices=[]), device:
+        warnings.simplefilter("always", UserWarning)
+        torch.manual_seed(seed)
+        try:
+            adapted = peft.get_peft_model(model, settings)
+        except (ValueError, NotImplementedError) as error:
+            text = " ".join(str(error).split())
+            raise ConfigError(f"adapter: {text}") from error
+    _mend_tied_copies(adapted)
+    if notify is not None:
+        for warning in caught:
+            if issubclass(warning.category, UserWarning):
+                notify(f"adapter: {' '.join(str(warning.message).split())}")
+    settings.base_model_name_or_path = base
+    for parameter in adapted.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    if trains and dtype != torch.float32:
+        for module in adapted.modules():
+            # Autocast casts it anyway; peft's own float32 copy would be kept for backward.
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = False
+    return adapted
+
+
+def adapts(config: RunConfig, source: ModelSource, *, trains: bool = True) -> bool:
+    """Returns whether a run has an adapter on its model: a new one, or that of its source."""
+    return source.adapter is not None or (trains and config.adapter != "none")
+
+
+def is_adapted(model: Any) -> bool:
+    """Returns whether peft is around a model."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def model_under(model: Any) -> Any:
+    """Returns the transformers model, of an adapted one the base model with its adapter in it."""
+    return inner_model(model)
+
+
+def save_weights(model: Any, directory: Path) -> None:
+    """Writes the model, of an adapted one the adapter alone."""
+    # An embedding is saved where it is trained; else peft would ask the hub for its size.
+    options = {"save_embedding_layers": False} if is_adapted(model) else {}
+    model.save_pretrained(directory, **options)
+
+
+def trained_line(model: Any) -> str:
+    """Returns in words how many parameters are trained, and by which adapter."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    total = sum(size for size, _ in sizes)
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    text = f"{format_count(trained)} of {format_count(total)} parameters trained"
+    text += f" ({trained / total:.2%})" if trained < total else ""
+    if not is_adapted(model):
+        return text
+    settings = model.peft_config["default"]
+    kind = "dora" if settings.use_dora else "lora"
+    modules = sum(hasattr(module, "base_layer") for module in model.modules())
+    return f"{text}: {kind} of rank {settings.r} on {modules} modules"
+
+
+def quantization(config: RunConfig, source: ModelSource, device: torch.device) -> Any:
+    """Returns what transformers needs to load the frozen model in 4 bits; None where it is not to.
+
+    Raises:
+        ConfigError: There is nothing frozen, or there are no files to quantise.
+        EnvironmentProblem: A GPU or bitsandbytes is missing.
+    """
+    if not config.load_in_4bit:
+        return None
+    if config.adapter == "none" and source.adapter is None:
+        raise ConfigError(
+            "load_in_4bit holds a frozen model in 4 bits, and adapter is none",
+            hint="--adapter lora trains an adapter beside it.",
+        )
+    if source.kind in ("random", "config"):
+        raise ConfigError(
+            f"load_in_4bit quantises weights that are loaded, and those of {source.name} are random"
+        )
+    if device.type != "cuda":
+        raise EnvironmentProblem(
+            f"load_in_4bit needs a CUDA GPU, and this run is on {device.type}",
+            hint="on a machine with one: pip install 'liger-kernels[quant]'",
+        )
+    require_package("bitsandbytes", "load_in_4bit", "pip install 'liger-kernels[quant]'")
+    from transformers import BitsAndBytesConfig
+
+    half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=half,
+    )
+
+
+def _peft() -> Any:
+    return require_package("peft", "adapter", "pip install 'liger-kernels[lora]'")
+
+
+def with_adapter(base: ModelSource, name: str, path: Path) -> ModelSource:
+    """Returns the source of an adapter's directory: its base model and what comes on top."""
+    return replace(base, name=name, adapter=path, description=f"an adapter of {base.name}")

@@ -1,0 +1,114 @@
+"""A model with its weights, as a run wants it: its adapter on, patched and compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from liger_cli.config import RunConfig
+from liger_cli.training.model.adapters import (
+    adapts,
+    attach_adapter,
+    base_place,
+    new_adapter,
+    quantization,
+)
+from liger_cli.training.model.dtypes import parameter_dtype
+from liger_cli.training.model.source import ModelSource, load_model
+from liger_kernels.ops.launch import backend
+from liger_kernels.transformers.api import apply_liger_kernel
+from liger_kernels.transformers.patching.engine import PatchRecord
+
+__all__ = ["load_patched"]
+
+# Checks whose kernels are in Triton's cache take less.
+_NOTICE_AFTER_S = 2.0
+
+
+def load_patched(
+    config: RunConfig,
+    source: ModelSource,
+    device: torch.device,
+    notify: Callable[[str], None],
+    *,
+    trains: bool = True,
+    keep_base: Path | None = None,
+) -> tuple[Any, PatchRecord]:
+    """Loads the model on a device, puts its adapter on, patches it and compiles it.
+
+    Args:
+        source: The model, or a checkpoint of it.
+        notify: Told what a user should know, such as weights that are missing.
+        trains: False puts no new adapter on.
+        keep_base: Where the base model of an adapter is saved that is nowhere else.
+    """
+    model: Any = load_model(
+        source,
+        dtype=parameter_dtype(config, device, adapts=adapts(config, source, trains=trains)),
+        device=device,
+        seed=config.seed,
+        attn_implementation=config.attn_implementation,
+        quantization=quantization(config, source, device),
+        trains_adapter=True,
+        notify=notify,
+    )
+    if trains and config.adapter != "none" and source.adapter is None:
+        base = base_place(source, model, keep_base)
+        settings = new_adapter(config, model)
+        model = attach_adapter(model, settings, base=base, seed=config.seed, notify=notify)
+    with warnings.catch_warnings(record=True) as caught, _notice(device, notify):
+        warnings.simplefilter("always", UserWarning)
+        record = apply_liger_kernel(model, config.ops, save_memory=config.save_memory)
+    for warning in caught:
+        notify(str(warning.message))
+    for failure in record.plan.failures:
+        notify(f"{failure.op} runs as it was, its check fails here: {failure.reason}")
+    if trains:
+        _compile(model, config, notify)
+    return model, record
+
+
+def _compile(model: nn.Module, config: RunConfig, notify: Callable[[str], None]) -> None:
+    if not config.torch_compile:
+        if config.use_regional_compilation:
+            notify("use_regional_compilation does nothing without torch_compile")
+        return
+    by_layers = config.use_regional_compilation
+    if by_layers is None:
+        by_layers = not config.gradient_checkpointing
+    parts = _layers(model) if by_layers else []
+    if by_layers and not parts:
+        notify("use_regional_compilation: no list of layers found, the model is compiled as one")
+    form = f"{len(parts)} layers, one by one" if parts else "the model as one graph"
+    notify(f"torch_compile: {form}; the first step, and each new shape of a batch, takes long")
+    for part in parts or [model]:
+        part.compile()
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """Returns what the outermost module lists hold."""
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    return [layer for child in module.children() for layer in _layers(child)]
+
+
+@contextlib.contextmanager
+def _notice(device: torch.device, notify: Callable[[str], None]) -> Iterator[None]:
+    """Says what a run waits for while its ops are checked, if it takes long."""
+    text = "checking the ops of the model on this device ..."
+    if backend(device) == "triton":
+        text = "compiling kernels, which the next run finds in Triton's cache ..."
+    timer = threading.Timer(_NOTICE_AFTER_S, notify, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,37 @@
+"""The model that a run's directory stands for: one of its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from liger_cli.errors import ConfigError
+from liger_cli.training.checkpoints.files import BEST, find_checkpoints, find_damage, newest_whole
+
+__all__ = ["find_run_model"]
+
+
+def find_run_model(path: Path, notify: Callable[[str], None]) -> Path:
+    """Returns the best checkpoint of a run, else the newest whole one; another path as it is.
+
+    Args:
+        notify: Told which checkpoint it is, and of damaged ones.
+
+    Raises:
+        ConfigError: The run wrote no checkpoint.
+        DataError: None of its checkpoints is whole.
+    """
+    if not (path / "config.yaml").is_file() or (path / "config.json").is_file():
+        return path
+    best = path / BEST
+    if best.is_dir():
+        if (damage := find_damage(best)) is None:
+            chosen = path / best.resolve().name
+            notify(f"{path}: taking {chosen.name}, the best of its evaluations")
+            return chosen
+        notify(f"{best} is damaged: {damage}")
+    checkpoint = newest_whole(find_checkpoints(path), notify)
+    if checkpoint is None:
+        raise ConfigError(f"{path} is the directory of a run that wrote no checkpoint")
+    notify(f"{path}: taking {checkpoint.name}, the last")
+    return checkpoint

@@ -1,0 +1,400 @@
+"""Finds, builds and loads the model that `--model` names."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from liger_cli.common.hub import as_problem, fetch_config
+from liger_cli.common.readers import check_regular_files, expand_path, read_json
+from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
+from liger_cli.training.model.adapters import ADAPTER_CONFIG, find_base, load_adapter, with_adapter
+from liger_cli.training.model.demo_model import converted_model
+from liger_cli.training.model.dtypes import choose_dtype
+from liger_cli.training.model.presets import ModelSource, list_presets, preset_names, read_preset
+from liger_cli.training.model.run_models import find_run_model
+from liger_cli.training.model.tokenizers import load_tokenizer
+from liger_kernels.nearest import nearest_name
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+__all__ = [
+    "ModelSource",
+    "build_meta_model",
+    "list_presets",
+    "load_model",
+    "load_tokenizer",
+    "resolve_model",
+]
+
+_log = logging.getLogger(__name__)
+
+_COUNT_OF_MODULES = re.compile(r"(^|_)(layers?|blocks?|experts?|depths?|stages?)$|^num_.*_layers_")
+_MAX_MODULES = 10_000
+# The largest mixtures of experts have some 120 000, where each expert is modules of its own.
+_MAX_REGISTERED = 1_000_000
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+_WHOLE_MODEL = ("model*.safetensors*", "pytorch_model*.bin*")
+
+
+def resolve_model(name: str, notify: Callable[[str], None] | None = None) -> ModelSource:
+    """Returns where a model comes from: a preset, a directory, a config.json, or the hub.
+
+    A preset goes before a directory of the same name; write ./name for the directory. That of a run
+    stands for its best checkpoint, else its last.
+
+    Args:
+        name: As --model takes it.
+        notify: Told which checkpoint of a run it is, and of damaged ones; logged otherwise.
+
+    Raises:
+        ConfigError: No preset and no path has this name, or the path holds no model.
+        DataError: Every checkpoint of the run is damaged.
+        EnvironmentProblem: A hub id is out of reach.
+    """
+    if not name:
+        raise ConfigError("model is empty; liger models lists the presets")
+    # Model types are spelled with underscores, files are not: qwen3_moe is the preset qwen3-moe.
+    preset = name.replace("_", "-")
+    if preset in preset_names():
+        return read_preset(preset)
+    path = expand_path(name, "model")
+    if path.is_dir():
+        return _resolve_directory(name, find_run_model(path, notify or _log.warning))
+    if path.is_file():
+        return _resolve_config_file(name, path)
+    if name.endswith(".json") or name[:1] in "./~" or name[-1:] == "/" or name.count("/") > 1:
+        raise ConfigError(f"model {name}: there is no such file or directory")
+    if "/" in name:
+        config, snapshot = fetch_config(name)
+        return _source("hub", name, snapshot, config, "from the Hugging Face hub")
+    nearest = nearest_name(name.lower(), preset_names(), cutoff=0.5)
+    raise ConfigError(
+        f"model {name!r} is neither a preset nor a path"
+        + (f"; did you mean {nearest}?" if nearest else ""),
+        hint="liger models lists the presets; a hub id is written organisation/name",
+    )
+
+
+def _resolve_directory(name: str, path: Path) -> ModelSource:
+    check_regular_files(path)
+    config_file = path / "config.json"
+    # Some programs save the base model's config.json with an adapter.
+    if (path / ADAPTER_CONFIG).is_file() and not _holds(path, _WHOLE_MODEL):
+        return with_adapter(resolve_model(find_base(path)), name, path)
+    if config_file.is_file():
+        return _source("directory", name, path, _read_json(config_file), "a local directory")
+    raise ConfigError(f"{path} has no config.json, so it is not a model's directory")
+
+
+def _resolve_config_file(name: str, path: Path) -> ModelSource:
+    if path.suffix != ".json":
+        raise ConfigError(f"model {name} is a file, but not a config.json")
+    description = "random weights in the shape of a config.json"
+    return _source("config", name, path, _read_json(path), description)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def _source(
+    kind: Literal["directory", "config", "hub"],
+    name: str,
+    path: Path | None,
+    config: Any,
+    description: str,
+) -> ModelSource:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ConfigError(
+            f"the configuration of {name} has no model_type, so its architecture is unknown"
+        )
+    return ModelSource(kind, name, path, config, description, config["model_type"])
+
+
+def build_meta_model(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    trains_adapter: bool = False,
+) -> PreTrainedModel:
+    """Returns the model without weights, from its configuration alone.
+
+    It is built of the same class as load_model's, on the meta device: seconds at any size.
+
+    Args:
+        source: What resolve_model found.
+        dtype: Of the parameters; None leaves the choice to transformers.
+        attn_implementation: As in load_model.
+        trains_adapter: The same.
+    """
+    config = _make_config(source)
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    attn_implementation = attn_implementation or _attention_of(config)
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    with torch.device("meta"):
+        model = _build(source, config, **options)
+    if source.adapter is None:
+        return model
+    return load_adapter(model, source.adapter, trains=trains_adapter)
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    dtype: Literal["auto"] | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    attn_implementation: str | None = None,
+    quantization: Any = None,
+    trains_adapter: bool = False,
+    notify: Callable[[str], None] | None = None,
+) -> PreTrainedModel:
+    """Returns the model with its weights, on the device, in evaluation mode.
+
+    Random weights are drawn on the device itself, from the seed; every random generator is left as
+    it was. The same seed gives other weights on another kind of device.
+
+    Args:
+        source: What resolve_model found.
+        dtype: Of the parameters; "auto" is bfloat16 on an accelerator that has it, else float32.
+        device: Where the parameters go.
+        seed: Of random weights.
+        attn_implementation: As in transformers. None leaves the choice to it, but takes eager
+            attention where scores are capped.
+        quantization: The quantization_config of transformers, for weights that are never trained.
+        trains_adapter: Whether the adapter of the source, if any, is run under autocast and may be
+            trained; else it is frozen.
+        notify: Told of a conversion, of missing weights, and of what a model needed to run at all;
+            logged as warnings otherwise.
+
+    Raises:
+        EnvironmentProblem: The demo package is missing, the device too, or the hub is out of reach.
+        ConfigError: The files are not a model that can be trained.
+    """
+    from liger_kernels.transformers.patching.upstream_fixes import repair_model
+
+    device = _check_device(device)
+    options: dict[str, Any] = {"dtype": choose_dtype(dtype, device)}
+    config = _make_config(source)
+    attn_implementation = attn_implementation or _attention_of(config)
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    tell = notify or _log.warning
+    if source.kind in ("random", "config"):
+        model = _build_random(source, config, device, seed, options)
+    else:
+        if source.kind == "package":
+            place = str(converted_model(source, notify))
+        else:
+            place = str(source.path or source.name)
+            _check_weights(source)
+        model = _load_weights(place, source, config, device, options, tell)
+    # Whether or not anything is patched later: the stock model could not run.
+    if (repair := repair_model(model)) is not None:
+        tell(f"{source.name}: {repair}")
+    if source.adapter is not None:
+        model = load_adapter(model, source.adapter, trains=trains_adapter).eval()
+    return model
+
+
+def _make_config(source: ModelSource) -> PretrainedConfig:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    values = dict(source.config or {})
+    _check_sizes(values, source.name)
+    model_type = values.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        nearest = nearest_name(model_type, CONFIG_MAPPING)
+        raise ConfigError(
+            f"the installed transformers knows no model type {model_type!r}, which {source.name} is"
+            + (f"; did you mean {nearest!r}?" if nearest else ""),
+            hint="code that comes with a model is never run",
+        )
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    # A configuration class checks its values in ways of its own.
+    except Exception as error:
+        raise ConfigError(
+            f"the configuration of {source.name} (model type {model_type}) is not one that the "
+            f"installed transformers can build: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _check_sizes(values: Mapping[str, Any], name: str, parents: str = "") -> None:
+    """Raise a ConfigError for more layers or experts than any model has."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _check_sizes(value, name, f"{parents}{key}.")
+        elif _COUNT_OF_MODULES.search(str(key)):
+            numbers = value if isinstance(value, list) else [value]
+            for number in numbers:
+                if isinstance(number, int | float) and abs(number) > _MAX_MODULES:
+                    raise ConfigError(
+                        f"the configuration of {name}: {parents}{key} is {number}; at most "
+                        f"{_MAX_MODULES} are built"
+                    )
+
+
+@contextmanager
+def _counted_modules(name: str) -> Iterator[None]:
+    """Raise a ConfigError once the model that is built has more modules than any there is."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    thread, count = threading.get_ident(), itertools.count(1)
+
+    def look(*_: Any) -> None:
+        if threading.get_ident() == thread and next(count) > _MAX_REGISTERED:
+            raise ConfigError(
+                f"the configuration of {name} asks for more than {_MAX_REGISTERED} modules"
+            )
+
+    hook = register_module_module_registration_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _auto_class(source: ModelSource, config: PretrainedConfig) -> Any:
+    """Returns the auto class: image-text for a configuration with a vision part, else causal LM."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    has_vision = getattr(config, "vision_config", None) is not None
+    is_image_text = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if is_image_text and (has_vision or not is_causal):
+        return AutoModelForImageTextToText
+    if is_causal:
+        return AutoModelForCausalLM
+    raise ConfigError(
+        f"{source.name} is a {config.model_type} model, which is not a causal language model"
+    )
+
+
+def _attention_of(config: PretrainedConfig) -> str | None:
+    """Returns the attention that computes this model, where the default one may not."""
+    text_config = config.get_text_config()
+    # Some releases of transformers choose sdpa here, and drop the cap.
+    return "eager" if getattr(text_config, "attn_logit_softcapping", None) else None
+
+
+def _build(source: ModelSource, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    auto_class = _auto_class(source, config)
+    try:
+        with _counted_modules(source.name):
+            return auto_class.from_config(config, trust_remote_code=False, **options)
+    except (torch.OutOfMemoryError, MemoryError, LigerError):
+        raise
+    # Values that do not fit together surface as whatever the model's constructor raises.
+    except Exception as error:
+        raise ConfigError(
+            f"{source.name} cannot be built from its configuration: "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _build_random(
+    source: ModelSource,
+    config: PretrainedConfig,
+    device: torch.device,
+    seed: int,
+    options: dict[str, Any],
+) -> PreTrainedModel:
+    draws_there = device.type in ("cpu", "cuda", "xpu")
+    place = device if draws_there else torch.device("cpu")
+    with _seeded(seed, place), place:
+        model = _build(source, config, **options)
+    return (model if draws_there else model.to(device)).eval()
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds the generators of the CPU and of this device only, and puts their states back."""
+    generators = [torch.default_generator]
+    if device.type != "cpu":
+        module = getattr(torch, device.type)
+        module.init()
+        index = module.current_device() if device.index is None else device.index
+        generators.append(module.default_generators[index])
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _load_weights(
+    place: str,
+    source: ModelSource,
+    config: PretrainedConfig,
+    device: torch.device,
+    options: dict[str, Any],
+    notify: Callable[[str], None],
+) -> PreTrainedModel:
+    auto_class = _auto_class(source, config)
+    try:
+        # transformers loads straight onto the device of this context.
+        with nullcontext() if device.type == "cpu" else device:
+            model, info = auto_class.from_pretrained(
+                place, trust_remote_code=False, output_loading_info=True, **options
+            )
+    except (torch.OutOfMemoryError, LigerError):
+        raise
+    # Files fail in the ways of several libraries; what is wrong is in the message.
+    except Exception as error:
+        raise as_problem(error, f"the model {source.name}", source) from error
+    if missing := sorted(info["missing_keys"]):
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        notify(f"{source.name}: {len(missing)} weights are not in its files and random: {shown}")
+    # Weights of 4 bits are where they are to be, and cannot be moved.
+    return model.eval() if "quantization_config" in options else model.to(device).eval()
+
+
+def _check_weights(source: ModelSource) -> None:
+    if source.kind != "directory" or source.path is None:
+        return
+    if not _holds(source.path, _WEIGHTS):
+        raise ConfigError(
+            f"{source.path} has a config.json and no weights (model.safetensors)",
+            hint=f"--model {source.path / 'config.json'} takes random weights of its shape",
+        )
+
+
+def _holds(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(next(path.glob(pattern), None) for pattern in patterns)
+
+
+def _check_device(device: str | torch.device) -> torch.device:
+    try:
+        checked = torch.device(device)
+        torch.empty(0, device=checked)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise EnvironmentProblem(f"device {device} cannot be used: {first_line}") from error
+    return checked

@@ -1,0 +1,180 @@
+"""A training run in a process of its own, so that its memory and its kernels are its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from liger_cli.common.measure import median_after_warm_up
+from liger_cli.common.outputs import write_file
+from liger_cli.common.readers import parse_json, read_file_bytes
+from liger_cli.config import RunConfig
+from liger_cli.errors import LigerError, OutOfMemory
+from liger_cli.training.runtime.peer_interpreter import PeerInterpreter
+
+__all__ = ["ArmResult", "ArmSpec", "run_arm"]
+
+_PROCESS = "liger_cli.training.runtime.arm_process"
+
+
+@dataclass(frozen=True)
+class ArmSpec:
+    """One side of a comparison: what is patched, by whom, and whether torch.compile runs too."""
+
+    name: str
+    ops: str
+    torch_compile: bool = False
+    # Where a peer is installed that patches the model instead of ours.
+    peer: PeerInterpreter | None = None
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What `liger train` measured in its own process.
+
+    Attributes:
+        steps: The lines of metrics.jsonl.
+        peer: The `peer` part of its report, if a peer patched it.
+    """
+
+    name: str
+    steps: Sequence[dict[str, Any]]
+    coverage: dict[str, dict[str, int]]
+    modules: list[dict[str, str | None]]
+    peer: dict[str, Any] | None = None
+
+    @property
+    def tokens_per_s(self) -> float:
+        return median_after_warm_up(self._values("tokens_per_s"))
+
+    @property
+    def step_ms(self) -> float:
+        return median_after_warm_up(self.steps_ms)
+
+    @property
+    def steps_ms(self) -> list[float]:
+        return self._values("step_ms")
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        return int(max(self._values("peak_memory_bytes")))
+
+    @property
+    def losses(self) -> list[float | None]:
+        return [step["loss"] for step in self.steps]
+
+    @property
+    def grad_norms(self) -> list[float | None]:
+        return [step["grad_norm"] for step in self.steps]
+
+    def _values(self, key: str) -> list[float]:
+        return [step[key] for step in self.steps]
+
+
+def run_arm(
+    config: RunConfig,
+    *,
+    name: str,
+    ops: str,
+    steps: int,
+    torch_compile: bool = False,
+    peer: PeerInterpreter | None = None,
+) -> ArmResult:
+    """Trains `steps` steps with `ops` in a process of its own and returns what it measured.
+
+    The arm writes no checkpoint and evaluates nothing; its directory is deleted. Whatever ends this
+    process meanwhile ends the other with all that it started.
+
+    Args:
+        config: The run; its seeds, batches and data are the arm's, its resume and output are not.
+        name: Name of the arm, also in the message of its failure.
+        ops: The arm's `--ops`.
+        steps: Optimizer steps.
+        torch_compile: Whether the model is compiled, whatever config says.
+        peer: Where the peer is installed whose patch is applied after `ops`.
+
+    Raises:
+        LigerError: The process failed; with its message and its exit code.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came.
+    """
+    with tempfile.TemporaryDirectory(prefix="liger-arm-") as folder:
+        run_dir = Path(folder) / "run"
+        config_file = Path(folder) / "config.yaml"
+        arm = {"ops": ops, "max_steps": steps, "torch_compile": torch_compile}
+        config = config.model_copy(update={**arm, "output_dir": run_dir})
+        write_file(config_file, config.to_yaml())
+        command = [peer.executable if peer else sys.executable, "-m", _PROCESS, "train"]
+        command += ["--config", str(config_file), "--measure-only", "--json"]
+        command += ["--peer-patch"] * (peer is not None)
+        done = _run(command, peer.environment if peer else None)
+        if done.returncode:
+            raise _failure(name, done)
+        report: dict[str, Any] = parse_json(done.stdout)
+        lines = read_file_bytes(run_dir / "metrics.jsonl").splitlines()
+    return ArmResult(
+        name=name,
+        steps=[parse_json(line) for line in lines],
+        coverage=report["coverage"],
+        modules=report["modules"],
+        peer=report.get("peer"),
+    )
+
+
+def _run(
+    command: Sequence[str], environment: dict[str, str] | None
+) -> subprocess.CompletedProcess[str]:
+    """subprocess.run, which however leaves no process behind."""
+    with _open_pipe() as reads:
+        # A session of its own: all its processes end together, and Ctrl-C comes to us alone.
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=reads,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            stdout, stderr = process.communicate()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+@contextlib.contextmanager
+def _open_pipe() -> Iterator[int]:
+    """The end of a pipe to read from, whose other end is open as long as this process lives."""
+    reads, writes = os.pipe()
+    try:
+        yield reads
+    finally:
+        os.close(reads)
+        os.close(writes)
+
+
+def _failure(name: str, done: subprocess.CompletedProcess[str]) -> LigerError:
+    """The child's own error, under its own exit code."""
+    if done.returncode == -signal.SIGKILL:
+        return OutOfMemory(
+            f"the {name} run was killed (signal 9), as Linux does to a process for which there is "
+            "no memory left"
+        )
+    lines = done.stderr.strip().splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith("error: ")), -1)
+    message = "\n".join(lines[start:]).removeprefix("error: ") if lines else "no message"
+    kinds = {kind.exit_code: kind for kind in LigerError.__subclasses__()}
+    # A process ended by another signal has a negative code, which is no kind of error.
+    return kinds.get(done.returncode, LigerError)(
+        f"the {name} run failed (exit code {done.returncode}): {message}"
+    )

@@ -1,0 +1,187 @@
+"""Logits that nobody reads are never made.
+
+While a patched model computes a loss, its head returns LazyLogits: a tensor without storage that
+records the few operations models apply between head and loss. F.cross_entropy on it is one fused
+linear cross-entropy, and the (tokens, vocabulary) matrix never exists. Any other use makes the real
+logits, through the stock head and the recorded operations, so the result is always what the stock
+model computes; an unknown use costs memory, not correctness.
+
+Lazy is on in a forward that has labels or shift_labels, in training with gradients on, or that is
+given skip_logits=True. skip_logits=False makes real logits. In training `out.logits` is LazyLogits,
+made when read; after skip_logits=True, and under torch.compile, it is None.
+
+head_patch.py makes a model's head answer so.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map
+
+from liger_kernels.ops.fused_linear_cross_entropy import LabelCount, count_labels
+from liger_kernels.transformers.lazy_logits.deferred import IGNORE_INDEX, HeadOp, Pending
+from liger_kernels.transformers.lazy_logits.loss import is_metadata, respond
+
+__all__ = ["LazyCall", "LazyLogits"]
+
+
+class LazyLogits(Tensor):
+    """Logits that have not been made: shape, dtype, device and graph, but no numbers."""
+
+    _pending: Pending
+
+    @staticmethod
+    def __new__(cls, pending: Pending) -> LazyLogits:
+        lazy: LazyLogits = Tensor._make_wrapper_subclass(
+            cls, pending.shape, dtype=pending.dtype, device=pending.rows.device
+        )
+        lazy._pending = pending
+        return lazy
+
+    def materialize(self) -> Tensor:
+        """Return the logits as a plain tensor; made at the first call."""
+        pending = self._pending
+        is_new = pending.made is None
+        real = pending.real()
+        if is_new and real.requires_grad:
+            with torch._C.DisableTorchFunctionSubclass():
+                hooks = list((self._backward_hooks or {}).values())
+            for hook in hooks:
+                # FSDP's are on the real logits already.
+                if hook not in pending.backward_hooks:
+                    real.register_hook(hook)
+        return real
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        pending = self._pending
+        state = "made when read" if pending.made is None else "made"
+        return (
+            f"LazyLogits(shape={tuple(pending.shape)}, dtype={pending.dtype}, "
+            f"device='{pending.rows.device}', {state})"
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if torch.compiler.is_compiling():
+            # A compiled loss: its graph ends here and takes up again with the result.
+            torch._dynamo.graph_break()
+        kwargs = kwargs or {}
+        face = next((arg for arg in args[:2] if isinstance(arg, LazyLogits)), None)
+        # FSDP hooks every output that has a gradient; that must not cost the memory of the logits.
+        is_hook = function is Tensor.register_hook
+        if face is not None and face._pending.call.has_loss:
+            _warn_of_no_gradient(function, args[1:])
+        if is_metadata(function) or (is_hook and face is not None and face._pending.made is None):
+            if is_hook and face is not None and _home_of(args[1:]).startswith("torch.distributed"):
+                face._pending.backward_hooks.append(args[1])
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **kwargs)
+        if face is not None:
+            answer = respond(face._pending, face, function, args, kwargs)
+            if isinstance(answer, Pending):
+                return face if answer is face._pending else answer.call.show(answer)
+            if answer is not None:
+                return answer
+        args, kwargs = tree_map(_read, (args, kwargs))
+        return function(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        # Reached from C++ and inside autograd functions, where autograd has already noted the lazy
+        # tensor as an input: only numbers are wanted, and the gradient goes through _Attach.
+        args, kwargs = tree_map(_read_numbers, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def _warn_of_no_gradient(function: Callable[..., Any], args: Any) -> None:
+    """Warns who asks for a gradient that the loss, which needed no logits, will not bring."""
+    is_hook = function is Tensor.register_hook
+    # Those of torch only wait for the backward to come by.
+    if function is Tensor.retain_grad or (is_hook and not _home_of(args).startswith("torch.")):
+        warnings.warn(
+            "out.loss was computed without making these logits, so its backward brings them no "
+            "gradient: call the model with skip_logits=False to have one",
+            stacklevel=4,
+        )
+
+
+def _home_of(args: Any) -> str:
+    """Return the module that a hook comes from, the first of args."""
+    hook = args[0] if args else None
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", ""))
+
+
+def _read(value: Any) -> Any:
+    return value.materialize() if isinstance(value, LazyLogits) else value
+
+
+def _read_numbers(value: Any) -> Any:
+    return value.materialize().detach() if isinstance(value, LazyLogits) else value
+
+
+class _Attach(torch.autograd.Function):
+    """Gives lazy logits their place in the graph, behind the head's input and weights.
+
+    Python code gets real logits with a graph of their own and does not come through here. Autograd
+    functions that take logits as an input do: DDP's, and the losses of other packages.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, pending: Pending, *sources: Tensor) -> Tensor:
+        ctx.pending = pending
+        ctx.sources = sources
+        return LazyLogits(pending)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        source, *weights = ctx.sources
+        # The real logits' own graph goes on to embeddings, which may be tied to the head: it would
+        # count them twice.
+        cut = source.detach().requires_grad_(source.requires_grad)
+        with ctx.pending.as_recorded(True):
+            logits = ctx.pending.again(cut)
+            wanted = [x for x in (cut, *weights) if x.requires_grad]
+            grads = iter(torch.autograd.grad(logits, wanted, grad, allow_unused=True))
+        return (None, *(next(grads) if x.requires_grad else None for x in ctx.sources))
+
+
+class LazyCall:
+    """One eager forward of a model whose head is lazy."""
+
+    def __init__(self, op: HeadOp, labels: Tensor | None) -> None:
+        self.op = op
+        self.num_targets = 0
+        self.has_loss = False
+        self.label_count: LabelCount | None = None
+        if op == "fused_linear_cross_entropy" and isinstance(labels, Tensor):
+            # On its way to the host while the model runs, so that the loss has nothing to wait for.
+            self.label_count = count_labels(labels, IGNORE_INDEX)
+            self.num_targets = labels.numel()
+
+    def show(self, pending: Pending) -> Tensor:
+        """Return LazyLogits for pending logits, with a place in the graph if they have one."""
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break()
+        if not pending.needs_grad:
+            return LazyLogits(pending)
+        weights = [p for p in pending.head.parameters() if p.requires_grad]
+        lazy: Tensor = _Attach.apply(pending, pending.source, *weights)
+        return lazy
+
+    def end(self) -> None:
+        """Forget the labels: a loss computed after the forward may be of others."""
+        self.label_count = None

@@ -1,0 +1,1 @@
+"""Decide what is patched, patch it, and undo it."""

@@ -1,0 +1,289 @@
+"""PatchPlan: which modules will run which op, which will not and why. A plan changes nothing."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from liger_kernels.compare import CheckResult
+from liger_kernels.ops.launch import backend
+from liger_kernels.transformers.lazy_logits.head import head_problem
+from liger_kernels.transformers.patching.candidates import Found, survey
+from liger_kernels.transformers.patching.families import FAMILIES
+from liger_kernels.transformers.patching.render import others_text, tree_text
+from liger_kernels.transformers.patching.selection import (
+    LOSSES,
+    PATCH_OPS,
+    OpSelection,
+    resolve_ops,
+)
+from liger_kernels.transformers.patching.self_check import try_op
+from liger_kernels.transformers.patching.third_party import Foreign, source_of
+from liger_kernels.transformers.recognise import NormSpec, Refusal, Spec, original_class
+from liger_kernels.transformers.replacements.layers import AddNormSpec, layer_problem
+from liger_kernels.transformers.replacements.subclasses import can_swap, is_patched
+from liger_kernels.transformers.wrappers import inner_model
+
+# The names of selection.py are a plan's too.
+__all__ = [
+    "LOSSES",
+    "PATCH_OPS",
+    "OpSelection",
+    "Patch",
+    "PatchPlan",
+    "Skip",
+    "build_plan",
+    "coverage_line",
+    "coverage_of",
+    "module_row",
+    "resolve_ops",
+    "row_order",
+]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A module that will run an op."""
+
+    name: str
+    module_class: str
+    op: str
+    spec: Spec | AddNormSpec
+    # File and line of the forward that the op stands in for.
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A module that stays as it is; op is None if it is no candidate of any op."""
+
+    name: str
+    module_class: str
+    op: str | None
+    reason: str
+    # File and line of the class's forward.
+    source: str | None = None
+    # The package whose kernels the module runs instead.
+    owner: str | None = None
+
+
+@dataclass(frozen=True)
+class PatchPlan:
+    """What applying would do to a model, module by module."""
+
+    model_type: str
+    # "row": the model type is in FAMILIES; "recognised": everything was found by what it computes.
+    source: Literal["row", "recognised"]
+    # The ops that were asked for.
+    ops: tuple[str, ...]
+    patches: tuple[Patch, ...]
+    skips: tuple[Skip, ...]
+    # Ops asked for by name that the model has no place for.
+    missing: tuple[str, ...] = ()
+    # What would run the ops on the model's device; None while it is on meta.
+    backend: str | None = None
+    # Whether norm outputs and gated products are made again in backward instead of kept.
+    save_memory: bool = True
+    # What auto tried on the model's device, each form of an op once.
+    trials: tuple[CheckResult, ...] = ()
+    # Modules that run ops of ours already: what the plan says is then of the model restored.
+    num_patched: int = 0
+
+    @property
+    def coverage(self) -> dict[str, dict[str, int]]:
+        """Modules to patch and candidates, for each op that has a candidate, requested or not."""
+        return coverage_of((p.op for p in self.patches), (s.op for s in self.skips))
+
+    @property
+    def failures(self) -> list[CheckResult]:
+        """The checks for which auto leaves ops out."""
+        return [trial for trial in self.trials if not trial.ok]
+
+    @property
+    def modules(self) -> list[dict[str, str | None]]:
+        """One row for each module: name, class, op, status, backend, reason, source."""
+        rows = [module_row(patch, "patched", backend=self.backend) for patch in self.patches]
+        rows += [module_row(skip, "skipped", reason=skip.reason) for skip in self.skips]
+        return sorted(rows, key=row_order)
+
+    @property
+    def others(self) -> dict[str, int]:
+        """How many modules run the kernels of each other package."""
+        owners = {(skip.owner, skip.name) for skip in self.skips if skip.owner is not None}
+        return dict(Counter(owner for owner, _ in sorted(owners) if owner is not None))
+
+    def summary(self) -> str:
+        """Return one line: patched and candidates of each op, and kernels of others."""
+        line = coverage_line(self.coverage, self.missing)
+        return f"{line}  ({others_text(self.others)})" if self.others else line
+
+    def __str__(self) -> str:
+        how = "a listed family" if self.source == "row" else "recognised by what it computes"
+        parts = [f"model type {self.model_type} ({how})", tree_text(self.modules), self.summary()]
+        if self.num_patched:
+            parts.insert(
+                1,
+                f"{self.num_patched} modules are patched already; this is what patching would do "
+                "after undo() of its record, or restore(model)",
+            )
+        return "\n".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain data for JSON."""
+        return {
+            "model_type": self.model_type,
+            "source": self.source,
+            "ops": list(self.ops),
+            "missing": list(self.missing),
+            "save_memory": self.save_memory,
+            "num_patched": self.num_patched,
+            "others": self.others,
+            "coverage": self.coverage,
+            "modules": self.modules,
+        }
+
+
+def coverage_of(
+    patched: Iterable[str | None], skipped: Iterable[str | None]
+) -> dict[str, dict[str, int]]:
+    """Return {op: {"patched": n, "candidates": m}} in the order of reports."""
+    done, left = list(patched), list(skipped)
+    return {
+        op: {"patched": done.count(op), "candidates": done.count(op) + left.count(op)}
+        for op in PATCH_OPS
+        if op in done or op in left
+    }
+
+
+def coverage_line(coverage: dict[str, dict[str, int]], missing: Iterable[str]) -> str:
+    """Return patched and candidates of each op in a line, and the ops that have no place."""
+    parts = [f"{op} {n['patched']}/{n['candidates']}" for op, n in coverage.items()]
+    return "  ".join([*parts, *(f"{op} 0/0" for op in missing)]) or "nothing to patch"
+
+
+def module_row(
+    entry: Patch | Skip, status: str, *, backend: str | None = None, reason: str | None = None
+) -> dict[str, str | None]:
+    """Return a module's row of a report."""
+    return {
+        "name": entry.name,
+        "class": entry.module_class,
+        "op": entry.op,
+        "status": status,
+        "backend": backend,
+        "reason": reason,
+        "source": entry.source,
+    }
+
+
+def row_order(row: dict[str, str | None]) -> tuple[Any, ...]:
+    """Sort rows by op as in reports, then by name with numbers as numbers."""
+    op, name = row["op"], row["name"] or ""
+    index = PATCH_OPS.index(op) if op in PATCH_OPS else len(PATCH_OPS)
+    parts = re.split(r"(\d+)", name)
+    return index, [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
+def build_plan(
+    model: nn.Module,
+    ops: str | Sequence[str] | OpSelection = "auto",
+    *,
+    recognise: bool = True,
+) -> PatchPlan:
+    """Return what patching a model with these ops would do; works on meta tensors.
+
+    Args:
+        model: A transformers model, or one wrapped by PEFT or DistributedDataParallel.
+        ops: As resolve_ops takes them.
+        recognise: Whether a model type without a row in FAMILIES may be patched by what its modules
+            compute. False leaves it alone.
+
+    Raises:
+        ValueError: model is no module, or ops is not as resolve_ops wants it.
+    """
+    selection = resolve_ops(ops)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a model that is built already, got {model!r}")
+    config = getattr(inner_model(model), "config", None)
+    model_type = getattr(config, "model_type", None) or type(model).__name__
+    row = FAMILIES.get(model_type)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    patches: list[Patch] = []
+    skips: list[Skip] = []
+    ops_of: dict[nn.Module, str] = {}
+    norms: dict[nn.Module, NormSpec] = {}
+    trials: dict[CheckResult, None] = {}
+    for name, module, op, found in survey(model, row) if row or recognise else ():
+        if op == "cross_entropy" and op not in selection.ops:
+            # The head already stands for the fused loss.
+            continue
+        cls = original_class(type(module))
+        class_name, source = cls.__name__, source_of(cls)
+        reason = found.reason if isinstance(found, Refusal) else None
+        if reason is None and op is not None:
+            reason = _refusal(model, module, op, selection)
+        if reason is None and isinstance(found, AddNormSpec):
+            reason = layer_problem(module, found, ops_of)
+        if reason is None and op is not None and selection.is_auto and op not in selection.named:
+            trial = _try(op, found, module, model, norms)
+            if trial is not None:
+                trials[trial] = None
+                if not trial.ok:
+                    reason = f"left out by auto, its check fails on {device.type}: {trial.reason}"
+        if reason is not None:
+            owner = found.owner if isinstance(found, Foreign) else None
+            skips.append(Skip(name, class_name, op, reason, source, owner))
+        elif op is not None and not isinstance(found, Refusal):
+            patches.append(Patch(name, class_name, op, found, source))
+            ops_of[module] = op
+            if isinstance(found, NormSpec):
+                norms[module] = found
+    candidates = {patch.op for patch in patches} | {skip.op for skip in skips}
+    return PatchPlan(
+        model_type,
+        "row" if row else "recognised",
+        selection.ops,
+        tuple(patches),
+        tuple(skips),
+        tuple(op for op in selection.named if op not in candidates),
+        None if device.type == "meta" else backend(device),
+        selection.save_memory,
+        tuple(trials),
+        sum(map(is_patched, model.modules())),
+    )
+
+
+def _refusal(model: nn.Module, module: nn.Module, op: str, selection: OpSelection) -> str | None:
+    """Return why a module that a kernel could serve is left alone."""
+    other = next((loss for loss in LOSSES if loss != op and loss in selection.ops), None)
+    if op in LOSSES and op not in selection.ops and other is not None:
+        return f"{other} was chosen for this head, which has one loss"
+    if op not in selection.ops:
+        return f"not requested: add {op} to ops"
+    if op == "fused_add_rms_norm" and "rms_norm" not in selection.ops:
+        return "needs rms_norm, which was not requested: add it to ops"
+    if op in LOSSES:
+        problem = head_problem(inner_model(model))
+        if problem is not None:
+            return problem
+    elif not can_swap(module):
+        return "another forward is set on the module and hides its class's: patch before setting it"
+    return None
+
+
+def _try(
+    op: str, found: Found, module: nn.Module, model: nn.Module, norms: Mapping[nn.Module, NormSpec]
+) -> CheckResult | None:
+    """Return whether the op of a module is right in that module's form; None if untried."""
+    if isinstance(found, AddNormSpec):
+        children = (module.get_submodule(name) for name in found.norms)
+        module = next(child for child in children if child in norms)
+        found = norms[module]
+    assert not isinstance(found, Refusal)
+    return try_op(op, found, module, model)

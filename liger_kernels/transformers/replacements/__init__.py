@@ -1,0 +1,1 @@
+"""Forwards that run our ops in place of a module's own."""

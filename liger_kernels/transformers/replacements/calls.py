@@ -1,0 +1,123 @@
+"""What all patched forwards share: which calls an op serves, and who called one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from liger_kernels.transformers.recognise import RopeSpec, original_class
+from liger_kernels.transformers.replacements.subclasses import SPEC_ATTRIBUTE
+
+_PLAIN_TYPES = (Tensor, nn.Parameter)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_plain(*tensors: Any) -> bool:
+    """Return whether the ops serve these tensors; None counts as served."""
+    return not is_transformed() and all(
+        x is None or (type(x) in _PLAIN_TYPES and x.dtype in _DTYPES and not x.is_meta)
+        for x in tensors
+    )
+
+
+def is_transformed() -> bool:
+    """Return whether something runs this that takes no autograd function of ours.
+
+    That is torch.func (vmap, grad, jvp), a level of forward-mode AD, or torch.jit.trace, with which
+    torch.onnx.export traces as well.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    stack: Any = torch._C._functorch.peek_interpreter_stack
+    is_traced = torch._C._get_tracing_state() is not None
+    return is_traced or forward_ad._current_level >= 0 or stack() is not None
+
+
+def runs_stock_linear(layer: nn.Module) -> bool:
+    """Return whether a layer's own class computes x @ weight.T + bias as torch does it.
+
+    Tools replace nn.Linear.forward, or F.linear beneath it, for numbers of other kinds.
+    """
+    forward = original_class(type(layer)).forward
+    return forward is _LINEAR_FORWARD and F.linear is torch._C._nn.linear
+
+
+# None where somebody was there before us.
+_LINEAR_FORWARD: Any = nn.Linear.forward
+if _LINEAR_FORWARD.__code__.co_filename != inspect.getfile(nn.Linear):
+    _LINEAR_FORWARD = None
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Return whether calling a module is calling its class's forward and nothing else.
+
+    Hooks on every module are not looked at: who sets them, such as an estimate of memory or a
+    counter of FLOPs, wants to see what runs, and not to change it.
+    """
+    return "forward" not in module.__dict__ and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+class Tally:
+    """The modules that called an op, by id, while a tally runs."""
+
+    def __init__(self) -> None:
+        self.called: set[int] = set()
+        # The attention whose forward runs: its rotary function does not know whose it is.
+        self.attention: nn.Module | None = None
+        # torch.compile traced a patched forward: what it holds runs without Python and is not seen.
+        self.is_compiled = False
+
+
+_TALLY: ContextVar[Tally | None] = ContextVar("tally", default=None)
+
+
+@contextmanager
+def tally_calls(modules: Iterable[nn.Module]) -> Iterator[Tally]:
+    """Note which patched modules call their op. Compiled code notes nothing."""
+    tally = Tally()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        tally.attention = module
+
+    hooks = [
+        module.register_forward_pre_hook(enter)
+        for module in modules
+        if isinstance(getattr(type(module), SPEC_ATTRIBUTE, None), RopeSpec)
+    ]
+    token = _TALLY.set(tally)
+    try:
+        yield tally
+    finally:
+        _TALLY.reset(token)
+        for hook in hooks:
+            hook.remove()
+
+
+def note(module: nn.Module | None = None) -> None:
+    if torch.compiler.is_compiling():
+        _note_compiled()
+        return
+    tally = _TALLY.get()
+    if tally is not None:
+        tally.called.add(id(module or tally.attention))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _note_compiled() -> None:
+    """Run once, in Python, where torch.compile traces."""
+    tally = _TALLY.get()
+    if tally is not None:
+        tally.is_compiled = True
