@@ -37,108 +37,95 @@ def starts(name: str, *prefixes: str) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
-# A module (prefix) and what it must not import. Read as: arrows point down only.
-FORBIDDEN = {
+# The packages of each tree from the bottom to the top. A module imports what is below its package,
+# and its own package. Modules at the root of a tree stand where their name does.
+PROGRAM = ("errors", "common", "config", "data", "training", "report", "commands", "app")
+LIBRARY = ("nearest", "ops", "compare", "transformers", "compat")
+PATCHER = (
+    *("wrappers", "recognise", "replacements", "lazy_logits", "patching"),
+    *("options", "api", "loading", "class_mode"),
+)
+ORDERS = {"liger_cli": PROGRAM, "liger_kernels": LIBRARY, "liger_kernels.transformers": PATCHER}
+
+# A package (prefix) and the foreign packages that it must not import.
+FOREIGN = {
     "liger_kernels": ("typer", "click", "rich", "accelerate", "liger_cli"),
-    "liger_kernels.ops": ("transformers", "liger_kernels.transformers", "liger_kernels.compare"),
-    "liger_kernels.compare": ("transformers", "liger_kernels.transformers"),
-    "liger_kernels.transformers.engine": ("transformers",),
-    "liger_kernels.transformers.recognise": (
-        "liger_kernels.transformers.families",
-        "liger_kernels.transformers.plan",
-        "liger_kernels.transformers.engine",
-        "liger_kernels.transformers.api",
-    ),
-    "liger_kernels.transformers.families": (
-        "liger_kernels.transformers.replace",
-        "liger_kernels.transformers.plan",
-        "liger_kernels.transformers.engine",
-        "liger_kernels.transformers.api",
-    ),
-    "liger_kernels.transformers.calls": (
-        "liger_kernels.transformers.families",
-        "liger_kernels.transformers.plan",
-        "liger_kernels.transformers.engine",
-        "liger_kernels.transformers.api",
-    ),
-    "liger_kernels.transformers.recompute": (
-        "liger_kernels.transformers.families",
-        "liger_kernels.transformers.plan",
-        "liger_kernels.transformers.engine",
-        "liger_kernels.transformers.api",
-    ),
-    "liger_kernels.transformers.replace": (
-        "liger_kernels.transformers.families",
-        "liger_kernels.transformers.plan",
-        "liger_kernels.transformers.engine",
-        "liger_kernels.transformers.api",
-    ),
-    "liger_kernels.transformers.residual": (
-        "liger_kernels.transformers.families",
-        "liger_kernels.transformers.plan",
-        "liger_kernels.transformers.engine",
-        "liger_kernels.transformers.api",
-    ),
-    "liger_kernels.transformers.rotary": (
-        "liger_kernels.transformers.families",
-        "liger_kernels.transformers.plan",
-        "liger_kernels.transformers.engine",
-        "liger_kernels.transformers.api",
-    ),
-    "liger_kernels.transformers.swap": (
-        "liger_kernels.transformers.families",
-        "liger_kernels.transformers.plan",
-        "liger_kernels.transformers.engine",
-        "liger_kernels.transformers.api",
-    ),
-    "liger_kernels.transformers.repair": (
-        "liger_kernels.transformers.families",
-        "liger_kernels.transformers.plan",
-        "liger_kernels.transformers.engine",
-        "liger_kernels.transformers.api",
-    ),
-    "liger_kernels.transformers.plan": (
-        "liger_kernels.transformers.engine",
-        "liger_kernels.transformers.api",
-    ),
-    **dict.fromkeys(
-        (
-            "liger_kernels.transformers.selection",
-            "liger_kernels.transformers.survey",
-            "liger_kernels.transformers.origin",
-            "liger_kernels.transformers.fold",
-            "liger_kernels.transformers.trials",
-            "liger_kernels.transformers.head_patch",
-        ),
-        ("liger_kernels.transformers.engine", "liger_kernels.transformers.api"),
-    ),
-    "liger_cli.training": (
-        "liger_cli.commands",
-        "liger_cli.report",
-        "liger_cli.bench",
-        "liger_cli.app",
-        "typer",
-    ),
-    "liger_cli.data": (
-        "liger_cli.training",
-        "liger_cli.commands",
-        "liger_cli.report",
-        "liger_cli.bench",
-        "liger_cli.app",
-        "typer",
-    ),
-    "liger_cli.report": ("liger_cli.commands", "liger_cli.training", "liger_cli.app", "typer"),
-    "liger_cli.config": ("liger_cli.commands", "liger_cli.training", "liger_cli.report"),
+    "liger_kernels.ops": ("transformers",),
+    "liger_kernels.compare": ("transformers",),
+    "liger_kernels.transformers.patching.engine": ("transformers",),
+    "liger_cli.common": ("typer", "rich"),
+    "liger_cli.config": ("rich",),
+    "liger_cli.data": ("typer", "rich"),
+    "liger_cli.training": ("typer", "rich"),
+    "liger_cli.report": ("typer",),
 }
+
+
+def place(name: str, tree: str) -> int | None:
+    """Return how high a module of a tree stands, or None for a module of another tree."""
+    if not starts(name, tree) or name == tree:
+        return None
+    part = name.removeprefix(tree + ".").split(".")[0]
+    order = ORDERS[tree]
+    assert part in order or part == "__main__", f"{name}: {part} has no place in {order}"
+    return order.index(part) if part in order else len(order)
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_imports_point_down(path):
     name = module_name(path)
-    for prefix, banned in FORBIDDEN.items():
+    for tree in ORDERS:
+        if (own := place(name, tree)) is None:
+            continue
+        above = [module for module in imports(path) if (place(module, tree) or 0) > own]
+        assert not above, f"{name} imports {', '.join(sorted(above))}, against the arrows"
+    for prefix, banned in FOREIGN.items():
         if starts(name, prefix):
-            back = sorted(module for module in imports(path) if starts(module, *banned))
-            assert not back, f"{name} imports {', '.join(back)}, against the arrows"
+            found = sorted(module for module in imports(path) if starts(module, *banned))
+            assert not found, f"{name} imports {', '.join(found)}"
+
+
+def modules() -> dict[str, set[str]]:
+    """Return what of ours each module imports, by its name."""
+    names = {module_name(path): path for path in FILES}
+    return {name: (imports(path) & names.keys()) - {name} for name, path in names.items()}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = modules()
+    for start in graph:
+        seen, rest = set(), list(graph[start])
+        while rest:
+            name = rest.pop()
+            if name not in seen:
+                seen.add(name)
+                rest += graph[name]
+        assert start not in seen, f"{start} is in a cycle of imports"
+
+
+def test_no_two_packages_import_each_other():
+    packages = {module_name(path) for path in FILES if path.name == "__init__.py"}
+
+    def package(name: str) -> str:
+        return name if name in packages else name.rpartition(".")[0]
+
+    arrows = {
+        (package(name), package(other)) for name, found in modules().items() for other in found
+    }
+    for one, other in sorted(arrows):
+        is_inside = starts(one, other) or starts(other, one)
+        assert is_inside or (other, one) not in arrows, f"{one} and {other} import each other"
+
+
+def test_no_command_imports_another():
+    def command(name: str) -> str | None:
+        parts = name.split(".")
+        return parts[2] if parts[:2] == ["liger_cli", "commands"] and len(parts) > 2 else None
+
+    for name, found in modules().items():
+        for other in found:
+            is_other = command(name) and command(other) and command(name) != command(other)
+            assert not is_other, f"{name} imports {other}"
 
 
 def test_only_transformers_folder_imports_transformers():
@@ -181,14 +168,19 @@ def test_only_measure_reads_memory_statistics():
                 assert node.attr not in readers, f"{path}:{node.lineno} reads {node.attr}"
 
 
-def test_commands_are_short():
-    for path in (ROOT / "liger_cli" / "commands").glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 80, f"{path.name}: move logic out of it"
+def test_every_command_has_a_folder_and_short_flags():
+    from liger_cli.app import COMMANDS
+
+    commands = ROOT / "liger_cli" / "commands"
+    folders = {path.name for path in commands.iterdir() if (path / "__init__.py").is_file()}
+    assert folders == set(COMMANDS)
+    for path in commands.rglob("cli.py"):
+        assert len(path.read_text().splitlines()) <= 80, f"{path}: move logic out of it"
 
 
 def test_kernels_read_no_plain_globals():
     """case 28: a module constant inside a kernel is a NameError in Inductor and newer Triton."""
-    for path in (ROOT / "liger_kernels" / "ops").glob("*.py"):
+    for path in (ROOT / "liger_kernels" / "ops").rglob("*.py"):
         tree = ast.parse(path.read_text())
         constants = {
             target.id
