@@ -111,6 +111,7 @@ def test_case_231_process_that_is_not_reaped_has_ended(tmp_path):
         # Where the file system has no locks, the content alone decides.
         (values_of(), "in use by a run"),
     ],
+    ids=["host", "process of another host", "content"],
 )
 def test_case_231_locks_that_hold(tmp_path, content, message):
     (tmp_path / LOCK).write_text(content)
