@@ -30,7 +30,7 @@ from unittest import mock
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from liger_cli.commands.train.cli import run as runs
+from liger_cli.commands.train import run as runs
 from liger_cli.config import RunConfig
 from liger_cli.training import loop
 from liger_cli.training.memory import Batch, MemoryEstimate, meta_model_of, step_memory

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from liger_cli.commands.bench.cli.ops import arms as op_arms
-from liger_cli.commands.bench.cli.ops import rounds as op_bench
 
-from liger_cli.commands.bench.cli import targets as op_targets
+from liger_cli.commands.bench import targets as op_targets
+from liger_cli.commands.bench.ops import arms as op_arms
+from liger_cli.commands.bench.ops import rounds as op_bench
 from liger_cli.commands.bench.ops.arms import check
 from liger_cli.commands.bench.ops.rounds import judge, measure
 from liger_cli.commands.bench.ops.tables import (

@@ -15,7 +15,7 @@ import torch
 from accelerate import DistributedType
 from run_files import assert_same, metrics, names, stopped_copy
 
-from liger_cli.commands.train.cli import run as runs
+from liger_cli.commands.train import run as runs
 from liger_cli.report import TrainProgress
 from liger_cli.training.checkpoints import files as checkpoint_files
 from liger_cli.training.checkpoints import saver

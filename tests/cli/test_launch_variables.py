@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from liger_cli.commands.train.cli import run
+from liger_cli.commands.train import run
 from liger_cli.config import RunConfig
 from liger_cli.errors import EnvironmentProblem
 from liger_cli.training.runtime.launch_variables import (

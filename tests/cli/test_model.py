@@ -15,9 +15,9 @@ import yaml
 from liger_cli.common import hub
 from liger_cli.common.environment import cache_directory
 from liger_cli.errors import ConfigError, EnvironmentProblem
+from liger_cli.training.model import demo_model
 from liger_cli.training.model.source import (
     build_meta_model,
-    demo_model,
     load_model,
     load_tokenizer,
     resolve_model,
@@ -428,7 +428,7 @@ def test_demo_model_knows_english():
 
 
 def test_preset_file_that_cannot_be_read(monkeypatch, tmp_path):
-    from liger_cli.training.model.source import presets
+    from liger_cli.training.model import presets
 
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "mine.yaml").write_text(yaml.safe_dump({"config": {}}))

@@ -103,7 +103,7 @@ def test_other_errors_are_not_taken_for_it(train, limit_rows):
 
 
 def test_out_of_memory_while_weights_are_loaded(train, monkeypatch):
-    from liger_cli.training.model.source import loading
+    from liger_cli.training.model import loading
 
     def fail(*args, **options):
         raise torch.OutOfMemoryError("no memory for weights")

@@ -10,7 +10,7 @@ import torch
 from run_files import assert_same, metrics, stopped_copy, weights
 from test_resume_kill import start
 
-from liger_cli.commands.train.cli import run
+from liger_cli.commands.train import run
 
 
 def words_of(data, run_dir, *more):

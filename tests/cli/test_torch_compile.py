@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from liger_cli.config import load_config
-from liger_cli.training.model.source import loading
+from liger_cli.training.model import loading
 
 # Rows of one length: each other one compiles anew.
 ONE_LENGTH = ("--dataset", "synthetic", "--max-length", 32)

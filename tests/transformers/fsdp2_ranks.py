@@ -19,8 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from liger_kernels.transformers import apply_liger_kernel
+from liger_kernels.transformers.lazy_logits import loss as head_loss
 from liger_kernels.transformers.lazy_logits.head import num_fused
-from liger_kernels.transformers.lazy_logits.tensor import loss as head_loss
 
 WORLD = 2
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_kernels.ops.launch import INTERPRETED
+from liger_kernels.transformers.lazy_logits import loss as head_loss
 from liger_kernels.transformers.lazy_logits.head import head_problem, install_head, num_fused
 from liger_kernels.transformers.lazy_logits.tensor import LazyLogits
-from liger_kernels.transformers.lazy_logits.tensor import loss as head_loss
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs without the interpreter")
 
