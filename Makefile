@@ -1,6 +1,6 @@
 # make setup   ./.venv with everything, the demo model and data included (second call: a second)
 # make demo    inspect and train a real model on real conversations, minutes on a CPU
-# make check   format, lint, types, architecture      make test   all CPU tests
+# make check   format, lint, types, architecture      make test   the CPU tests      make test-slow   the rest
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ GPU_PYTHON ?= python3
 RESULTS ?= docs/results
 CHECKED := liger_kernels liger_cli tests scripts
 
-.PHONY: setup demo fmt check test test-gpu test-versions coverage bench clean
+.PHONY: setup demo fmt check test test-slow test-gpu test-versions coverage bench clean
 
 setup: $(STAMP)
 
@@ -43,6 +43,11 @@ check: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow'
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow' tests/ops tests/transformers/test_interpreter.py
+
+# What takes minutes, each test with its reason; run before a release and after changes of its area.
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'slow and not gpu'
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'slow and not gpu' tests/ops
 
 # Runs with the machine's own Python: a CUDA build of torch is not ours to install.
 test-gpu:

@@ -21,9 +21,11 @@ def versions() -> str:
     import transformers
     import triton
 
+    from liger_cli.common.environment import commit
+
     return (
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
-        f"transformers {transformers.__version__}, Python {sys.version.split()[0]}"
+        f"transformers {transformers.__version__}, Python {sys.version.split()[0]}, commit {commit()}"
     )
 
 
