@@ -21,6 +21,8 @@ def versions() -> str:
     import transformers
     import triton
 
+    # The script's own folder is on the path, not the checkout.
+    sys.path.insert(0, str(ROOT))
     from liger_cli.common.environment import commit
 
     return (
