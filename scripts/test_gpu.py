@@ -27,7 +27,8 @@ def versions() -> str:
 
     return (
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
-        f"transformers {transformers.__version__}, Python {sys.version.split()[0]}, commit {commit()}"
+        f"transformers {transformers.__version__}, Python {sys.version.split()[0]}, "
+        f"commit {commit()}"
     )
 
 

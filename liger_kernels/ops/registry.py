@@ -31,7 +31,7 @@ _ROWS = (
     LOGPROBS,
 )
 OPS: dict[str, Op] = {op.name: op for op in _ROWS}
-_BY_ANY_NAME = {name: op for op in _ROWS for name in (op.name, *op.aliases)}
+_FULL_NAMES = {name: op.name for op in _ROWS for name in (op.name, *op.aliases)}
 
 
 # The names that --ops, --require and coverage use, in the order reports show them.
@@ -51,14 +51,14 @@ def find_op(name: str, among: Collection[str] = tuple(OPS), words: tuple[str, ..
             names of the ops that it is a part of.
     """
     wanted = name.strip().lower().replace("-", "_")
-    found = _BY_ANY_NAME.get(wanted)
+    found = OPS[_FULL_NAMES[wanted]] if wanted in _FULL_NAMES else None
     if found is not None and found.name in among:
         return found
     hint = "."
     if found is not None and found.part_of:
         hint = f" here: it runs as a part of {' and '.join(found.patch_names)}."
     else:
-        names = [alias for alias, op in _BY_ANY_NAME.items() if op.name in among]
+        names = [alias for alias, full in _FULL_NAMES.items() if full in among]
         if near := nearest_name(wanted, [*names, *words]):
             hint = f"; did you mean {near!r}?"
     raise ValueError(f"unknown op {name!r}{hint} Known: {', '.join((*among, *words))}")

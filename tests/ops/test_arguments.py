@@ -72,7 +72,7 @@ def test_case_205_a_wrong_device_is_refused_by_name(op, name, device):
     message = refusal(op, {**arguments, name: arguments[name].to("meta")})
     assert name in message, message
     assert any(message.startswith(f"{other} must be on ") for other in others), message
-    assert {"meta", str(device)} <= set(re.split(r"[ ,]", message)), message
+    assert {"meta", str(arguments[name].device)} <= set(re.split(r"[ ,]", message)), message
 
 
 @each_op

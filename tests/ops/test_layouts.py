@@ -67,9 +67,14 @@ def memory(x: torch.Tensor) -> torch.Tensor:
 def assert_same(ours, wanted, where: str) -> None:
     (outputs, grads), (wanted_outputs, wanted_grads) = ours, wanted
     for i, (mine, other) in enumerate(zip(outputs, wanted_outputs, strict=True)):
-        assert error(mine, other) <= TOLERANCE, f"{where}: output {i}"
+        assert is_same(mine, other), f"{where}: output {i}"
     for name, grad in grads.items():
-        assert error(grad, wanted_grads[name]) <= TOLERANCE, f"{where}: gradient of {name}"
+        assert is_same(grad, wanted_grads[name]), f"{where}: gradient of {name}"
+
+
+def is_same(x: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Say whether x is wanted up to rounding, which is all there is where like rows cancel."""
+    return error(x, wanted) <= TOLERANCE or (x - wanted).abs().max() <= 1e-6
 
 
 def check(op, case, name: str, layout: Callable[[torch.Tensor], torch.Tensor], device) -> None:

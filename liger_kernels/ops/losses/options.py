@@ -65,6 +65,12 @@ class LossOptions:
         )
 
 
+# Asked once: torch.compile of torch 2.11 does not trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind)
+)
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype losses are computed and returned in: fp32, or fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -72,7 +78,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def has_autocast(device: torch.device) -> bool:
     """Return whether autocast knows the device: tensors without data have none."""
-    return torch.amp.is_autocast_available(device.type)
+    return device.type in _AUTOCAST_DEVICES
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
