@@ -20,5 +20,5 @@ def printable(text: str) -> str:
 
 def shorten(text: str, length: int = 80) -> str:
     """Return text fit for a line of a message: on one line, escaped, cut in the middle."""
-    text = printable(text).replace("\n", "\\n").replace("\t", "\\t")
+    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
     return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 4 :]}"

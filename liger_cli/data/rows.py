@@ -194,7 +194,7 @@ def _as_object(record: Record) -> Mapping[str, Any]:
     where, content = record
     if isinstance(content, bytes):
         try:
-            text = content.decode("utf-8-sig")
+            text = content.decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise not_utf8(where, error) from error
         try:

@@ -61,7 +61,7 @@ def test_every_command_has_a_line_and_a_module(capsys):
     output = capsys.readouterr().out
     for name in app.COMMANDS:
         assert f" {name} " in output
-        assert importlib.import_module(f"liger_cli.commands.{name}").command
+        assert importlib.import_module(f"liger_cli.commands.{name}.cli").command
 
 
 @pytest.mark.parametrize("name", app.COMMANDS)

@@ -79,7 +79,7 @@ def test_text_on_stdout_is_that_of_the_document(generate):
 
 def test_text_is_shown_as_it_comes(generate, monkeypatch):
     """The first words are written before the last are made."""
-    from liger_cli.commands.generate.cli import conversation
+    from liger_cli.commands.generate import conversation
 
     pieces = []
     monkeypatch.setattr(conversation, "_write", pieces.append)
@@ -279,5 +279,5 @@ def test_broken_pipe_ends_quietly(model):
     process.stdout.close()
     err = process.stderr.read()
     process.wait(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 0
     assert err == b""

@@ -69,7 +69,11 @@ def test_refused_before_the_work(liger, nowhere, monkeypatch, words, flag):
     def no_work(*_words, **_options):
         raise AssertionError("the work began")
 
-    for name in ("bench.comparison.run_bench", "bench.op_bench.run_ops", "runs.load_inputs"):
+    for name in (
+        "commands.bench.models.comparison.run_bench",
+        "commands.bench.ops.rounds.run_ops",
+        "commands.train.run.load_inputs",
+    ):
         monkeypatch.setattr(f"liger_cli.{name}", no_work)
     done = liger(*words, nowhere)
     assert done.code == 3, done.err

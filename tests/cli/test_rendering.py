@@ -69,7 +69,7 @@ def test_case_236_a_limit_names_the_row_from_any_thread(short, name):
     def render() -> None:
         renderer = ChatRenderer(byte_tokenizer(), HOSTILE[name])
         with pytest.raises(DataError) as caught:
-            renderer.segments(TALK, "d.jsonl:7")
+            renderer.conversation(TALK, (), "d.jsonl:7")
         found.append(caught.value.message)
 
     thread = threading.Thread(target=render)

@@ -18,13 +18,12 @@ from torch import nn
 
 import liger_kernels.transformers
 from liger_kernels.transformers import apply_liger_kernel, class_mode, inspect_model, restore
+from liger_kernels.transformers.lazy_logits import head
+from liger_kernels.transformers.patching import engine
 from liger_kernels.transformers.patching.engine import apply
 from liger_kernels.transformers.replacements import subclasses as swap_module
 
-_FILES = {
-    str(Path(swap_module.__file__).with_name(name))
-    for name in ("engine.py", "swap.py", "head_patch.py", "class_mode.py")
-}
+_FILES = {str(Path(module.__file__)) for module in (engine, swap_module, head, class_mode)}
 
 
 class _Interrupt:
