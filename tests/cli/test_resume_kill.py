@@ -84,14 +84,18 @@ def kill_until_done(words, run_dir, draw, num_kills):
     assert process.exitcode == 0
 
 
-def test_case_93_killed_at_20_random_moments(data, tmp_path):
+@pytest.mark.parametrize(
+    "num_kills",
+    [3, pytest.param(20, marks=pytest.mark.slow)],  # 20 kills are 20 starts of a run.
+)
+def test_case_93_killed_at_random_moments(data, tmp_path, num_kills):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     evals = ("--eval-fraction", 0.2, "--eval-steps", 3)
     process = start(*words_of(data, whole, *evals))
     process.join()
     assert process.exitcode == 0
     words = words_of(data, killed, *evals, "--resume", "auto")
-    kill_until_done(words, killed, random.Random(93), 20)
+    kill_until_done(words, killed, random.Random(93), num_kills)
     assert_same(whole, killed)
     ours, theirs = (json.loads((path / "report.json").read_text()) for path in (killed, whole))
     for key in ("steps", "tokens", "trained_tokens", "first_loss", "final_loss"):

@@ -84,8 +84,14 @@ GROUPINGS = {
     **{f"tied-{groups}": {"groups": groups, "tied": True} for groups in TIED_GROUPS},
 }
 FAST = {
-    **GROUPINGS,
-    **{f"norm+head-{name}": {"groups": "norm+head", **VARIANTS[name]} for name in VARIANTS},
+    **{
+        name: GROUPINGS[name]
+        for name in ("root", "head", "norm+head", "embed/norm+head", "tied-embed+norm+head")
+    },
+    **{
+        f"norm+head-{name}": {"groups": "norm+head", **VARIANTS[name]}
+        for name in ("no-sync", "non-reentrant", "frozen-head", "chunked", "logits", "softcap")
+    },
     **{
         f"head-{name}": {"groups": "head", **VARIANTS[name]}
         for name in ("accumulate", "chunked", "caller", "abandons")

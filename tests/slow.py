@@ -1,0 +1,84 @@
+"""Tests that `make test` leaves to `make test-slow`, each with its reason.
+
+A row names a test, why it is slow, and a pattern of the parameter ids that `make test` keeps all
+the same: one or more of each kind. Rows of INTERPRETED count only where kernels are interpreted,
+which is some hundred times slower than running them.
+"""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["reason_of"]
+
+NONE = "(?!)"
+
+SLOW = {
+    "test_torch_compile_takes_part": ("Inductor compiles C++ for every op", NONE),
+    "test_a_compiled_side_compiles_in_its_first_step_alone_case_103": ("three compiled runs", NONE),
+    "test_layers_alone_keep_attention_from_a_mask": ("two compiled models", NONE),
+    "test_compiled_run_equals_the_other": ("two trainings a case", "^layers$"),
+    "test_remedies_that_fit_come_first": ("forty estimates of one model", NONE),
+    "test_so_it_does_with_options": (
+        "38 models, estimated and run",
+        "mistral-keys[0-3]$|qwen3-moe-keys0$",
+    ),
+    "test_case_93_stopped_and_resumed": (
+        "three trainings a case",
+        "accumulation|packed-stream|dropout",
+    ),
+    "test_case_93_resume_is_exact_with_every_optimizer": (
+        "three trainings a case",
+        "adamw_torch_fused|muon-master",
+    ),
+    "test_loss_falls": ("thirty steps an optimizer", "adamw_torch_fused|muon"),
+    "test_case_93_resume_of_an_adapter_is_exact": ("three trainings a case", "words0|lora"),
+    "test_case_93_packed_run_resumes_exactly": ("three trainings a case", "bfd"),
+    "test_case_222_finished_run_is_lengthened": ("three trainings a case", "^max_steps$|shorter"),
+    "test_resume_of_another_run_is_refused": ("a training a case", "[0-3]|seed|model"),
+    "test_a_signal_ends_the_run_in_progress_too": ("a bench of two processes a case", "SIGKILL|9$"),
+    "test_the_peer_patches_our_model_in_our_loop": ("a bench of four processes", NONE),
+    "test_trl": ("a trainer of another library a case", "llama-sft-patched|gemma2-dpo-use"),
+    "test_trainer_case_59_66_67": (
+        "two trainers a case",
+        "llama-(plain|smoothing)|granite-checkpoints",
+    ),
+    "test_trainer_asks_for_liger_kernel_case_67": ("a Trainer a case", NONE),
+    "test_number_of_processes_changes_nothing": ("three pools of processes", NONE),
+    "test_pickle_loads_in_another_process_case_50": ("a process that imports everything", NONE),
+    "test_case_89_two_processes_evaluate_as_one": ("three processes", NONE),
+    "test_ctrl_c_of_a_launcher_stops_all_after_the_same_step": ("three processes", NONE),
+    "test_patched_adapter_equals_unpatched": ("two trainings a case", "lora|words0"),
+    "test_plain_transformers_computes_what_the_adapter_did": (
+        "a training and a merge a case",
+        "lora|words0",
+    ),
+    "test_shipped_configuration_runs": ("a training a file", "sft|lora"),
+}
+
+INTERPRETED = {
+    "test_case_201_tensors_of_any_layout": ("two interpreted calls a case", "strided|expanded_all"),
+    "test_case_201_incoming_gradients_of_any_layout": (
+        "two interpreted calls a case",
+        "column|expanded_all",
+    ),
+    "test_case_204_wrong_values_are_refused_by_name": ("no kernel runs", NONE),
+    "test_case_205_a_wrong_device_is_refused_by_name": ("no kernel runs", NONE),
+    "test_case_206_dtypes_that_are_not_listed_are_refused": ("no kernel runs", NONE),
+}
+
+
+def reason_of(name: str, *, interpreted: bool) -> str | None:
+    """Return why a test is not a part of `make test`, or None if it is.
+
+    Args:
+        name: The test's name with its parameters, as pytest writes it.
+        interpreted: Whether kernels are interpreted.
+    """
+    function, _, parameters = name.partition("[")
+    tables = (SLOW, INTERPRETED) if interpreted else (SLOW,)
+    for table in tables:
+        if function in table:
+            reason, kept = table[function]
+            return None if re.search(kept, parameters.rstrip("]")) else reason
+    return None
