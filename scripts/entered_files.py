@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = tuple(f"{ROOT / package}{os.sep}" for package in ("liger_cli", "liger_kernels"))
 # The class whose `write` appends the metrics of a step to the log.
 STEP_LOG = "run_log.py", "write"
-WORDS = "train --model llama --dataset synthetic --max-steps 1 --max-length 64 --use-cpu".split()
+WORDS = ["train", "--model", "llama", "--dataset", "synthetic", "--max-length", "64"]
+WORDS += ["--max-steps", "1", "--use-cpu"]
 
 
 class Entered:

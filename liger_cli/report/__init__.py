@@ -26,6 +26,7 @@ from liger_cli.report.bench import (
 from liger_cli.report.console import (
     TrainProgress,
     make_console,
+    notify,
     print_line,
     show_json,
     show_lines,
@@ -89,6 +90,7 @@ __all__ = [
     "fold_modules",
     "last_line",
     "modules_table",
+    "notify",
     "show_json",
     "show_lines",
     "show_report",

@@ -20,6 +20,7 @@ __all__ = [
     "TrainProgress",
     "make_console",
     "new_table",
+    "notify",
     "print_line",
     "show_json",
     "show_lines",
@@ -53,6 +54,11 @@ def show_lines(*lines: str, stderr: bool = False) -> None:
     console = make_console(stderr=stderr)
     for line in lines:
         print_line(console, line)
+
+
+def notify(message: str) -> None:
+    """Print a message to stderr, and leave stdout to the result."""
+    show_lines(message, stderr=True)
 
 
 def show_json(value: Mapping[str, Any] | Sequence[Any]) -> None:

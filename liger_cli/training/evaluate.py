@@ -19,14 +19,18 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from liger_cli.config import RunConfig
 from liger_cli.data.batches import count_labels, load_windows
 from liger_cli.data.encode import IGNORED
 from liger_cli.training.checkpoints.random_state import kept_random_state
 from liger_cli.training.forward import LossOf
+from liger_cli.training.inputs import Inputs
+from liger_cli.training.memory.limits import evaluation_out_of_memory
+from liger_cli.training.runtime.auto_fit import is_out_of_memory
 from liger_kernels.transformers.lazy_logits.deferred import is_lazy_head
 from liger_kernels.transformers.wrappers import forward_parameters
 
-__all__ = ["FIGURES", "EvalResult", "evaluate"]
+__all__ = ["FIGURES", "EvalResult", "evaluate", "evaluate_inputs"]
 
 # Logits made at a time: 128 MiB in float32, and twice as much for probabilities and entropies.
 _CHUNK_ELEMENTS = 2**25
@@ -122,6 +126,36 @@ def evaluate(
         model.train(was_training)
     named = {name: _result(sums) for name, sums in found.items() if name}
     return replace(_result(sum(found.values())), sets=named)
+
+
+def evaluate_inputs(
+    config: RunConfig, model: Any, inputs: Inputs, accelerator: Any, **options: Any
+) -> EvalResult:
+    """Evaluate a model on the evaluation sets of a run.
+
+    Args:
+        config: The run; gives the rows of a batch.
+        model: The prepared model.
+        inputs: The sets and their collator.
+        accelerator: Of the run.
+        options: `record` and `on_batch` of evaluate.
+
+    Raises:
+        OutOfMemory: The batches are too large; with the flag that makes them smaller.
+    """
+    try:
+        return evaluate(
+            model,
+            inputs.eval,
+            inputs.collator,
+            batch_size=config.per_device_eval_batch_size,
+            accelerator=accelerator,
+            **options,
+        )
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise evaluation_out_of_memory(error, config) from error
+        raise
 
 
 def _result(sums: Any) -> EvalResult:

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from liger_cli.commands.report.saved_report import read_saved
-from liger_cli.commands.train.announce import notify
 from liger_cli.common.text import printable
 from liger_cli.errors import LigerError
-from liger_cli.report import show_json, show_lines, show_report, show_table
+from liger_cli.report import notify, show_json, show_lines, show_report, show_table
 from liger_cli.report.console import TrainProgress
 from liger_cli.report.html import html
 from liger_cli.report.markdown import markdown

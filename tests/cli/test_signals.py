@@ -28,8 +28,8 @@ PLACES = [
     (TRAIN, "liger_cli.commands.train.run.load_patched"),
     (TRAIN, "liger_cli.commands.train.run.announce_kernels"),
     (TRAIN, "liger_cli.training.loop.make_optimizer"),
-    (EVAL, "liger_cli.commands.train.run.load_inputs"),
-    (EVAL, "liger_cli.commands.train.run.evaluate"),
+    (EVAL, "liger_cli.commands.eval.run.load_inputs"),
+    (EVAL, "liger_cli.training.evaluate.evaluate"),
     (
         ("bench", "-m", "qwen3", "--steps", 2),
         "liger_cli.commands.bench.models.comparison.resolve_model",

@@ -17,7 +17,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Loss, perplexity and token accuracy of a model, without making logits."""
-    from liger_cli.commands.train.run import run_eval
+    from liger_cli.commands.eval.run import run_eval
     from liger_cli.report import show_report
 
     report = run_eval(config)

@@ -11,10 +11,9 @@ import torch
 from accelerate import PartialState
 
 from liger_cli.commands.generate.text import Answer, Generator, Sampling
-from liger_cli.commands.train.announce import notify
 from liger_cli.common.text import printable
 from liger_cli.errors import ConfigError
-from liger_cli.report import show_json
+from liger_cli.report import notify, show_json
 from liger_cli.training.model.source import load_model, load_tokenizer, resolve_model
 from liger_cli.training.runtime.launch import quiet_libraries
 

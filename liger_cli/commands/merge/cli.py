@@ -33,10 +33,9 @@ def command(
     import torch
 
     from liger_cli.commands.merge.merge import merge_adapter
-    from liger_cli.commands.train.announce import notify
     from liger_cli.common.numbers import format_count
     from liger_cli.errors import ConfigError
-    from liger_cli.report import show_json, show_lines
+    from liger_cli.report import notify, show_json, show_lines
     from liger_cli.training.model.source import resolve_model
     from liger_cli.training.runtime.launch import quiet_libraries
 

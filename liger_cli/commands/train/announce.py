@@ -5,16 +5,11 @@ from __future__ import annotations
 from liger_cli.common.numbers import format_count
 from liger_cli.data.batches import BatchPlan
 from liger_cli.data.packing import PackedRows
-from liger_cli.report import show_lines
+from liger_cli.report import notify
 from liger_cli.training.inputs import Inputs
 from liger_kernels.transformers.patching.engine import PatchRecord
 
-__all__ = ["announce_data", "announce_kernels", "notify"]
-
-
-def notify(message: str) -> None:
-    """Says something to whoever watches, and leaves stdout to the result."""
-    show_lines(message, stderr=True)
+__all__ = ["announce_data", "announce_kernels"]
 
 
 def announce_kernels(record: PatchRecord) -> None:

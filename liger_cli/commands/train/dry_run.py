@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from liger_cli.commands.train.announce import notify
 from liger_cli.common.numbers import format_bytes
 from liger_cli.data.batches import BatchPlan, count_labels, count_tokens
 from liger_cli.data.feed import make_feed
-from liger_cli.report import RunReport
+from liger_cli.report import RunReport, notify
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.memory.limits import RunMemory, device_memory, parts_line
 

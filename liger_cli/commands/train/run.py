@@ -1,15 +1,13 @@
-"""What `liger train` and `liger eval` do, from a configuration to a report."""
+"""What `liger train` does, from a configuration to a report."""
 
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from liger_cli.commands.train.announce import announce_data, announce_kernels, notify
+from liger_cli.commands.train.announce import announce_data, announce_kernels
 from liger_cli.commands.train.dry_run import describe_dry_run
 from liger_cli.common.outputs import write_file
 from liger_cli.config import RunConfig
@@ -21,6 +19,7 @@ from liger_cli.report import (
     RunReport,
     TrainProgress,
     eval_texts,
+    notify,
 )
 from liger_cli.report.build import (
     add_evaluation,
@@ -32,13 +31,12 @@ from liger_cli.report.build import (
 from liger_cli.report.requirements import check_places, check_required, parse_ops
 from liger_cli.training.checkpoints.files import step_of
 from liger_cli.training.checkpoints.resume import describe_resume
-from liger_cli.training.evaluate import EvalResult, evaluate
+from liger_cli.training.evaluate import EvalResult, evaluate_inputs
 from liger_cli.training.inputs import Inputs, load_inputs
 from liger_cli.training.loop import train
 from liger_cli.training.memory.limits import (
     RunMemory,
     check_memory,
-    evaluation_out_of_memory,
     out_of_memory,
 )
 from liger_cli.training.model.adapters import adapts, quantization, trained_line
@@ -54,7 +52,7 @@ from liger_cli.training.runtime.peer_patch import apply_peer_patch
 from liger_cli.training.runtime.trackers import check_trackers, prefixed, tracking
 from liger_kernels.transformers.api import inspect_model
 
-__all__ = ["run_eval", "run_train"]
+__all__ = ["run_train"]
 
 
 def run_train(
@@ -238,7 +236,7 @@ def _train_loaded(
         write_file(run_dir / "config.yaml", config.to_yaml())
 
     def evaluate_now(prepared: Any) -> EvalResult:
-        return _evaluate(config, prepared, inputs, accelerator)
+        return evaluate_inputs(config, prepared, inputs, accelerator)
 
     with (
         tracking(config, run_dir, is_main=is_main) as track,
@@ -278,58 +276,3 @@ def _train_loaded(
             save=not measure_only,
         )
     return result, record, peer
-
-
-def _evaluate(
-    config: RunConfig, model: Any, inputs: Inputs, accelerator: Any, **options: Any
-) -> EvalResult:
-    try:
-        return evaluate(
-            model,
-            inputs.eval,
-            inputs.collator,
-            batch_size=config.per_device_eval_batch_size,
-            accelerator=accelerator,
-            **options,
-        )
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise evaluation_out_of_memory(error, config) from error
-        raise
-
-
-def run_eval(config: RunConfig) -> RunReport | None:
-    """Evaluates and returns the report; None on processes other than the main one.
-
-    Raises:
-        LigerError: Anything a user can mend.
-    """
-    config = config_of_launch(config)
-    parse_ops(config.ops)
-    quiet_libraries()
-    source = resolve_model(config.model, notify)
-    is_adapted = adapts(config, source, trains=False)
-    accelerator = make_accelerator(config, adapts=is_adapted)
-    inputs = load_inputs(config, source=source, trains=False, notify=notify)
-    check_memory(config, inputs.meta_model, accelerator.device, trains=False)
-    model, record = load_patched(config, source, accelerator.device, notify, trains=False)
-    model = accelerator.prepare_model(model, evaluation_mode=True)
-    is_main = accelerator.is_main_process
-    rows_at_once = config.per_device_eval_batch_size * accelerator.num_processes
-    num_batches = sum(math.ceil(len(rows) / rows_at_once) for rows in inputs.eval.values())
-    done = itertools.count(1)
-    with TrainProgress(num_batches, description="eval") as progress:
-
-        def show() -> None:
-            if (number := next(done)) % config.logging_steps == 0:
-                progress.update(number)
-
-        result = _evaluate(
-            config, model, inputs, accelerator, record=record, on_batch=show if is_main else None
-        )
-    accelerator.end_training()
-    if not is_main:
-        return None
-    report = report_of("eval", config, inputs, record)
-    add_evaluation(report, result)
-    return report

@@ -1,0 +1,58 @@
+"""Evaluate a model, from a configuration to a report."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from liger_cli.config import RunConfig
+from liger_cli.report import RunReport, TrainProgress, notify
+from liger_cli.report.build import add_evaluation, report_of
+from liger_cli.report.requirements import parse_ops
+from liger_cli.training.evaluate import evaluate_inputs
+from liger_cli.training.inputs import load_inputs
+from liger_cli.training.memory.limits import check_memory
+from liger_cli.training.model.adapters import adapts
+from liger_cli.training.model.loading import load_patched
+from liger_cli.training.model.source import resolve_model
+from liger_cli.training.runtime.launch import make_accelerator, quiet_libraries
+from liger_cli.training.runtime.launch_variables import config_of_launch
+
+__all__ = ["run_eval"]
+
+
+def run_eval(config: RunConfig) -> RunReport | None:
+    """Evaluate a model and return the report; None on processes other than the main one.
+
+    Raises:
+        LigerError: Anything a user can mend.
+    """
+    config = config_of_launch(config)
+    parse_ops(config.ops)
+    quiet_libraries()
+    source = resolve_model(config.model, notify)
+    is_adapted = adapts(config, source, trains=False)
+    accelerator = make_accelerator(config, adapts=is_adapted)
+    inputs = load_inputs(config, source=source, trains=False, notify=notify)
+    check_memory(config, inputs.meta_model, accelerator.device, trains=False)
+    model, record = load_patched(config, source, accelerator.device, notify, trains=False)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    is_main = accelerator.is_main_process
+    rows_at_once = config.per_device_eval_batch_size * accelerator.num_processes
+    num_batches = sum(math.ceil(len(rows) / rows_at_once) for rows in inputs.eval.values())
+    done = itertools.count(1)
+    with TrainProgress(num_batches, description="eval") as progress:
+
+        def show() -> None:
+            if (number := next(done)) % config.logging_steps == 0:
+                progress.update(number)
+
+        result = evaluate_inputs(
+            config, model, inputs, accelerator, record=record, on_batch=show if is_main else None
+        )
+    accelerator.end_training()
+    if not is_main:
+        return None
+    report = report_of("eval", config, inputs, record)
+    add_evaluation(report, result)
+    return report
