@@ -1,11 +1,10 @@
-"""The `liger` program: finds the command, and turns every error into a message and an exit code.
+"""The `liger` program: find the command, and turn every error into a message and an exit code.
 
 Commands are imported when they run, so `liger --help` needs neither torch nor pydantic.
 """
 
 from __future__ import annotations
 
-import errno
 import importlib
 import sys
 import traceback
@@ -17,16 +16,10 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
+from liger_cli.common.failures import describe_error, is_usage_error, show_error
 from liger_cli.common.streams import SafeStreams
-from liger_cli.common.text import printable, shorten
-from liger_cli.errors import (
-    ConfigError,
-    EnvironmentProblem,
-    Interrupted,
-    LigerError,
-    OutOfMemory,
-    panics_raised,
-)
+from liger_cli.common.text import printable
+from liger_cli.errors import EnvironmentProblem, LigerError, panics_raised
 from liger_cli.training.runtime.stop_signals import Interruption
 from liger_kernels.nearest import nearest_name
 
@@ -85,23 +78,17 @@ class _LazyGroup(TyperGroup):
         except (typer.Exit, typer.Abort):
             raise
         except (Exception, KeyboardInterrupt) as error:
-            problem = _describe(error)
-            if interruption.requested and not isinstance(error, Interrupted):
-                # Libraries make other errors of a KeyboardInterrupt.
-                problem = Interrupted("interrupted")
+            problem = describe_error(error, was_interrupted=interruption.requested)
             if ctx.obj["as_json"] and not problem.is_reported:
                 _show_as_json(problem)
-            if _is_usage_error(error) and not interruption.requested:
+            if is_usage_error(error) and not interruption.requested:
                 # typer shows these itself, with the usage line.
                 if isinstance(getattr(error, "message", None), str):
                     error.message = printable(error.message)  # type: ignore[union-attr]
                 raise
             if ctx.params["debug"]:
                 typer.echo(printable(traceback.format_exc()), err=True, nl=False)
-            message = printable(f"error: {problem.message}")
-            typer.secho(message, err=True, fg=typer.colors.RED)
-            if problem.hint:
-                typer.echo(printable(problem.hint), err=True)
+            show_error(problem)
             raise typer.Exit(problem.exit_code) from None
 
 
@@ -121,48 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # Text is for people, who close a pipe when they have read enough. A document is whole.
             if failure is None or not as_json or end.code:
                 raise
-            typer.secho(
-                f"error: stdout cannot be written: {failure.strerror}",
-                err=True,
-                fg=typer.colors.RED,
-            )
-            raise SystemExit(EnvironmentProblem.exit_code) from None
-
-
-def _is_usage_error(error: BaseException) -> bool:
-    # Known by its method: the class is click's, or that of typer's own copy of click.
-    return hasattr(error, "format_message")
-
-
-def _describe(error: Any) -> LigerError:
-    """Any error as one with a message and an exit code."""
-    if isinstance(error, LigerError):
-        return error
-    if isinstance(error, KeyboardInterrupt):
-        return Interrupted("interrupted")
-    if _is_usage_error(error):
-        return ConfigError(error.format_message())
-    torch = sys.modules.get("torch")
-    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
-    # On a CPU torch raises a plain RuntimeError.
-    if isinstance(error, kinds) or "can't allocate memory" in str(error):
-        return OutOfMemory(
-            f"out of memory: {_first_line(error)}",
-            hint="Lower --per-device-train-batch-size (and raise --gradient-accumulation-steps), "
-            "lower --max-length, or add --gradient-checkpointing.",
-        )
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return ConfigError(f"no file system has such long names: {shorten(str(error.filename))}")
-    if isinstance(error, OSError):
-        return EnvironmentProblem(
-            f"{type(error).__name__}: {_first_line(error)}",
-            hint="`liger --debug COMMAND ...` shows where it comes from.",
-        )
-    return LigerError(
-        f"{type(error).__name__}: {_first_line(error)}",
-        hint="This is not an error that liger expects. `liger --debug COMMAND ...` shows where it "
-        "comes from.",
-    )
+            problem = EnvironmentProblem(f"stdout cannot be written: {failure.strerror}")
+            show_error(problem)
+            raise SystemExit(problem.exit_code) from None
 
 
 def _show_as_json(problem: LigerError) -> None:
@@ -171,10 +119,6 @@ def _show_as_json(problem: LigerError) -> None:
 
     values = {"exit_code": problem.exit_code, "message": problem.message, "hint": problem.hint}
     show_json({"error": {"kind": type(problem).__name__, **values}})
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def _import_command(name: str) -> Any:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from liger_cli.common.failures import is_out_of_memory
 from liger_cli.config import RunConfig
 from liger_cli.data.batches import count_labels, load_windows
 from liger_cli.data.encode import IGNORED
@@ -26,7 +27,6 @@ from liger_cli.training.checkpoints.random_state import kept_random_state
 from liger_cli.training.forward import LossOf
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.memory.limits import evaluation_out_of_memory
-from liger_cli.training.runtime.auto_fit import is_out_of_memory
 from liger_kernels.transformers.lazy_logits.deferred import is_lazy_head
 from liger_kernels.transformers.wrappers import forward_parameters
 

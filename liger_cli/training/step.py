@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from liger_cli.common.failures import is_out_of_memory
 from liger_cli.data.feed import Window
 from liger_cli.training.forward import LossOf
-from liger_cli.training.runtime.auto_fit import FittingFeed, is_out_of_memory
+from liger_cli.training.runtime.auto_fit import FittingFeed
 
 __all__ = ["Gradients"]
 

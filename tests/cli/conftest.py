@@ -75,3 +75,22 @@ def train(liger: Liger, data: Path, run_dir: Path) -> Liger:
         return liger(*words, *more)
 
     return run
+
+
+@pytest.fixture
+def measure(
+    liger: Liger, data: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., dict[str, Any]]:
+    """Runs what the process of an arm runs, on the small data with a tiny model."""
+    from liger_cli.commands.train import arm
+
+    def run(**keys: object) -> dict[str, Any]:
+        config = {"model": "qwen3", "dataset": str(data), "output_dir": str(run_dir)}
+        config |= {"use_cpu": True, "max_length": 64, "max_steps": 3, **keys}
+        file = data.with_name("arm.yaml")
+        # JSON is YAML.
+        file.write_text(json.dumps(config))
+        arm.main([str(file)])
+        return dict(json.loads(capsys.readouterr().out))
+
+    return run

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from liger_cli.common.failures import is_out_of_memory
 from liger_cli.config import load_config
 from liger_cli.training import loop
 from liger_cli.training.forward import LossOf
 from liger_cli.training.memory import Batch, limits
 from liger_cli.training.memory.limits import RunMemory, out_of_memory
 from liger_cli.training.model.presets import ModelSource
-from liger_cli.training.runtime.auto_fit import is_out_of_memory, smaller_batches
+from liger_cli.training.runtime.auto_fit import smaller_batches
 
 # 270 million parameters, most of them in the embedding.
 CONFIG = {

@@ -95,10 +95,8 @@ def test_nothing_is_tracked_unasked(train, run_dir, recorders):
     assert not recorders
 
 
-def test_a_run_that_only_measures_reports_to_nobody(train, run_dir, recorders):
-    words = ("--measure-only", "--report-to", "wandb", "--profile-steps", "2-9")
-    done = train(*words)
-    assert done.code == 0, done.err
+def test_a_run_that_only_measures_reports_to_nobody(measure, run_dir, recorders):
+    assert measure(report_to="wandb", profile_steps="2-9")["train"]["steps"] == 3
     assert not recorders
     assert not list(run_dir.glob("profile*"))
 

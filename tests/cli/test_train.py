@@ -361,10 +361,20 @@ def test_baseline_measures_the_gain(train, run_dir):
     assert "(measured)" in done.err
 
 
-def test_a_run_that_only_measures_estimates_nothing(train, monkeypatch):
+def test_a_run_that_only_measures_estimates_nothing(measure, monkeypatch):
     """Every arm of a comparison is one, and nobody reads its estimate."""
     monkeypatch.setattr(RunMemory, "of", lambda *given: pytest.fail("a step was followed"))
-    assert train("--measure-only").code == 0
+    found = measure()
+    assert (found["train"]["steps"], found["gain"]) == (3, None)
+
+
+def test_an_arm_fails_as_the_program_does(measure, capsys):
+    """run_arm reads the message behind "error: " and the exit code of its process."""
+    with pytest.raises(SystemExit) as stop:
+        measure(dataset="nowhere.jsonl")
+    output = capsys.readouterr()
+    assert (stop.value.code, output.out) == (2, "")
+    assert output.err.startswith("error: dataset: nowhere.jsonl")
 
 
 def test_baseline_is_plain_eager(train, monkeypatch):
@@ -372,7 +382,7 @@ def test_baseline_is_plain_eager(train, monkeypatch):
     seen = {}
 
     def stop(command, environment):
-        seen.update(yaml.safe_load(Path(command[command.index("--config") + 1]).read_text()))
+        seen.update(yaml.safe_load(Path(command[3]).read_text()))
         raise ConfigError("that is enough")
 
     monkeypatch.setattr(arms, "_run", stop)

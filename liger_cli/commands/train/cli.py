@@ -34,8 +34,6 @@ def command(
         bool,
         typer.Option("--dry-run", help="Show plan, coverage and the first batch; no training."),
     ] = False,
-    measure_only: Annotated[bool, typer.Option("--measure-only", hidden=True)] = False,
-    peer_patch: Annotated[bool, typer.Option("--peer-patch", hidden=True)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Fine-tune a model with fused kernels and measure what they gain."""
@@ -49,8 +47,6 @@ def command(
         require=require,
         resume=resume,
         dry_run=dry_run,
-        measure_only=measure_only,
-        peer_patch=peer_patch,
     )
     if report is not None:
         show_report(report, as_json=as_json)

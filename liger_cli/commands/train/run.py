@@ -9,6 +9,7 @@ from typing import Any
 
 from liger_cli.commands.train.announce import announce_data, announce_kernels
 from liger_cli.commands.train.dry_run import describe_dry_run
+from liger_cli.common.failures import is_out_of_memory
 from liger_cli.common.outputs import write_file
 from liger_cli.config import RunConfig
 from liger_cli.data.feed import plan_batches, total_steps
@@ -45,7 +46,6 @@ from liger_cli.training.model.source import ModelSource, resolve_model
 from liger_cli.training.optim.optimizers import check_optimization
 from liger_cli.training.result import StepMetrics, TrainResult
 from liger_cli.training.runtime.arms import run_arm
-from liger_cli.training.runtime.auto_fit import is_out_of_memory
 from liger_cli.training.runtime.launch import make_accelerator, quiet_libraries, run_directory
 from liger_cli.training.runtime.launch_variables import config_of_launch
 from liger_cli.training.runtime.peer_patch import apply_peer_patch

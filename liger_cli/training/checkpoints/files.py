@@ -20,11 +20,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from liger_cli.common.failures import is_out_of_memory
 from liger_cli.common.outputs import sync_path as _sync
 from liger_cli.common.outputs import write_problem
 from liger_cli.common.readers import read_json
 from liger_cli.errors import DataError, EnvironmentProblem
-from liger_cli.training.runtime.auto_fit import is_out_of_memory
 
 __all__ = [
     "BEST",

@@ -22,7 +22,8 @@ from liger_cli.training.runtime.peer_interpreter import PeerInterpreter
 
 __all__ = ["ArmResult", "ArmSpec", "run_arm"]
 
-_PROCESS = "liger_cli.training.runtime.arm_process"
+# Run by name: it stands above this package.
+_PROCESS = "liger_cli.commands.train.arm"
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,7 @@ def run_arm(
         arm = {"ops": ops, "max_steps": steps, "torch_compile": torch_compile}
         config = config.model_copy(update={**arm, "output_dir": run_dir})
         write_file(config_file, config.to_yaml())
-        command = [peer.executable if peer else sys.executable, "-m", _PROCESS, "train"]
-        command += ["--config", str(config_file), "--measure-only", "--json"]
+        command = [peer.executable if peer else sys.executable, "-m", _PROCESS, str(config_file)]
         command += ["--peer-patch"] * (peer is not None)
         done = _run(command, peer.environment if peer else None)
         if done.returncode:

@@ -12,17 +12,7 @@ import torch
 from liger_cli.data.batches import BatchPlan
 from liger_cli.data.feed import Feed, Window
 
-__all__ = ["FittingFeed", "is_out_of_memory", "smaller_batches"]
-
-# What CPUs and libraries say, which raise a plain RuntimeError.
-_WORDS = ("out of memory", "can't allocate memory", "_ALLOC_FAILED")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error says that a device has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
+__all__ = ["FittingFeed", "smaller_batches"]
 
 
 def smaller_batches(batch_size: int, accumulation: int) -> tuple[int, int]:
