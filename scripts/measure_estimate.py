@@ -31,8 +31,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from liger_cli.commands.train import run as runs
+from liger_cli.commands.train.prepare import RunOptions
 from liger_cli.config import RunConfig
-from liger_cli.training import loop
+from liger_cli.training import session
 from liger_cli.training.memory import Batch, MemoryEstimate, meta_model_of, step_memory
 from liger_cli.training.model.source import resolve_model
 
@@ -194,7 +195,7 @@ class Phases:
 @contextlib.contextmanager
 def watching(case: Case, phases: Phases) -> Iterator[None]:
     """Notes the phases of every step that the launcher's own loop runs inside."""
-    load, ask, make = runs.load_patched, loop.LossOf.__call__, loop.make_optimizer
+    load, ask, make = runs.load_patched, session.LossOf.__call__, session.make_optimizer
     is_cuda = torch.cuda.is_available()
 
     def load_patched(*args: Any, **kwargs: Any) -> Any:
@@ -228,8 +229,8 @@ def watching(case: Case, phases: Phases) -> Iterator[None]:
 
     with (
         mock.patch.object(runs, "load_patched", load_patched),
-        mock.patch.object(loop.LossOf, "__call__", loss_of),
-        mock.patch.object(loop, "make_optimizer", make_optimizer),
+        mock.patch.object(session.LossOf, "__call__", loss_of),
+        mock.patch.object(session, "make_optimizer", make_optimizer),
     ):
         yield
 
@@ -294,7 +295,7 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
     phases = Phases(device)
     with tempfile.TemporaryDirectory() as name, watching(case, phases):
         config = run_config(case, Path(name))
-        report = runs.run_train(config, measure_only=True)
+        report = runs.run_train(config, RunOptions(measure_only=True))
         found = {
             "coverage": report.coverage if report else None,
             "peak": phases.peak,

@@ -102,7 +102,7 @@ class Evaluations:
         return Best(step, self._metric, self._value(self._best), checkpoint)
 
     @property
-    def is_in_vain(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether as many evaluations in turn as there is patience for were no better."""
         return self._patience is not None and self.num_vain >= self._patience
 

@@ -11,7 +11,7 @@ import torch
 from liger_cli.common.failures import is_out_of_memory
 from liger_cli.data.feed import Window
 from liger_cli.training.forward import LossOf
-from liger_cli.training.runtime.auto_fit import FittingFeed
+from liger_cli.training.runtime.auto_fit import ResizableBatches
 
 __all__ = ["Gradients"]
 
@@ -19,18 +19,24 @@ _log = logging.getLogger(__name__)
 
 
 class Gradients:
-    """Adds up the gradients of the micro-batches of a step.
+    """Accumulates the gradients of the micro-batches of a step.
 
     Args:
         model: The prepared model.
-        loss_of: Computes what a micro-batch adds to the loss of the step.
+        loss_of: Computes the part of a micro-batch in the loss of the step.
         accelerator: Of the run.
-        feed: Gives a step again in smaller micro-batches.
-        shrinks: Whether it is asked to where memory runs out.
+        feed: Repeats a step in smaller micro-batches.
+        shrinks: Whether to do that where memory runs out.
     """
 
     def __init__(
-        self, model: Any, loss_of: LossOf, accelerator: Any, feed: FittingFeed, *, shrinks: bool
+        self,
+        model: Any,
+        loss_of: LossOf,
+        accelerator: Any,
+        feed: ResizableBatches,
+        *,
+        shrinks: bool,
     ) -> None:
         self._model = model
         self._loss_of = loss_of
@@ -39,19 +45,23 @@ class Gradients:
         self._shrinks = shrinks
 
     def add(self, step: int, batches: Window, num_labels: int) -> torch.Tensor:
-        """Returns this process's part of the loss of a step; the gradients are in the parameters.
+        """Accumulate the gradients of a step in the parameters.
 
         Args:
+            step: The number of the step, for messages.
             batches: The micro-batches of this process.
             num_labels: Trained tokens of the whole step, on all processes.
+
+        Returns:
+            The part of this process in the loss of the step, a scalar.
         """
         while (loss := self._unless_full(batches, num_labels)) is None:
             self._model.zero_grad()
             batches = self._feed.shrink(step)
             plan = self._feed.plan
             _log.warning(
-                "out of memory in step %d: goes on with %d rows a micro-batch and %d of them a "
-                "step",
+                "out of memory in step %d: continuing with %d rows a micro-batch and %d "
+                "micro-batches a step",
                 step,
                 plan.batch_size,
                 plan.accumulation,
@@ -59,9 +69,9 @@ class Gradients:
         return loss
 
     def _unless_full(self, batches: Window, num_labels: int) -> torch.Tensor | None:
-        """The loss; None where memory ran out and smaller micro-batches are to be tried.
+        """Return the loss, or None where memory ran out and smaller micro-batches can be tried.
 
-        The error is gone by then, and with it the tensors that its frames hold.
+        By the time of the return the error is gone, and with it the tensors that its frames hold.
         """
         try:
             return self._add(batches, num_labels)

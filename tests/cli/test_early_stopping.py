@@ -133,17 +133,17 @@ def test_best_is_linked_and_kept(train, run_dir):
 
 def test_patience(tmp_path):
     evals = evaluations(tmp_path, [3.0, 2.0, 2.5], early_stopping_patience=2)
-    assert not evals.is_in_vain
-    assert evaluations(tmp_path, [3.0, 2.0, 2.5, 2.0], early_stopping_patience=2).is_in_vain
-    assert not evaluations(tmp_path, [3.0, 2.0, 2.5, 1.9], early_stopping_patience=2).is_in_vain
-    assert not evaluations(tmp_path, [3.0] * 9).is_in_vain
+    assert not evals.should_stop
+    assert evaluations(tmp_path, [3.0, 2.0, 2.5, 2.0], early_stopping_patience=2).should_stop
+    assert not evaluations(tmp_path, [3.0, 2.0, 2.5, 1.9], early_stopping_patience=2).should_stop
+    assert not evaluations(tmp_path, [3.0] * 9).should_stop
 
 
 def test_threshold(tmp_path):
     values, keys = [3.0, 2.9, 2.8], {"early_stopping_patience": 2}
-    assert not evaluations(tmp_path, values, **keys).is_in_vain
+    assert not evaluations(tmp_path, values, **keys).should_stop
     small = evaluations(tmp_path, values, early_stopping_threshold=0.5, **keys)
-    assert small.is_in_vain
+    assert small.should_stop
     # The best is the best, by however little.
     assert small.best.step == 3
 
@@ -151,13 +151,13 @@ def test_threshold(tmp_path):
 def test_a_loss_that_is_not_finite_is_no_gain(tmp_path):
     evals = evaluations(tmp_path, [math.nan, 2.0, math.nan, math.inf], early_stopping_patience=2)
     assert evals.best.step == 2
-    assert evals.is_in_vain
+    assert evals.should_stop
 
 
 def test_the_model_before_training_is_no_result_of_it(tmp_path):
     evals = evaluations(tmp_path, [1.0, 3.0, 2.0], first_step=0, early_stopping_patience=1)
     assert evals.best.step == 2
-    assert not evals.is_in_vain
+    assert not evals.should_stop
 
 
 def test_a_run_that_stands_still_ends_early(train, run_dir):

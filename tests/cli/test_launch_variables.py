@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from liger_cli.commands.train import run
+from liger_cli.commands.train import prepare
 from liger_cli.config import RunConfig
 from liger_cli.errors import EnvironmentProblem
 from liger_cli.training.runtime.launch_variables import (
@@ -54,7 +54,7 @@ def test_case_242_a_launch_of_another_kind_is_refused(
 ):
     name, value, words, asks = LAUNCHES[launch]
     monkeypatch.setenv(name, value)
-    monkeypatch.setattr(run, "resolve_model", lambda *_: pytest.fail("a model was looked for"))
+    monkeypatch.setattr(prepare, "resolve_model", lambda *_: pytest.fail("a model was looked for"))
     if command == "train":
         done = train(*words)
     else:

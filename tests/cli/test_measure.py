@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from liger_cli.common.measure import PeakMemory, StepTimer, median_after_warm_up
-from liger_cli.training.runtime.async_scalars import OnTheWay
+from liger_cli.training.runtime.async_scalars import AsyncScalars
 
 CPU = torch.device("cpu")
 BLOCK_BYTES = 256 * 2**20
@@ -74,7 +74,7 @@ def test_steps_of_a_timer_leave_nothing_out_but_pauses():
 
 def test_values_on_the_way_are_those_of_the_moment(device):
     total = torch.full((), 2.0, device=device)
-    values = OnTheWay(total, torch.full((), 3.0, dtype=torch.bfloat16, device=device))
+    values = AsyncScalars(total, torch.full((), 3.0, dtype=torch.bfloat16, device=device))
     total += 1
     assert values.get() == [2.0, 3.0]
 
@@ -82,7 +82,7 @@ def test_values_on_the_way_are_those_of_the_moment(device):
 @pytest.mark.gpu
 def test_values_do_not_wait_for_later_work():
     device = torch.device("cuda")
-    values = OnTheWay(torch.ones((), device=device))
+    values = AsyncScalars(torch.ones((), device=device))
     torch.cuda._sleep(2_000_000_000)
     begin = time.perf_counter()
     assert values.get() == [1.0]

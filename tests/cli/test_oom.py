@@ -11,7 +11,7 @@ import torch
 
 from liger_cli.common.failures import is_out_of_memory
 from liger_cli.config import load_config
-from liger_cli.training import loop
+from liger_cli.training import session
 from liger_cli.training.forward import LossOf
 from liger_cli.training.memory import Batch, limits
 from liger_cli.training.memory.limits import RunMemory, out_of_memory
@@ -53,7 +53,7 @@ def limit_rows(monkeypatch):
                     raise error
                 return loss
 
-        monkeypatch.setattr(loop, "LossOf", LimitedLossOf)
+        monkeypatch.setattr(session, "LossOf", LimitedLossOf)
         return tried
 
     return limit
@@ -156,7 +156,10 @@ def test_auto_fit_keeps_the_steps(train, run_dir, tmp_path, limit_rows, rows):
 def test_auto_fit_says_what_it_does(train, limit_rows, caplog):
     limit_rows(2)
     assert train("--auto-fit").code == 0
-    assert "out of memory in step 1: goes on with 2 rows a micro-batch and 2 of them" in caplog.text
+    assert (
+        "out of memory in step 1: continuing with 2 rows a micro-batch and 2 micro-batches"
+        in caplog.text
+    )
 
 
 def test_auto_fit_in_the_middle_of_a_run_and_of_a_window(train, run_dir, tmp_path, limit_rows):

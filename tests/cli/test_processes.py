@@ -10,7 +10,7 @@ import torch
 from run_files import assert_same, metrics, stopped_copy, weights
 from test_resume_kill import start
 
-from liger_cli.commands.train import run
+from liger_cli.commands.train import prepare
 
 
 def words_of(data, run_dir, *more):
@@ -55,7 +55,7 @@ def test_case_271_two_processes_train_the_weights_of_one(data, tmp_path):
 
 
 def test_case_271_the_loss_scale_is_saved_and_restored(data, run_dir, tmp_path, liger, monkeypatch):
-    make = run.make_accelerator
+    make = prepare.make_accelerator
 
     def make_scaled(*args: Any, **options: Any) -> Any:
         accelerator = make(*args, **options)
@@ -63,7 +63,7 @@ def test_case_271_the_loss_scale_is_saved_and_restored(data, run_dir, tmp_path, 
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
         return accelerator
 
-    monkeypatch.setattr(run, "make_accelerator", make_scaled)
+    monkeypatch.setattr(prepare, "make_accelerator", make_scaled)
 
     def scaler_of(directory, step):
         path = directory / f"checkpoint-{step}" / "trainer_state.pt"

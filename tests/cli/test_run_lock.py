@@ -173,7 +173,7 @@ def files(path):
 @pytest.mark.parametrize("words", [(), ("--resume", "auto"), ("--baseline", 1)], ids=str)
 def test_case_231_second_run_is_refused_at_its_start(train, run_dir, monkeypatch, words):
     monkeypatch.setattr(
-        "liger_cli.commands.train.run.load_inputs", lambda *args, **more: pytest.fail("began")
+        "liger_cli.commands.train.prepare.load_inputs", lambda *args, **more: pytest.fail("began")
     )
     run_dir.mkdir()
     (run_dir / "metrics.jsonl").write_text("mine")

@@ -21,13 +21,13 @@ GENERATE = ("generate", "-m", "qwen3", "--prompt", "a", "--use-cpu")
 
 # A command, and a function that it calls on its way.
 PLACES = [
-    (TRAIN, "liger_cli.commands.train.run.resolve_model"),
-    (TRAIN, "liger_cli.commands.train.run.load_inputs"),
-    (TRAIN, "liger_cli.commands.train.run.inspect_model"),
+    (TRAIN, "liger_cli.commands.train.prepare.resolve_model"),
+    (TRAIN, "liger_cli.commands.train.prepare.load_inputs"),
+    (TRAIN, "liger_cli.commands.train.prepare.inspect_model"),
     (TRAIN, "liger_cli.commands.train.run.check_memory"),
     (TRAIN, "liger_cli.commands.train.run.load_patched"),
     (TRAIN, "liger_cli.commands.train.run.announce_kernels"),
-    (TRAIN, "liger_cli.training.loop.make_optimizer"),
+    (TRAIN, "liger_cli.training.session.make_optimizer"),
     (EVAL, "liger_cli.commands.eval.run.load_inputs"),
     (EVAL, "liger_cli.training.evaluate.evaluate"),
     (
@@ -137,14 +137,14 @@ def test_case_241_other_threads_set_no_handler():
 
 WAITS = """
 import sys, time
-import liger_cli.commands.train.run
+import liger_cli.commands.train.prepare
 from liger_cli.app import main
 
 def wait(*args, **options):
     print("waiting", file=sys.stderr, flush=True)
     time.sleep(60)
 
-liger_cli.commands.train.run.load_inputs = wait
+liger_cli.commands.train.prepare.load_inputs = wait
 main(sys.argv[1:])
 """
 

@@ -72,9 +72,9 @@ def test_trackers_get_configuration_steps_and_evaluations(train, run_dir, record
 
 
 def test_trackers_end_when_the_run_fails(train, recorders, monkeypatch):
-    from liger_cli.training import loop
+    from liger_cli.training import session
 
-    monkeypatch.setattr(loop, "_is_finite", lambda *values: False)
+    monkeypatch.setattr(session, "_is_finite", lambda *values: False)
     assert train("--report-to", "wandb").code == 6
     assert [recorder.calls for recorder in recorders] == [["start", "finish"]]
 
@@ -152,9 +152,9 @@ def test_profile_holds_the_steps_asked_for(train, run_dir, steps, count):
 
 
 def test_profile_of_a_run_that_ends_among_the_steps(train, run_dir, monkeypatch):
-    from liger_cli.training import loop
+    from liger_cli.training import session
 
     finite = iter([True, True, False])
-    monkeypatch.setattr(loop, "_is_finite", lambda *values: next(finite))
+    monkeypatch.setattr(session, "_is_finite", lambda *values: next(finite))
     assert train("--profile-steps", "2-3").code == 6
     assert json.loads((run_dir / "profile-2-3.json").read_text())["traceEvents"]

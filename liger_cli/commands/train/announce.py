@@ -1,19 +1,19 @@
-"""What a run says of itself before its first step."""
+"""Messages of a run before its first step: its data, length, model and kernels."""
 
 from __future__ import annotations
 
 from liger_cli.common.numbers import format_count
-from liger_cli.data.batches import BatchPlan
 from liger_cli.data.packing import PackedRows
 from liger_cli.report import notify
-from liger_cli.training.inputs import Inputs
+from liger_cli.training.model.adapters import trained_line
+from liger_cli.training.prepared import PreparedRun
 from liger_kernels.transformers.patching.engine import PatchRecord
 
 __all__ = ["announce_data", "announce_kernels"]
 
 
 def announce_kernels(record: PatchRecord) -> None:
-    """Tells on how many modules each op is, and warns of an op asked for that is on none."""
+    """Print on how many modules each op is, and warn of an op asked for that is on none."""
     counts = record.coverage
     shown = [f"{op} {n['patched']}/{n['candidates']}" for op, n in counts.items()]
     notify(f"kernels: {'  '.join(shown) or 'none'}")
@@ -23,8 +23,9 @@ def announce_kernels(record: PatchRecord) -> None:
             notify(f"warning: {op} is on none of {counts[op]['candidates']} modules: {reason}")
 
 
-def announce_data(inputs: Inputs, batches: BatchPlan, num_steps: int) -> None:
-    """Tells what data are trained on, and in how many steps."""
+def announce_data(run: PreparedRun) -> None:
+    """Print the data and the length of a run, and how much of the model it trains."""
+    inputs, batches = run.inputs, run.batches
     data, stats = inputs.data, inputs.data.stats
     if batches.num_rows:
         notes = [
@@ -49,4 +50,5 @@ def announce_data(inputs: Inputs, batches: BatchPlan, num_steps: int) -> None:
     licence = f" ({data.licence})" if data.licence else ""
     notify(f"data: {data.name}{licence}: " + "; ".join(notes))
     epoch = f", {batches.steps_per_epoch} an epoch" if batches.num_rows else ""
-    notify(f"plan: {num_steps} steps{epoch}")
+    notify(f"plan: {run.num_steps} steps{epoch}")
+    notify(f"model: {trained_line(inputs.meta_model)}")

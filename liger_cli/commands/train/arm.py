@@ -32,9 +32,11 @@ def measure(config_file: Path, *, peer_patch: bool = False) -> RunReport | None:
         config_file: The configuration in YAML; its output_dir gets the log of the steps.
         peer_patch: Let a peer patch the model after `ops`.
     """
+    from liger_cli.commands.train.prepare import RunOptions
     from liger_cli.commands.train.run import run_train
 
-    return run_train(load_config(config_file), measure_only=True, peer_patch=peer_patch)
+    options = RunOptions(measure_only=True, peer_patch=peer_patch)
+    return run_train(load_config(config_file), options)
 
 
 def main(words: list[str]) -> None:

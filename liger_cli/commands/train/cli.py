@@ -37,17 +37,13 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Fine-tune a model with fused kernels and measure what they gain."""
+    from liger_cli.commands.train.prepare import RunOptions
     from liger_cli.commands.train.run import run_train
     from liger_cli.report import show_report
     from liger_cli.report.requirements import check_required
 
-    report = run_train(
-        config,
-        baseline=baseline,
-        require=require,
-        resume=resume,
-        dry_run=dry_run,
-    )
+    options = RunOptions(baseline, require, resume, dry_run)
+    report = run_train(config, options)
     if report is not None:
         show_report(report, as_json=as_json)
         check_required(report, require, is_reported=True)

@@ -1,19 +1,20 @@
-"""What `liger train --dry-run` shows of a run that it does not start."""
+"""The report of `liger train --dry-run`: a run that is prepared and not started."""
 
 from __future__ import annotations
 
 import statistics
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from liger_cli.common.numbers import format_bytes
 from liger_cli.data.batches import BatchPlan, count_labels, count_tokens
 from liger_cli.data.feed import make_feed
 from liger_cli.report import RunReport, notify
+from liger_cli.report.build import report_of
 from liger_cli.training.inputs import Inputs
-from liger_cli.training.memory.limits import RunMemory, device_memory, parts_line
+from liger_cli.training.memory.limits import device_memory, parts_line
+from liger_cli.training.prepared import PreparedRun
 
 __all__ = ["DryRunReport", "describe_dry_run"]
 
@@ -70,16 +71,14 @@ class DryRunReport(RunReport):
     row_lengths: RowLengths | None = None
 
 
-def describe_dry_run(
-    report: RunReport, inputs: Inputs, batches: BatchPlan, memory: RunMemory, device: torch.device
-) -> DryRunReport:
-    """Returns the report with the first batch, row lengths and memory, and tells them."""
-    found = memory.found
+def describe_dry_run(run: PreparedRun) -> DryRunReport:
+    """Return the report with the first batch, row lengths and memory, and print them."""
+    found = run.memory.found
     part = None
     if found is not None:
         sizes = {name: getattr(found, name) for name in MemoryPart.model_fields if name != "device"}
-        part = MemoryPart(**sizes, device=device_memory(device))
-    first, lengths = _first_batch(inputs, batches), _row_lengths(inputs)
+        part = MemoryPart(**sizes, device=device_memory(run.device))
+    first, lengths = _first_batch(run.inputs, run.batches), _row_lengths(run.inputs)
     if lengths is not None:
         notify(
             f"rows: {lengths.median} tokens in the median, {lengths.p90} in 90 % or less, "
@@ -92,6 +91,7 @@ def describe_dry_run(
     )
     if found is not None and part is not None:
         notify(f"memory of a step, estimated: {parts_line(found)}, of {format_bytes(part.device)}")
+    report = report_of("train", run.config, run.inputs, run.patch_plan)
     return DryRunReport(
         **{name: getattr(report, name) for name in RunReport.model_fields},
         first_batch=first,

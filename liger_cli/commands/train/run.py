@@ -1,27 +1,19 @@
-"""What `liger train` does, from a configuration to a report."""
+"""Train a model, from a configuration to a report."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from liger_cli.commands.train.announce import announce_data, announce_kernels
 from liger_cli.commands.train.dry_run import describe_dry_run
+from liger_cli.commands.train.prepare import RunOptions, prepare_run
 from liger_cli.common.failures import is_out_of_memory
 from liger_cli.common.outputs import write_file
 from liger_cli.config import RunConfig
-from liger_cli.data.feed import plan_batches, total_steps
 from liger_cli.data.packing import check_packed
 from liger_cli.errors import ConfigError
-from liger_cli.report import (
-    PeerPart,
-    RunReport,
-    TrainProgress,
-    eval_texts,
-    notify,
-)
+from liger_cli.report import PeerPart, RunReport, TrainProgress, eval_texts, notify
 from liger_cli.report.build import (
     add_evaluation,
     add_training,
@@ -29,250 +21,151 @@ from liger_cli.report.build import (
     read_report,
     report_of,
 )
-from liger_cli.report.requirements import check_places, check_required, parse_ops
-from liger_cli.training.checkpoints.files import step_of
+from liger_cli.report.requirements import check_required
 from liger_cli.training.checkpoints.resume import describe_resume
-from liger_cli.training.evaluate import EvalResult, evaluate_inputs
-from liger_cli.training.inputs import Inputs, load_inputs
+from liger_cli.training.evaluate import EvalResult
 from liger_cli.training.loop import train
-from liger_cli.training.memory.limits import (
-    RunMemory,
-    check_memory,
-    out_of_memory,
-)
-from liger_cli.training.model.adapters import adapts, quantization, trained_line
+from liger_cli.training.memory.limits import check_memory, out_of_memory
 from liger_cli.training.model.loading import load_patched
-from liger_cli.training.model.source import ModelSource, resolve_model
-from liger_cli.training.optim.optimizers import check_optimization
+from liger_cli.training.prepared import PreparedRun
 from liger_cli.training.result import StepMetrics, TrainResult
-from liger_cli.training.runtime.arms import run_arm
-from liger_cli.training.runtime.launch import make_accelerator, quiet_libraries, run_directory
-from liger_cli.training.runtime.launch_variables import config_of_launch
+from liger_cli.training.runtime.arms import ArmResult, run_arm
 from liger_cli.training.runtime.peer_patch import apply_peer_patch
-from liger_cli.training.runtime.trackers import check_trackers, prefixed, tracking
-from liger_kernels.transformers.api import inspect_model
+from liger_cli.training.runtime.trackers import Track, prefixed, tracking
+from liger_cli.training.session import Callbacks
 
 __all__ = ["run_train"]
 
+_DEFAULTS = RunOptions()
 
-def run_train(
-    config: RunConfig,
-    *,
-    baseline: int = 0,
-    require: str = "",
-    resume: str | None = None,
-    dry_run: bool = False,
-    measure_only: bool = False,
-    peer_patch: bool = False,
-) -> RunReport | None:
-    """Trains and returns the report; None on processes other than the main one.
 
-    Args:
-        baseline: Eager steps to run first, in a process of their own.
-        require: Ops that must be patched throughout.
-        resume: "auto", or a checkpoint or run to go on from.
-        dry_run: Stop before weights are loaded.
-        measure_only: Write no checkpoint, evaluate nothing and report to no tracker.
-        peer_patch: Let a peer's own patch follow, for a comparison.
+class _Trained(NamedTuple):
+    """The result of training, the PatchRecord of the model, and the `peer` part of the report."""
+
+    result: TrainResult
+    record: Any
+    peer: dict[str, Any] | None
+
+
+def run_train(config: RunConfig, options: RunOptions = _DEFAULTS) -> RunReport | None:
+    """Train a model and return the report; None on processes other than the main one.
 
     Raises:
-        LigerError: Anything a user can mend; what is cheap to find out comes first.
+        LigerError: Anything a user can mend.
     """
-    config = config_of_launch(config)
-    parse_ops(config.ops, require)
-    quiet_libraries()
-    if measure_only:
-        config = config.model_copy(update={"report_to": None, "profile_steps": None})
-    source = resolve_model(config.model, notify)
-    accelerator = make_accelerator(config, adapts=adapts(config, source))
-    quantization(config, source, accelerator.device)
-    check_optimization(config, accelerator.device)
-    check_trackers(config)
-    if accelerator.num_processes > 1:
-        _refuse_several_processes(config, baseline)
-    writes = not dry_run
-    with run_directory(config, resume, accelerator, notify, writes=writes) as (run_dir, checkpoint):
-        return _run_in(
-            run_dir,
-            checkpoint,
-            config.model_copy(update={"output_dir": run_dir}),
-            source,
-            accelerator,
-            baseline=baseline,
-            require=require,
-            dry_run=dry_run,
-            measure_only=measure_only,
-            peer_patch=peer_patch,
-        )
+    with prepare_run(config, options) as run:
+        if run.is_main:
+            announce_data(run)
+        if options.dry_run:
+            check_memory(run.config, run.inputs.meta_model, run.device)
+            return describe_dry_run(run) if run.is_main else None
+        if _is_finished(run):
+            notify(f"{run.run_dir} is finished: {run.first_step} of {run.num_steps} steps")
+            return read_report(run.report_file) if run.is_main else None
+        if run.checkpoint and run.is_main:
+            notify(describe_resume(run.checkpoint, run.config, run.device))
+        check_memory(run.config, run.inputs.meta_model, run.device)
+        eager = _run_baseline(run, options.baseline)
+        if run.is_main:
+            run.run_dir.mkdir(parents=True, exist_ok=True)
+            # Of a run that ended earlier; there is none until this one ends.
+            run.report_file.unlink(missing_ok=True)
+        try:
+            trained = _load_and_train(run, options)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(error, run.memory, run.device) from error
+            raise
+        run.accelerator.end_training()
+        return _report(run, trained, eager, options.baseline) if run.is_main else None
 
 
-def _run_in(
-    run_dir: Path,
-    checkpoint: Path | None,
-    config: RunConfig,
-    source: ModelSource,
-    accelerator: Any,
-    *,
-    baseline: int,
-    require: str,
-    dry_run: bool,
-    measure_only: bool,
-    peer_patch: bool,
-) -> RunReport | None:
-    """Train in a directory that is this run's alone; the arguments are those of run_train."""
-    inputs = load_inputs(config, source=source, notify=notify)
-    batches = plan_batches(config, inputs.train, accelerator)
-    num_steps = total_steps(config, batches)
-    if config.profiled_steps and config.profiled_steps[-1] > num_steps:
+def _is_finished(run: PreparedRun) -> bool:
+    """Return whether the checkpoint is that of the last step and the report is there.
+
+    Raises:
+        ConfigError: Nothing is left to train, and there is nothing to report on.
+    """
+    if run.first_step < run.num_steps:
+        return False
+    if run.report_file.is_file():
+        return True
+    if not (run.run_dir / "metrics.jsonl").is_file():
         raise ConfigError(
-            f"profile_steps is {config.profile_steps}, and the run has {num_steps} steps"
+            f"{run.checkpoint} is at step {run.first_step} of {run.num_steps}: nothing is left to "
+            "train",
+            hint="A larger --max-steps or --num-train-epochs continues from it.",
         )
-    plan = inspect_model(inputs.meta_model, config.ops)
-    report = report_of("train", config, inputs, plan)
-    check_places(plan)
-    check_required(report, require)
-    is_main = accelerator.is_main_process
-    if is_main:
-        announce_data(inputs, batches, num_steps)
-        notify(f"model: {trained_line(inputs.meta_model)}")
-    # Looks at many rows, and follows a step: only where it is needed.
-    memory_of_step = functools.partial(RunMemory.of, config, inputs, accelerator.device)
-    if dry_run:
-        check_memory(config, inputs.meta_model, accelerator.device)
-        if not is_main:
-            return None
-        return describe_dry_run(report, inputs, batches, memory_of_step(), accelerator.device)
-    done = step_of(checkpoint) if checkpoint else 0
-    report_file = run_dir / "report.json"
-    if done >= num_steps and report_file.is_file():
-        notify(f"{run_dir} is finished: {done} of {num_steps} steps")
-        return read_report(report_file) if is_main else None
-    if done >= num_steps and not (run_dir / "metrics.jsonl").is_file():
-        raise ConfigError(
-            f"{checkpoint} is at step {done} of {num_steps}: nothing is left to train",
-            hint="A larger --max-steps or --num-train-epochs goes on from it.",
-        )
-    if checkpoint and is_main:
-        notify(describe_resume(checkpoint, config, accelerator.device))
+    return False
 
-    check_memory(config, inputs.meta_model, accelerator.device)
-    eager = None
-    if baseline:
-        notify(f"baseline: {baseline} eager steps in a process of their own")
-        eager = run_arm(config, name="eager", ops="none", steps=baseline)
-    if is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        # Of a run that ended earlier; there is none until this one ends.
-        report_file.unlink(missing_ok=True)
-    try:
-        result, record, peer = _train_loaded(
-            config,
-            inputs,
-            accelerator=accelerator,
-            run_dir=run_dir,
-            checkpoint=checkpoint,
-            first_step=done,
-            num_steps=num_steps,
-            require=require,
-            measure_only=measure_only,
-            peer_patch=peer_patch,
-        )
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise out_of_memory(error, memory_of_step(), accelerator.device) from error
-        raise
-    accelerator.end_training()
-    if not is_main:
+
+def _run_baseline(run: PreparedRun, num_steps: int) -> ArmResult | None:
+    if not num_steps:
         return None
+    notify(f"baseline: {num_steps} eager steps in another process")
+    return run_arm(run.config, name="eager", ops="none", steps=num_steps)
+
+
+def _load_and_train(run: PreparedRun, options: RunOptions) -> _Trained:
+    """Load the weights and train: everything that takes the device's memory."""
+    config = run.config
+    keep_base = run.run_dir if run.is_main and not run.measure_only else None
+    model, record = load_patched(config, run.source, run.device, notify, keep_base=keep_base)
+    peer = apply_peer_patch(model) if options.peer_patch else None
+    if config.packing:
+        check_packed(model, flatten=run.inputs.collator.flatten)
+    # The plan was made on meta tensors; an op that fails its check on this device shows only now.
+    if options.require:
+        check_required(report_of("train", config, run.inputs, record), options.require)
+    if run.is_main:
+        announce_kernels(record)
+        # The directory stays free for another try until there is something to run.
+        write_file(run.run_dir / "config.yaml", config.to_yaml())
+    with (
+        tracking(config, run.run_dir, is_main=run.is_main) as track,
+        TrainProgress(run.num_steps, first_step=run.first_step) as progress,
+    ):
+        result = train(run, model, record, _callbacks(run, track, progress))
+    return _Trained(result, record, peer)
+
+
+def _callbacks(run: PreparedRun, track: Track, progress: TrainProgress) -> Callbacks:
+    """Return the callbacks that show steps and evaluations and log them to the trackers."""
+
+    def show_step(metrics: StepMetrics) -> None:
+        track(prefixed("train", asdict(metrics)), metrics.step)
+        if metrics.step % run.config.logging_steps == 0 or metrics.step == run.num_steps:
+            progress.update(
+                metrics.step,
+                loss=metrics.loss,
+                tokens_per_s=metrics.tokens_per_s,
+                peak_memory_bytes=metrics.peak_memory_bytes,
+            )
+
+    def show_evaluation(found: EvalResult, step: int) -> None:
+        track(prefixed("eval", found.by_name()), step)
+        report = RunReport(command="train")
+        add_evaluation(report, found)
+        for text in eval_texts(report):
+            progress.note(f"eval {step}/{run.num_steps}  {text}")
+
+    return Callbacks(show_step, show_evaluation)
+
+
+def _report(
+    run: PreparedRun, trained: _Trained, eager: ArmResult | None, num_eager_steps: int
+) -> RunReport:
+    """Return the report of a run that has ended, and write it into its directory."""
+    result = trained.result
     fitted = {
         "per_device_train_batch_size": result.plan.batch_size,
         "gradient_accumulation_steps": result.plan.accumulation,
     }
-    report = report_of("train", config.model_copy(update=fitted), inputs, record)
+    config = run.config.model_copy(update=fitted)
+    report = report_of("train", config, run.inputs, trained.record)
     add_training(report, result)
-    report.peer = PeerPart(**peer) if peer else None
-    if not measure_only:
-        report.gain = find_gain(memory_of_step, report, result, eager, baseline)
-    report.write(report_file)
+    report.peer = PeerPart(**trained.peer) if trained.peer else None
+    if not run.measure_only:
+        report.gain = find_gain(lambda: run.memory, report, result, eager, num_eager_steps)
+    report.write(run.report_file)
     return report
-
-
-def _refuse_several_processes(config: RunConfig, baseline: int) -> None:
-    if config.auto_fit:
-        raise ConfigError(
-            "auto_fit is for one process: the others would wait for the one that ran out"
-        )
-    if baseline:
-        raise ConfigError("--baseline measures one process; this launch has several")
-
-
-def _train_loaded(
-    config: RunConfig,
-    inputs: Inputs,
-    *,
-    accelerator: Any,
-    run_dir: Path,
-    checkpoint: Path | None,
-    first_step: int,
-    num_steps: int,
-    require: str,
-    measure_only: bool,
-    peer_patch: bool,
-) -> tuple[TrainResult, Any, dict[str, Any] | None]:
-    """Loads the weights and trains: all that takes the device's memory."""
-    is_main = accelerator.is_main_process
-    source = resolve_model(str(checkpoint)) if checkpoint else inputs.source
-    keep_base = run_dir if is_main and not measure_only else None
-    model, record = load_patched(config, source, accelerator.device, notify, keep_base=keep_base)
-    peer = apply_peer_patch(model) if peer_patch else None
-    if config.packing:
-        check_packed(model, flatten=inputs.collator.flatten)
-    # The plan was made on meta tensors; what fails its check on this device is known only now.
-    if require:
-        check_required(report_of("train", config, inputs, record), require)
-    if is_main:
-        announce_kernels(record)
-        # The directory stays free for another try until there is something to run.
-        write_file(run_dir / "config.yaml", config.to_yaml())
-
-    def evaluate_now(prepared: Any) -> EvalResult:
-        return evaluate_inputs(config, prepared, inputs, accelerator)
-
-    with (
-        tracking(config, run_dir, is_main=is_main) as track,
-        TrainProgress(num_steps, first_step=first_step) as progress,
-    ):
-
-        def show(metrics: StepMetrics, last_step: int) -> None:
-            track(prefixed("train", asdict(metrics)), metrics.step)
-            if metrics.step % config.logging_steps == 0 or metrics.step == last_step:
-                progress.update(
-                    metrics.step,
-                    loss=metrics.loss,
-                    tokens_per_s=metrics.tokens_per_s,
-                    peak_memory_bytes=metrics.peak_memory_bytes,
-                )
-
-        def show_evaluation(found: EvalResult, step: int) -> None:
-            track(prefixed("eval", found.by_name()), step)
-            report = RunReport(command="train")
-            add_evaluation(report, found)
-            for text in eval_texts(report):
-                progress.note(f"eval {step}/{num_steps}  {text}")
-
-        result = train(
-            config,
-            model,
-            inputs.preprocessing,
-            inputs.train,
-            inputs.collator,
-            accelerator=accelerator,
-            record=record,
-            run_dir=run_dir,
-            evaluate=evaluate_now if inputs.eval and not measure_only else None,
-            on_step=show,
-            on_eval=show_evaluation,
-            resume_from=checkpoint,
-            save=not measure_only,
-        )
-    return result, record, peer

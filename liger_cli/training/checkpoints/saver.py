@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 from liger_cli.config import RunConfig
 from liger_cli.errors import EnvironmentProblem
@@ -13,7 +12,6 @@ from liger_cli.training.checkpoints.files import checkpoint_path, delete_old, ma
 from liger_cli.training.checkpoints.run_log import JsonLines
 from liger_cli.training.checkpoints.state import TrainState, raise_everywhere, save_checkpoint
 from liger_cli.training.evaluations import Evaluations
-from liger_cli.training.model.tokenizers import Preprocessing
 
 __all__ = ["Saver", "is_due"]
 
@@ -26,12 +24,10 @@ class Saver:
     Args:
         config: How often, and how many are kept.
         run_dir: Where checkpoints go.
-        model: The prepared model.
-        preprocessing: Saved with it.
-        state: What is saved besides.
+        state: The state to save, the model included.
         log: The steps so far.
         evals: The evaluations so far.
-        resumed: The checkpoint that the run goes on from, in this directory or another.
+        resumed: The checkpoint that the run was resumed from, in this directory or another.
         is_on: False writes nothing, for a run that only measures.
     """
 
@@ -39,8 +35,6 @@ class Saver:
         self,
         config: RunConfig,
         run_dir: Path,
-        model: Any,
-        preprocessing: Preprocessing,
         state: TrainState,
         *,
         log: JsonLines,
@@ -50,8 +44,6 @@ class Saver:
     ) -> None:
         self._config = config
         self._run_dir = run_dir
-        self._model = model
-        self._preprocessing = preprocessing
         self._state = state
         self._log = log
         self._evals = evals
@@ -68,7 +60,7 @@ class Saver:
         return self._is_main and 0 < self._config.save_minutes <= minutes
 
     def save_if_due(self, step: int, *, now: bool) -> bool:
-        """Writes the checkpoint of a step, if that is its turn or asked for; returns whether.
+        """Write the checkpoint of a step if it is due or asked for; return whether it was written.
 
         Raises:
             EnvironmentProblem: It cannot be written; those before it are as they were.
@@ -79,14 +71,14 @@ class Saver:
         return saves
 
     def evaluated(self, step: int) -> None:
-        """Keeps what the evaluation of a step calls for: the best model, or that of an early end.
+        """Write the checkpoint that an evaluation asks for: of the best model, or of an early end.
 
         Raises:
             EnvironmentProblem: As save_if_due.
         """
         is_saved = self.newest == checkpoint_path(self._run_dir, step)
         is_best = self._config.load_best_model_at_end and 0 < step == self._evals.best_step
-        if self._is_on and not is_saved and (is_best or self._evals.is_in_vain):
+        if self._is_on and not is_saved and (is_best or self._evals.should_stop):
             self._save(step, is_evaluated=True)
         self._mark_best()
 
@@ -96,8 +88,6 @@ class Saver:
         self.newest = save_checkpoint(
             self._run_dir,
             step,
-            self._model,
-            self._preprocessing,
             self._state,
             self._config,
             is_evaluated=is_evaluated,
@@ -132,5 +122,5 @@ class Saver:
 
 
 def is_due(step: int, interval: int) -> bool:
-    """Returns whether something that is done every so many steps is done after this one."""
+    """Return whether something with an interval in steps is due after this one; 0 is never."""
     return interval > 0 and step % interval == 0

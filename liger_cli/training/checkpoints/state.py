@@ -1,15 +1,15 @@
 """Checkpoints: the model, what makes its inputs, and what an exact resume needs.
 
 A checkpoint holds what save_pretrained writes, trainer_state.pt (optimizer, schedule, loss scale
-and place in the data), rng-RANK.pt (random generators of each process) and manifest.json (step,
-configuration, and what tells whether the files are whole: see checkpoint_files.py).
+and position in the data), rng-RANK.pt (random generators of each process) and manifest.json (step,
+configuration, and sizes and hashes of the files: see files.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,20 +29,20 @@ from liger_cli.training.checkpoints.files import (
     written_aside,
 )
 from liger_cli.training.checkpoints.random_state import random_state, set_random_state
-from liger_cli.training.model.adapters import save_weights
-from liger_cli.training.model.tokenizers import Preprocessing
 
-__all__ = ["Reached", "TrainState", "load_state", "raise_everywhere", "save_checkpoint"]
+__all__ = ["ResumePoint", "TrainState", "load_state", "raise_everywhere", "save_checkpoint"]
 
 _STATE = "trainer_state.pt"
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """The parts of a run that change step by step, apart from the model.
+    """The state of a run that a checkpoint holds beside its configuration.
 
     Attributes:
         data: The identity of the training data, as JSON has it.
+        save_model: Writes the model and its preprocessing into a directory; the main process
+            calls it.
     """
 
     accelerator: Any
@@ -50,6 +50,7 @@ class TrainState:
     scheduler: Any
     feed: Feed
     data: dict[str, Any]
+    save_model: Callable[[Path], None]
 
     def state_dict(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
@@ -68,8 +69,8 @@ class TrainState:
             self.accelerator.scaler.load_state_dict(values["scaler"])
 
 
-class Reached(NamedTuple):
-    """Where a run that is resumed had come to; is_evaluated: the state knows that evaluation."""
+class ResumePoint(NamedTuple):
+    """The last step of a checkpoint, and whether its state includes the evaluation of that step."""
 
     step: int
     is_evaluated: bool
@@ -78,19 +79,15 @@ class Reached(NamedTuple):
 def save_checkpoint(
     run_dir: Path,
     step: int,
-    model: Any,
-    preprocessing: Preprocessing,
     state: TrainState,
     config: RunConfig,
     *,
     is_evaluated: bool = False,
 ) -> Path:
-    """Writes checkpoint-STEP and returns it.
-
-    Every process calls it, and the main one writes. The model is the prepared one.
+    """Write checkpoint-STEP and return its path. Every process calls it, and the main one writes.
 
     Args:
-        is_evaluated: Whether the schedule has been told of this step's evaluation.
+        is_evaluated: Whether the state includes the evaluation of this step.
 
     Raises:
         EnvironmentProblem: It cannot be written, on any process; earlier ones are as they were.
@@ -112,8 +109,7 @@ def save_checkpoint(
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             with written_aside(target) as directory:
-                save_weights(accelerator.unwrap_model(model), directory)
-                preprocessing.save_pretrained(directory)
+                state.save_model(directory)
                 torch.save(state.state_dict(), directory / _STATE)
                 for rank, values in enumerate(random_states):
                     torch.save(values, directory / _random_file(rank))
@@ -149,8 +145,8 @@ def _kept_line(run_dir: Path) -> str:
     return f"The earlier {checkpoints[-1].name} is as it was: --resume auto goes on from it."
 
 
-def load_state(checkpoint: Path, state: TrainState) -> Reached:
-    """Restores optimizer, schedule, loss scale, place in the data and random generators.
+def load_state(checkpoint: Path, state: TrainState) -> ResumePoint:
+    """Restore optimizer, schedule, loss scale, position in the data and random generators.
 
     Raises:
         DataError: The data are others, or a file cannot be read.
@@ -167,7 +163,7 @@ def load_state(checkpoint: Path, state: TrainState) -> Reached:
         state.load_state_dict(_load(path))
     with _restoring(path := checkpoint / _random_file(accelerator.process_index)):
         set_random_state(_load(path), accelerator.device)
-    return Reached(int(manifest["step"]), bool(manifest["is_evaluated"]))
+    return ResumePoint(int(manifest["step"]), bool(manifest["is_evaluated"]))
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:

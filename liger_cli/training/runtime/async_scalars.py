@@ -1,16 +1,16 @@
-"""Numbers of a device that the host will ask for later."""
+"""Scalars that are copied from a device without waiting for it."""
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["OnTheWay"]
+__all__ = ["AsyncScalars"]
 
 
-class OnTheWay:
-    """Scalars that begin their way to the host at once.
+class AsyncScalars:
+    """Scalars of a device that are copied to the host while the device goes on.
 
-    Asking for them waits for the work they depend on, and not for what the device was given since.
+    `get` waits for the work that they depend on, and not for work that was queued later.
 
     Args:
         scalars: 0-dim tensors of one device.
@@ -28,7 +28,7 @@ class OnTheWay:
         self._event.record()
 
     def get(self) -> list[float]:
-        """Returns the numbers, waiting for them if they are not there yet."""
+        """Return the numbers; wait for the copy if it has not finished."""
         if self._event is not None:
             self._event.synchronize()
         return self._values.tolist()

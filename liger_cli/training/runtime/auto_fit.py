@@ -12,7 +12,7 @@ import torch
 from liger_cli.data.batches import BatchPlan
 from liger_cli.data.feed import Feed, Window
 
-__all__ = ["FittingFeed", "smaller_batches"]
+__all__ = ["ResizableBatches", "smaller_batches"]
 
 
 def smaller_batches(batch_size: int, accumulation: int) -> tuple[int, int]:
@@ -24,7 +24,7 @@ def smaller_batches(batch_size: int, accumulation: int) -> tuple[int, int]:
     return smaller, accumulation * (batch_size // smaller)
 
 
-class FittingFeed:
+class ResizableBatches:
     """A Feed that can give a step again, in smaller micro-batches.
 
     Args:

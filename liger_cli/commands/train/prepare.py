@@ -1,0 +1,110 @@
+"""Everything of a training run that comes before its weights are loaded, computed once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from liger_cli.config import RunConfig
+from liger_cli.data.feed import plan_batches, total_steps
+from liger_cli.errors import ConfigError
+from liger_cli.report import notify
+from liger_cli.report.build import report_of
+from liger_cli.report.requirements import check_places, check_required, parse_ops
+from liger_cli.training.checkpoints.run_directory import run_directory
+from liger_cli.training.inputs import load_inputs
+from liger_cli.training.model.adapters import adapts, quantization
+from liger_cli.training.model.source import resolve_model
+from liger_cli.training.optim.optimizers import check_optimization
+from liger_cli.training.prepared import PreparedRun
+from liger_cli.training.runtime.launch import make_accelerator, quiet_libraries
+from liger_cli.training.runtime.launch_variables import config_of_launch
+from liger_cli.training.runtime.trackers import check_trackers
+from liger_kernels.transformers.api import inspect_model
+
+__all__ = ["RunOptions", "prepare_run"]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of `liger train` that are no keys of the configuration.
+
+    Attributes:
+        baseline: Eager steps to run first, in another process; 0 for none.
+        require: Ops that must be patched throughout.
+        resume: "auto", or the checkpoint or run to resume from.
+        dry_run: Whether to stop before weights are loaded.
+        measure_only: Whether to write no checkpoint, evaluate nothing and report to no tracker.
+        peer_patch: Whether a peer patches the model after `ops`, for a comparison.
+    """
+
+    baseline: int = 0
+    require: str = ""
+    resume: str | None = None
+    dry_run: bool = False
+    measure_only: bool = False
+    peer_patch: bool = False
+
+
+@contextlib.contextmanager
+def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]:
+    """Yield the run of a configuration, whose directory is locked until the block ends.
+
+    The checks that take least time come first.
+
+    Raises:
+        LigerError: Anything a user can mend.
+    """
+    config = config_of_launch(config)
+    parse_ops(config.ops, options.require)
+    quiet_libraries()
+    if options.measure_only:
+        config = config.model_copy(update={"report_to": None, "profile_steps": None})
+    source = resolve_model(config.model, notify)
+    accelerator = make_accelerator(config, adapts=adapts(config, source))
+    quantization(config, source, accelerator.device)
+    check_optimization(config, accelerator.device)
+    check_trackers(config)
+    if accelerator.num_processes > 1:
+        _refuse_several_processes(config, options.baseline)
+    writes = not options.dry_run
+    with run_directory(config, options.resume, accelerator, notify, writes=writes) as place:
+        run_dir, checkpoint = place
+        config = config.model_copy(update={"output_dir": run_dir})
+        inputs = load_inputs(config, source=source, notify=notify)
+        batches = plan_batches(config, inputs.train, accelerator)
+        run = PreparedRun(
+            config=config,
+            accelerator=accelerator,
+            inputs=inputs,
+            batches=batches,
+            num_steps=total_steps(config, batches),
+            run_dir=run_dir,
+            checkpoint=checkpoint,
+            patch_plan=inspect_model(inputs.meta_model, config.ops),
+            measure_only=options.measure_only,
+        )
+        _check(run, options)
+        yield run
+
+
+def _check(run: PreparedRun, options: RunOptions) -> None:
+    profiled = run.config.profiled_steps
+    if profiled and profiled[-1] > run.num_steps:
+        raise ConfigError(
+            f"profile_steps is {run.config.profile_steps}, and the run has {run.num_steps} steps"
+        )
+    check_places(run.patch_plan)
+    if options.require:
+        report = report_of("train", run.config, run.inputs, run.patch_plan)
+        check_required(report, options.require)
+
+
+def _refuse_several_processes(config: RunConfig, baseline: int) -> None:
+    if config.auto_fit:
+        raise ConfigError(
+            "auto_fit is for one process: the others would wait for the one that ran out"
+        )
+    if baseline:
+        raise ConfigError("--baseline measures one process; this launch has several")

@@ -1,0 +1,78 @@
+"""A run before its weights are loaded: everything that is computed once and read afterwards."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from liger_cli.config import RunConfig
+from liger_cli.data.batches import BatchPlan
+from liger_cli.training.checkpoints.files import step_of
+from liger_cli.training.inputs import Inputs
+from liger_cli.training.memory.limits import RunMemory
+from liger_cli.training.model.source import ModelSource, resolve_model
+from liger_kernels.transformers.patching.plan import PatchPlan
+
+__all__ = ["PreparedRun"]
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A validated run: its model, data, device, length and directory.
+
+    Attributes:
+        config: The resolved configuration; its output_dir is run_dir.
+        accelerator: An Accelerator with one accumulation step: the loop accumulates itself.
+        inputs: The model that was found, without weights, and its data.
+        batches: The order of the training data on this process.
+        num_steps: Optimizer steps of the whole run.
+        run_dir: The directory of logs, checkpoints and report.
+        checkpoint: The checkpoint to resume from, if any.
+        patch_plan: The ops planned on the model without weights.
+        measure_only: Whether to write no checkpoint, evaluate nothing and report to no tracker.
+    """
+
+    config: RunConfig
+    accelerator: Any
+    inputs: Inputs
+    batches: BatchPlan
+    num_steps: int
+    run_dir: Path
+    checkpoint: Path | None
+    patch_plan: PatchPlan
+    measure_only: bool = False
+
+    @property
+    def is_main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def source(self) -> ModelSource:
+        """The model whose weights are loaded: the checkpoint's where the run is resumed."""
+        return resolve_model(str(self.checkpoint)) if self.checkpoint else self.inputs.source
+
+    @property
+    def first_step(self) -> int:
+        """Steps that the checkpoint has behind it."""
+        return step_of(self.checkpoint) if self.checkpoint else 0
+
+    @property
+    def evaluates(self) -> bool:
+        return bool(self.inputs.eval) and not self.measure_only
+
+    @property
+    def report_file(self) -> Path:
+        return self.run_dir / "report.json"
+
+    @functools.cached_property
+    def memory(self) -> RunMemory:
+        """The memory of a step. It reads many rows: ask for it only where it is needed."""
+        return RunMemory.of(self.config, self.inputs, self.device)

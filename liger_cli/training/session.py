@@ -1,0 +1,320 @@
+"""The state of a training run, and what can be done with it: the parts of the loop.
+
+Where to add a feature:
+- an objective: another class with the signature of `LossOf` (forward.py), chosen in `__init__`;
+- a parallel layout: `make_accelerator` (runtime/launch.py) accepts the launch, and
+  `accelerator.prepare` in `__init__` wraps the model;
+- an attention: `load_model` (model/source.py) selects it before the session exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+
+from liger_cli.common.measure import StepTime
+from liger_cli.data.batches import BatchPlan, count_labels, count_tokens
+from liger_cli.data.feed import Feed, identity, make_feed
+from liger_cli.training.checkpoints.run_log import STEP_LOG, JsonLines, copy_logs
+from liger_cli.training.checkpoints.saver import Saver, is_due
+from liger_cli.training.checkpoints.state import ResumePoint, TrainState, load_state
+from liger_cli.training.evaluate import EvalResult, evaluate_inputs
+from liger_cli.training.evaluations import EVAL_LOG, EarlyStop, Evaluations, eval_interval
+from liger_cli.training.forward import LossOf
+from liger_cli.training.model.adapters import save_weights
+from liger_cli.training.optim.optimizers import Schedule, make_optimizer
+from liger_cli.training.prepared import PreparedRun
+from liger_cli.training.result import COUNTS, STEP_FIELDS, StepMetrics, TrainResult
+from liger_cli.training.runtime.async_scalars import AsyncScalars
+from liger_cli.training.runtime.auto_fit import ResizableBatches
+from liger_cli.training.runtime.stop_signals import interrupted, non_finite
+from liger_cli.training.step import Gradients
+
+__all__ = ["Callbacks", "OptimizerStep", "TrainSession"]
+
+
+def _ignore(*values: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Functions that the main process calls.
+
+    Attributes:
+        on_step: Gets the metrics of each step.
+        on_eval: Gets the result of each evaluation and its step.
+    """
+
+    on_step: Callable[[StepMetrics], None] = _ignore
+    on_eval: Callable[[EvalResult, int], None] = _ignore
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """An optimizer step; tokens are counted over all processes.
+
+    Attributes:
+        loss: Mean over the trained tokens of the step.
+        learning_rate: The rate that the step was taken with.
+        grad_norm: Norm of the gradient before clipping.
+    """
+
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    num_tokens: int
+    num_labels: int
+
+
+class TrainSession:
+    """A model in training: `train` (loop.py) calls the methods in their order.
+
+    Args:
+        run: The prepared run.
+        model: The patched model on the device of the run, in the dtype of its parameters; of a run
+            that is resumed with the weights of its checkpoint.
+        record: The PatchRecord of the model; the first step counts the calls of its modules.
+        callbacks: Functions to call after steps and evaluations.
+
+    Attributes:
+        num_done: Steps that are done, those before a resume included.
+    """
+
+    def __init__(
+        self, run: PreparedRun, model: Any, record: Any, callbacks: Callbacks | None = None
+    ) -> None:
+        config, accelerator = run.config, run.accelerator
+        self._run, self._record, self._callbacks = run, record, callbacks or Callbacks()
+        loss_of = LossOf(model, run.device)
+        if config.gradient_checkpointing:
+            _recompute_activations(model)
+        optimizer = make_optimizer(config, model)
+        self._scheduler = Schedule(config, optimizer, run.num_steps)
+        set_seed(config.seed, device_specific=True)
+        self._model, self._optimizer = accelerator.prepare(model, optimizer)
+        self._parameters = [p for p in self._model.parameters() if p.requires_grad]
+        self._feed = ResizableBatches(run.batches, self._feed_of)
+        self._gradients = Gradients(
+            self._model, loss_of, accelerator, self._feed, shrinks=config.auto_fit
+        )
+        self._state = TrainState(
+            accelerator,
+            self._optimizer,
+            self._scheduler,
+            self._feed,
+            identity(run.inputs.train),
+            self._save_model,
+        )
+        self._evaluated: EvalResult | None = None
+        self.num_done = 0
+
+    def _feed_of(self, batches: BatchPlan) -> Feed:
+        run = self._run
+        return make_feed(
+            run.inputs.train,
+            batches,
+            run.inputs.collator,
+            num_workers=run.config.dataloader_num_workers,
+            pin_memory=run.device.type == "cuda",
+        )
+
+    def _save_model(self, directory: Path) -> None:
+        save_weights(self._run.accelerator.unwrap_model(self._model), directory)
+        self._run.inputs.preprocessing.save_pretrained(directory)
+
+    def resume(self) -> None:
+        """Restore the checkpoint of the run, if there is one, and open the logs at its step.
+
+        Raises:
+            DataError: The data have changed, or a file of the checkpoint cannot be read.
+        """
+        run, config = self._run, self._run.config
+        start = load_state(run.checkpoint, self._state) if run.checkpoint else ResumePoint(0, False)
+        self._first_step = self.num_done = start.step
+        self._open_logs()
+        self._windows = self._feed.windows(start.step + 1, run.num_steps)
+        self._model.train()
+        self._evaluated = self._evals.at(start.step)
+        is_due_again = start.step < run.num_steps and self._evaluates_after(start.step)
+        if is_due_again and not start.is_evaluated:
+            # This checkpoint was written before the evaluation that follows its step.
+            if self._evaluated is None:
+                self.evaluate()
+            else:
+                self._scheduler.evaluated(self._evaluated.loss)
+        if start.step == 0 and config.eval_on_start and self._evaluated is None:
+            self.evaluate()
+
+    def _open_logs(self) -> None:
+        run, step = self._run, self.num_done
+        if run.checkpoint and run.checkpoint.parent != run.run_dir:
+            copy_logs((STEP_LOG, EVAL_LOG), run.checkpoint.parent, run.run_dir, run.accelerator)
+        self._log = JsonLines(
+            run.run_dir / STEP_LOG,
+            required=STEP_FIELDS,
+            counts=COUNTS,
+            last_step=step,
+            write=run.is_main,
+        )
+        self._evals = Evaluations(
+            run.config,
+            run.run_dir,
+            last_step=step if run.evaluates else 0,
+            write=run.evaluates and run.is_main,
+        )
+        self._saver = Saver(
+            run.config,
+            run.run_dir,
+            self._state,
+            log=self._log,
+            evals=self._evals,
+            resumed=run.checkpoint,
+            is_on=not run.measure_only,
+        )
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps are done, or early stopping ends the run before."""
+        return self.num_done >= self._run.num_steps or self._evals.should_stop
+
+    def step(self) -> OptimizerStep:
+        """Do the next optimizer step.
+
+        Raises:
+            NonFiniteLoss: The loss or a gradient is NaN or infinite.
+        """
+        accelerator, step = self._run.accelerator, self.num_done + 1
+        batches = next(self._windows)
+        num_tokens, num_labels = self._sum_over_processes(
+            sum(map(count_tokens, batches)), sum(map(count_labels, batches))
+        )
+        is_first = step == self._first_step + 1
+        with self._record.count_calls() if is_first else contextlib.nullcontext():
+            loss = self._gradients.add(step, batches, num_labels)
+        max_norm = self._run.config.max_grad_norm or math.inf
+        norm = accelerator.clip_grad_norm_(self._parameters, max_norm)
+        values = AsyncScalars(accelerator.reduce(loss, "sum"), norm)
+        learning_rate = self._scheduler.learning_rate
+        # The device runs the optimizer while the host waits for the values. Where they are not
+        # finite the run ends, and the weights do not matter.
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._scheduler.step()
+        loss_value, norm_value = values.get()
+        if not _is_finite(loss_value, norm_value, accelerator):
+            raise non_finite(step, loss_value, norm_value, self._saver.newest)
+        self.num_done = step
+        return OptimizerStep(loss_value, learning_rate, norm_value, num_tokens, num_labels)
+
+    def log(self, done: OptimizerStep, time: StepTime, peak_memory_bytes: int) -> None:
+        """Write the metrics of the step that was done last."""
+        metrics = StepMetrics(
+            step=self.num_done,
+            loss=done.loss,
+            learning_rate=done.learning_rate,
+            grad_norm=done.grad_norm if math.isfinite(done.grad_norm) else None,
+            tokens=done.num_tokens,
+            trained_tokens=done.num_labels,
+            step_ms=time.step_ms,
+            tokens_per_s=time.tokens_per_s,
+            peak_memory_bytes=peak_memory_bytes,
+        )
+        self._log.write(asdict(metrics))
+        if self._run.is_main:
+            self._callbacks.on_step(metrics)
+
+    def save(self, *, stop_requested: bool) -> bool:
+        """Write a checkpoint if one is due, the run was stopped or the step was the last.
+
+        It comes before the evaluation, for which memory may be too small.
+
+        Args:
+            stop_requested: Whether this process was asked to stop. One process that is asked stops
+                all of them, each after the same step.
+
+        Returns:
+            Whether a checkpoint was written.
+
+        Raises:
+            EnvironmentProblem: It cannot be written; those before it are kept.
+            Interrupted: The run was stopped before its last step.
+        """
+        stops, is_late = self._sum_over_processes(stop_requested, self._saver.is_late)
+        is_last = self.num_done == self._run.num_steps
+        is_saved = self._saver.save_if_due(self.num_done, now=is_last or stops > 0 or is_late > 0)
+        if stops > 0 and not is_last:
+            raise interrupted(self.num_done, self._saver.newest)
+        return is_saved
+
+    def evaluate_if_due(self) -> bool:
+        """Evaluate after a step if eval_strategy says so, and return whether it did.
+
+        Not after the last step: `finish` does that, also of a run that was killed before it.
+        """
+        self._evaluated = None
+        if self.num_done < self._run.num_steps and self._evaluates_after(self.num_done):
+            self.evaluate()
+        return self._evaluated is not None
+
+    def _evaluates_after(self, step: int) -> bool:
+        interval = eval_interval(self._run.config, self._run.batches.steps_per_epoch)
+        return step > 0 and is_due(step, interval)
+
+    def evaluate(self) -> None:
+        """Evaluate the model as it is and log the result; nothing where there is no data for it."""
+        run, step = self._run, self.num_done
+        if not run.evaluates:
+            return
+        result = evaluate_inputs(run.config, self._model, run.inputs, run.accelerator)
+        self._evals.add(step, result)
+        if step > 0:
+            self._scheduler.evaluated(result.loss)
+        if run.is_main:
+            self._callbacks.on_eval(result, step)
+        self._saver.evaluated(step)
+        self._evaluated = result
+
+    def finish(self) -> TrainResult:
+        """Evaluate the final model, bring the logs to the disk and return the result.
+
+        Raises:
+            EnvironmentProblem: A log cannot be written.
+        """
+        if self._evaluated is None:
+            self.evaluate()
+        self._log.sync()
+        self._evals.sync()
+        is_early = self.num_done < self._run.num_steps
+        return TrainResult(
+            history=tuple(map(StepMetrics.from_row, self._log.rows)),
+            eval=self._evaluated,
+            plan=self._feed.plan,
+            best=self._evals.best,
+            stop=EarlyStop(self.num_done, self._evals.num_vain) if is_early else None,
+        )
+
+    def _sum_over_processes(self, *numbers: int) -> list[int]:
+        accelerator = self._run.accelerator
+        if accelerator.num_processes == 1:
+            return list(numbers)
+        counts = torch.tensor(numbers, dtype=torch.int64, device=accelerator.device)
+        return accelerator.reduce(counts, "sum").tolist()
+
+
+def _is_finite(loss: float, norm: float, accelerator: Any) -> bool:
+    # Loss scaling overflows now and then on purpose: the scaler skips the step and scales less.
+    return math.isfinite(loss) and (math.isfinite(norm) or accelerator.scaler is not None)
+
+
+def _recompute_activations(model: Any) -> None:
+    # Renamed in transformers 5.24; the old name warns there.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
