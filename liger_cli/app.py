@@ -35,7 +35,7 @@ COMMANDS = {
     "verify": "Check the ops and your model against stock on this machine, gradients included.",
     "estimate": "Estimate a training step's memory by part, before a card is rented.",
     "merge": "Put an adapter into its base model, for use without peft.",
-    "generate": "Go on with a prompt, or chat with a model or a checkpoint.",
+    "generate": "Continue a prompt, or chat with a model or a checkpoint.",
     "config": "Write, check and show configuration files, and print their JSON schema.",
     "data": "Show what training sees of a dataset: rendered rows, lengths, cuts, packing.",
     "models": "List the presets and the model types with a row.",
@@ -52,7 +52,7 @@ _CONTEXT = {
 
 
 class _LazyGroup(TyperGroup):
-    """Knows the commands by their line of help; imports the one that is called."""
+    """Lists the commands by their line of help, and imports the one that is called."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _show_as_json(problem: LigerError) -> None:
-    """Prints the one document of a command that fails before it has another."""
+    """Print the one document of a command that fails before it has another."""
     from liger_cli.report import show_json
 
     values = {"exit_code": problem.exit_code, "message": problem.message, "hint": problem.hint}

@@ -1,7 +1,7 @@
 """Loss, perplexity, accuracy and entropy over all tokens with a label, whatever the batches.
 
-The loss comes from the model's own forward, told to make no logits where its head is patched. What
-its cross-entropy was given is noted on the way in: from that, accuracy and entropy are taken a few
+The loss comes from the model's own forward, which materializes no logits where its head is patched.
+The arguments of its cross-entropy are recorded: from them, accuracy and entropy are computed a few
 rows at a time, those with a label only.
 """
 
@@ -55,11 +55,11 @@ class EvalResult:
     sets: Mapping[str, EvalResult] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Any]:
-        """Returns the numbers of all sets together, by name."""
+        """Return the numbers of all sets together, by name."""
         return {name: getattr(self, name) for name in FIGURES}
 
     def by_name(self) -> dict[str, Any]:
-        """Returns the numbers of all together as loss, those of a set as NAME_loss."""
+        """Return the numbers of all together as loss, those of a set as NAME_loss."""
         named = {
             f"{name}_{key}": value
             for name, part in self.sets.items()
@@ -69,7 +69,7 @@ class EvalResult:
 
     @classmethod
     def from_names(cls, values: Mapping[str, Any]) -> EvalResult:
-        """Returns the result of what by_name returned; a number that JSON has not is NaN again."""
+        """Return the result whose by_name these values are; a null is NaN."""
         names = [key.removesuffix("_loss") for key in values if key.endswith("_loss")]
         # A name that only ends like that of a figure is not a set's.
         known = [n for n in names if all(f"{n}_{figure}" in values for figure in FIGURES)]
@@ -97,7 +97,7 @@ def evaluate(
     record: Any = None,
     on_batch: Callable[[], None] | None = None,
 ) -> EvalResult:
-    """Evaluates a model; its mode and every random generator are as they were afterwards.
+    """Evaluate a model; its mode and every random generator are as they were afterwards.
 
     A model that is compiled is run as it is without: its graphs are for the shapes of training. The
     loss is the language model's alone, without the balance of experts that some train on too.
@@ -207,7 +207,7 @@ class _SumsOf:
 
     def _batch(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         uncompiled = functools.partial(nn.Module._call_impl, self._model)
-        with _NotedLosses() as noted:
+        with _RecordedLosses() as noted:
             loss = self._loss_of(uncompiled, batch, 1, **self._options)
         num_labels = count_labels(batch)
         stats = sum((_token_sums(*call) for call in noted.calls), torch.zeros(3))
@@ -218,7 +218,7 @@ class _SumsOf:
 
 
 def _options(model: Any) -> dict[str, bool]:
-    """What a model's forward is told besides the batch, as far as it takes it."""
+    """Return the options of a model's forward in evaluation, as far as it takes them."""
     head = model.get_output_embeddings()
     options = {"skip_logits": True} if head is not None and is_lazy_head(head) else {}
     if "output_router_logits" in forward_parameters(model):
@@ -227,8 +227,8 @@ def _options(model: Any) -> dict[str, bool]:
     return options
 
 
-class _NotedLosses(TorchFunctionMode):
-    """Notes what F.cross_entropy is given, real logits or such as nobody has made."""
+class _RecordedLosses(TorchFunctionMode):
+    """Records the arguments of F.cross_entropy, whose logits may be deferred."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -250,15 +250,15 @@ def _token_sums(logits: Any, target: torch.Tensor) -> torch.Tensor:
     numbers = (target != IGNORED).nonzero().flatten()
     sums[2] = len(numbers)
     for chunk in numbers.split(max(1, _CHUNK_ELEMENTS // logits.shape[-1])):
-        part = _make(logits, chunk.to(logits.device)).float()
+        part = _materialize(logits, chunk.to(logits.device)).float()
         is_right = part.argmax(-1) == target[chunk].to(part.device)
         sums[0] += is_right.sum()
         sums[1] += torch.special.entr(part.softmax(-1)).sum(dtype=torch.float64)
     return sums.cpu()
 
 
-def _make(logits: Any, rows: torch.Tensor) -> torch.Tensor:
-    """Some rows of logits, be they there or not."""
+def _materialize(logits: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Return some rows of logits, which are computed first where they are deferred."""
     pending = getattr(logits, "_pending", None)
     if pending is None:
         return logits[rows]

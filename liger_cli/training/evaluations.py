@@ -1,6 +1,6 @@
-"""The evaluations of a run: their log, which one is the best, and when more training is in vain.
+"""The evaluations of a run: their log, the best one, and early stopping.
 
-All of it follows from the lines of eval.jsonl, so a resumed run needs nothing else to go on alike.
+All of it follows from the lines of eval.jsonl, so that a resumed run needs nothing else.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class EarlyStop:
 
 
 class Evaluations:
-    """What is known of a model at the steps where it was evaluated.
+    """The results of a run at the steps where it was evaluated.
 
     Args:
         config: Names the metric that decides, and the patience.
@@ -65,7 +65,7 @@ class Evaluations:
             self._note(row)
 
     def add(self, step: int, result: EvalResult) -> None:
-        """Notes the evaluation after a step, and writes it down.
+        """Record the evaluation after a step and write it to the log.
 
         Raises:
             ConfigError: The metric that decides is not known of this model.
@@ -82,7 +82,7 @@ class Evaluations:
         self._note(row)
 
     def at(self, step: int) -> EvalResult | None:
-        """Returns the evaluation of a step, if there was one."""
+        """Return the evaluation of a step, if there was one."""
         rows = [row for row in self._log.rows if row["step"] == step]
         return EvalResult.from_names(evaluated_values(rows[-1])) if rows else None
 
@@ -107,7 +107,7 @@ class Evaluations:
         return self._patience is not None and self.num_vain >= self._patience
 
     def sync(self) -> None:
-        """Waits until the log is on the disk."""
+        """Wait until the log is on the disk."""
         self._log.sync()
 
     def _note(self, row: dict[str, Any]) -> None:
@@ -131,10 +131,10 @@ class Evaluations:
 
 
 def evaluated_values(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns the numbers of a line of eval.jsonl as EvalResult.by_name had them."""
+    """Return the numbers of a line of eval.jsonl as EvalResult.by_name had them."""
     return {key.removeprefix("eval_"): value for key, value in row.items() if key != "step"}
 
 
 def eval_interval(config: RunConfig, steps_per_epoch: int) -> int:
-    """Returns the steps between evaluations on the way; 0 where there are none."""
+    """Return the steps between evaluations on the way; 0 where there are none."""
     return steps_per_epoch if config.eval_strategy == "epoch" else config.eval_steps

@@ -1,4 +1,8 @@
-"""Asking a model for the loss of a batch, in the words its forward takes."""
+"""The loss of a batch, through the arguments that a model's forward takes.
+
+This is the objective of training. Another objective is another class with the same call, chosen
+where TrainSession creates LossOf.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ __all__ = ["LossOf"]
 
 
 class LossOf:
-    """Computes what a batch adds to a loss that is a mean over more tokens than its own.
+    """Computes the part of a batch in a loss that is a mean over the tokens of several batches.
 
     Args:
         model: The model before it is prepared: wrappers may hide its signature.
@@ -42,11 +46,11 @@ class LossOf:
     def __call__(
         self, model: Any, batch: Mapping[str, torch.Tensor], num_labels: int, **options: Any
     ) -> torch.Tensor:
-        """Returns the sum over the labels of the batch, divided by num_labels.
+        """Return the sum over the labels of the batch, divided by num_labels.
 
         Args:
             model: The model, or the prepared one around it.
-            batch: What a Collator makes.
+            batch: A collated batch.
             num_labels: Labels of everything the loss is a mean of; 0 counts as 1.
             options: For the model's forward.
         """

@@ -1,6 +1,6 @@
-"""From a configuration to a model that was found but not loaded, and its data.
+"""A model that was found but not loaded, and its data, from a configuration.
 
-What can fail cheaply comes first, so that a typo does not cost the loading of a model.
+The checks that take least time come first, so that a typo does not cost the loading of a model.
 """
 
 from __future__ import annotations
@@ -59,76 +59,30 @@ def load_inputs(
     trains: bool = True,
     notify: Callable[[str], None] | None = None,
 ) -> Inputs:
-    """Finds the model and reads the data; loads no weights.
+    """Find the model and reads the data; loads no weights.
 
     Args:
         source: The model, where it was found before.
         trains: False reads the evaluation data alone: eval_dataset, or a part or split of dataset.
-        notify: Told what a user should know of the data's cache.
+        notify: Gets a line about a damaged or unusable cache of the data.
 
     Raises:
         LigerError: The model or the data cannot be had.
     """
     source = source or resolve_model(config.model)
-    meta_model = build_meta_model(source, trains_adapter=trains)
-    if trains and config.adapter != "none":
-        if source.adapter is not None:
-            raise ConfigError(
-                f"adapter is {config.adapter}, but {config.model} is an adapter already",
-                hint="--adapter none trains that one on.",
-            )
-        meta_model = attach_adapter(meta_model, new_adapter(config, meta_model), base="")
+    meta_model = _meta_model(config, source, trains=trains)
     packs = trains and config.packing
     if packs:
         refuse_packing(meta_model, config.max_length)
     preprocessing = Preprocessing.of(source)
-    tokenizer = preprocessing.tokenizer
     options = RowOptions(
         max_length=config.max_length,
         vocab_size=meta_model.config.get_text_config().vocab_size,
         completion_only=config.completion_only_loss,
         assistant_only=config.assistant_only_loss,
     )
-
-    def load(name: str, split: Split, key: str = "dataset") -> Examples:
-        with _named(key):
-            return load_examples(
-                name,
-                tokenizer,
-                options,
-                split=split,
-                seed=config.order_seed,
-                processor=preprocessing.processor,
-                num_proc=config.dataset_num_proc,
-                notify=notify,
-            )
-
-    train_rows = None
-    if config.eval_fraction:
-        data = load(config.dataset, "train")
-        train_rows, held_out = _split(data, config)
-        eval_rows = {"": held_out}
-    elif not trains:
-        loaded = _load_sets(config, load) or {"": load(config.dataset, "eval")}
-        data = _together(loaded)
-        eval_rows = {name: part.examples for name, part in loaded.items()}
-    else:
-        if config.streaming:
-            with _named("dataset"):
-                data = open_stream(
-                    config.dataset,
-                    tokenizer,
-                    options,
-                    buffer_size=config.shuffle_buffer_size,
-                    seed=config.order_seed,
-                    packing=config.packing_strategy if packs else None,
-                )
-        else:
-            data = load(config.dataset, "train")
-        train_rows = data.examples
-        eval_rows = _eval_rows(config, load)
-    if trains and config.eval_strategy == "no":
-        eval_rows = {}
+    reader = _Reader(config, preprocessing, options, notify)
+    data, train_rows, eval_rows = _read(reader) if trains else _read_evaluation(reader)
     if packs and not config.streaming:
         refuse_packing(meta_model, config.max_length, has_images=data.has_images)
         train_rows = PackedRows.of(train_rows, config.max_length, config.packing_strategy)
@@ -138,34 +92,113 @@ def load_inputs(
         source=source,
         meta_model=meta_model,
         preprocessing=preprocessing,
-        collator=Collator.for_tokenizer(tokenizer, flatten=flatten),
+        collator=Collator.for_tokenizer(preprocessing.tokenizer, flatten=flatten),
         data=data,
         train=train_rows,
         eval={name: _at_most(config.max_eval_samples, rows) for name, rows in eval_rows.items()},
     )
 
 
+def _meta_model(config: RunConfig, source: ModelSource, *, trains: bool) -> Any:
+    """Return the model without weights, with a new adapter where the run trains one."""
+    meta_model = build_meta_model(source, trains_adapter=trains)
+    if not trains or config.adapter == "none":
+        return meta_model
+    if source.adapter is not None:
+        raise ConfigError(
+            f"adapter is {config.adapter}, but {config.model} is an adapter already",
+            hint="--adapter none continues to train that one.",
+        )
+    return attach_adapter(meta_model, new_adapter(config, meta_model), base="")
+
+
+# What was read, the rows to train on, and the rows of each evaluation set.
+_Rows = tuple[Any, Any, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads datasets as a run tokenizes them."""
+
+    config: RunConfig
+    preprocessing: Preprocessing
+    options: RowOptions
+    notify: Callable[[str], None] | None
+
+    def load(self, name: str, split: Split, key: str = "dataset") -> Examples:
+        """Read a dataset; the key that names it stands before errors."""
+        with _named(key):
+            return load_examples(
+                name,
+                self.preprocessing.tokenizer,
+                self.options,
+                split=split,
+                seed=self.config.order_seed,
+                processor=self.preprocessing.processor,
+                num_proc=self.config.dataset_num_proc,
+                notify=self.notify,
+            )
+
+    def stream(self) -> Any:
+        """Open the training data as a stream."""
+        config = self.config
+        with _named("dataset"):
+            return open_stream(
+                config.dataset,
+                self.preprocessing.tokenizer,
+                self.options,
+                buffer_size=config.shuffle_buffer_size,
+                seed=config.order_seed,
+                packing=config.packing_strategy if config.packing else None,
+            )
+
+    def load_sets(self) -> dict[str, Examples]:
+        """Read the sets of eval_dataset, by name."""
+        return {
+            name: self.load(place, "eval", f"eval_dataset {name}".rstrip())
+            for name, place in self.config.eval_sets.items()
+        }
+
+
+def _read(reader: _Reader) -> _Rows:
+    """Read the data of a training run."""
+    config = reader.config
+    if config.eval_fraction:
+        data = reader.load(config.dataset, "train")
+        train_rows, held_out = _split(data, config)
+        eval_rows = {"": held_out}
+    else:
+        data = reader.stream() if config.streaming else reader.load(config.dataset, "train")
+        train_rows = data.examples
+        eval_rows = _eval_rows(reader)
+    return data, train_rows, {} if config.eval_strategy == "no" else eval_rows
+
+
+def _read_evaluation(reader: _Reader) -> _Rows:
+    """Read the data of a run that only evaluates."""
+    config = reader.config
+    if config.eval_fraction:
+        data = reader.load(config.dataset, "train")
+        train_rows, held_out = _split(data, config)
+        return data, train_rows, {"": held_out}
+    loaded = reader.load_sets() or {"": reader.load(config.dataset, "eval")}
+    return _together(loaded), None, {name: part.examples for name, part in loaded.items()}
+
+
 @contextmanager
 def _named(key: str) -> Iterator[None]:
-    """Puts the key whose data they are about before errors."""
+    """Prefix errors with the key whose data they are about."""
     try:
         yield
     except LigerError as error:
         raise type(error)(f"{key}: {error.message}", hint=error.hint) from error
 
 
-def _load_sets(config: RunConfig, load: Callable[..., Examples]) -> dict[str, Examples]:
-    """The sets of eval_dataset by name."""
-    return {
-        name: load(place, "eval", f"eval_dataset {name}".rstrip())
-        for name, place in config.eval_sets.items()
-    }
-
-
-def _eval_rows(config: RunConfig, load: Callable[..., Examples]) -> dict[str, Any]:
-    """What a training run is evaluated on that keeps none of its own rows for it."""
+def _eval_rows(reader: _Reader) -> dict[str, Any]:
+    """Return the evaluation rows of a training run that keeps none of its training rows for it."""
+    config = reader.config
     if config.eval_sets:
-        return {name: part.examples for name, part in _load_sets(config, load).items()}
+        return {name: part.examples for name, part in reader.load_sets().items()}
     asking = {
         "eval_steps": config.eval_steps > 0,
         "eval_strategy": config.eval_strategy == "epoch",
@@ -173,7 +206,7 @@ def _eval_rows(config: RunConfig, load: Callable[..., Examples]) -> dict[str, An
     }
     key = next((key for key, asks in asking.items() if asks), None)
     if config.dataset == SAMPLE_NAME or (key and config.dataset == SYNTHETIC_NAME):
-        rows = load(config.dataset, "eval").examples
+        rows = reader.load(config.dataset, "eval").examples
         return {"": rows if config.max_eval_samples else _at_most(_UNASKED_EVAL_ROWS, rows)}
     if key:
         raise ConfigError(f"{key} needs eval_dataset or eval_fraction")
@@ -185,7 +218,7 @@ def _at_most(limit: int | None, rows: Any) -> Any:
 
 
 def _together(sets: dict[str, Examples]) -> Examples:
-    """What was read of all evaluation sets; the rows are those of the first."""
+    """Return the counts of all evaluation sets together, with the rows of the first."""
     first, *others = sets.values()
     if not others:
         return first
@@ -198,7 +231,7 @@ def _together(sets: dict[str, Examples]) -> Examples:
 
 
 def _split(data: Examples, config: RunConfig) -> tuple[Any, Any]:
-    """The rows to train on and those kept for evaluation, drawn by the data's seed."""
+    """Return the rows to train on and those kept for evaluation, drawn with the data's seed."""
     examples = data.examples
     if len(examples) > data.stats.rows:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What a run did: the numbers of each step, and what became of it in the end."""
+"""The result of a run: the metrics of each step, and of the final model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StepMetrics:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> StepMetrics:
-        """Return the metrics of a row of metrics.jsonl: what it lacks is NaN, or 0 of a count."""
+        """Return the metrics of a row of metrics.jsonl; a missing number is NaN, a count 0."""
         values: dict[str, Any] = {}
         for name in STEP_FIELDS:
             absent = None if name == "grad_norm" else 0 if name in COUNTS else math.nan
@@ -46,7 +46,7 @@ STEP_FIELDS = tuple(entry.name for entry in fields(StepMetrics))
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did, step by step; a resumed run includes the steps before it.
+    """The result of a run; that of a resumed run includes the steps before it.
 
     Attributes:
         eval: Of the model as it is in the end.
@@ -62,16 +62,16 @@ class TrainResult:
     stop: EarlyStop | None = None
 
     def summary(self) -> dict[str, Any]:
-        """Returns the `train` part of a report; speed is a median without the first step."""
+        """Return the `train` part of a report; speed is a median without the first step."""
         return summary(self.history)
 
     def speed(self, num_steps: int) -> dict[str, Any]:
-        """Returns tokens_per_s, step_ms and peak_memory_bytes of the first `num_steps`."""
+        """Return tokens_per_s, step_ms and peak_memory_bytes of the first `num_steps`."""
         return _speed(self.history[:num_steps])
 
 
 def summary(history: Sequence[StepMetrics]) -> dict[str, Any]:
-    """Returns the `train` part of a report on these steps."""
+    """Return the `train` part of a report on these steps."""
     losses = [step.loss for step in history]
     tenth = max(1, len(losses) // 10)
     return {

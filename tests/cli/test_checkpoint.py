@@ -236,7 +236,7 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(
     [said] = [line for line in done.err.splitlines() if " is damaged: " in line]
     assert said.startswith(f"{newest} is damaged: {name} ")
     assert message in said
-    assert said.endswith("; going on from checkpoint-2 instead")
+    assert said.endswith("; resuming from checkpoint-2 instead")
     assert_same(run_dir, run)
     assert find_damage(newest) is None
 
@@ -247,7 +247,7 @@ def test_named_checkpoint_that_is_damaged_gives_way_too(train, run_dir):
     done = train(*STEPS, "--resume", run_dir / "checkpoint-3")
     assert done.code == 0, done.err
     # An older one, never the newer that was not asked for.
-    assert "going on from checkpoint-2 instead" in " ".join(done.err.split())
+    assert "resuming from checkpoint-2 instead" in " ".join(done.err.split())
 
 
 def test_every_checkpoint_damaged(train, run_dir):
@@ -339,7 +339,7 @@ def test_checkpoint_that_cannot_be_written(
     assert done.code == 3
     assert f"{run_dir / 'checkpoint-4'} cannot be written: " in done.err
     assert message in done.err
-    assert "The earlier checkpoint-2 is as it was: --resume auto goes on from it." in done.err
+    assert "The earlier checkpoint-2 is as it was: --resume auto continues from it." in done.err
     assert "Traceback" not in done.err
     assert [path.name for path in find_checkpoints(run_dir)] == ["checkpoint-2"]
     assert find_damage(run_dir / "checkpoint-2") is None

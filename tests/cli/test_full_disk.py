@@ -185,7 +185,7 @@ def test_case_240_append_that_fails_loses_no_checkpoint(train, run_dir, monkeypa
     assert done.code == 3, done.err
     log = run_dir / "metrics.jsonl"
     assert f"error: {log} cannot be written: No space left on device" in done.err
-    assert "checkpoint-4 was written, and --resume auto goes on from it" in done.err
+    assert "checkpoint-4 was written, and --resume auto continues from it" in done.err
     assert rows(log) == [1, 2]
     monkeypatch.undo()
     done = train(*words, "--resume", "auto")

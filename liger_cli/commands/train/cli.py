@@ -28,7 +28,7 @@ def command(
     ] = "",
     resume: Annotated[
         str | None,
-        typer.Option("--resume", metavar="auto|PATH", help="Go on from a checkpoint of the run."),
+        typer.Option("--resume", metavar="auto|PATH", help="Resume from a checkpoint of the run."),
     ] = None,
     dry_run: Annotated[
         bool,

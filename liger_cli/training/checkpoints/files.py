@@ -56,33 +56,33 @@ _TYPES = {
 }
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-# What reads and writes of files raise: torch and safetensors have errors of their own.
+# Errors of reading and writing files: torch and safetensors add theirs to OSError.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Returns where the checkpoint of a step is, or would be."""
+    """Return where the checkpoint of a step is, or would be."""
     return run_dir / f"checkpoint-{step}"
 
 
 def find_checkpoints(run_dir: Path) -> list[Path]:
-    """Returns the checkpoints of a run, whole or damaged, the oldest first."""
+    """Return the checkpoints of a run, whole or damaged, the oldest first."""
     paths = run_dir.iterdir() if run_dir.is_dir() else ()
     return sorted((path for path in paths if step_of(path) and path.is_dir()), key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """Returns the step in a checkpoint's name; 0 for another name."""
+    """Return the step in a checkpoint's name; 0 for another name."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else 0
 
 
 def newest_whole(checkpoints: Sequence[Path], notify: Callable[[str], None]) -> Path | None:
-    """Returns the newest checkpoint that is whole, or None where there are none at all.
+    """Return the newest checkpoint that is whole, or None where there are none at all.
 
     Args:
         checkpoints: The oldest first.
-        notify: Told of each newer one that is damaged, and what is used in its place.
+        notify: Gets a line about each newer one that is damaged, and the one used in its place.
 
     Raises:
         DataError: There are checkpoints, and none is whole.
@@ -91,19 +91,19 @@ def newest_whole(checkpoints: Sequence[Path], notify: Callable[[str], None]) -> 
     for path in reversed(checkpoints):
         if (damage := find_damage(path)) is None:
             for text in damaged:
-                notify(f"{text}; going on from {path.name} instead")
+                notify(f"{text}; resuming from {path.name} instead")
             return path
         damaged.append(f"{path} is damaged: {damage}")
     if damaged:
         raise DataError(
             "no checkpoint is whole: " + "; ".join(damaged),
-            hint="Without --resume, in another --output-dir, the run starts anew.",
+            hint="Without --resume, in another --output-dir, the run starts from the beginning.",
         )
     return None
 
 
 def find_damage(checkpoint: Path, *, reads_files: bool = True) -> str | None:
-    """Returns what is wrong with the files of a checkpoint, or None.
+    """Return a description of the damage to a checkpoint, or None where it is whole.
 
     Args:
         reads_files: False looks at sizes only.
@@ -134,14 +134,14 @@ def find_damage(checkpoint: Path, *, reads_files: bool = True) -> str | None:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Returns what write_manifest was given, and the sizes and hashes of the files.
+    """Return the values of a manifest, with the sizes and hashes of the files.
 
     Raises:
         OSError: There is none.
         ValueError: It is not what was written.
     """
     values = read_json(checkpoint / MANIFEST)
-    # The seal holds against accidents; whoever makes one up meets the types.
+    # The hash finds accidents; a manifest made by hand meets the types.
     is_whole = isinstance(values, dict) and values.pop("sha256", None) == _hash_of(values)
     if not is_whole or not all(isinstance(values.get(key), kind) for key, kind in _TYPES.items()):
         raise ValueError(f"{checkpoint / MANIFEST} has changed since it was written")
@@ -149,7 +149,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def write_manifest(directory: Path, values: dict[str, Any]) -> None:
-    """Writes values that can be read without loading anything, and what the files are known by."""
+    """Write values that can be read without loading anything, and what the files are known by."""
     names = sorted(
         str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
     )
@@ -180,7 +180,7 @@ def _hash(path: Path) -> str:
 
 @contextlib.contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """Gives a directory to write into; it becomes `target` at the end, or nothing after an error.
+    """Give a directory to write into; it becomes `target` at the end, or nothing after an error.
 
     A process that is killed meanwhile leaves a hidden directory beside the target, which the next
     call for the same target removes.
@@ -206,7 +206,7 @@ def written_aside(target: Path) -> Iterator[Path]:
 
 
 def write_failure(error: Exception, target: Path, hint: str | None = None) -> EnvironmentProblem:
-    """Returns the error of a directory that cannot be written, most often for want of space.
+    """Return the error of a directory that cannot be written, most often for want of space.
 
     Raises:
         Exception: The error itself, where it is of another kind.
@@ -224,13 +224,13 @@ def delete_old(
     *,
     best: int | None = None,
 ) -> None:
-    """Deletes checkpoints before `step`, which is whole, until `limit` are left.
+    """Delete checkpoints before `step`, which is whole, until `limit` are left.
 
     That of `best` is not deleted; damaged ones are the first to go. Later ones are left of a run
     that was resumed from before them: they are not this run's.
 
     Args:
-        notify: Told of one that cannot be deleted.
+        notify: Gets a line about one that cannot be deleted.
     """
     older = [path for path in find_checkpoints(run_dir) if step_of(path) < step]
     others = [path for path in older if step_of(path) != best]
@@ -247,10 +247,10 @@ def delete_old(
 
 
 def mark_best(run_dir: Path, step: int | None, notify: Callable[[str], None]) -> None:
-    """Makes the link `best` point to the checkpoint of a step, or removes it where there is none.
+    """Make the link `best` point to the checkpoint of a step, or removes it where there is none.
 
     Args:
-        notify: Told where the file system has no links.
+        notify: Gets a line where the file system has no links.
     """
     link, new = run_dir / BEST, run_dir / f".{BEST}.unfinished"
     target = None if step is None else checkpoint_path(run_dir, step)

@@ -14,7 +14,7 @@ __all__ = ["kept_random_state", "random_state", "set_random_state"]
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Returns the state of this process's generators as values that torch.load reads safely."""
+    """Return the state of this process's generators as values that torch.load reads safely."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -25,7 +25,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(values: dict[str, Any], device: torch.device) -> None:
-    """Sets the generators to what random_state returned."""
+    """Set the generators to what random_state returned."""
     random.setstate(values["python"])
     np.random.set_state(values["numpy"])
     torch.set_rng_state(values["torch"])
@@ -35,7 +35,7 @@ def set_random_state(values: dict[str, Any], device: torch.device) -> None:
 
 @contextlib.contextmanager
 def kept_random_state(device: torch.device) -> Iterator[None]:
-    """Leaves every generator as it was, whatever was drawn meanwhile."""
+    """Leave every generator as it was, whatever was drawn meanwhile."""
     before = random_state(device)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and what of its configuration may be another by then."""
+"""The checkpoint that a run resumes from, and the keys that a resumed run may change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from liger_cli.training.checkpoints.files import (
 
 __all__ = ["check_same_run", "choose_checkpoint", "describe_resume", "find_resumed"]
 
-# What a resumed run may change: its length, what it tells and keeps, and how it computes the same.
+# What a resumed run may change: its length, its messages and files, and how it computes the same.
 # Everything else would make step N another one than that of the run it resumes, or is in the
 # checkpoint, as the optimizer's options are.
 _FREE_KEYS = frozenset(
@@ -60,12 +60,12 @@ _FREE_KEYS = frozenset(
 def choose_checkpoint(
     resume: str, output_dir: Path | None, notify: Callable[[str], None]
 ) -> Path | None:
-    """Returns the newest whole checkpoint that --resume means; None where there is none yet.
+    """Return the newest whole checkpoint that --resume means; None where there is none yet.
 
     Args:
         resume: "auto", of output_dir; or the path of a run or of a checkpoint. In place of one that
             is damaged comes the one before it.
-        notify: Told of the damaged ones.
+        notify: Gets a line about each damaged one.
 
     Raises:
         ConfigError: The path is neither.
@@ -96,7 +96,7 @@ def find_resumed(resume: str, output_dir: Path | None) -> list[Path]:
 
 
 def check_same_run(checkpoint: Path, config: RunConfig, num_processes: int) -> None:
-    """Checks that a run can go on from a checkpoint as if it had not stopped.
+    """Check that a run can resume from a checkpoint as if it had not stopped.
 
     Raises:
         ConfigError: A key has a value that would make the steps to come others, or the checkpoint
@@ -123,7 +123,7 @@ def check_same_run(checkpoint: Path, config: RunConfig, num_processes: int) -> N
 
 
 def describe_resume(checkpoint: Path, config: RunConfig, device: torch.device) -> str:
-    """Returns the line that says where a run goes on, and with what it did not have before."""
+    """Return the line that names the checkpoint of a resumed run and the keys that have changed."""
     manifest = read_manifest(checkpoint)
     changes = _changes(manifest, config)
     changes.pop("output_dir", None)

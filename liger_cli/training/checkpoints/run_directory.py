@@ -96,5 +96,5 @@ def _check_free(run_dir: Path) -> None:
     if run_dir.is_dir() and any(path.name != LOCK for path in run_dir.iterdir()):
         raise ConfigError(
             f"output_dir {run_dir} exists and is not empty",
-            hint="--resume auto goes on with the run in it; or take another --output-dir.",
+            hint="--resume auto continues the run in it; or take another --output-dir.",
         )

@@ -27,8 +27,8 @@ _LARGEST = 1e100
 class JsonLines:
     """A file of one JSON object a line, each given to the operating system as it comes.
 
-    A line that cannot be written, on a full disk for one, ends nothing: it is kept, and tried again
-    with the next one. `sync` says that lines are missing.
+    A line that cannot be written, on a full disk for one, ends nothing: it is kept, and written
+    with the next one. `sync` raises where lines are missing.
 
     Args:
         path: The file; created with its directory. Lines in it that are no rows are left out, with
@@ -109,7 +109,7 @@ class JsonLines:
 
 
 def copy_logs(names: Sequence[str], source: Path, target: Path, accelerator: Any) -> None:
-    """Copies the logs that one run has to the directory of another, before any process reads it."""
+    """Copy the logs that one run has to the directory of another, before any process reads it."""
     if accelerator.is_main_process:
         for name in names:
             if (source / name).is_file():

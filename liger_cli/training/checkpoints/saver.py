@@ -110,8 +110,8 @@ class Saver:
             except EnvironmentProblem as problem:
                 name = checkpoint_path(self._run_dir, self._log.rows[-1]["step"]).name
                 problem.hint = (
-                    f"{name} was written, and --resume auto goes on from it; the steps whose lines "
-                    "could not be written are missing in the log."
+                    f"{name} was written, and --resume auto continues from it; the steps whose "
+                    "lines could not be written are missing in the log."
                 )
                 return problem
         return None

@@ -1,4 +1,4 @@
-"""Checkpoints: the model, what makes its inputs, and what an exact resume needs.
+"""Checkpoints: the model, its preprocessing, and the state for an exact resume.
 
 A checkpoint holds what save_pretrained writes, trainer_state.pt (optimizer, schedule, loss scale
 and position in the data), rng-RANK.pt (random generators of each process) and manifest.json (step,
@@ -142,7 +142,7 @@ def _kept_line(run_dir: Path) -> str:
     checkpoints = find_checkpoints(run_dir)
     if not checkpoints:
         return "There is no earlier checkpoint."
-    return f"The earlier {checkpoints[-1].name} is as it was: --resume auto goes on from it."
+    return f"The earlier {checkpoints[-1].name} is as it was: --resume auto continues from it."
 
 
 def load_state(checkpoint: Path, state: TrainState) -> ResumePoint:
@@ -193,5 +193,5 @@ def _restoring(path: Path) -> Iterator[None]:
     except Exception as error:
         raise DataError(
             f"the checkpoint file {path} cannot be read: {type(error).__name__}: {error}",
-            hint="--resume PATH goes on from an older checkpoint.",
+            hint="--resume PATH continues from an older checkpoint.",
         ) from error

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["MasterWeights", "Together"]
+__all__ = ["CompositeOptimizer", "MasterWeights"]
 
 
-class Together(torch.optim.Optimizer):
+class CompositeOptimizer(torch.optim.Optimizer):
     """Optimizers of different parameters that step as one."""
 
     def __init__(self, parts: list[torch.optim.Optimizer]) -> None:

@@ -21,7 +21,7 @@ from liger_cli.common.requirements import require_package
 from liger_cli.config import RunConfig
 from liger_cli.config.conflicts import METRIC_SCHEDULES
 from liger_cli.errors import ConfigError, EnvironmentProblem
-from liger_cli.training.optim.composite_optimizers import MasterWeights, Together
+from liger_cli.training.optim.composite_optimizers import CompositeOptimizer, MasterWeights
 
 __all__ = [
     "Schedule",
@@ -39,7 +39,7 @@ _FROM_RUN = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"
 
 
 def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Returns the optimizer of the trained parameters.
+    """Return the optimizer of the trained parameters.
 
     Raises:
         ConfigError: optim_args holds what this optimizer does not take.
@@ -55,7 +55,7 @@ def make_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer
 
 
 def _named(config: RunConfig) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """The class of an optimizer other than muon and what the configuration says of it."""
+    """Return the class of an optimizer other than muon, and its options."""
     adam = _moments(config)
     if config.optim == "adamw_torch":
         return torch.optim.AdamW, adam
@@ -125,7 +125,7 @@ def _make_muon(
     if rest := {name: named[name] for name in named if name not in hidden}:
         options = {**_moments(config), "lr": config.learning_rate, "fused": True}
         parts.append(torch.optim.AdamW(_groups(rest, config), **options))
-    return Together(parts)
+    return CompositeOptimizer(parts)
 
 
 def _ends(model: nn.Module) -> set[nn.Parameter]:
@@ -164,12 +164,12 @@ class Schedule:
         return float(self._schedule.get_last_lr()[0])
 
     def step(self) -> None:
-        """Goes on after an optimizer step."""
+        """Advance by one optimizer step."""
         if not self._follows_metric:
             self._schedule.step()
 
     def evaluated(self, loss: float) -> None:
-        """Tells a schedule that follows a metric the loss of an evaluation."""
+        """Advance a schedule that follows a metric, by the loss of an evaluation."""
         if self._follows_metric:
             self._schedule.step(loss)
 
@@ -180,7 +180,7 @@ class Schedule:
         """Restore the state of a run, which may have had another number of steps.
 
         The learning rate of the step to come, in `values` and in the optimizer's state, is that of
-        the old length: it is computed again. Load the optimizer's state first.
+        the old length: it is recomputed. Load the optimizer's state first.
         """
         self._schedule.load_state_dict(values)
         if isinstance(self._schedule, LambdaLR):
@@ -220,7 +220,7 @@ def _check_schedule_arguments(config: RunConfig, name: str) -> None:
     [make] = [make for kind, make in TYPE_TO_SCHEDULER_FUNCTION.items() if kind.value == name]
     parameters = inspect.signature(make).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        # It hands them to a class, which says itself what it does not take.
+        # It passes them to a class, which raises for an unknown one.
         return
     takes = set(parameters) - _FROM_RUN
     if unknown := sorted(set(config.schedule_arguments) - takes):
@@ -231,7 +231,7 @@ def _check_schedule_arguments(config: RunConfig, name: str) -> None:
 
 
 def check_optimization(config: RunConfig, device: torch.device) -> None:
-    """Makes optimizer and schedule of a model of four weights, to find out what is wrong early.
+    """Make optimizer and schedule of a model of four weights, to find out what is wrong early.
 
     Raises:
         ConfigError: Arguments that the optimizer or the schedule does not take.
@@ -246,7 +246,7 @@ def check_optimization(config: RunConfig, device: torch.device) -> None:
 
 
 def state_bytes(config: RunConfig, parameter_bytes: int) -> float:
-    """Returns the bytes that the optimizer holds for each trained parameter of a large matrix."""
+    """Return the bytes that the optimizer holds for each trained parameter of a large matrix."""
     copy = 4 if config.master_weights and parameter_bytes == 2 else 0
     moment = copy or parameter_bytes
     if config.optim in ("sgd", "adafactor"):

@@ -1,4 +1,4 @@
-"""A training run in a process of its own, so that its memory and its kernels are its own."""
+"""A measuring run in a separate process, with its own memory and kernels."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ArmSpec:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """What `liger train` measured in its own process.
+    """The measurements of a run in a separate process.
 
     Attributes:
         steps: The lines of metrics.jsonl.
@@ -89,7 +89,7 @@ def run_arm(
     torch_compile: bool = False,
     peer: PeerInterpreter | None = None,
 ) -> ArmResult:
-    """Trains `steps` steps with `ops` in a process of its own and returns what it measured.
+    """Train `steps` steps with `ops` in a separate process and return the measurements.
 
     The arm writes no checkpoint and evaluates nothing; its directory is deleted. Whatever ends this
     process meanwhile ends the other with all that it started.
@@ -133,7 +133,7 @@ def _run(
 ) -> subprocess.CompletedProcess[str]:
     """subprocess.run, which however leaves no process behind."""
     with _open_pipe() as reads:
-        # A session of its own: all its processes end together, and Ctrl-C comes to us alone.
+        # A new session: all its processes end together, and Ctrl-C comes to us alone.
         process = subprocess.Popen(
             command,
             env=environment,

@@ -8,7 +8,7 @@ __all__ = ["AsyncScalars"]
 
 
 class AsyncScalars:
-    """Scalars of a device that are copied to the host while the device goes on.
+    """Scalars of a device that are copied to the host while the device works on.
 
     `get` waits for the work that they depend on, and not for work that was queued later.
 

@@ -16,7 +16,7 @@ __all__ = ["ResizableBatches", "smaller_batches"]
 
 
 def smaller_batches(batch_size: int, accumulation: int) -> tuple[int, int]:
-    """Returns half the micro-batch and twice the accumulation: as many rows a step as before.
+    """Return half the micro-batch and twice the accumulation: as many rows a step as before.
 
     Of a size that is odd it takes the next divisor below the half: 9 becomes 3.
     """
@@ -25,11 +25,11 @@ def smaller_batches(batch_size: int, accumulation: int) -> tuple[int, int]:
 
 
 class ResizableBatches:
-    """A Feed that can give a step again, in smaller micro-batches.
+    """A Feed that can repeat a step in smaller micro-batches.
 
     Args:
         plan: The order of the data.
-        make: Makes the feed of a plan.
+        make: Returns the feed of a plan.
     """
 
     def __init__(self, plan: BatchPlan, make: Callable[[BatchPlan], Feed]) -> None:
@@ -48,7 +48,7 @@ class ResizableBatches:
             yield next(self._windows)
 
     def shrink(self, step: int) -> Window:
-        """Returns the window that was given out last anew; those to come are as small.
+        """Return the last window once more, in smaller micro-batches, as are those that follow.
 
         The size of the micro-batch must be above 1.
         """

@@ -16,13 +16,13 @@ __all__ = ["make_accelerator", "quiet_libraries"]
 
 
 def quiet_libraries() -> None:
-    """Turns off the progress bars of libraries: they would run through the one of the run."""
+    """Turn off the progress bars of libraries: they would run through the one of the run."""
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
 
 def make_accelerator(config: RunConfig, *, adapts: bool = False) -> Accelerator:
-    """Returns the Accelerator of a run: device, processes and autocast.
+    """Return the Accelerator of a run: device, processes and autocast.
 
     Args:
         adapts: Whether an adapter is on the model: its float32 matrices are computed in the dtype
@@ -32,7 +32,7 @@ def make_accelerator(config: RunConfig, *, adapts: bool = False) -> Accelerator:
         EnvironmentProblem: The device cannot do what was asked, or the launch is one of a kind that
             the loop does not know.
     """
-    # Said in full: accelerate reads what is left out from environment variables.
+    # Explicit: accelerate reads missing arguments from environment variables.
     precision = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
     if adapts and precision == "no":
         frozen = parameter_dtype(config, PartialState(cpu=config.use_cpu).device, adapts=True)

@@ -1,4 +1,4 @@
-"""The environment variables by which `accelerate launch` says how a run is to be trained.
+"""The environment variables by which `accelerate launch` configures a run.
 
 Each that accelerate or transformers reads is in one of three tables: REFUSED asks for something
 that this version does not do, HONOURED is done, HARMLESS changes nothing here.
@@ -111,7 +111,7 @@ HARMLESS: Mapping[str, str] = {
 
 
 def config_of_launch(config: RunConfig, environ: Mapping[str, str] = os.environ) -> RunConfig:
-    """Return the configuration with what the launch says, after a check that it can be done.
+    """Return the configuration with the settings of the launch, validated.
 
     Raises:
         EnvironmentProblem: A variable asks for another kind of run than config and this version do.

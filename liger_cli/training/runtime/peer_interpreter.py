@@ -16,7 +16,8 @@ from liger_cli.errors import ConfigError, EnvironmentProblem
 
 __all__ = ["PeerInterpreter"]
 
-# Importing nothing: finding a package takes no time, and a broken one says more when it is used.
+# Nothing is imported: finding a package takes no time, and a broken one has a better error when it
+# is used.
 _FIND = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
 
 
@@ -69,11 +70,11 @@ class PeerInterpreter:
         self.close()
 
     def close(self) -> None:
-        """Deletes the folder."""
+        """Delete the folder."""
         self._folder.cleanup()
 
     def require(self, package: str) -> None:
-        """Checks that a package is installed there.
+        """Check that a package is installed there.
 
         Raises:
             EnvironmentProblem: It is not.

@@ -20,7 +20,7 @@ PEER_PACKAGE = "liger_kernel"
 
 
 def apply_peer_patch(model: nn.Module) -> dict[str, Any]:
-    """Lets liger-kernel patch a model in place.
+    """Let liger-kernel patch a model in place.
 
     Returns:
         The `peer` part of a report. num_changed counts the modules whose class or forward is
@@ -40,7 +40,7 @@ def apply_peer_patch(model: nn.Module) -> dict[str, Any]:
 
 
 def _computes(module: nn.Module) -> tuple[type, Any]:
-    """What a module runs: it is the same before and after only if nobody patched it."""
+    """Return the class and forward of a module: a patch changes one of them."""
     return type(module), getattr(module.forward, "__func__", module.forward)
 
 

@@ -42,13 +42,13 @@ class StepProfiler:
         self._close()
 
     def begin(self, step: int) -> None:
-        """Starts to record where that is wanted of the step to come."""
+        """Start to record where that is wanted of the step to come."""
         if step in self._steps and self._profile is None:
             self._profile = profile(activities=self._activities, record_shapes=True)
             self._profile.start()
 
     def end(self, step: int) -> bool:
-        """Writes the trace after the last step wanted; returns whether that took time now."""
+        """Write the trace after the last step wanted; return whether that took time now."""
         if self._profile is None or step < self._steps[-1]:
             return False
         self._close()

@@ -1,4 +1,4 @@
-"""How a run ends before its last step: somebody stops it, or its numbers are of no use."""
+"""The ends of a run before its last step: a signal, or values that are not finite."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Interruption", "StopRequest", "interrupted", "non_finite"]
 
 _log = logging.getLogger(__name__)
 
-# What wraps a run may hand on, at once, the Ctrl-C that the terminal has sent to the run as well.
+# A launcher may forward at once the Ctrl-C that the terminal has sent to the run as well.
 _ECHO_S = 1.0
 
 
@@ -84,17 +84,17 @@ class StopRequest(_Handler):
 
 
 def interrupted(step: int, checkpoint: Path | None) -> Interrupted:
-    """Returns the error of a run that was stopped after a step."""
+    """Return the error of a run that was stopped after a step."""
     if checkpoint is None:
         return Interrupted(f"interrupted after step {step}")
     return Interrupted(
         f"interrupted after step {step}; its checkpoint is {checkpoint}",
-        hint="The same command with --resume auto goes on from there.",
+        hint="The same command with --resume auto continues from there.",
     )
 
 
 def non_finite(step: int, loss: float, norm: float, checkpoint: Path | None) -> NonFiniteLoss:
-    """Returns the error of a step whose loss or gradient is NaN or infinite."""
+    """Return the error of a step whose loss or gradient is NaN or infinite."""
     what = f"loss is {loss}" if not math.isfinite(loss) else f"norm of the gradient is {norm}"
     kept = f"the last checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written"
     return NonFiniteLoss(

@@ -28,7 +28,7 @@ class Track(Protocol):
 
 
 def check_trackers(config: RunConfig) -> None:
-    """Finds out whether the trackers of a run are installed.
+    """Find out whether the trackers of a run are installed.
 
     Raises:
         EnvironmentProblem: One is missing, with the command that installs it.
@@ -40,7 +40,7 @@ def check_trackers(config: RunConfig) -> None:
 
 @contextmanager
 def tracking(config: RunConfig, run_dir: Path, *, is_main: bool) -> Iterator[Track]:
-    """Starts the trackers of a run, gives them its configuration, and ends them however it ends.
+    """Start the trackers of a run, gives them its configuration, and ends them however it ends.
 
     Raises:
         EnvironmentProblem: One does not start.
@@ -63,7 +63,7 @@ def tracking(config: RunConfig, run_dir: Path, *, is_main: bool) -> Iterator[Tra
 
 
 def prefixed(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the numbers under the names that trackers show in groups: train/loss."""
+    """Return the numbers under the names that trackers show in groups: train/loss."""
     return {f"{group}/{key}": value for key, value in values.items() if key != "step"}
 
 
@@ -82,7 +82,7 @@ def _start(name: str, config: RunConfig, run_dir: Path) -> Any:
         tracker = LOGGER_TYPE_TO_CLASS[name](**options[name])
         tracker.start()
         tracker.store_init_configuration(shown)
-    # A tracker fails in ways of its own: no account, no server, no network.
+    # Trackers have their own errors: no account, no server, no network.
     except Exception as error:
         text = " ".join(str(error).split()) or repr(error)
         raise EnvironmentProblem(f"report_to {name} does not start: {text}") from error
