@@ -1,7 +1,7 @@
 """Count the files of ours that `liger train` enters before its first logged step.
 
 A file is entered when one of its functions is called; importing it alone does not count. The run is
-the smallest one: a tiny random model, synthetic rows, one step, on a CPU.
+the smallest one: a tiny random model, synthetic rows, one step on a CPU.
 
     python scripts/entered_files.py [--files]
 """
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = tuple(f"{ROOT / package}{os.sep}" for package in ("liger_cli", "liger_kernels"))
 # The class whose `write` appends the metrics of a step to the log.
 STEP_LOG = "run_log.py", "write"
-WORDS = ["train", "--model", "llama", "--dataset", "synthetic", "--max-length", "64"]
+WORDS = ["train", "--model", "qwen3", "--dataset", "synthetic", "--max-length", "64"]
 WORDS += ["--max-steps", "1", "--use-cpu"]
 
 
