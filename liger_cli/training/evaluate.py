@@ -243,7 +243,7 @@ class _RecordedLosses(TorchFunctionMode):
 
 
 def _token_sums(logits: Any, target: torch.Tensor) -> torch.Tensor:
-    """How many labels have the largest logit, the entropies' sum, and how many labels there are."""
+    """Return the number of labels with the largest logit, the sum of entropies, and all labels."""
     sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
     if logits.dim() != 2 or target.dtype != torch.int64:
         return sums.cpu()

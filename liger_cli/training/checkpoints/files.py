@@ -180,7 +180,7 @@ def _hash(path: Path) -> str:
 
 @contextlib.contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """Give a directory to write into; it becomes `target` at the end, or nothing after an error.
+    """Yield a directory to write into; it becomes `target` at the end, or nothing after an error.
 
     A process that is killed meanwhile leaves a hidden directory beside the target, which the next
     call for the same target removes.
@@ -247,7 +247,7 @@ def delete_old(
 
 
 def mark_best(run_dir: Path, step: int | None, notify: Callable[[str], None]) -> None:
-    """Make the link `best` point to the checkpoint of a step, or removes it where there is none.
+    """Point the link `best` to the checkpoint of a step, or remove it where there is none.
 
     Args:
         notify: Gets a line where the file system has no links.

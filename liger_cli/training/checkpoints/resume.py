@@ -137,7 +137,7 @@ def describe_resume(checkpoint: Path, config: RunConfig, device: torch.device) -
 
 
 def _changes(manifest: dict[str, Any], config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """The values in a manifest and now of the keys that have changed."""
+    """Return the keys that have changed, with their value in a manifest and now."""
     # A key that is younger than the checkpoint had the effect of its default.
     defaults = {key: field.default for key, field in RunConfig.model_fields.items()}
     return {

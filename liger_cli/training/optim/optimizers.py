@@ -129,7 +129,7 @@ def _make_muon(
 
 
 def _ends(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of embedding and head, which are tables rather than maps."""
+    """Return the parameters of embedding and head, which are tables rather than maps."""
     tables = [
         module
         for module in (
@@ -231,7 +231,7 @@ def _check_schedule_arguments(config: RunConfig, name: str) -> None:
 
 
 def check_optimization(config: RunConfig, device: torch.device) -> None:
-    """Make optimizer and schedule of a model of four weights, to find out what is wrong early.
+    """Validate optimizer and schedule early, on a model of four weights.
 
     Raises:
         ConfigError: Arguments that the optimizer or the schedule does not take.

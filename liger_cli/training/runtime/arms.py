@@ -131,7 +131,7 @@ def run_arm(
 def _run(
     command: Sequence[str], environment: dict[str, str] | None
 ) -> subprocess.CompletedProcess[str]:
-    """subprocess.run, which however leaves no process behind."""
+    """Run a command as subprocess.run does, and leave no process behind."""
     with _open_pipe() as reads:
         # A new session: all its processes end together, and Ctrl-C comes to us alone.
         process = subprocess.Popen(
@@ -154,7 +154,7 @@ def _run(
 
 @contextlib.contextmanager
 def _open_pipe() -> Iterator[int]:
-    """The end of a pipe to read from, whose other end is open as long as this process lives."""
+    """Yield the read end of a pipe whose write end is open as long as this process lives."""
     reads, writes = os.pipe()
     try:
         yield reads
@@ -164,7 +164,7 @@ def _open_pipe() -> Iterator[int]:
 
 
 def _failure(name: str, done: subprocess.CompletedProcess[str]) -> LigerError:
-    """The child's own error, under its own exit code."""
+    """Return the error of the child process, under its exit code."""
     if done.returncode == -signal.SIGKILL:
         return OutOfMemory(
             f"the {name} run was killed (signal 9), as Linux does to a process for which there is "

@@ -28,7 +28,7 @@ class Track(Protocol):
 
 
 def check_trackers(config: RunConfig) -> None:
-    """Find out whether the trackers of a run are installed.
+    """Check that the trackers of a run are installed.
 
     Raises:
         EnvironmentProblem: One is missing, with the command that installs it.
