@@ -7,15 +7,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from liger_cli.common.readers import read_json
 from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
 
-if TYPE_CHECKING:
-    from liger_cli.training.model.presets import ModelSource
-
-__all__ = ["as_problem", "fetch_config", "fetch_dataset"]
+__all__ = ["fetch_config", "fetch_dataset", "loading_error"]
 
 _PROBE_TIMEOUT_S = 5.0
 
@@ -109,9 +106,13 @@ def _refused(name: str, error: Exception) -> EnvironmentProblem:
     )
 
 
-def as_problem(error: Exception, what: str, source: ModelSource) -> LigerError:
-    """Returns an error of loading as one with an exit code: of the hub, or of the user's files."""
+def loading_error(error: Exception, what: str, is_remote: bool) -> LigerError:
+    """Convert an error of loading `what` to one with an exit code.
+
+    Args:
+        is_remote: Whether it comes from the hub (EnvironmentProblem), or from the user's files
+            (ConfigError).
+    """
     text = " ".join(str(error).split()) or repr(error)
-    if source.kind == "hub":
-        return EnvironmentProblem(f"{what} cannot be loaded: {text}")
-    return ConfigError(f"{what} cannot be loaded: {text}")
+    kind = EnvironmentProblem if is_remote else ConfigError
+    return kind(f"{what} cannot be loaded: {text}")

@@ -61,6 +61,11 @@ class ModelSource:
     package: DemoPackage | None = None
     adapter: Path | None = None
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether its files are the Hugging Face hub's."""
+        return self.kind == "hub"
+
 
 def configs_directory() -> Path:
     """Returns the directory of the configurations: in the wheel, or at the top of a checkout."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from liger_cli.common.hub import as_problem, fetch_config
+from liger_cli.common.hub import fetch_config, loading_error
 from liger_cli.common.readers import check_regular_files, expand_path, read_json
 from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
 from liger_cli.training.model.adapters import ADAPTER_CONFIG, find_base, load_adapter, with_adapter
@@ -368,7 +368,7 @@ def _load_weights(
         raise
     # Files fail in the ways of several libraries; what is wrong is in the message.
     except Exception as error:
-        raise as_problem(error, f"the model {source.name}", source) from error
+        raise loading_error(error, f"the model {source.name}", source.is_remote) from error
     if missing := sorted(info["missing_keys"]):
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         notify(f"{source.name}: {len(missing)} weights are not in its files and random: {shown}")

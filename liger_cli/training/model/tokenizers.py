@@ -102,14 +102,14 @@ def has_tokenizer(directory: Path) -> bool:
 def _from_files(place: str, source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
-    from liger_cli.common.hub import as_problem
+    from liger_cli.common.hub import loading_error
 
     try:
         with panics_raised():
             return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     # A tokenizer's files fail in the ways of several libraries; what is wrong is in the message.
     except Exception as error:
-        raise as_problem(error, f"the tokenizer of {source.name}", source) from error
+        raise loading_error(error, f"the tokenizer of {source.name}", source.is_remote) from error
 
 
 def load_processor(source: ModelSource) -> Any:
@@ -127,7 +127,7 @@ def load_processor(source: ModelSource) -> Any:
         return None
     from transformers import AutoProcessor
 
-    from liger_cli.common.hub import as_problem
+    from liger_cli.common.hub import loading_error
 
     place = str(source.path or source.name)
     try:
@@ -136,7 +136,7 @@ def load_processor(source: ModelSource) -> Any:
     except ImportError as error:
         raise EnvironmentProblem(f"the processor of {source.name}: {error}") from error
     except Exception as error:
-        raise as_problem(error, f"the processor of {source.name}", source) from error
+        raise loading_error(error, f"the processor of {source.name}", source.is_remote) from error
 
 
 @dataclass(frozen=True)
