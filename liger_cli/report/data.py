@@ -2,18 +2,85 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
 from rich.console import Console
 from rich.text import Text
 
-from liger_cli.commands.data.preview import DataPreview, Fill, RowPreview
 from liger_cli.common.numbers import format_count
 from liger_cli.common.text import printable
+from liger_cli.data.examples import DataStats
 from liger_cli.report import show_json, show_lines, show_table
 
-__all__ = ["show_preview"]
+__all__ = ["Bar", "DataPreview", "Fill", "Piece", "RowPreview", "show_preview"]
 
 _BAR_WIDTH = 40
 _TRAINED = "bold green"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens next to each other that are all trained on, or none of them."""
+
+    text: str
+    is_trained: bool
+
+
+@dataclass(frozen=True)
+class RowPreview:
+    """A row as the model reads it, the template's marks included."""
+
+    tokens: int
+    trained_tokens: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """How many rows have `first` to `last` tokens."""
+
+    first: int
+    last: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Fill:
+    """The share of the tokens fed that are no padding.
+
+    Args:
+        how: Rows in batches as they come, or packed in one of the two ways.
+        rows: Rows that are fed: of different lengths, or of max_length where they are packed.
+    """
+
+    how: Literal["unpacked", "bfd", "sequential"]
+    rows: int
+    efficiency: float
+
+
+@dataclass(frozen=True)
+class DataPreview:
+    """Everything that `liger data preview` shows.
+
+    Args:
+        is_part: Whether only the first block of a stream was read.
+        lengths: min, median, mean, p95 and max of the tokens of a row.
+    """
+
+    name: str
+    licence: str | None
+    max_length: int
+    is_part: bool
+    stats: DataStats
+    lengths: dict[str, float]
+    histogram: tuple[Bar, ...]
+    fill: tuple[Fill, ...]
+    rows: tuple[RowPreview, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as plain JSON values."""
+        return {"command": "data preview", **asdict(self)}
 
 
 def show_preview(preview: DataPreview, *, as_json: bool) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from liger_cli.commands.data.preview import Piece, RowPreview
 from liger_cli.report import data as report_data
+from liger_cli.report.data import Piece, RowPreview
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from itertools import groupby, takewhile
 from typing import Any, Literal
 
@@ -12,78 +11,14 @@ import numpy as np
 from liger_cli.config import RunConfig
 from liger_cli.data.batches import BatchPlan
 from liger_cli.data.encode import IGNORED
-from liger_cli.data.examples import DataStats
 from liger_cli.data.packing import pack, row_lengths
 from liger_cli.data.stream import Stream
+from liger_cli.report.data import Bar, DataPreview, Fill, Piece, RowPreview
 from liger_cli.training.inputs import load_inputs
 
-__all__ = ["Bar", "DataPreview", "Fill", "Piece", "RowPreview", "preview_data"]
+__all__ = ["preview_data"]
 
 _BARS = 10
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Tokens next to each other that are all trained on, or none of them."""
-
-    text: str
-    is_trained: bool
-
-
-@dataclass(frozen=True)
-class RowPreview:
-    """A row as the model reads it, the template's marks included."""
-
-    tokens: int
-    trained_tokens: int
-    pieces: tuple[Piece, ...]
-
-
-@dataclass(frozen=True)
-class Bar:
-    """How many rows have `first` to `last` tokens."""
-
-    first: int
-    last: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Fill:
-    """The share of the tokens fed that are no padding.
-
-    Args:
-        how: Rows in batches as they come, or packed in one of the two ways.
-        rows: Rows that are fed: of different lengths, or of max_length where they are packed.
-    """
-
-    how: Literal["unpacked", "bfd", "sequential"]
-    rows: int
-    efficiency: float
-
-
-@dataclass(frozen=True)
-class DataPreview:
-    """Everything that `liger data preview` shows.
-
-    Args:
-        is_part: Whether only the first block of a stream was read.
-        lengths: min, median, mean, p95 and max of the tokens of a row.
-    """
-
-    name: str
-    licence: str | None
-    max_length: int
-    is_part: bool
-    stats: DataStats
-    lengths: dict[str, float]
-    histogram: tuple[Bar, ...]
-    fill: tuple[Fill, ...]
-    rows: tuple[RowPreview, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns it as plain JSON values."""
-        return {"command": "data preview", **asdict(self)}
 
 
 def preview_data(config: RunConfig, num_rows: int) -> DataPreview:
