@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from liger_cli.commands.compare.runs import read_run
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError, DataError
+from liger_cli.report.run_files import read_run
 from liger_cli.training.checkpoints.run_log import JsonLines
 from liger_cli.training.checkpoints.state import _load, _restoring
 from liger_cli.training.evaluations import Evaluations

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from liger_cli.commands.compare.runs import Comparison, LossDifference, Run
+from liger_cli.commands.compare.runs import Comparison, LossDifference
 from liger_cli.common.numbers import format_bytes, format_count
 from liger_cli.common.text import shorten
 from liger_cli.report.console import make_console, print_line, show_json
 from liger_cli.report.evaluation import parts_by_name
 from liger_cli.report.plots import Chart
+from liger_cli.report.run_files import Run
 from liger_cli.report.tables import Table
 
 __all__ = ["loss_chart", "show_comparison"]

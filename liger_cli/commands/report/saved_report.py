@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from liger_cli.commands.compare.runs import read_run
 from liger_cli.common.readers import JsonError, parse_json, read_file_bytes
 from liger_cli.errors import ConfigError
+from liger_cli.report.run_files import read_run
 from liger_cli.report.summary import SavedReport
 from liger_cli.report.values import RunReport
 
