@@ -9,7 +9,7 @@ import torch
 
 from liger_cli.commands.bench.targets import select
 from liger_cli.errors import ConfigError
-from liger_cli.report.requirements import parse_ops
+from liger_cli.report.required_ops import parse_ops
 from liger_kernels.compare import check_op
 from liger_kernels.ops import glu_mlp
 from liger_kernels.ops.registry import OPS, PATCH_OPS, find_op

@@ -35,7 +35,7 @@ def command(
 
     from liger_cli.report import show_lines, show_report
     from liger_cli.report.inspection import find_model, inspect_source
-    from liger_cli.report.requirements import check_required, parse_ops
+    from liger_cli.report.required_ops import check_required, parse_ops
 
     parse_ops(ops, require)
     source = find_model(model, notify=partial(show_lines, stderr=True))

@@ -40,7 +40,7 @@ def command(
     from liger_cli.commands.train.prepare import RunOptions
     from liger_cli.commands.train.run import run_train
     from liger_cli.report import show_report
-    from liger_cli.report.requirements import check_required
+    from liger_cli.report.required_ops import check_required
 
     options = RunOptions(baseline, require, resume, dry_run)
     report = run_train(config, options)

@@ -35,7 +35,7 @@ def command(
 
     from liger_cli.commands.verify.model import require_right, verify
     from liger_cli.report import show_lines
-    from liger_cli.report.requirements import parse_ops
+    from liger_cli.report.required_ops import parse_ops
     from liger_cli.report.verify import show_verify_report
     from liger_cli.training.model.dtypes import choose_dtype
     from liger_cli.training.model.source import resolve_model

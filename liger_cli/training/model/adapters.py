@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from liger_cli.common.numbers import format_count
+from liger_cli.common.optional_packages import require_package
 from liger_cli.common.readers import expand_path, read_json
-from liger_cli.common.requirements import require_package
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
 from liger_cli.training.checkpoints.files import write_failure, written_aside

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, Adafactor
 
-from liger_cli.common.requirements import require_package
+from liger_cli.common.optional_packages import require_package
 from liger_cli.config import RunConfig
 from liger_cli.config.conflicts import METRIC_SCHEDULES
 from liger_cli.errors import ConfigError, EnvironmentProblem

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-from liger_cli.common.requirements import require_package
+from liger_cli.common.optional_packages import require_package
 from liger_cli.config import RunConfig
 from liger_cli.errors import EnvironmentProblem
 

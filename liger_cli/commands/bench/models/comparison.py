@@ -29,7 +29,7 @@ from liger_cli.report import (
     verdict,
 )
 from liger_cli.report.inspection import describe_model
-from liger_cli.report.requirements import parse_ops
+from liger_cli.report.required_ops import parse_ops
 from liger_cli.training.model.source import ModelSource, build_meta_model, resolve_model
 from liger_cli.training.runtime.arms import ArmResult, ArmSpec, run_arm
 from liger_cli.training.runtime.peer_interpreter import PeerInterpreter
