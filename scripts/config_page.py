@@ -49,6 +49,9 @@ once, with file, line, column and the nearest key:
 {problems}
 ```
 
+Anchors and aliases (`&x`, `*x`), tags, more than 20 levels and more than 256 kB are refused in the
+same way, in presets and in the config.yaml of a run too.
+
 `--ignore-unknown-keys` turns unknown keys of a file or of `--set` into warnings.
 
 | command | what it does |
