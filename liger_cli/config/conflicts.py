@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from liger_cli.config.keys import RunConfig
+from liger_cli.config.keys import Keys
 
 __all__ = ["CONFLICTS", "METRIC_SCHEDULES"]
 
@@ -27,24 +25,24 @@ _ADAM_KEYS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 
 
-def _is_set(key: str, config: RunConfig) -> bool:
+def _is_set(key: str, config: Keys) -> bool:
     return bool(getattr(config, key) != type(config).model_fields[key].default)
 
 
-def _lacks_adapter(key: str, config: RunConfig) -> bool:
+def _lacks_adapter(key: str, config: Keys) -> bool:
     return config.adapter == "none" and _is_set(key, config)
 
 
-def _lacks_moments(key: str, config: RunConfig) -> bool:
+def _lacks_moments(key: str, config: Keys) -> bool:
     return config.optim in ("sgd", "adafactor") and _is_set(key, config)
 
 
-def _lacks_evaluations(key: str, config: RunConfig) -> bool:
+def _lacks_evaluations(key: str, config: Keys) -> bool:
     return not config.evaluates_on_the_way and _is_set(key, config)
 
 
 # Keys, why they do not go together, and when. A conflict is never one of default values alone.
-CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[RunConfig], bool]], ...] = (
+CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...] = (
     (("bf16", "fp16"), "bf16 and fp16 exclude each other", lambda c: c.bf16 and c.fp16),
     (
         ("fp16", "dtype"),

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BeforeValidator
 
-from liger_cli.config.keys import ALIASES, RunConfig
+from liger_cli.config.keys import ALIASES
+from liger_cli.config.run_config import RunConfig
 from liger_kernels.nearest import nearest_name
 
 __all__ = [

@@ -12,8 +12,9 @@ import typer
 
 from liger_cli.common.text import printable
 from liger_cli.config.describe import choices, default_text, group, limits, value_type
-from liger_cli.config.keys import ALIASES, RunConfig
+from liger_cli.config.keys import ALIASES
 from liger_cli.config.resolve import ResolvedConfig, flag_name, load_config, resolve_config
+from liger_cli.config.run_config import RunConfig
 
 __all__ = ["config_flags"]
 

@@ -1,4 +1,4 @@
-"""RunConfig: every key, with its type, default, limits and meaning.
+"""Every key of a run's configuration, with its type, default, limits and meaning.
 
 A key added here is a flag, a line of docs/configuration.md (scripts/config_page.py writes it) and a
 part of the JSON schema; nothing else needs to know of it.
@@ -10,89 +10,26 @@ import functools
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
-    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from liger_cli.config.conflicts import CONFLICTS
 from liger_cli.config.eval_sets import EvalSets, join_sets, metric_names, read_sets
-from liger_cli.config.pairs import Pairs, are_pairs, join_pairs, read_pairs, split_names
-from liger_cli.config.yaml_file import to_yaml
+from liger_cli.config.pairs import Pairs, are_pairs, join_pairs, split_names
+from liger_cli.config.value_types import Datasets, Names
 
-__all__ = ["ALIASES", "RunConfig"]
+__all__ = ["ALIASES", "Keys"]
 
 ALIASES = {"model_name_or_path": "model", "dataset_name": "dataset"}
 
 _LARGEST_INT = 2**31 - 1
-
-
-def _join_names(value: object) -> object:
-    """A YAML list of op names means the same as the comma-separated string."""
-    if isinstance(value, list) and all(isinstance(name, str) for name in value):
-        return ",".join(value)
-    return value
-
-
-_Names = Annotated[
-    str,
-    BeforeValidator(_join_names),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
-]
-
-
-def _join_datasets(value: object) -> object:
-    """A YAML list of datasets means the same as NAME:WEIGHT,NAME,..., which is one flag."""
-    if not isinstance(value, list):
-        return value
-    return ",".join(_dataset_words(entry) for entry in value)
-
-
-def _dataset_words(entry: object) -> str:
-    if isinstance(entry, str):
-        entry = {"path": entry}
-    if not isinstance(entry, dict) or not {"path"} <= set(entry) <= {"path", "weight"}:
-        raise ValueError("a dataset of a list is a name, or an object of path and perhaps weight")
-    path, weight = entry["path"], entry.get("weight")
-    if not isinstance(path, str) or not path or "," in path or re.search(r":[\d.e+-]+$", path):
-        raise ValueError("the path of a dataset of a list has no comma and no :NUMBER at its end")
-    if weight is None:
-        return path
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0:
-        raise ValueError("the weight of a dataset is a number above 0")
-    return f"{path}:{weight}"
-
-
-_DATASET_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "path": {"type": "string"},
-        "weight": {"type": "number", "exclusiveMinimum": 0},
-    },
-    "required": ["path"],
-    "additionalProperties": False,
-}
-_Datasets = Annotated[
-    str,
-    BeforeValidator(_join_datasets),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"anyOf": [{"type": "string"}, _DATASET_SCHEMA]}},
-            ]
-        }
-    ),
-]
 
 
 _TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml")
@@ -118,15 +55,13 @@ _run = functools.partial(_key, "Run directory")
 _machine = functools.partial(_key, "Precision and device")
 
 
-class RunConfig(BaseModel):
-    """Every key that train, eval and bench know, with its type, default and limits."""
+class Keys(BaseModel):
+    """The keys that train, eval and bench know; RunConfig is the class that others use."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     model: str = _model(..., "Preset, directory, config.json or hub id.", min_length=1)
-    ops: _Names = _model(
-        "auto", "auto, all, none, a list such as rope,rmsnorm,flce, or auto,-rope."
-    )
+    ops: Names = _model("auto", "auto, all, none, a list such as rope,rmsnorm,flce, or auto,-rope.")
     attn_implementation: str | None = _model(None, "Attention of transformers: eager, sdpa, ...")
     save_memory: bool = _model(
         True, "Make norm outputs and gated products again in backward instead of keeping them."
@@ -143,10 +78,10 @@ class RunConfig(BaseModel):
     lora_r: int = _adapter(16, "Rank of the adapter's matrices.", ge=1)
     lora_alpha: int = _adapter(32, "Scale of the adapter; it is divided by the rank.", ge=1)
     lora_dropout: float = _adapter(0.0, "Dropout of the adapter's input.", ge=0, lt=1)
-    lora_target_modules: _Names = _adapter(
+    lora_target_modules: Names = _adapter(
         "all-linear", "Names of the modules that get one; all-linear is all but the head."
     )
-    lora_modules_to_save: _Names | None = _adapter(
+    lora_modules_to_save: Names | None = _adapter(
         None, "Names of modules that are trained whole and saved with the adapter."
     )
     use_rslora: bool = _adapter(False, "Divide the scale by the root of the rank.")
@@ -154,7 +89,7 @@ class RunConfig(BaseModel):
         False, "QLoRA: hold the frozen model in 4 bits; needs a CUDA GPU and bitsandbytes."
     )
 
-    dataset: _Datasets = _data(
+    dataset: Datasets = _data(
         "chitchat",
         "A file, folder, glob or hub name, chitchat or synthetic; several as NAME:WEIGHT,NAME.",
         min_length=1,
@@ -247,7 +182,7 @@ class RunConfig(BaseModel):
         None, "Evaluations in turn without a better metric that end the run.", ge=1
     )
     early_stopping_threshold: float = _run(0.0, "How much better counts as better.", ge=0)
-    report_to: _Names | None = _run(
+    report_to: Names | None = _run(
         None, f"Trackers of the metrics: none, or some of {', '.join(_TRACKERS)}."
     )
     profile_steps: str | None = _run(
@@ -381,72 +316,7 @@ class RunConfig(BaseModel):
             raise ValueError("should be -1 or at least 1")
         return value
 
-    @model_validator(mode="after")
-    def _no_conflicts(self) -> RunConfig:
-        found = [
-            {"keys": keys, "message": message}
-            for keys, message, is_conflict in CONFLICTS
-            if is_conflict(self)
-        ]
-        if found:
-            text = "; ".join(str(conflict["message"]) for conflict in found)
-            raise PydanticCustomError("conflicts", "{text}", {"text": text, "found": found})
-        return self
-
-    @property
-    def order_seed(self) -> int:
-        """The seed of the data's order."""
-        return self.seed if self.data_seed is None else self.data_seed
-
-    @property
-    def eval_sets(self) -> dict[str, str]:
-        """The evaluation data by name; the name of a set alone is ""."""
-        return read_sets(self.eval_dataset)
-
     @property
     def evaluates_on_the_way(self) -> bool:
         """Whether there are evaluations between the first step and the last."""
         return self.eval_steps > 0 or self.eval_strategy == "epoch"
-
-    @property
-    def best_metric(self) -> tuple[str, bool]:
-        """The metric that tells which evaluation is the best, and whether the largest is."""
-        metric = self.metric_for_best_model or "loss"
-        greater = self.greater_is_better
-        return metric, metric.endswith("accuracy") if greater is None else greater
-
-    @property
-    def trackers(self) -> list[str]:
-        """The names in report_to."""
-        return split_names(self.report_to)
-
-    @property
-    def profiled_steps(self) -> range:
-        """The steps of profile_steps; empty where there is none."""
-        first, _, last = (self.profile_steps or "").partition("-")
-        return range(int(first), int(last or first) + 1) if first else range(0)
-
-    @property
-    def adapter_targets(self) -> str | list[str]:
-        """lora_target_modules as peft takes them."""
-        names = split_names(self.lora_target_modules)
-        return names[0] if names == ["all-linear"] else names
-
-    @property
-    def saved_modules(self) -> list[str] | None:
-        """lora_modules_to_save as peft takes them."""
-        return split_names(self.lora_modules_to_save) or None
-
-    @property
-    def optimizer_arguments(self) -> dict[str, Any]:
-        """The pairs of optim_args."""
-        return read_pairs(self.optim_args)
-
-    @property
-    def schedule_arguments(self) -> dict[str, Any]:
-        """The pairs of lr_scheduler_kwargs."""
-        return read_pairs(self.lr_scheduler_kwargs)
-
-    def to_yaml(self) -> str:
-        """Returns the YAML that load_config reads back to an equal configuration."""
-        return to_yaml(self.model_dump(mode="json"))

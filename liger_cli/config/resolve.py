@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from liger_cli.common.text import shorten
 from liger_cli.config.describe import allowed, choices, nearest_key
-from liger_cli.config.keys import ALIASES, RunConfig
+from liger_cli.config.keys import ALIASES
+from liger_cli.config.run_config import RunConfig
 from liger_cli.config.yaml_file import Entry, read_file, read_set, to_yaml
 from liger_cli.errors import ConfigError
 from liger_kernels.nearest import nearest_name

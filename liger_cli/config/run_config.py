@@ -1,0 +1,85 @@
+"""RunConfig: the validated keys of a run, and the values derived from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import model_validator
+from pydantic_core import PydanticCustomError
+
+from liger_cli.config.conflicts import CONFLICTS
+from liger_cli.config.eval_sets import read_sets
+from liger_cli.config.keys import Keys
+from liger_cli.config.pairs import read_pairs, split_names
+from liger_cli.config.yaml_file import to_yaml
+
+__all__ = ["RunConfig"]
+
+
+class RunConfig(Keys):
+    """Every key that train, eval and bench know, with its type, default and limits."""
+
+    @model_validator(mode="after")
+    def _no_conflicts(self) -> RunConfig:
+        found = [
+            {"keys": keys, "message": message}
+            for keys, message, is_conflict in CONFLICTS
+            if is_conflict(self)
+        ]
+        if found:
+            text = "; ".join(str(conflict["message"]) for conflict in found)
+            raise PydanticCustomError("conflicts", "{text}", {"text": text, "found": found})
+        return self
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the data's order."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def eval_sets(self) -> dict[str, str]:
+        """The evaluation data by name; the name of a set alone is ""."""
+        return read_sets(self.eval_dataset)
+
+    @property
+    def best_metric(self) -> tuple[str, bool]:
+        """The metric that tells which evaluation is the best, and whether the largest is."""
+        metric = self.metric_for_best_model or "loss"
+        greater = self.greater_is_better
+        return metric, metric.endswith("accuracy") if greater is None else greater
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in report_to."""
+        return split_names(self.report_to)
+
+    @property
+    def profiled_steps(self) -> range:
+        """The steps of profile_steps; empty where there is none."""
+        first, _, last = (self.profile_steps or "").partition("-")
+        return range(int(first), int(last or first) + 1) if first else range(0)
+
+    @property
+    def adapter_targets(self) -> str | list[str]:
+        """lora_target_modules as peft takes them."""
+        names = split_names(self.lora_target_modules)
+        return names[0] if names == ["all-linear"] else names
+
+    @property
+    def saved_modules(self) -> list[str] | None:
+        """lora_modules_to_save as peft takes them."""
+        return split_names(self.lora_modules_to_save) or None
+
+    @property
+    def optimizer_arguments(self) -> dict[str, Any]:
+        """The pairs of optim_args."""
+        return read_pairs(self.optim_args)
+
+    @property
+    def schedule_arguments(self) -> dict[str, Any]:
+        """The pairs of lr_scheduler_kwargs."""
+        return read_pairs(self.lr_scheduler_kwargs)
+
+    def to_yaml(self) -> str:
+        """Returns the YAML that load_config reads back to an equal configuration."""
+        return to_yaml(self.model_dump(mode="json"))
