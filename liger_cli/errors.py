@@ -21,7 +21,7 @@ __all__ = [
 
 
 class LigerError(Exception):
-    """Says what went wrong, for the person who started the run.
+    """Say what went wrong, for the person who started the run.
 
     Args:
         message: One or more sentences naming the argument, the value and what is allowed.

@@ -37,12 +37,12 @@ PACKAGES = (
 
 
 def cache_directory() -> Path:
-    """Returns the directory for what can be made again: $XDG_CACHE_HOME/liger or ~/.cache/liger."""
+    """Return the directory for what can be made again: $XDG_CACHE_HOME/liger or ~/.cache/liger."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "liger"
 
 
 def package_version(name: str) -> str | None:
-    """Returns the installed version of a package, or None. Imports nothing."""
+    """Return the installed version of a package, or None. Imports nothing."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -50,7 +50,7 @@ def package_version(name: str) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """Returns Python, package versions, devices, CPU count, commit and date, as JSON values."""
+    """Return Python, package versions, devices, CPU count, commit and date, as JSON values."""
     versions = {name.replace("-", "_"): package_version(name) for name in PACKAGES}
     return {
         "python": platform.python_version(),
@@ -64,7 +64,7 @@ def environment() -> dict[str, Any]:
 
 
 def devices() -> list[dict[str, Any]]:
-    """Returns the accelerators torch can use, or the CPU: type, name, memory_bytes, count."""
+    """Return the accelerators torch can use, or the CPU: type, name, memory_bytes, count."""
     import torch
 
     kind = next((kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()), None)
@@ -86,7 +86,7 @@ def devices() -> list[dict[str, Any]]:
 
 
 def host_memory() -> int:
-    """Returns the bytes of memory that this machine has in all."""
+    """Return the bytes of memory that this machine has in all."""
     import psutil
 
     return int(psutil.virtual_memory().total)
@@ -103,7 +103,7 @@ def _cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """Returns the commit of this package's own checkout, ending in -dirty if changed, or None."""
+    """Return the commit of this package's own checkout, ending in -dirty if changed, or None."""
     root = Path(__file__).resolve().parents[2]
     # An installed package may lie inside somebody else's repository, which says nothing about it.
     if not (root / ".git").exists():

@@ -18,7 +18,7 @@ _PROBE_TIMEOUT_S = 5.0
 
 
 def fetch_config(name: str) -> tuple[dict[str, Any], Path | None]:
-    """Returns the configuration of a hub model, and its directory in the cache while offline.
+    """Return the configuration of a hub model, and its directory in the cache while offline.
 
     Raises:
         EnvironmentProblem: The hub is out of reach and the model is not in the cache, or the hub
@@ -49,7 +49,7 @@ def fetch_config(name: str) -> tuple[dict[str, Any], Path | None]:
 def fetch_dataset(
     name: str, choose_split: Callable[[Sequence[str]], str], *, streaming: bool
 ) -> Any:
-    """Returns a split of a hub dataset, named organisation/name or organisation/name:configuration.
+    """Return a split of a hub dataset, named organisation/name or organisation/name:configuration.
 
     Args:
         choose_split: Is given the names of all splits.

@@ -31,18 +31,18 @@ _SAMPLE_INTERVAL_S = 0.005
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done everything it was asked to do."""
+    """Wait until the device has done everything it was asked to do."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def median_after_warm_up(values: Sequence[float]) -> float:
-    """Returns the median without the first value, which holds compilation, if there are others."""
+    """Return the median without the first value, which holds compilation, if there are others."""
     return statistics.median(values[1:] or values)
 
 
 def transient_bytes(function: Callable[[], object], device: torch.device) -> int | None:
-    """Returns how far a call raises the allocator's memory at most, or None on a CPU.
+    """Return how far a call raises the allocator's memory at most, or None on a CPU.
 
     What the call returns and leaves behind counts. A CPU has no allocator that knows, and the
     resident size of a process is too coarse for one call.
@@ -82,12 +82,12 @@ class StepTimer:
         self._last = 0.0
 
     def start(self) -> None:
-        """Begins anew once the device is idle: before the first step and after a pause."""
+        """Begin anew once the device is idle: before the first step and after a pause."""
         synchronize(self._device)
         self._last = time.perf_counter()
 
     def lap(self, num_tokens: int) -> StepTime:
-        """Ends a step and returns its time."""
+        """End a step and return its time."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         return StepTime(step_ms=seconds * 1e3, tokens_per_s=num_tokens / seconds)
@@ -126,7 +126,7 @@ class PeakMemory:
             self._sampler.stop()
 
     def reset(self) -> None:
-        """Forgets the peak so far."""
+        """Forget the peak so far."""
         if self._allocator is not None:
             self._allocator.reset_peak_memory_stats(self._device)
         else:
@@ -142,7 +142,7 @@ class PeakMemory:
 
 
 class _ResidentSize:
-    """Samples the resident size of this process in a thread and keeps the largest."""
+    """Sample the resident size of this process in a thread and keep the largest."""
 
     def __init__(self) -> None:
         # Here, since `liger bench ops` reads times in a peer's interpreter, which may lack psutil.

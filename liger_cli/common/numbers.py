@@ -19,14 +19,14 @@ def finite(value: Any) -> Any:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Returns a size with its unit: '5.1 GB', '35 MB'."""
+    """Return a size with its unit: '5.1 GB', '35 MB'."""
     if num_bytes >= 1e8:
         return f"{num_bytes / 1e9:.1f} GB"
     return f"{num_bytes / 1e6:.0f} MB"
 
 
 def format_count(number: float) -> str:
-    """Returns a number with spaces between thousands: '12 345'; below ten with one decimal."""
+    """Return a number with spaces between thousands: '12 345'; below ten with one decimal."""
     if number < 10 and number != int(number):
         return f"{number:.1f}"
     return f"{number:,.0f}".replace(",", " ")

@@ -11,7 +11,7 @@ __all__ = ["require_package"]
 
 
 def require_package(module: str, what: str, install: str) -> Any:
-    """Returns a module.
+    """Return a module.
 
     Args:
         module: Its importable name.

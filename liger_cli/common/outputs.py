@@ -93,7 +93,7 @@ def check_files(files: Mapping[str, Path | None]) -> None:
 
 
 def check_writable(path: Path, what: str, *, is_directory: bool = False) -> None:
-    """Finds out whether a file, or files in a directory, can be written; leaves nothing behind.
+    """Find out whether a file, or files in a directory, can be written; leave nothing behind.
 
     Args:
         path: The file or the directory. It need not be there, nor the directories above it.

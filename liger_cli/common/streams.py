@@ -15,7 +15,7 @@ __all__ = ["SafeStreams"]
 
 
 class SafeStreams:
-    """Replaces sys.stdout and sys.stderr inside a `with` block by ones that never fail.
+    """Replace sys.stdout and sys.stderr inside a `with` block by ones that never fail.
 
     Output that cannot be written is dropped, with all that follows it in the same stream. Streams
     without a file descriptor, such as a test's, are left as they are.

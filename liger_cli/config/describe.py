@@ -62,25 +62,25 @@ _ELSEWHERE = {
 
 
 def value_type(name: str) -> Any:
-    """Returns the type of a key's values other than null."""
+    """Return the type of a key's values other than null."""
     return _type_and_notes(name)[0]
 
 
 def choices(name: str) -> tuple[str, ...]:
-    """Returns the only values of a key, empty where there are more than a list could hold."""
+    """Return the only values of a key, empty where there are more than a list could hold."""
     kind = value_type(name)
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 def group(name: str) -> str:
-    """Returns the heading under which a key stands."""
+    """Return the heading under which a key stands."""
     extra = RunConfig.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
     return str(extra["group"])
 
 
 def limits(name: str) -> list[str]:
-    """Returns the bounds of a number, such as ">= 0"."""
+    """Return the bounds of a number, such as ">= 0"."""
     signs = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
     return [
         f"{sign} {getattr(limit, attribute)}"
@@ -91,13 +91,13 @@ def limits(name: str) -> list[str]:
 
 
 def default_text(name: str) -> str:
-    """Returns the default as YAML has it; empty where the key must be given."""
+    """Return the default as YAML has it; empty where the key must be given."""
     field = RunConfig.model_fields[name]
     return "" if field.is_required() else _yaml_word(field.default)
 
 
 def allowed(name: str) -> str:
-    """Returns in words what a key takes: "integer >= 1 or null"."""
+    """Return in words what a key takes: "integer >= 1 or null"."""
     words = {bool: "true or false", int: "integer", float: "number", Path: "path"}
     text = f"one of {', '.join(choices(name))}" if choices(name) else ""
     text = text or words.get(value_type(name), "text")
@@ -110,7 +110,7 @@ def allowed(name: str) -> str:
 
 
 def nearest_key(name: str) -> str | None:
-    """Returns the key that was probably meant, or None."""
+    """Return the key that was probably meant, or None."""
     wanted = name[:100].lower().replace("-", "_").strip()
     # `training.seed` and `lora.r` are how other programs write sections.
     tail = wanted.rpartition(".")[2]
@@ -124,7 +124,7 @@ def nearest_key(name: str) -> str | None:
 
 
 def json_schema() -> dict[str, Any]:
-    """Returns the JSON schema of a file: what an editor needs to complete and check its keys.
+    """Return the JSON schema of a file: what an editor needs to complete and check its keys.
 
     No key is required: what a file leaves out may come from --set or a flag.
     """

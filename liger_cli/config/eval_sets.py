@@ -19,7 +19,7 @@ _METRICS = ("loss", "perplexity", "token_accuracy", "entropy")
 
 
 def join_sets(value: object) -> object:
-    """Returns a mapping as the text that means the same; anything else as it is."""
+    """Return a mapping as the text that means the same; anything else as it is."""
     if not isinstance(value, dict):
         return value
     for name, data in value.items():
@@ -33,7 +33,7 @@ def join_sets(value: object) -> object:
 
 
 def read_sets(text: str | None) -> dict[str, str]:
-    """Returns the data by name; data without a name have the name "".
+    """Return the data by name; data without a name have the name "".
 
     A path that begins like a name is written with a directory: ./k=1.jsonl.
 
@@ -53,5 +53,5 @@ def read_sets(text: str | None) -> dict[str, str]:
 
 
 def metric_names(sets: Iterable[str]) -> list[str]:
-    """Returns the metrics of all evaluation data, then of each set as NAME_loss and so on."""
+    """Return the metrics of all evaluation data, then of each set as NAME_loss and so on."""
     return [f"{name}_{metric}" if name else metric for name in ["", *sets] for metric in _METRICS]

@@ -24,7 +24,7 @@ _SHORT = {"model": "-m", "dataset": "-d", "output_dir": "-o"}
 
 
 def config_flags(command: Callable[..., _Result]) -> Callable[..., _Result]:
-    """Gives a typer command -c, --set and a flag for every key; it receives `config`.
+    """Give a typer command -c, --set and a flag for every key; it receives `config`.
 
     The command is called with the resolved RunConfig; `config.model_fields_set` tells which keys
     the user set. One whose `config` is annotated as a ResolvedConfig gets that, with the source of

@@ -18,12 +18,12 @@ _PAIR = re.compile(r"[A-Za-z_]\w*\s*=[^,=]+")
 
 
 def split_names(text: str | None) -> list[str]:
-    """Returns the entries of a comma-separated list."""
+    """Return the entries of a comma-separated list."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
 def join_pairs(value: object) -> object:
-    """Returns a mapping as the text that means the same; anything else as it is."""
+    """Return a mapping as the text that means the same; anything else as it is."""
     if not isinstance(value, dict):
         return value
     if not all(isinstance(entry, bool | int | float | str) for entry in value.values()):
@@ -36,12 +36,12 @@ def _word(value: object) -> str:
 
 
 def are_pairs(text: str) -> bool:
-    """Returns whether read_pairs can read a text."""
+    """Return whether read_pairs can read a text."""
     return all(_PAIR.fullmatch(pair) for pair in split_names(text) or [""])
 
 
 def read_pairs(text: str | None) -> dict[str, Any]:
-    """Returns the arguments by name, their values read as YAML: 1e-4 and true are no text.
+    """Return the arguments by name, their values read as YAML: 1e-4 and true are no text.
 
     Raises:
         ConfigError: A value is not YAML.

@@ -46,11 +46,11 @@ class ResolvedConfig:
     sources: dict[str, list[str]]
 
     def source(self, key: str) -> str:
-        """Returns where a value comes from: FILE:LINE, --set KEY=VALUE, a flag, or default."""
+        """Return where a value comes from: FILE:LINE, --set KEY=VALUE, a flag, or default."""
         return self.sources.get(key, ["default"])[0]
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Returns for every key its value, its source and the sources that were overridden."""
+        """Return for every key its value, its source and the sources that were overridden."""
         return {
             key: {
                 "value": value,
@@ -61,7 +61,7 @@ class ResolvedConfig:
         }
 
     def to_yaml(self, *, with_sources: bool = False) -> str:
-        """Returns the YAML of all keys, if asked with the sources of each as a comment."""
+        """Return the YAML of all keys, if asked with the sources of each as a comment."""
         text = to_yaml(self.values)
         if not with_sources:
             return text
@@ -84,7 +84,7 @@ def load_config(
     *,
     warn_unknown: Callable[[str], None] | None = None,
 ) -> RunConfig:
-    """Returns the configuration of a run: defaults, then the file, then --set, then flags.
+    """Return the configuration of a run: defaults, then the file, then --set, then flags.
 
     Args:
         path: A YAML file of keys.
@@ -106,7 +106,7 @@ def resolve_config(
     *,
     warn_unknown: Callable[[str], None] | None = None,
 ) -> ResolvedConfig:
-    """Returns what load_config would take, with sources; a model need not be set.
+    """Return what load_config would take, with sources; a model need not be set.
 
     Raises:
         ConfigError: As load_config.
@@ -123,7 +123,7 @@ def resolve_config(
 
 
 def find_problems(path: Path) -> list[str]:
-    """Returns everything that is wrong with a file, a line each; a model need not be set."""
+    """Return everything that is wrong with a file, a line each; a model need not be set."""
     try:
         resolve_config(path)
     except ConfigError as error:
@@ -132,7 +132,7 @@ def find_problems(path: Path) -> list[str]:
 
 
 def flag_name(key: str) -> str:
-    """Returns the flag of a key."""
+    """Return the flag of a key."""
     return "--" + key.replace("_", "-")
 
 
@@ -153,7 +153,7 @@ class _Given:
         self.problems: list[tuple[int, str]] = []
 
     def add(self, read: Callable[[], Iterable[Entry]]) -> None:
-        """Adds a source, which wins over those before it."""
+        """Add a source, which wins over those before it."""
         try:
             entries = read()
         except ConfigError as error:
@@ -181,7 +181,7 @@ class _Given:
                 self.ranks.setdefault(key, []).insert(0, rank)
 
     def validate(self, placeholders: Mapping[str, Any]) -> RunConfig:
-        """Returns the configuration.
+        """Return the configuration.
 
         Args:
             placeholders: Values for required keys that may be missing.
@@ -256,7 +256,7 @@ def _flag_entry(key: str, value: Any) -> Entry:
 
 
 def _advice(entry: Entry) -> str:
-    """Returns what follows the name of an unknown key: the key that was probably meant."""
+    """Return what follows the name of an unknown key: the key that was probably meant."""
     if not isinstance(entry.value, Mapping):
         near = nearest_key(entry.name)
         return f"; did you mean {near!r}?" if near else ""

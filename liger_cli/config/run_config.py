@@ -81,5 +81,5 @@ class RunConfig(Keys):
         return read_pairs(self.lr_scheduler_kwargs)
 
     def to_yaml(self) -> str:
-        """Returns the YAML that load_config reads back to an equal configuration."""
+        """Return the YAML that load_config reads back to an equal configuration."""
         return to_yaml(self.model_dump(mode="json"))

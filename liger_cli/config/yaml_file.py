@@ -117,7 +117,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.01234
 
 
 def read_file(path: Path) -> list[Entry]:
-    """Returns the keys of a YAML file in its order, repeated and unknown ones too.
+    """Return the keys of a YAML file in its order, repeated and unknown ones too.
 
     Raises:
         ConfigError: The file is unreadable, not YAML, or not one mapping; with line and column.
@@ -152,7 +152,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def read_set(text: str) -> Entry:
-    """Returns the key of a --set KEY=VALUE; the value is read as YAML.
+    """Return the key of a --set KEY=VALUE; the value is read as YAML.
 
     Raises:
         ConfigError: There is no "=", or the value is not valid YAML.
@@ -174,7 +174,7 @@ def read_set(text: str) -> Entry:
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """Returns one line a key, which read_file reads back to equal values."""
+    """Return one line a key, which read_file reads back to equal values."""
     return yaml.dump(
         dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf")
     )

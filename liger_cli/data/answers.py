@@ -15,7 +15,7 @@ _TAIL = 20
 
 
 def kept_answers(shown: Sequence[str], row: Row, *, assistant_only: bool) -> list[bool]:
-    """Returns for each answer, as the template shows it, whether the row's marks let it be trained.
+    """Return for each answer, as the template shows it, whether the row's marks let it be trained.
 
     Args:
         shown: The text of each trained part of the rendered conversation, in order.

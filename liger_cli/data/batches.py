@@ -54,7 +54,7 @@ class BatchPlan:
         return math.ceil(self.num_rows / self.rows_per_step)
 
     def windows(self, first_step: int, last_step: int) -> Iterator[list[list[int]]]:
-        """Yields the micro-batches of steps first_step to last_step (from 1), as row numbers."""
+        """Yield the micro-batches of steps first_step to last_step (from 1), as row numbers."""
         epoch, order = -1, torch.empty(0)
         for step in range(first_step, last_step + 1):
             wanted, position = divmod(step - 1, self.steps_per_epoch)
@@ -67,7 +67,7 @@ class BatchPlan:
             yield [batch or [_PLACEHOLDER] for batch in self.split(rows)]
 
     def split(self, rows: list[_Row]) -> list[list[_Row]]:
-        """Returns this process's micro-batches of the rows of a step; the last may be empty."""
+        """Return this process's micro-batches of the rows of a step; the last may be empty."""
         size, processes = self.batch_size, self.num_processes
         num_batches = math.ceil(len(rows) / (size * processes))
         mine = rows[self.rank :: processes]
@@ -87,7 +87,7 @@ class _Rows:
 
 
 def placeholder(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a short row without labels, which is computed and counts nothing."""
+    """Return a short row without labels, which is computed and counts nothing."""
     ids = row["input_ids"][:2]
     return {"input_ids": ids, "labels": [IGNORED] * len(ids), "num_tokens": 0}
 
@@ -100,7 +100,7 @@ def load_windows(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """Yields the collated micro-batches of each window.
+    """Yield the collated micro-batches of each window.
 
     Args:
         examples: Rows with input_ids and labels, by number.
@@ -123,12 +123,12 @@ def load_windows(
 
 
 def count_labels(batch: Mapping[str, torch.Tensor]) -> int:
-    """Returns how many tokens of a batch are trained on: labels that something is before of."""
+    """Return how many tokens of a batch are trained on: labels that something is before of."""
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
 def count_tokens(batch: Mapping[str, torch.Tensor]) -> int:
-    """Returns how many tokens of a batch are not padding."""
+    """Return how many tokens of a batch are not padding."""
     if "num_tokens" in batch:
         return int(batch["num_tokens"])
     return int(batch["attention_mask"].sum())

@@ -1,4 +1,4 @@
-"""Finds the tokens that hold a piece of a text."""
+"""Find the tokens that hold a piece of a text."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TokenBorders:
     offsets: Sequence[Span] = ()
 
     def tokens(self, span: Span) -> Span:
-        """Returns the first token that holds a character of a span, and the one behind the last.
+        """Return the first token that holds a character of a span, and the one behind the last.
 
         Raises:
             DataError: The tokenizer gives no offsets, and prefixes of the text do not tell.
@@ -73,7 +73,7 @@ class TokenBorders:
         return [begin for begin, _ in self.offsets], [end for _, end in self.offsets]
 
     def _near(self, place: int) -> tuple[int, list[Span]]:
-        """Returns the number of the first token around a character, and the characters of each.
+        """Return the number of the first token around a character, and the characters of each.
 
         The tokens of a prefix of the text that are the first of the whole text end where it does.
         """
@@ -94,13 +94,13 @@ class TokenBorders:
         )
 
     def _ends_at(self, places: Sequence[int]) -> Iterator[Span]:
-        """Yields each place at which tokens end, and how many end there or before."""
+        """Yield each place at which tokens end, and how many end there or before."""
         for place in places:
             if (number := self._tokens_before(place)) is not None:
                 yield min(max(place, 0), len(self.text)), number
 
     def _characters(self, ids: Sequence[int], i: int, low: int, part: str, shift: int) -> Span:
-        """Returns the characters of a token; the bytes of a character may be in several."""
+        """Return the characters of a token; the bytes of a character may be in several."""
         begin, whole = (
             len(os.path.commonprefix([self.decode(ids[:n]), part[shift:]])) + shift
             for n in (i, i + 1)

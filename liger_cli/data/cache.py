@@ -54,11 +54,11 @@ class Counts:
     unused_columns: list[str] = field(default_factory=list)
 
     def set(self, other: Counts) -> None:
-        """Takes over the counts of another."""
+        """Take over the counts of another."""
         vars(self).update(asdict(other))
 
     def add(self, other: Counts) -> None:
-        """Adds the counts of later records; the columns are those of all."""
+        """Add the counts of later records; the columns are those of all."""
         self.rows += other.rows
         self.dropped_rows += other.dropped_rows
         self.tokens += other.tokens
@@ -72,7 +72,7 @@ class Counts:
         self.add_left_out(other.left_out)
 
     def add_left_out(self, left_out: Mapping[str, int]) -> None:
-        """Adds what is left out of a row that is used."""
+        """Add what is left out of a row that is used."""
         for name, number in left_out.items():
             self.left_out[name] = self.left_out.get(name, 0) + number
 
@@ -92,7 +92,7 @@ def cached(
     keep: bool,
     notify: Callable[[str], None] | None = None,
 ) -> Tokenised:
-    """Returns the rows of a key, made if they are not there yet.
+    """Return the rows of a key, made if they are not there yet.
 
     Args:
         key: Everything that decides the rows, as JSON has it.
@@ -124,7 +124,7 @@ def cached(
 
 
 def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Returns what decides a tokenizer's ids, whatever it is called and wherever it lies."""
+    """Return what decides a tokenizer's ids, whatever it is called and wherever it lies."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return {
         "class": type(tokenizer).__name__,

@@ -1,4 +1,4 @@
-"""Checks the roles of messages and the tool calls in them."""
+"""Check the roles of messages and the tool calls in them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OTHER_NAMES = {"gpt": "assistant", "bot": "assistant", "model": "assistant", "h
 
 
 def check_role(role: str, name: str, where: str) -> str:
-    """Returns a role that is not another spelling of one that chat templates know.
+    """Return a role that is not another spelling of one that chat templates know.
 
     Raises:
         DataError: It is one in other letters, or another name of the assistant or the user.
@@ -30,7 +30,7 @@ def check_role(role: str, name: str, where: str) -> str:
 
 
 def check_calls(calls: Any, name: str, where: str) -> list[Mapping[str, Any]]:
-    """Returns tool calls whose arguments are objects, as chat templates take them.
+    """Return tool calls whose arguments are objects, as chat templates take them.
 
     Args:
         calls: A list of objects, or its JSON; each with function (name and arguments), or with name

@@ -43,7 +43,7 @@ class Conversation(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatRenderer:
-    """Renders conversations with a tokenizer's template and finds the assistant's parts.
+    """Render conversations with a tokenizer's template and finds the assistant's parts.
 
     Args:
         tokenizer: With a chat template.
@@ -61,7 +61,7 @@ class ChatRenderer:
         *,
         assistant_only: bool = True,
     ) -> Conversation:
-        """Returns a rendered conversation.
+        """Return a rendered conversation.
 
         Args:
             messages: With role and content at least; what else they have is the template's.
@@ -91,7 +91,7 @@ class ChatRenderer:
         return Conversation(text, tuple(spans), left_out)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """Returns the text of a conversation."""
+        """Return the text of a conversation."""
         return self._plain.render(messages)
 
     @cached_property
@@ -117,7 +117,7 @@ class ChatRenderer:
 def _rendered(
     template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Message], where: str
 ) -> tuple[Sequence[Message], str]:
-    """Returns the messages with arguments of calls as the template wants them, and the text.
+    """Return the messages with arguments of calls as the template wants them, and the text.
 
     Most templates write an object as JSON. One that writes the arguments as they are wants JSON.
     """

@@ -28,7 +28,7 @@ _CHARS_A_TOKEN = 16
 
 @dataclass(frozen=True)
 class TextClipper:
-    """Finds where long texts can be cut.
+    """Find where long texts can be cut.
 
     Args:
         tokenizer: One in Rust; the texts of others are not cut.
@@ -44,7 +44,7 @@ class TextClipper:
         return max(_MIN_CHARS, _CHARS_A_TOKEN * self.max_length)
 
     def clip(self, texts: Sequence[str], size: int) -> list[str] | None:
-        """Returns the first texts, together of `size` characters or some more.
+        """Return the first texts, together of `size` characters or some more.
 
         None where they are not longer than that, or there is no place to cut them at.
         """
@@ -57,7 +57,7 @@ class TextClipper:
 
     @cached_property
     def _border(self) -> re.Pattern[str]:
-        """Matches between a letter and a character that follows one in no token."""
+        """Match between a letter and a character that follows one in no token."""
         if not getattr(self.tokenizer, "is_fast", False):
             return re.compile("(?!)")
         vocabulary = self.tokenizer.get_vocab()
@@ -82,7 +82,7 @@ _BYTES = _byte_letters()
 
 
 def _bytes_as_text(token: str) -> str:
-    """Returns the text of a token that is written in letters for bytes; "" for another."""
+    """Return the text of a token that is written in letters for bytes; "" for another."""
     try:
         return bytes(_BYTES[letter] for letter in token).decode("utf-8", "replace")
     except KeyError:

@@ -23,7 +23,7 @@ _OWN_KEYS = ("input_ids", "labels", "position_ids", "num_tokens")
 
 @dataclass(frozen=True)
 class Collator:
-    """Makes a batch of rows: input_ids and labels as (B, T) int64, and either attention_mask or,
+    """Make a batch of rows: input_ids and labels as (B, T) int64, and either attention_mask or,
     of packed rows, position_ids and num_tokens. num_tokens is also there where a row says it.
 
     What else rows have goes along: values a token are padded with 0, images are joined.
@@ -47,7 +47,7 @@ class Collator:
         *,
         flatten: bool = False,
     ) -> Collator:
-        """Returns a collator that pads with the tokenizer's padding token, or its end of text."""
+        """Return a collator that pads with the tokenizer's padding token, or its end of text."""
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id) if tokenizer else ()
         pad = next((token for token in candidates if token is not None), 0)
         return cls(pad, pad_to_multiple_of, flatten)

@@ -50,7 +50,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """Tokenises rows and labels what is trained.
+    """Tokenize rows and labels what is trained.
 
     Args:
         tokenizer: Any; character offsets are used where it has them.
@@ -169,7 +169,7 @@ class Encoder:
         return TextClipper(self.tokenizer, self.max_length or 0)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of ids as it was before they were made."""
+        """Return the text of ids as it was before they were made."""
         return self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 
     def _label(self, segments: list[Segment], pieces: list[list[int]]) -> Encoded:
@@ -236,7 +236,7 @@ class Encoder:
         )
 
     def check_vocabulary(self, ids: Sequence[int], where: str, vocab_size: int) -> None:
-        """Raises a DataError for a token that the model does not have."""
+        """Raise a DataError for a token that the model does not have."""
         if (token := max(ids)) >= vocab_size:
             word = self.tokenizer.convert_ids_to_tokens(token)
             raise DataError(
@@ -246,7 +246,7 @@ class Encoder:
             )
 
     def _tokenise(self, rows: list[list[Segment]]) -> list[list[list[int]]]:
-        """Returns the ids of each segment of each row."""
+        """Return the ids of each segment of each row."""
         whole = self._ids(["".join(segment.text for segment in row) for row in rows])
         pieces = iter(self._ids([segment.text for row in rows for segment in row]))
         result = []
@@ -258,7 +258,7 @@ class Encoder:
         return result
 
     def _in_context(self, row: list[Segment]) -> list[list[int]]:
-        """Returns the ids of segments that depend on what is before them.
+        """Return the ids of segments that depend on what is before them.
 
         The tokens of a segment are those that it adds to the text before it. Where it would change
         tokens of that text, a token crosses the border: then the segment is tokenised by itself, as
@@ -290,7 +290,7 @@ def _outside(spans: Sequence[Span], end: int) -> Iterator[Span]:
 
 
 def labels_of(ids: Sequence[int], trained: Sequence[Span], borders: TokenBorders) -> list[int]:
-    """Returns the labels of a text: the ids of the tokens that hold a trained character."""
+    """Return the labels of a text: the ids of the tokens that hold a trained character."""
     labels = [IGNORED] * len(ids)
     for span in trained:
         first, end = borders.tokens(span)

@@ -50,7 +50,7 @@ _SYNTHETIC_ROWS = {"train": 1024, "eval": 64}
 
 @dataclass(frozen=True)
 class DataStats:
-    """Counts over the rows that are used.
+    """Count over the rows that are used.
 
     Args:
         rows: Rows used.
@@ -139,7 +139,7 @@ def load_examples(
     num_proc: int = 1,
     notify: Callable[[str], None] | None = None,
 ) -> Examples:
-    """Returns tokenised rows with labels.
+    """Return tokenised rows with labels.
 
     Labels: of `text` every token and the end of the text; of `prompt` and `completion` the
     completion and the end of the text; of a conversation what the assistant says and the ends of
@@ -201,7 +201,7 @@ def join_licences(licences: Sequence[str]) -> str | None:
 
 @dataclass(frozen=True)
 class RowMaker:
-    """Makes rows of ids and labels out of the records of one source."""
+    """Make rows of ids and labels out of the records of one source."""
 
     form: RowFormat
     encoder: Encoder
@@ -211,7 +211,7 @@ class RowMaker:
     def __call__(
         self, records: Sequence[Record], limit: int | None = None
     ) -> tuple[pyarrow.Table, Counts]:
-        """Returns a table of rows, and the counts of the records up to row number `limit`."""
+        """Return a table of rows, and the counts of the records up to row number `limit`."""
         rows = [self.form.row(record) for record in records]
         for row in rows:
             if row.images:
@@ -243,7 +243,7 @@ class RowMaker:
 def open_source(
     source: Source, tokenizer: PreTrainedTokenizerBase, options: RowOptions
 ) -> RowMaker:
-    """Returns what makes rows of a source's records.
+    """Return what makes rows of a source's records.
 
     Raises:
         DataError: It has no records, or they are of no format.
@@ -354,7 +354,7 @@ def _synthetic(
 
 
 def _table(input_ids: list[list[int]], labels: list[list[int]]) -> pyarrow.Table:
-    """Returns rows as a table of 32-bit integers."""
+    """Return rows as a table of 32-bit integers."""
     import pyarrow
 
     column = pyarrow.list_(pyarrow.int32())

@@ -24,20 +24,20 @@ Window = list[dict[str, torch.Tensor]]
 
 
 class Feed(Protocol):
-    """Gives the micro-batches of steps, and says what a checkpoint must hold to go on."""
+    """Give the micro-batches of steps, and say what a checkpoint must hold to go on."""
 
     def windows(self, first_step: int, last_step: int) -> Iterator[Window]:
-        """Yields the collated micro-batches of steps first_step to last_step, from 1."""
+        """Yield the collated micro-batches of steps first_step to last_step, from 1."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the place behind the window that was given out last."""
+        """Return the place behind the window that was given out last."""
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Goes to that place, before the first window."""
 
 
 def plan_batches(config: RunConfig, examples: Any, accelerator: Any) -> BatchPlan:
-    """Returns the order of the training data on this process."""
+    """Return the order of the training data on this process."""
     return BatchPlan(
         # Nobody knows the rows of a stream.
         num_rows=0 if isinstance(examples, Stream) else len(examples),
@@ -50,14 +50,14 @@ def plan_batches(config: RunConfig, examples: Any, accelerator: Any) -> BatchPla
 
 
 def total_steps(config: RunConfig, plan: BatchPlan) -> int:
-    """Returns the optimizer steps of a whole run."""
+    """Return the optimizer steps of a whole run."""
     if config.max_steps > 0:
         return config.max_steps
     return math.ceil(config.num_train_epochs * plan.steps_per_epoch)
 
 
 def identity(examples: Any) -> dict[str, Any]:
-    """Returns what tells whether data are the same as before.
+    """Return what tells whether data are the same as before.
 
     That is a hash of all ids and labels; of a stream and of images, which are made as they are
     asked for, no more than their size.
@@ -79,7 +79,7 @@ def identity(examples: Any) -> dict[str, Any]:
 def make_feed(
     examples: Any, plan: BatchPlan, collator: Any, *, num_workers: int = 0, pin_memory: bool = False
 ) -> Feed:
-    """Returns the feed of rows with numbers, or of a Stream."""
+    """Return the feed of rows with numbers, or of a Stream."""
     if isinstance(examples, Stream):
         return _StreamFeed(examples, plan, collator)
     return _NumberedFeed(examples, plan, collator, num_workers, pin_memory)

@@ -30,7 +30,7 @@ _ESCAPED = re.compile("[\udc80-\udcff]")
 
 
 def read_file(path: Path) -> Iterator[Record]:
-    """Yields the records of a file whose ending is one of READERS.
+    """Yield the records of a file whose ending is one of READERS.
 
     Raises:
         DataError: It cannot be read; names the file and the line.
@@ -65,7 +65,7 @@ def _read_json(path: Path) -> Iterator[Record]:
 
 
 def _read_list(path: Path, text: str) -> Iterator[Record]:
-    """Yields the items of a JSON list, each with the line it starts on."""
+    """Yield the items of a JSON list, each with the line it starts on."""
     line, seen = 1, 0
 
     def skip_space(position: int) -> int:

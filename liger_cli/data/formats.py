@@ -112,12 +112,12 @@ class Marks:
 
 
 def find_format(columns: Sequence[str] | Mapping[str, Any]) -> str | None:
-    """Returns the format that columns make, or None."""
+    """Return the format that columns make, or None."""
     return next((name for name, wanted in FORMATS.items() if set(wanted) <= set(columns)), None)
 
 
 def row_marks(content: Mapping[str, Any], form: str, where: str) -> Marks:
-    """Returns what the fields of a row of one of the FORMATS say.
+    """Return what the fields of a row of one of the FORMATS say.
 
     Raises:
         DataError: A field asks for what is not done here, or its value is not allowed.
@@ -134,7 +134,7 @@ def row_marks(content: Mapping[str, Any], form: str, where: str) -> Marks:
 
 
 def message_mark(message: Mapping[str, Any], name: str, where: str) -> bool | None:
-    """Returns whether the fields of a message say that it is trained, or None: they say nothing.
+    """Return whether the fields of a message say that it is trained, or None: they say nothing.
 
     Args:
         name: Of the message, for errors: messages[3].

@@ -62,7 +62,7 @@ class ImageRows:
         vocab_size: int,
         num_rows: int | None,
     ) -> Tokenised:
-        """Returns the rows that can be trained on; those whose images do not fit are dropped."""
+        """Return the rows that can be trained on; those whose images do not fit are dropped."""
         kept: list[Row] = []
         counts = Counts()
         found = cls(kept, encoder, processor, max_length)
@@ -101,7 +101,7 @@ class ImageRows:
         return ImageRows(rows, self.encoder, self.processor, self.max_length)
 
     def encode(self, row: Row) -> dict[str, Any]:
-        """Returns input_ids, labels, what the processor makes of the images, last_image: the place
+        """Return input_ids, labels, what the processor makes of the images, last_image: the place
         of the last token of an image, or -1; and left_out, as of a Conversation.
         """
         if not row.images:
@@ -139,7 +139,7 @@ class ImageRows:
         }
 
     def _of_images(self, ids: Sequence[int], outputs: dict[str, Any], row: Row) -> dict[str, Any]:
-        """Returns what a processor gives for the images, checked."""
+        """Return what a processor gives for the images, checked."""
         outputs.pop("attention_mask", None)
         result: dict[str, Any] = {
             key: outputs.pop(key)[0].tolist() for key in TOKEN_KEYS if key in outputs

@@ -21,7 +21,7 @@ _LAST_TURN = "### Instruction:\n{}\n\n{}### Response:\n"
 
 
 def instruction_messages(content: Mapping[str, Any], where: str) -> tuple[Mapping[str, str], ...]:
-    """Returns an instruction as a conversation.
+    """Return an instruction as a conversation.
 
     Args:
         content: instruction and output, and perhaps input, which the user says after the
@@ -46,7 +46,7 @@ def instruction_messages(content: Mapping[str, Any], where: str) -> tuple[Mappin
 def instruction_parts(
     messages: Sequence[Mapping[str, str]], instruction: str, extra: str
 ) -> tuple[str, ...]:
-    """Returns prompt and answer of each turn, for a model without a chat template."""
+    """Return prompt and answer of each turn, for a model without a chat template."""
     system = _SYSTEM.format(
         with_input=", paired with an input that provides further context" if extra else ""
     )

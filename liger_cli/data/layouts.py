@@ -42,7 +42,7 @@ _MAX_DEPTH = 4
 
 
 def decode(content: bytes, path: Path, line: int) -> str:
-    """Returns bytes as text.
+    """Return bytes as text.
 
     Args:
         line: The line of the file that the bytes begin on.
@@ -59,7 +59,7 @@ def decode(content: bytes, path: Path, line: int) -> str:
 
 
 def not_utf8(where: str, error: UnicodeDecodeError) -> DataError:
-    """Returns the error for bytes that are no UTF-8, with the command that converts them."""
+    """Return the error for bytes that are no UTF-8, with the command that converts them."""
     encoding = "UTF-16" if error.object.startswith(_UTF16) else "CP1252"
     return DataError(
         f"{where}: not UTF-8: {error.reason} 0x{error.object[error.start]:02x}",
@@ -69,7 +69,7 @@ def not_utf8(where: str, error: UnicodeDecodeError) -> DataError:
 
 
 def refuse_other_bytes(path: Path, head: bytes) -> None:
-    """Refuses the first bytes of a file of text that is compressed, a table or UTF-16.
+    """Refuse the first bytes of a file of text that is compressed, a table or UTF-16.
 
     Raises:
         DataError: Says how to convert it.
@@ -87,7 +87,7 @@ def refuse_other_bytes(path: Path, head: bytes) -> None:
 
 
 def refuse_ending(path: Path, endings: Collection[str]) -> DataError:
-    """Returns the error for a file that exists and whose ending is not read."""
+    """Return the error for a file that exists and whose ending is not read."""
     way = _ENDINGS.get(path.suffix.lower())
     lower = path.suffix.lower()
     hint = f"unpack it first: {way}" if way else None
@@ -97,7 +97,7 @@ def refuse_ending(path: Path, endings: Collection[str]) -> DataError:
 
 
 def other_delimiter(path: Path, header: Sequence[str], delimiter: str) -> None:
-    """Refuses a header that makes a format with another delimiter than that of the file's ending.
+    """Refuse a header that makes a format with another delimiter than that of the file's ending.
 
     Raises:
         DataError: Names the delimiter, and the command that converts the file.
@@ -125,7 +125,7 @@ def _split(line: str, delimiter: str) -> list[str]:
 
 
 def layout_hint(content: Mapping[str, Any]) -> str | None:
-    """Returns how to make rows of an object that holds all of them, or None: it does not."""
+    """Return how to make rows of an object that holds all of them, or None: it does not."""
     form = find_format(content)
     if form is not None:
         columns = [content[name] for name in FORMATS[form]]

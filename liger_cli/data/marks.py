@@ -1,4 +1,4 @@
-"""Finds the texts of a conversation in its rendering.
+"""Find the texts of a conversation in its rendering.
 
 A template may trim a text, move it or write it twice, so its place is never computed. The
 conversation is rendered a second time with private characters around each text. If the rendering
@@ -48,7 +48,7 @@ class Unit(NamedTuple):
 
     @classmethod
     def all_of(cls, messages: Sequence[Message]) -> list[Unit]:
-        """Returns the texts of a conversation, in its order."""
+        """Return the texts of a conversation, in its order."""
         return [
             cls(number, *found)
             for number, message in enumerate(messages)
@@ -93,7 +93,7 @@ class MarkedText:
     def of(
         cls, text: str, messages: Sequence[Message], render: Callable[[Sequence[Message]], str]
     ) -> MarkedText:
-        """Returns the text with as many of its units marked as leave it as it is.
+        """Return the text with as many of its units marked as leave it as it is.
 
         Args:
             text: The rendered messages.
@@ -126,7 +126,7 @@ class MarkedText:
         return MarkedText(text, tuple(units), places, self.first) if text == self.text else None
 
     def mark(self, messages: Sequence[Message], num_marked: int) -> list[Message]:
-        """Returns messages with marks in so many, the first, which are the conversation's."""
+        """Return messages with marks in so many, the first, which are the conversation's."""
         marked = list(messages)
         for number, unit in enumerate(self.units):
             if unit.message < num_marked:
@@ -137,7 +137,7 @@ class MarkedText:
         return marked
 
     def read(self, marked: str) -> tuple[str, dict[int, list[int]]]:
-        """Returns a marked text without its marks, and the places of each."""
+        """Return a marked text without its marks, and the places of each."""
         pieces = self._pattern.split(marked)
         places: dict[int, list[int]] = {}
         position = 0
@@ -165,23 +165,23 @@ class MarkedText:
         return unit in self._numbers
 
     def is_shown(self, unit: Unit) -> bool:
-        """Returns whether a mark of the unit, which is marked, is in the text."""
+        """Return whether a mark of the unit, which is marked, is in the text."""
         number = 2 * self._numbers[unit]
         return number in self.places or number + 1 in self.places
 
     def spans(self, unit: Unit) -> list[Span]:
-        """Returns the places of a unit of which both marks are shown."""
+        """Return the places of a unit of which both marks are shown."""
         number = 2 * self._numbers[unit]
         begins, ends = (self.places.get(number + i, []) for i in (0, 1))
         return list(zip(begins, ends, strict=True)) if len(begins) == len(ends) else []
 
     def first_of(self, message: int) -> tuple[Unit, int] | None:
-        """Returns the first text of a message that is shown, and where it begins."""
+        """Return the first text of a message that is shown, and where it begins."""
         shown = self._of(message, 0)
         return min(shown, key=lambda pair: pair[1]) if shown else None
 
     def last_of(self, message: int) -> tuple[Unit, int] | None:
-        """Returns the last text of a message that is shown, and where it has ended."""
+        """Return the last text of a message that is shown, and where it has ended."""
         shown = self._of(message, 1)
         return max(shown, key=lambda pair: pair[1]) if shown else None
 
@@ -194,7 +194,7 @@ class MarkedText:
         ]
 
     def is_apart(self, message: int, span: Span) -> bool:
-        """Returns whether no text of another message begins or ends within a span."""
+        """Return whether no text of another message begins or ends within a span."""
         begin, end = span
         return not any(
             begin < place < end
@@ -204,7 +204,7 @@ class MarkedText:
         )
 
     def anchor(self, places: dict[int, list[int]], end: int) -> Span:
-        """Returns the last common place of another rendering and this one.
+        """Return the last common place of another rendering and this one.
 
         Args:
             places: Of the marks in the other rendering.
@@ -223,7 +223,7 @@ class MarkedText:
 
 
 def _replaced(value: Any, path: tuple[Any, ...], text: str) -> Any:
-    """Returns a copy of nested lists and objects with another text at a path."""
+    """Return a copy of nested lists and objects with another text at a path."""
     if not path:
         return text
     copy = list(value) if isinstance(value, list | tuple) else dict(value)

@@ -43,7 +43,7 @@ def row_counts(sizes: Sequence[int], weights: Sequence[float | None]) -> list[in
 
 
 def next_source(taken: Sequence[float], weights: Sequence[float]) -> int:
-    """Returns which source is read next, after so many records of each.
+    """Return which source is read next, after so many records of each.
 
     It is the one that is furthest behind its share, so any stretch of records has the shares.
     """
@@ -54,7 +54,7 @@ def next_source(taken: Sequence[float], weights: Sequence[float]) -> int:
 def join_sources(
     parts: Sequence[tuple[str, Any, float | None]],
 ) -> tuple[Any, tuple[str, ...]]:
-    """Returns the rows of named datasets with weights as one, and a note on each repeated one."""
+    """Return the rows of named datasets with weights as one, and a note on each repeated one."""
     if len(parts) == 1:
         return parts[0][1], ()
     import datasets

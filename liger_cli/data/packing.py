@@ -32,7 +32,7 @@ _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention",
 
 
 def pack(lengths: Sequence[int], max_length: int, strategy: Strategy = "bfd") -> list[list[int]]:
-    """Returns rows of documents, as numbers of the documents; no row is longer than max_length.
+    """Return rows of documents, as numbers of the documents; no row is longer than max_length.
 
     Args:
         lengths: Of the documents, each at most max_length.
@@ -81,7 +81,7 @@ def _next_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 
 def join_rows(documents: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
-    """Returns one row of input_ids, labels and position_ids, which restart at each document."""
+    """Return one row of input_ids, labels and position_ids, which restart at each document."""
     row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
     for document in documents:
         row["input_ids"] += document["input_ids"]
@@ -91,7 +91,7 @@ def join_rows(documents: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
 
 
 def row_lengths(rows: Any) -> np.ndarray[Any, Any]:
-    """Returns the number of tokens of each row of a datasets.Dataset."""
+    """Return the number of tokens of each row of a datasets.Dataset."""
     import pyarrow.compute
 
     parts = [
@@ -130,7 +130,7 @@ class PackedRows:
 
 
 def refuse_packing(model: Any, max_length: int, *, has_images: bool = False) -> None:
-    """Refuses what the configuration of a model, which may be on the meta device, rules out.
+    """Refuse what the configuration of a model, which may be on the meta device, rules out.
 
     Args:
         model: The model, or what wraps it.
@@ -169,7 +169,7 @@ def refuse_packing(model: Any, max_length: int, *, has_images: bool = False) -> 
 
 
 def check_packed(model: Any, *, flatten: bool = False) -> None:
-    """Checks that a model in memory keeps documents apart.
+    """Check that a model in memory keeps documents apart.
 
     Args:
         model: On the device and with the attention that it is trained with.

@@ -11,7 +11,7 @@ __all__ = ["files_below", "matching_files", "without_repeats"]
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Returns the files of a folder and of the folders below it, in the order of their names.
+    """Return the files of a folder and of the folders below it, in the order of their names.
 
     Links are followed; hidden files and folders are passed over.
     """
@@ -24,7 +24,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def matching_files(pattern: str) -> list[Path]:
-    """Returns the files that match a pattern of glob, in the order of their names.
+    """Return the files that match a pattern of glob, in the order of their names.
 
     `**` is any number of folders. Each of them is entered once, so that a link which leads back
     ends there.
@@ -33,7 +33,7 @@ def matching_files(pattern: str) -> list[Path]:
 
 
 def without_repeats(paths: Iterable[Path]) -> list[Path]:
-    """Returns paths in the order of their names, of several to one file the first."""
+    """Return paths in the order of their names, of several to one file the first."""
     first: dict[str, Path] = {}
     for path in sorted(paths):
         first.setdefault(os.path.realpath(path), path)

@@ -189,7 +189,7 @@ class _CountedTemplate:
 
 
 class _CountingGenerator(CodeGenerator):
-    """Writes a look at the clock at the start of every block, such as the body of a loop."""
+    """Write a look at the clock at the start of every block, such as the body of a loop."""
 
     def blockvisit(self, nodes: Iterable[jinja2.nodes.Node], frame: Any) -> None:
         self.writeline("environment.check_time()")

@@ -1,4 +1,4 @@
-"""Turns the records of a data source into rows, each checked, so that an error names its place."""
+"""Turn the records of a data source into rows, each checked, so that an error names its place."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class RowFormat:
 
     @classmethod
     def find(cls, record: Record, folder: Path | None = None) -> RowFormat:
-        """Returns the format of a source by its first record.
+        """Return the format of a source by its first record.
 
         Raises:
             DataError: Its columns are of no format; names those found and those wanted.
@@ -99,7 +99,7 @@ class RowFormat:
         return cls(name, where, folder)
 
     def row(self, record: Record) -> Row:
-        """Returns the row of a record. Columns that the format does not use are noted.
+        """Return the row of a record. Columns that the format does not use are noted.
 
         Raises:
             DataError: The record cannot be used; names its place and the reason.
@@ -123,7 +123,7 @@ class RowFormat:
 
 
 def make_row(form: str, content: Mapping[str, Any], where: str, folder: Path | None = None) -> Row:
-    """Returns a checked row of one of the FORMATS."""
+    """Return a checked row of one of the FORMATS."""
     given = {key for key, value in content.items() if value not in (None, "", [])}
     optional = [name for name in OPTIONAL.get(form, ()) if name in given]
     columns = (*FORMATS[form], *optional)
@@ -175,7 +175,7 @@ def _only_last(row: Row) -> tuple[bool | None, ...]:
 def _with_system(
     messages: tuple[Mapping[str, Any], ...], marks: tuple[bool | None, ...], text: Any, where: str
 ) -> tuple[tuple[Mapping[str, Any], ...], tuple[bool | None, ...]]:
-    """Puts the text of the column system before the messages."""
+    """Put the text of the column system before the messages."""
     system = {"role": "system", "content": check_text(text, "system", where)}
     if messages[0]["role"] != "system":
         return (system, *messages), (None, *marks)
@@ -268,7 +268,7 @@ def _check_parts(
 def _place_images(
     messages: Sequence[Mapping[str, Any]], given: Any, where: str, folder: Path | None
 ) -> tuple[tuple[Mapping[str, Any], ...], list[Any]]:
-    """Returns messages whose image parts hold no image, and the images in their order."""
+    """Return messages whose image parts hold no image, and the images in their order."""
     column = [image for _, image in check_list(given, "images", where)] if given else []
     parts = [
         part

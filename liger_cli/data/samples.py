@@ -24,7 +24,7 @@ _MAX_TURNS = 8
 
 
 def read_sample(split: Literal["train", "eval"]) -> Iterator[Record]:
-    """Yields the conversations of a split in the package's order.
+    """Yield the conversations of a split in the package's order.
 
     Who speaks first is the user, the other is the assistant. A conversation is used up to its
     eighth turn; the 3150 that nobody answered are left out.
@@ -52,7 +52,7 @@ def _messages(turns: list[list[dict[str, Any]]]) -> list[dict[str, str]]:
 
 
 def find_sample() -> Path:
-    """Returns the file of the package.
+    """Return the file of the package.
 
     Raises:
         EnvironmentProblem: The package is not installed.

@@ -1,4 +1,4 @@
-"""Checks that a rendered conversation has every text of its messages."""
+"""Check that a rendered conversation has every text of its messages."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ShownTexts:
     where: str
 
     def check(self) -> dict[str, int]:
-        """Returns how many system messages are not shown as they are.
+        """Return how many system messages are not shown as they are.
 
         Raises:
             DataError: Another message or a call is not shown, or one is changed.
@@ -60,7 +60,7 @@ class ShownTexts:
         return {SYSTEM: len(changed)} if changed else {}
 
     def check_answers(self, answers: Mapping[int, Span]) -> dict[str, int]:
-        """Returns how many answers have thoughts that are not shown.
+        """Return how many answers have thoughts that are not shown.
 
         Args:
             answers: The places of the assistant messages by their numbers.
@@ -77,7 +77,7 @@ class ShownTexts:
         return {THOUGHTS: without} if without else {}
 
     def check_blocks(self, blocks: Sequence[Span]) -> dict[str, int]:
-        """Returns how many answers have thoughts that are not shown, and how many no block.
+        """Return how many answers have thoughts that are not shown, and how many no block.
 
         Args:
             blocks: What the template marks with {% generation %}.
@@ -132,7 +132,7 @@ class ShownTexts:
         return "shown" if is_same else "changed"
 
     def _loses_thought(self, unit: Unit, answer: str) -> bool:
-        """Returns whether a text of an answer has a thought that the answer has not."""
+        """Return whether a text of an answer has a thought that the answer has not."""
         if unit.kind == "thought":
             return bool(unit.core) and unit.core not in answer
         if unit.kind == "call" or unit.core in answer:
@@ -143,7 +143,7 @@ class ShownTexts:
         return any(thought not in answer for thought in thoughts)
 
     def _check_arguments(self, i: int, answer: str) -> None:
-        """Refuses a call whose arguments the answer has not."""
+        """Refuse a call whose arguments the answer has not."""
         for call in self.messages[i].get("tool_calls") or ():
             arguments = (call.get("function") or call).get("arguments")
             if isinstance(arguments, str):
@@ -165,7 +165,7 @@ class ShownTexts:
 
 
 def _without_thoughts(content: str) -> tuple[list[str], list[str]]:
-    """Returns what a content says, and its thoughts; the mark that opens the first may lack."""
+    """Return what a content says, and its thoughts; the mark that opens the first may lack."""
     before, close, _ = content.partition("</think>")
     if close and "<think>" not in before:
         content = f"<think>{content}"
@@ -174,7 +174,7 @@ def _without_thoughts(content: str) -> tuple[list[str], list[str]]:
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """Yields the keys and texts of nested objects and lists."""
+    """Yield the keys and texts of nested objects and lists."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

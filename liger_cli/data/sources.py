@@ -52,7 +52,7 @@ class Source:
     split: str = ""
 
     def read(self, start: int = 0) -> Iterator[Record]:
-        """Yields the records from number `start` on.
+        """Yield the records from number `start` on.
 
         Raises:
             DataError: A file cannot be read; names it and the line.
@@ -69,7 +69,7 @@ class Source:
         return [os.path.realpath(path) for path in self.files] or [self.name]
 
     def fingerprint(self) -> str:
-        """Returns a hash of the content; a file under another name has the same."""
+        """Return a hash of the content; a file under another name has the same."""
         digest = hashlib.sha256()
         for path in self.files:
             with path.open("rb") as stream:
@@ -78,7 +78,7 @@ class Source:
 
 
 def split_names(text: str) -> list[tuple[str, float | None]]:
-    """Returns the datasets that a value of `dataset` names, each with its weight if it has one.
+    """Return the datasets that a value of `dataset` names, each with its weight if it has one.
 
     Several are written NAME:WEIGHT,NAME,...; the path of one that exists is taken as it is.
     """
@@ -103,7 +103,7 @@ def split_names(text: str) -> list[tuple[str, float | None]]:
 def find_sources(
     text: str, split: Split = "train", *, streaming: bool = False
 ) -> list[tuple[str, Source | None, float | None]]:
-    """Returns the name, source and weight of each dataset that a value names; synthetic has none.
+    """Return the name, source and weight of each dataset that a value names; synthetic has none.
 
     Raises:
         ConfigError: Two of them have a file in common, whose rows would be used twice.
@@ -126,7 +126,7 @@ def find_sources(
 
 
 def find_source(name: str, split: Split = "train", *, streaming: bool = False) -> Source:
-    """Returns the source of that name.
+    """Return the source of that name.
 
     Args:
         name: chitchat, a file, a folder, a glob, a folder of datasets.save_to_disk, or a dataset of

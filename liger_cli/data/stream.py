@@ -96,7 +96,7 @@ class Stream:
         return Place(0, 0, zeros, zeros, zeros)
 
     def rows(self, place: Place) -> Iterator[StreamRow]:
-        """Yields the rows from a place on, without end; one block is made ahead in a thread.
+        """Yield the rows from a place on, without end; one block is made ahead in a thread.
 
         Raises:
             DataError: A record cannot be used, or a whole epoch has nothing to train on.
@@ -123,7 +123,7 @@ class Stream:
 
 
 class _Blocks:
-    """Makes one block after the other; the sources stay open in between."""
+    """Make one block after the other; the sources stay open in between."""
 
     def __init__(self, stream: Stream, place: Place) -> None:
         self._stream = stream
@@ -132,7 +132,7 @@ class _Blocks:
         self._readers: list[Iterator[Record]] = []
 
     def next(self) -> tuple[Place, list[dict[str, Any]], Counts]:
-        """Returns where the block starts, its rows in their order, and their counts."""
+        """Return where the block starts, its rows in their order, and their counts."""
         begin, stream = self._place, self._stream
         if not self._readers:
             starts = zip(stream.sources, begin.offsets, strict=True)
@@ -206,7 +206,7 @@ def open_stream(
     seed: int,
     packing: Strategy | None = None,
 ) -> Examples:
-    """Returns examples whose rows are a Stream.
+    """Return examples whose rows are a Stream.
 
     Args:
         name: As load_examples takes it; not synthetic.

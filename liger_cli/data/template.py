@@ -28,7 +28,7 @@ _MARKS = "\ue000\ue001\ue002\ue003"
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Renders conversations.
+    """Render conversations.
 
     Args:
         tokenizer: Gives the template its special tokens.
@@ -46,7 +46,7 @@ class ChatTemplate:
         *,
         prompt: bool = False,
     ) -> str:
-        """Returns the text of a conversation.
+        """Return the text of a conversation.
 
         Args:
             messages: With role and content at least; the template decides what else it shows.
@@ -68,14 +68,14 @@ class ChatTemplate:
     def generation_blocks(
         self, messages: Sequence[Message], tools: Sequence[Message], where: str
     ) -> list[Span]:
-        """Returns where the {% generation %} blocks are in the rendered conversation."""
+        """Return where the {% generation %} blocks are in the rendered conversation."""
         with _template_errors(where):
             _, spans = render_marked(self.tokenizer, messages, self.source, tools)
         return [(start, end) for start, end in spans if start < end]
 
     @cached_property
     def special(self) -> re.Pattern[str]:
-        """Matches any special token, and the longest where one is the start of another."""
+        """Match any special token, and the longest where one is the start of another."""
         added = self.tokenizer.added_tokens_decoder.values()
         words = {token.content for token in added if token.special}
         words |= set(self.tokenizer.all_special_tokens)
@@ -94,7 +94,7 @@ class ChatTemplate:
     def has_generation_prompt(
         self, messages: Sequence[Message], tools: Sequence[Message], where: str
     ) -> bool:
-        """Returns whether the template asks for the answer to these messages."""
+        """Return whether the template asks for the answer to these messages."""
         if self.generation_prompt is not None:
             return bool(self.generation_prompt)
         asked = self.render(messages, tools, where, prompt=True)
@@ -142,7 +142,7 @@ class ChatTemplate:
         return common.rstrip()
 
     def has_no_end(self, *, is_last: bool) -> bool:
-        """Returns whether the template is known to write no mark behind an answer.
+        """Return whether the template is known to write no mark behind an answer.
 
         Args:
             is_last: Whether the conversation ends with the answer.
@@ -154,7 +154,7 @@ class ChatTemplate:
 
 @contextmanager
 def _template_errors(where: str) -> Iterator[None]:
-    """Turns what a template raises into a DataError; it is a program that sees the user's rows."""
+    """Turn what a template raises into a DataError; it is a program that sees the user's rows."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Finds where each answer of a rendered conversation begins and ends.
+"""Find where each answer of a rendered conversation begins and ends.
 
 An answer runs from the end of the generation prompt to the mark that ends its turn. A template may
 write a turn otherwise once others follow it, so what is looked for in the final rendering is what
@@ -35,7 +35,7 @@ class Turns:
     where: str
 
     def answers(self) -> dict[int, Span]:
-        """Returns the place of each assistant message by its number.
+        """Return the place of each assistant message by its number.
 
         Raises:
             DataError: One has no sure place.
@@ -72,7 +72,7 @@ class Turns:
             return self._of_content(i, first)
 
     def _after_usual_prompt(self, unit: Unit, place: int) -> int | None:
-        """Returns the end of the generation prompt if a text begins there."""
+        """Return the end of the generation prompt if a text begins there."""
         prompt = self.template.generation_prompt
         leads = dict.fromkeys((unit.lead, "")) if unit.kind == "content" else ("",)
         for lead in leads:
@@ -81,7 +81,7 @@ class Turns:
         return None
 
     def _after_prompt(self, i: int, first: tuple[Unit, int] | None) -> int | None:
-        """Returns the end of the prompt that is rendered for the messages before."""
+        """Return the end of the prompt that is rendered for the messages before."""
         before = self.messages[:i]
         if not self.template.has_generation_prompt(before, self.tools, self.where):
             return self._of_content(i, first)
@@ -100,7 +100,7 @@ class Turns:
         return self._of_content(i, first)
 
     def _of_content(self, i: int, first: tuple[Unit, int] | None) -> int | None:
-        """Returns where the first text of an answer begins, or a content would."""
+        """Return where the first text of an answer begins, or a content would."""
         text = self.marked.text
         if first and first[0].kind == "content":
             unit, place = first
@@ -132,7 +132,7 @@ class Turns:
         return place + (len(trail) if self.marked.text.startswith(trail, place) else 0)
 
     def _mark_at(self, place: int, trail: str) -> int | None:
-        """Returns where the mark that ends a turn has ended, if the mark is next in the text."""
+        """Return where the mark that ends a turn has ended, if the mark is next in the text."""
         text = self.marked.text
         start = len(text) - len(text[place:].lstrip())
         special = self.template.special.match(text, start)
@@ -145,7 +145,7 @@ class Turns:
         return None
 
     def _last_mark(self, i: int, place: int) -> int | None:
-        """Returns the end of the last mark that a turn has, whatever follows it."""
+        """Return the end of the last mark that a turn has, whatever follows it."""
         text = self.marked.text
         is_last = i + 1 == len(self.messages)
         more = [{"role": "user", "content": "?"}] if is_last else []
@@ -167,7 +167,7 @@ class Turns:
     def _render(
         self, num_messages: int, more: Sequence[Message] = (), *, prompt: bool = False
     ) -> tuple[str, dict[int, list[int]]]:
-        """Returns the text of the first messages and more, and the places of the first's marks."""
+        """Return the text of the first messages and more, and the places of the first's marks."""
         messages = self.marked.mark([*self.messages[:num_messages], *more], num_messages)
         rendered = self.template.render(messages, self.tools, self.where, prompt=prompt)
         return self.marked.read(rendered)

@@ -11,7 +11,7 @@ __all__ = ["check_list", "check_text", "describe"]
 
 
 def check_text(value: Any, name: str, where: str) -> str:
-    """Returns a value that is text.
+    """Return a value that is text.
 
     Raises:
         DataError: It is not; names the place and the column or message.
@@ -26,7 +26,7 @@ def check_text(value: Any, name: str, where: str) -> str:
 
 
 def check_list(value: Any, name: str, where: str) -> Iterator[tuple[int, Any]]:
-    """Returns the items of a list that is not empty, with their numbers.
+    """Return the items of a list that is not empty, with their numbers.
 
     Raises:
         DataError: It is empty or no list.
@@ -39,7 +39,7 @@ def check_list(value: Any, name: str, where: str) -> Iterator[tuple[int, Any]]:
 
 
 def describe(value: Any) -> str:
-    """Returns the kind of a JSON value in words."""
+    """Return the kind of a JSON value in words."""
     kinds = {
         type(None): "null",
         bool: "a boolean",

@@ -37,7 +37,7 @@ def _make(records: list[Record]) -> tuple[pyarrow.Table, Counts]:
 def map_in_order(
     maker: Maker, batches: Iterable[list[Record]], num_proc: int
 ) -> Iterator[tuple[pyarrow.Table, Counts]]:
-    """Yields what the maker makes of each batch, in their order, by so many processes."""
+    """Yield what the maker makes of each batch, in their order, by so many processes."""
     if num_proc <= 1:
         yield from map(maker, batches)
         return

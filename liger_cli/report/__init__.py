@@ -101,7 +101,7 @@ __all__ = [
 
 
 def last_line(report: RunReport) -> str:
-    """Returns the line that ends a run: kernels, peak memory, speed, gain against eager."""
+    """Return the line that ends a run: kernels, peak memory, speed, gain against eager."""
     ops = []
     for op in report.coverage or {}:
         used, candidates, unused = op_counts(report, op)
@@ -129,7 +129,7 @@ def show_report(
     verbose: bool = False,
     html: Path | None = None,
 ) -> None:
-    """Prints the report, tables first and the last line last.
+    """Print the report, tables first and the last line last.
 
     Args:
         as_json: The JSON alone to stdout, everything else to stderr.

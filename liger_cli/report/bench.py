@@ -53,12 +53,12 @@ ARM_COLUMNS = (
 
 
 def arms_table(report: RunReport) -> Table:
-    """Returns the arms side by side; speed and memory are times those of the first one's."""
+    """Return the arms side by side; speed and memory are times those of the first one's."""
     return Table.with_used_columns("Arms", ARM_COLUMNS, _arm_rows(report.arms or ()))
 
 
 def sweep_table(points: Sequence[SweepPoint]) -> Table:
-    """Returns the arms of every size."""
+    """Return the arms of every size."""
     rows = [
         (f"{point.batch_size} x {point.sequence_length}", *cells)
         for point in points
@@ -68,7 +68,7 @@ def sweep_table(points: Sequence[SweepPoint]) -> Table:
 
 
 def fits_table(fits: Sequence[FitPart]) -> Table:
-    """Returns by sequence length the largest batch of each arm that fits."""
+    """Return by sequence length the largest batch of each arm that fits."""
     rows = []
     for length in fits[0].by_sequence if fits else ():
         batches = (fit.by_sequence[length] for fit in fits)
@@ -77,7 +77,7 @@ def fits_table(fits: Sequence[FitPart]) -> Table:
 
 
 def asserted_table(report: RunReport) -> Table:
-    """Returns every bound of --assert with what was measured."""
+    """Return every bound of --assert with what was measured."""
     rows = [
         (
             part.bound,
@@ -91,7 +91,7 @@ def asserted_table(report: RunReport) -> Table:
 
 
 def parity_table(report: RunReport) -> Table:
-    """Returns how far losses and gradients of every comparison are apart, and what is allowed."""
+    """Return how far losses and gradients of every comparison are apart, and what is allowed."""
     named = {f"patched against {name}": part for name, part in comparisons(report).items()}
     named |= {f"eager+{op} against eager": part for op, part in (report.ablation or {}).items()}
     rows = []
@@ -112,14 +112,14 @@ def parity_table(report: RunReport) -> Table:
 
 
 def percent_text(share: float | None) -> str:
-    """Returns a difference in percent; nothing where it was not measured."""
+    """Return a difference in percent; nothing where it was not measured."""
     if share is None:
         return ""
     return "< 0.001 %" if 0 < share < 1e-5 else f"{100 * share:.2g} %"
 
 
 def comparisons(report: RunReport) -> dict[str, AgainstPart]:
-    """Returns patched against each other arm, by its name, also of a report that has one alone."""
+    """Return patched against each other arm, by its name, also of a report that has one alone."""
     if report.against or report.ratios is None or report.parity is None:
         return report.against or {}
     is_same_code = not any(counts["patched"] for counts in (report.coverage or {}).values())
@@ -128,7 +128,7 @@ def comparisons(report: RunReport) -> dict[str, AgainstPart]:
 
 
 def verdicts(report: RunReport) -> list[str]:
-    """Returns what each comparison comes to, in words."""
+    """Return what each comparison comes to, in words."""
     if report.sweep:
         return [
             f"{point.batch_size} x {point.sequence_length}: {part.verdict}"
@@ -143,7 +143,7 @@ def _arm_rows(arms: Sequence[Arm]) -> list[tuple[str, ...]]:
 
 
 def arm_cells(arm: Arm, base: Arm) -> tuple[str, ...]:
-    """Returns the row of an arm as text, with its ratios to another."""
+    """Return the row of an arm as text, with its ratios to another."""
     has_spread = arm.step_p20_ms is not None and arm.step_p80_ms is not None
     return (
         arm.name,
@@ -161,7 +161,7 @@ def arm_cells(arm: Arm, base: Arm) -> tuple[str, ...]:
 
 
 def gain_text(gain: GainPart) -> str:
-    """Returns what a run gained, as far as that is known; nothing where it is not."""
+    """Return what a run gained, as far as that is known; nothing where it is not."""
     parts = []
     if gain.speed is not None:
         parts.append(f"{gain.speed:.2f}x speed")
@@ -171,17 +171,17 @@ def gain_text(gain: GainPart) -> str:
 
 
 def times_text(value: float | None, base: float | None) -> str:
-    """Returns a ratio as '1.23x', or nothing where it was not measured."""
+    """Return a ratio as '1.23x', or nothing where it was not measured."""
     return f"{value / base:.2f}x" if value is not None and base else ""
 
 
 def loss_text(losses: Sequence[float | None]) -> str:
-    """Returns a loss, or that it is not finite; nothing where there is none."""
+    """Return a loss, or that it is not finite; nothing where there is none."""
     return "".join("not finite" if loss is None else f"{loss:.4f}" for loss in losses)
 
 
 def bench_notes(report: RunReport) -> list[str]:
-    """Returns what must be known to read the figures, a sentence a line."""
+    """Return what must be known to read the figures, a sentence a line."""
     arms = [*(report.arms or ()), *(arm for point in report.sweep or () for arm in point.arms)]
     notes = []
     if any(arm.first_step_ms is not None for arm in arms):
@@ -203,7 +203,7 @@ def verdict(
     names: tuple[str, str] = ("patched", "eager"),
     is_same_code: bool = False,
 ) -> str:
-    """Returns the comparison in words: faster, slower or no gain, and whether the losses agree.
+    """Return the comparison in words: faster, slower or no gain, and whether the losses agree.
 
     Args:
         names: The arm that is judged, and the one that it is measured against.
@@ -226,7 +226,7 @@ def verdict(
 
 
 def is_noise(ratio: float, noise: float) -> bool:
-    """Returns whether two figures are no further apart than those of equal runs."""
+    """Return whether two figures are no further apart than those of equal runs."""
     return max(ratio, 1 / ratio) <= 1 + noise
 
 

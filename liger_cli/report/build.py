@@ -24,7 +24,7 @@ __all__ = ["add_evaluation", "add_training", "find_gain", "read_report", "report
 
 
 def report_of(command: str, config: RunConfig, inputs: Inputs, patches: Any) -> RunReport:
-    """Returns the report of a PatchPlan, or of the PatchRecord of a patched model."""
+    """Return the report of a PatchPlan, or of the PatchRecord of a patched model."""
     plan = getattr(patches, "plan", patches)
     return RunReport(
         command=command,
@@ -43,7 +43,7 @@ def report_of(command: str, config: RunConfig, inputs: Inputs, patches: Any) -> 
 
 
 def add_training(report: RunReport, result: TrainResult) -> None:
-    """Adds what training did to a report."""
+    """Add what training did to a report."""
     report.train = TrainPart(**result.summary())
     report.best = BestPart(**asdict(result.best)) if result.best else None
     report.stop = StopPart(**asdict(result.stop)) if result.stop else None
@@ -52,7 +52,7 @@ def add_training(report: RunReport, result: TrainResult) -> None:
 
 
 def add_evaluation(report: RunReport, found: EvalResult) -> None:
-    """Adds an evaluation to a report."""
+    """Add an evaluation to a report."""
     report.eval = EvalPart(**found.figures())
     sets = {name: EvalPart(**part.figures()) for name, part in found.sets.items()}
     report.eval_sets = sets or None
@@ -65,7 +65,7 @@ def find_gain(
     eager: ArmResult | None,
     num_steps: int,
 ) -> GainPart | None:
-    """Returns the gain over the same steps of an eager run, else an estimate of the memory's."""
+    """Return the gain over the same steps of an eager run, else an estimate of the memory's."""
     if eager is not None:
         patched = result.speed(num_steps)
         return GainPart(
@@ -80,7 +80,7 @@ def find_gain(
 
 
 def read_report(path: Path) -> RunReport:
-    """Returns the report of a finished run.
+    """Return the report of a finished run.
 
     Raises:
         ConfigError: The file is none.

@@ -75,11 +75,11 @@ class Curves(Chart):
     from_zero: bool = False
 
     def color(self, name: str) -> int:
-        """Returns the colour of a curve; 0 is grey."""
+        """Return the colour of a curve; 0 is grey."""
         return (list(self.lines).index(name) + (not self.grey)) % NUM_COLORS
 
     def css_class(self, name: str) -> str:
-        """Returns the classes of a curve on a page."""
+        """Return the classes of a curve on a page."""
         color = self.color(name)
         return f"line s{color}" + (f" {self.grey}" if color == 0 and self.grey else "")
 
@@ -101,7 +101,7 @@ def _curve_words(name: str, points: Mapping[int, float], x_label: str) -> str:
 
 
 def arm_charts(report: RunReport) -> list[BarChart]:
-    """Returns time, throughput and memory of every arm but those of one op alone."""
+    """Return time, throughput and memory of every arm but those of one op alone."""
     arms = _whole_arms(report)
     has_spread = any(arm.step_p20_ms is not None for arm in arms)
     spread = " Line across its end: from the 20th to the 80th percentile." if has_spread else ""
@@ -145,7 +145,7 @@ def _memory_noise(report: RunReport) -> str:
 
 
 def ablation_charts(report: RunReport) -> list[BarChart]:
-    """Returns what each op alone does to the speed and the memory of the eager model."""
+    """Return what each op alone does to the speed and the memory of the eager model."""
     parts = report.ablation or {}
     charts = []
     for title, key, better in (
@@ -164,7 +164,7 @@ def ablation_charts(report: RunReport) -> list[BarChart]:
 
 
 def loss_charts(report: RunReport) -> list[Curves]:
-    """Returns the losses of all arms, how far they are apart, and the norms of their gradients."""
+    """Return the losses of all arms, how far they are apart, and the norms of their gradients."""
     arms = _whole_arms(report)
     charts = [
         Curves(
@@ -227,7 +227,7 @@ def _series(
 
 
 def sweep_charts(report: RunReport) -> list[Curves]:
-    """Returns throughput and memory of each arm over the tokens of a step."""
+    """Return throughput and memory of each arm over the tokens of a step."""
     ends = " Where the line of an arm ends, the next size did not fit or was not measured."
     charts = []
     for title, unit, key, divisor in (
@@ -280,7 +280,7 @@ def _speeds_by_size(report: RunReport) -> Curves:
 def step_charts(
     steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
 ) -> list[Curves]:
-    """Returns the metrics of a training run over its steps.
+    """Return the metrics of a training run over its steps.
 
     Args:
         steps: The lines of metrics.jsonl.

@@ -42,7 +42,7 @@ _WIDTH_WITHOUT_TERMINAL = 1000
 def show_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], *, stderr: bool = False
 ) -> None:
-    """Prints a plain table."""
+    """Print a plain table."""
     table = new_table(*columns)
     for row in rows:
         table.add_row(*row)
@@ -50,7 +50,7 @@ def show_table(
 
 
 def show_lines(*lines: str, stderr: bool = False) -> None:
-    """Prints lines as they are: no markup, no wrapping."""
+    """Print lines as they are: no markup, no wrapping."""
     console = make_console(stderr=stderr)
     for line in lines:
         print_line(console, line)
@@ -67,7 +67,7 @@ def show_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
 
 
 def new_table(*columns: str) -> Table:
-    """Returns an empty table in the one style of all reports."""
+    """Return an empty table in the one style of all reports."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -75,7 +75,7 @@ def new_table(*columns: str) -> Table:
 
 
 def make_console(*, stderr: bool) -> Console:
-    """Returns a console that breaks no lines where no terminal shows them."""
+    """Return a console that breaks no lines where no terminal shows them."""
     console = _PlainConsole(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console = _PlainConsole(
@@ -89,13 +89,13 @@ def make_console(*, stderr: bool) -> Console:
 
 
 def print_line(console: Console, line: str) -> None:
-    """Prints a line as it is."""
+    """Print a line as it is."""
     # soft_wrap leaves a long line to the terminal, so that it can be found with grep.
     console.print(line, soft_wrap=True)
 
 
 class TrainProgress:
-    """Shows steps on stderr: a bar, or a plain line an update where stderr is no terminal.
+    """Show steps on stderr: a bar, or a plain line an update where stderr is no terminal.
 
     Args:
         total_steps: Steps the run will take.
@@ -143,7 +143,7 @@ class TrainProgress:
         tokens_per_s: float | None = None,
         peak_memory_bytes: int | None = None,
     ) -> None:
-        """Shows that `step` (counted from 1) is done, with what is known about it."""
+        """Show that `step` (counted from 1) is done, with what is known about it."""
         values = []
         if loss is not None:
             values.append(f"loss {loss:.4f}")
@@ -159,5 +159,5 @@ class TrainProgress:
             )
 
     def note(self, line: str) -> None:
-        """Prints a line that stays, above the bar."""
+        """Print a line that stays, above the bar."""
         print_line(self._console, line)

@@ -79,12 +79,12 @@ class DataPreview:
     rows: tuple[RowPreview, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns it as plain JSON values."""
+        """Return it as plain JSON values."""
         return {"command": "data preview", **asdict(self)}
 
 
 def show_preview(preview: DataPreview, *, as_json: bool) -> None:
-    """Prints the rendered rows first and the figures last, or one JSON document.
+    """Print the rendered rows first and the figures last, or one JSON document.
 
     Trained tokens are green; where there is no colour they stand in double square brackets.
     """

@@ -62,7 +62,7 @@ class EstimateReport(_Part):
 
 
 def show_estimate(report: EstimateReport, *, as_json: bool) -> None:
-    """Prints the report as JSON, or as a table with what follows from it."""
+    """Print the report as JSON, or as a table with what follows from it."""
     if as_json:
         show_json(report.model_dump(mode="json"))
         return

@@ -15,7 +15,7 @@ _FIGURES = ("loss", "perplexity", "token accuracy", "entropy", "tokens")
 
 
 def eval_table(report: RunReport) -> Table | None:
-    """Returns the figures of each evaluation set, and of all together; None without named sets."""
+    """Return the figures of each evaluation set, and of all together; None without named sets."""
     if not report.eval_sets:
         return None
     rows = [
@@ -26,7 +26,7 @@ def eval_table(report: RunReport) -> Table | None:
 
 
 def eval_lines(report: RunReport) -> list[str]:
-    """Returns what was found of data without names, and what followed from the evaluations."""
+    """Return what was found of data without names, and what followed from the evaluations."""
     lines = [] if report.eval_sets else eval_texts(report)
     if report.stop is not None:
         lines.append(
@@ -40,7 +40,7 @@ def eval_lines(report: RunReport) -> list[str]:
 
 
 def eval_texts(report: RunReport) -> list[str]:
-    """Returns the figures of each evaluation set, and of all together, in a line each."""
+    """Return the figures of each evaluation set, and of all together, in a line each."""
     lines = []
     for name, part in parts_by_name(report).items():
         *figures, (_, tokens) = _words(part).items()
@@ -51,7 +51,7 @@ def eval_texts(report: RunReport) -> list[str]:
 
 
 def parts_by_name(report: RunReport) -> Mapping[str, EvalPart]:
-    """Returns what was found of each set and of all together; data without a name have ""."""
+    """Return what was found of each set and of all together; data without a name have ""."""
     if report.eval is None:
         return {}
     if not report.eval_sets:

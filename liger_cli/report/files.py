@@ -16,7 +16,7 @@ __all__ = ["write_files"]
 def write_files(
     saved: SavedReport, *, page: Path | None, markdown: Path | None, pictures: Path | None
 ) -> list[Path]:
-    """Writes what is asked for and returns the files.
+    """Write what is asked for and return the files.
 
     Raises:
         ConfigError: A directory is in the place of a file.

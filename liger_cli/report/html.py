@@ -49,7 +49,7 @@ _NUMBER = re.compile(r"-?\d[\d .,]*(e-?\d+)?\s?(%|x|ms|[kMG]B)?( - [\d.]+)?")
 
 
 def html(saved: SavedReport) -> str:
-    """Returns the page of a report. Parts that it does not have are left out."""
+    """Return the page of a report. Parts that it does not have are left out."""
     report = saved.report
     script = _asset("report.js")
     # Only this very script may run, so that a name in a report never can.
@@ -92,7 +92,7 @@ def html(saved: SavedReport) -> str:
 
 
 def write_html(saved: SavedReport, path: Path) -> None:
-    """Writes the page of a report."""
+    """Write the page of a report."""
     write_file(path, html(saved))
 
 

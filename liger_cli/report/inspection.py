@@ -23,7 +23,7 @@ __all__ = ["describe_model", "find_model", "inspect_source"]
 
 
 def find_model(name: str, notify: Callable[[str], None]) -> ModelSource:
-    """Returns where a model comes from; the directory of a run stands for the model it trained.
+    """Return where a model comes from; the directory of a run stands for the model it trained.
 
     Args:
         name: As --model takes it, or the directory of a run.
@@ -50,7 +50,7 @@ def find_model(name: str, notify: Callable[[str], None]) -> ModelSource:
 
 
 def inspect_source(source: ModelSource, ops: str) -> RunReport:
-    """Returns coverage and one row a module; the backend is the one a run here would use.
+    """Return coverage and one row a module; the backend is the one a run here would use.
 
     Raises:
         ConfigError: The configuration builds no model.
@@ -75,7 +75,7 @@ def inspect_source(source: ModelSource, ops: str) -> RunReport:
 
 
 def describe_model(source: ModelSource, model: Any, plan: PatchPlan) -> dict[str, Any]:
-    """Returns the `model` part of a report."""
+    """Return the `model` part of a report."""
     return {
         "name": source.name,
         "kind": source.kind,

@@ -21,7 +21,7 @@ __all__ = ["markdown"]
 
 
 def markdown(saved: SavedReport) -> str:
-    """Returns the report in short; settings and versions are folded away."""
+    """Return the report in short; settings and versions are folded away."""
     report, summary = saved.report, summarize(saved)
     figures = [(tile.label, tile.value, tile.note) for tile in summary.tiles]
     tables = [

@@ -30,7 +30,7 @@ def _num_with_status(report: RunReport, op: str, status: str) -> int:
 
 
 def op_counts(report: RunReport, op: str) -> tuple[int, int, int]:
-    """Returns (used, candidates, unused): one that was patched and never called is not used."""
+    """Return (used, candidates, unused): one that was patched and never called is not used."""
     counts = (report.coverage or {})[op]
     unused = _num_with_status(report, op, "unused")
     used = _num_with_status(report, op, "patched") if unused else counts["patched"]
@@ -38,7 +38,7 @@ def op_counts(report: RunReport, op: str) -> tuple[int, int, int]:
 
 
 def coverage_table(report: RunReport) -> Table:
-    """Returns one row an op: how many modules it took over, by which backend, and why not all."""
+    """Return one row an op: how many modules it took over, by which backend, and why not all."""
     lines = []
     for op in report.coverage or {}:
         used, candidates, unused = op_counts(report, op)
@@ -58,7 +58,7 @@ def _why_not_all(report: RunReport, op: str) -> str:
 
 
 def unmet_requirements(report: RunReport, ops: Iterable[str]) -> list[str]:
-    """Returns a sentence for each op that is not patched wherever the model has a place for it."""
+    """Return a sentence for each op that is not patched wherever the model has a place for it."""
     sentences = []
     for op in ops:
         if op not in (report.coverage or {}):
@@ -80,12 +80,12 @@ def unmet_requirements(report: RunReport, ops: Iterable[str]) -> list[str]:
 
 
 def others_lines(report: RunReport) -> list[str]:
-    """Returns a line where modules run kernels of other packages, which are left to them."""
+    """Return a line where modules run kernels of other packages, which are left to them."""
     return [others_text(report.others)] if report.others else []
 
 
 def modules_table(report: RunReport, *, verbose: bool = False) -> Table:
-    """Returns the modules as a tree, repeated layers folded.
+    """Return the modules as a tree, repeated layers folded.
 
     Args:
         verbose: Also the file and line of each class's forward.

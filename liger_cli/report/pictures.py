@@ -25,7 +25,7 @@ __all__ = ["write_pictures"]
 
 
 def write_pictures(saved: SavedReport, path: Path) -> list[Path]:
-    """Returns the files that it drew: every chart into a directory, or the first into a .png.
+    """Return the files that it drew: every chart into a directory, or the first into a .png.
 
     Raises:
         ConfigError: The report has nothing to draw.

@@ -36,7 +36,7 @@ class Chart:
 
 
 def check_plot(path: Path, what: str) -> None:
-    """Finds out whether a chart can be drawn, before there is something to draw.
+    """Find out whether a chart can be drawn, before there is something to draw.
 
     Args:
         path: The picture.
@@ -71,7 +71,7 @@ def plain_names(function: Callable[_Args, None]) -> Callable[_Args, None]:
 
 @plain_names
 def draw(chart: Chart, path: Path) -> None:
-    """Draws a chart into a file, whose ending tells its kind."""
+    """Draw a chart into a file, whose ending tells its kind."""
     # Without pyplot there is no window, no display and no state that other charts share.
     figure: Any = import_module("matplotlib.figure").Figure(
         figsize=(8, 4.5), dpi=150, layout="constrained"

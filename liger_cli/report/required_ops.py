@@ -11,7 +11,7 @@ __all__ = ["check_places", "check_required", "parse_ops"]
 
 
 def parse_ops(ops: str, required: str = "") -> list[str]:
-    """Checks the names in `ops` and returns the full names of those in `required`.
+    """Check the names in `ops` and return the full names of those in `required`.
 
     Raises:
         ConfigError: A name is no op that patching knows, with the nearest one.
@@ -24,7 +24,7 @@ def parse_ops(ops: str, required: str = "") -> list[str]:
 
 
 def check_required(report: RunReport, require: str, *, is_reported: bool = False) -> None:
-    """Checks the ops of --require, in the plan and again when it is known which modules ran.
+    """Check the ops of --require, in the plan and again when it is known which modules ran.
 
     Raises:
         RequirementFailed: One is not patched wherever the model has a place for it.
@@ -34,7 +34,7 @@ def check_required(report: RunReport, require: str, *, is_reported: bool = False
 
 
 def check_places(plan: PatchPlan) -> None:
-    """Checks that a model has a place for some of the ops that are asked for.
+    """Check that a model has a place for some of the ops that are asked for.
 
     Raises:
         RequirementFailed: It has none.

@@ -43,7 +43,7 @@ class Run:
     eval_losses: dict[int, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the run as JSON values; its losses are in its directory."""
+        """Return the run as JSON values; its losses are in its directory."""
         kept = ("train", "eval", "eval_sets", "best", "stop", "coverage", "environment")
         values = self.report.to_dict()
         return {
@@ -55,7 +55,7 @@ class Run:
 
 
 def read_run(directory: Path, name: str = "") -> Run:
-    """Returns what the directory of a run tells, finished or not.
+    """Return what the directory of a run tells, finished or not.
 
     Raises:
         ConfigError: It is no run, or a file of it cannot be read.
@@ -95,7 +95,7 @@ def _column(rows: list[dict[str, Any]], key: str) -> dict[int, float]:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns what reading a file raises that a run has not written into a message that names it."""
+    """Turn what reading a file raises that a run has not written into a message that names it."""
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError, ConfigError) as error:

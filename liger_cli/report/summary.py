@@ -89,7 +89,7 @@ class Setting:
 
 
 def summarize(saved: SavedReport) -> Summary:
-    """Returns the top of a report: what was run, what came of it in a sentence, the figures."""
+    """Return the top of a report: what was run, what came of it in a sentence, the figures."""
     report = saved.report
     model = str((report.model or {}).get("name") or (report.config or {}).get("model") or "model")
     compared = comparisons(report)
@@ -241,7 +241,7 @@ def _device_text(report: RunReport) -> str:
 
 
 def settings(config: Mapping[str, Any]) -> list[Setting]:
-    """Returns the keys of a configuration, those that are not at their default first."""
+    """Return the keys of a configuration, those that are not at their default first."""
     fields = RunConfig.model_fields
     defaults = RunConfig(model="-").model_dump(mode="json")
     defaults.pop("model")
@@ -265,7 +265,7 @@ def _value_text(value: Any) -> str:
 
 
 def data_rows(data: DataPart) -> list[tuple[str, str]]:
-    """Returns what was read, a name and a figure a row."""
+    """Return what was read, a name and a figure a row."""
     counts = {
         "rows": data.rows,
         "tokens": data.tokens,
@@ -282,7 +282,7 @@ def data_rows(data: DataPart) -> list[tuple[str, str]]:
 
 
 def environment_rows(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns devices and versions, a name and a text a row, without what is not there."""
+    """Return devices and versions, a name and a text a row, without what is not there."""
     rows = [
         (
             "device",

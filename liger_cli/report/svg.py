@@ -26,7 +26,7 @@ _MAX_DOTS = 40
 
 
 def bars_svg(chart: BarChart, *, width: int = 360) -> Markup:
-    """Returns horizontal bars from zero, each below its name and figure."""
+    """Return horizontal bars from zero, each below its name and figure."""
     ends = [bar.high or bar.value or 0.0 for bar in chart.bars]
     scale = _ticks(0.0, max([*ends, chart.reference or 0.0]) or 1.0, 4)
     bottom = _ROW_HEIGHT * len(chart.bars)
@@ -57,7 +57,7 @@ def bars_svg(chart: BarChart, *, width: int = 360) -> Markup:
 
 
 def curves_svg(chart: Curves, *, width: int = 360, height: int = 240) -> Markup:
-    """Returns the curves over their axes; the legend is the page's."""
+    """Return the curves over their axes; the legend is the page's."""
     curves = {name: _thinned(sorted(points.items())) for name, points in chart.lines.items()}
     xs = [x for points in chart.lines.values() for x in points]
     ys = [y for points in curves.values() for row in points for y in row[2:]]

@@ -28,14 +28,14 @@ class Table:
     def with_used_columns(
         cls, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
     ) -> Table:
-        """Returns the table without columns, other than the first, in which no row has anything."""
+        """Return the table without columns, other than the first, in which no row has anything."""
         rows = list(rows)
         used = [i for i in range(len(columns)) if i == 0 or any(row[i] for row in rows)]
         shown = [tuple(row[i] for i in used) for row in rows]
         return cls(title, tuple(columns[i] for i in used), shown)
 
     def markdown(self) -> str:
-        """Returns the table below its title, as a section of markdown."""
+        """Return the table below its title, as a section of markdown."""
         rows = [self.columns, tuple("---" for _ in self.columns), *self.rows]
         lines = ["| " + " | ".join(map(_markdown_cell, row)) + " |" for row in rows]
         return "\n".join([f"### {self.title}", "", *lines, ""])
@@ -48,7 +48,7 @@ class Table:
 
 
 def markdown_text(text: str) -> str:
-    """Returns text of which markdown makes no tag, on one line."""
+    """Return text of which markdown makes no tag, on one line."""
     return _TAG.sub("&lt;", printable(" ".join(text.split())))
 
 

@@ -284,19 +284,19 @@ class RunReport(_Part):
     interrupted: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the report as plain JSON values, without the parts it does not have."""
+        """Return the report as plain JSON values, without the parts it does not have."""
         absent = {name for name in type(self).model_fields if getattr(self, name) is None}
         # Not by pydantic's own writer, which refuses half of a surrogate pair in a file's name.
         values = finite(self.model_dump(mode="json", exclude=absent))
         return {"schema_version": SCHEMA_VERSION, **values}
 
     def to_json(self) -> str:
-        """Returns the report as one JSON document; NaN and infinity are null."""
+        """Return the report as one JSON document; NaN and infinity are null."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> RunReport:
-        """Reads what `to_json` wrote.
+        """Read what `to_json` wrote.
 
         Raises:
             ValueError: The text is no report, or one of a newer schema.

@@ -116,7 +116,7 @@ class VerifyReport(_Part):
     ok: bool
 
     def to_json(self) -> str:
-        """Returns the report as one JSON document; NaN and infinity are null."""
+        """Return the report as one JSON document; NaN and infinity are null."""
         values = finite(self.model_dump(mode="json"))
         return json.dumps({"schema_version": SCHEMA_VERSION, **values}, indent=2)
 
@@ -131,7 +131,7 @@ _TRUTHS = {
 
 
 def show_verify_report(report: VerifyReport, *, as_json: bool) -> None:
-    """Prints the tables and the verdict; with as_json the JSON alone to stdout, they to stderr."""
+    """Print the tables and the verdict; with as_json the JSON alone to stdout, they to stderr."""
     show_lines(
         f"{report.model['name']} on {report.device} ({report.backend}), {report.dtype}, "
         f"{report.tokens} tokens: {_TRUTHS[report.truth]}",
@@ -158,7 +158,7 @@ def show_verify_report(report: VerifyReport, *, as_json: bool) -> None:
 
 
 def verdict(report: VerifyReport) -> str:
-    """Returns the result in a line, with the worst offender."""
+    """Return the result in a line, with the worst offender."""
     counts = ", ".join(
         f"{op} {n['patched']}/{n['candidates']}" for op, n in report.coverage.items()
     )

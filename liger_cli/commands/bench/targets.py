@@ -85,7 +85,7 @@ class Workload:
         return ("full",) if is_loss else ("forward", "full")
 
     def sample(self, dtype: torch.dtype, device: torch.device) -> Sample:
-        """Returns the same arguments at every call, drawn on the device: a CPU takes minutes."""
+        """Return the same arguments at every call, drawn on the device: a CPU takes minutes."""
         generator = torch.Generator(device).manual_seed(0)
         with torch.device(device):
             sample = self.definition.sample(self.case, dtype, device, generator)
@@ -95,7 +95,7 @@ class Workload:
         return sample
 
     def least_bytes(self, dtype: torch.dtype) -> tuple[int, int]:
-        """Returns the bytes that a forward, and a forward with its backward, cannot do without."""
+        """Return the bytes that a forward, and a forward with its backward, cannot do without."""
         forward, backward = self.definition.num_bytes(self.case, dtype)
         if self.op == "cross_entropy":
             # One read and one write, in forward, where the gradient is made: backward reads the
@@ -104,7 +104,7 @@ class Workload:
         return forward, forward + backward
 
     def num_flops(self) -> float:
-        """Returns the FLOPs of the matrix products of a forward and backward; 0 without any."""
+        """Return the FLOPs of the matrix products of a forward and backward; 0 without any."""
         flops = self.definition.num_flops(self.case)
         if self.variant == "40 % of labels":
             return flops * _VALID
@@ -231,7 +231,7 @@ def _all(is_gpu: bool) -> list[Workload]:
 def select(
     ops: str | None, shapes: str | None, *, is_gpu: bool, is_quick: bool = False
 ) -> list[Workload]:
-    """Returns the workloads of a run.
+    """Return the workloads of a run.
 
     Args:
         ops: Names with commas between them, full or short; None for every op.

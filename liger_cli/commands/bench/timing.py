@@ -57,7 +57,7 @@ class Stopwatch:
         num_calls: int,
         head_start_ms: float = 0.0,
     ) -> list[float]:
-        """Returns the milliseconds of each call.
+        """Return the milliseconds of each call.
 
         Args:
             call: What is timed.
@@ -84,7 +84,7 @@ class Stopwatch:
         return [start.elapsed_time(end) for start, end in events]
 
     def host_ms(self, call: Callable[[], Any], before: Callable[[], Any], num_calls: int) -> float:
-        """Returns the mean milliseconds the host needs to start a call; nothing is waited for."""
+        """Return the mean milliseconds the host needs to start a call; nothing is waited for."""
         synchronize(self.device)
         began = time.perf_counter()
         for _ in range(num_calls):
@@ -95,7 +95,7 @@ class Stopwatch:
         return elapsed * 1e3 / num_calls
 
     def free(self) -> None:
-        """Gives back what the allocator keeps: the next check or the peer needs it."""
+        """Give back what the allocator keeps: the next check or the peer needs it."""
         gc.collect()
         if self.is_gpu:
             self._runtime.empty_cache()
@@ -140,13 +140,13 @@ class Arm:
         self._expected_ms: dict[str, float] = {}
 
     def forward(self) -> tuple[torch.Tensor, ...]:
-        """Returns the outputs that are tensors."""
+        """Return the outputs that are tensors."""
         outputs = self._function()
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return tuple(y for y in outputs if isinstance(y, torch.Tensor))
 
     def full(self) -> tuple[torch.Tensor, ...]:
-        """Returns the outputs after their backward, which leaves the gradients in the leaves."""
+        """Return the outputs after their backward, which leaves the gradients in the leaves."""
         outputs = self.forward()
         if not self._gradients:
             self._gradients = self._draw_gradients(outputs)
@@ -154,7 +154,7 @@ class Arm:
         return outputs
 
     def clear(self) -> None:
-        """Forgets the gradients, so that the next call makes them rather than adds to them."""
+        """Forget the gradients, so that the next call makes them rather than adds to them."""
         for leaf in self.leaves:
             leaf.grad = None
 
@@ -178,7 +178,7 @@ class Arm:
         return overwrites
 
     def times(self, part: Part, budget_ms: float) -> Times:
-        """Returns the times of as many calls as fit the budget, at least two, by each clock."""
+        """Return the times of as many calls as fit the budget, at least two, by each clock."""
         self._refresh()
         expected = self._expected_ms[part]
         num_calls = int(min(max(budget_ms / max(expected, 1e-3), _MIN_CALLS), _MAX_CALLS))
@@ -192,14 +192,14 @@ class Arm:
         return {"wall": wall, "gpu": gpu}
 
     def host_us(self) -> float:
-        """Returns the microseconds the host needs to start a forward and its backward."""
+        """Return the microseconds the host needs to start a forward and its backward."""
         self._refresh()
         found = self._stopwatch.host_ms(self.full, self.clear, _HOST_CALLS) * 1e3
         self.clear()
         return found
 
     def transient_bytes(self) -> int | None:
-        """Returns the most memory that a forward and its backward add, gradients included."""
+        """Return the most memory that a forward and its backward add, gradients included."""
         self._refresh()
         self.clear()
         found = transient_bytes(self.full, self._stopwatch.device)
@@ -207,7 +207,7 @@ class Arm:
         return found
 
     def release(self) -> None:
-        """Lets go of every tensor."""
+        """Let go of every tensor."""
         self.clear()
         self.leaves, self._gradients, self._kept = [], [], []
         self._function = _released
@@ -216,7 +216,7 @@ class Arm:
         return self.forward if part == "forward" else self.full
 
     def _refresh(self) -> None:
-        """Restores what an arm that writes into its inputs has made of them."""
+        """Restore what an arm that writes into its inputs has made of them."""
         with torch.no_grad():
             for x, before in self._kept:
                 x.copy_(before)
@@ -241,7 +241,7 @@ def _released() -> None:
 
 
 def copy_rate(stopwatch: Stopwatch) -> float:
-    """Returns the bytes a second that a copy on the device reads and writes."""
+    """Return the bytes a second that a copy on the device reads and writes."""
     size = 2**30 if stopwatch.is_gpu else 2**26
     source = torch.zeros(size, dtype=torch.uint8, device=stopwatch.device)
     target = torch.empty_like(source)
@@ -251,7 +251,7 @@ def copy_rate(stopwatch: Stopwatch) -> float:
 def matmul_rate(
     stopwatch: Stopwatch, dtype: torch.dtype, *, num_calls: int = 20, is_awake: bool = False
 ) -> float:
-    """Returns the FLOPs a second of a large square matrix product, on a card that just worked or
+    """Return the FLOPs a second of a large square matrix product, on a card that just worked or
     is brought out of its sleep first."""
     size = 8192 if stopwatch.is_gpu else 1024
     a, b = (torch.randn(size, size, device=stopwatch.device, dtype=dtype) for _ in range(2))
@@ -263,6 +263,6 @@ def matmul_rate(
 def _median_s(
     stopwatch: Stopwatch, call: Callable[[], Any], num_calls: int = 20, *, num_first: int = 10
 ) -> float:
-    """Returns the seconds of a call, those of the first ones left out."""
+    """Return the seconds of a call, those of the first ones left out."""
     times = stopwatch.times(call, lambda: None, num_calls=num_first + num_calls)[num_first:]
     return sorted(times)[len(times) // 2] / 1e3

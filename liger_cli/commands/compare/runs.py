@@ -48,7 +48,7 @@ class Comparison:
     settings: dict[str, list[Any]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the comparison as JSON values."""
+        """Return the comparison as JSON values."""
         return {
             "runs": [run.to_dict() for run in self.runs],
             "loss_differences": [asdict(difference) for difference in self.differences],
@@ -57,7 +57,7 @@ class Comparison:
 
 
 def compare_runs(directories: Sequence[Path]) -> Comparison:
-    """Returns what runs have in common and what not.
+    """Return what runs have in common and what not.
 
     Raises:
         ConfigError: A directory is no run, a file of it cannot be read, or there is one run alone.

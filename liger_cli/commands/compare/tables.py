@@ -18,7 +18,7 @@ __all__ = ["loss_chart", "show_comparison"]
 
 
 def show_comparison(comparison: Comparison, *, as_json: bool) -> None:
-    """Prints the comparison: the JSON alone to stdout, or the tables."""
+    """Print the comparison: the JSON alone to stdout, or the tables."""
     if as_json:
         show_json(comparison.to_dict())
         return
@@ -34,7 +34,7 @@ def show_comparison(comparison: Comparison, *, as_json: bool) -> None:
 
 
 def loss_chart(comparison: Comparison) -> Chart:
-    """Returns the losses of training as lines, and those of evaluations as marks on them."""
+    """Return the losses of training as lines, and those of evaluations as marks on them."""
     return Chart(
         "step",
         "loss",

@@ -13,12 +13,12 @@ __all__ = ["template_names", "write_template"]
 
 
 def template_names() -> list[str]:
-    """Returns the names of configs/train."""
+    """Return the names of configs/train."""
     return sorted(path.stem for path in _directory().glob("*.yaml"))
 
 
 def write_template(name: str, path: Path, *, overwrite: bool = False) -> None:
-    """Copies a shipped configuration, comments and all.
+    """Copy a shipped configuration, comments and all.
 
     Raises:
         ConfigError: There is no such template, or the file exists and is not to be overwritten.

@@ -22,7 +22,7 @@ _BARS = 10
 
 
 def preview_data(config: RunConfig, num_rows: int) -> DataPreview:
-    """Reads and tokenises the data of a run as the run would; loads no weights.
+    """Read and tokenize the data of a run as the run would, without loading weights.
 
     Args:
         config: Of the run; its packing is shown and not applied.

@@ -33,7 +33,7 @@ class Check:
 
 
 def run_checks() -> Iterator[Check]:
-    """Yields the checks one by one, the quick ones first. None of them uses the network."""
+    """Yield the checks one by one, the quick ones first. None of them uses the network."""
     packages = [_python(), *_packages()]
     yield from packages
     yield from _extras()

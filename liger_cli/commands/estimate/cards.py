@@ -48,7 +48,7 @@ CARDS = {name: Card(name, (mib << 20) - _RESERVED) for name, mib in _MIB.items()
 
 
 def find_card(text: str) -> Card:
-    """Returns the card of a name, in any case and without its size where one has that name.
+    """Return the card of a name, in any case and without its size where one has that name.
 
     A number is a card of so many GB.
 

@@ -31,7 +31,7 @@ def describe_estimate(
     num_shards: int = 1,
     is_padded: bool = False,
 ) -> EstimateReport:
-    """Returns the memory of a step of a run, from its model's configuration alone.
+    """Return the memory of a step of a run, from its model's configuration alone.
 
     Args:
         config: The run: model, ops, batch, rows of max_length, precision, optimizer, adapter.

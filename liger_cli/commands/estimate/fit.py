@@ -10,7 +10,7 @@ __all__ = ["largest_that_fits"]
 def largest_that_fits(
     peak_of: Callable[[int], int], limit: int, *, start: int, most: int
 ) -> int | None:
-    """Returns the largest size of 1 to `most` whose peak is at most `limit`; None if 1 is too much.
+    """Return the largest size of 1 to `most` whose peak is at most `limit`; None if 1 is too much.
 
     Every call of peak_of costs a second, so that each guess lies where a line through two known
     sizes meets the limit.
@@ -36,7 +36,7 @@ def largest_that_fits(
 
 
 def _guess(peaks: dict[int, int], low: int, high: int, limit: int) -> int:
-    """Returns where a line through the ends of what is still open meets the limit."""
+    """Return where a line through the ends of what is still open meets the limit."""
     if low not in peaks:
         return high // 2
     if high not in peaks:

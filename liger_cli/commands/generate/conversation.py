@@ -73,7 +73,7 @@ def generate(
 
 
 def _load(model: str, is_chat: bool, seed: int, dtype: str, use_cpu: bool) -> tuple[Any, Any]:
-    """Returns the stock model on the device that train takes, and its tokenizer."""
+    """Return the stock model on the device that train takes, and its tokenizer."""
     quiet_libraries()
     source = resolve_model(model, notify)
     tokenizer = load_tokenizer(source)
@@ -130,4 +130,4 @@ def _write(text: str) -> None:
 
 
 def _ignore(text: str) -> None:
-    """Shows nothing."""
+    """Show nothing."""

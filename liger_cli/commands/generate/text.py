@@ -39,7 +39,7 @@ class Answer:
 
 
 class Generator:
-    """Generates with one model; the same seed and the same texts give the same answers.
+    """Generate with one model; the same seed and the same texts give the same answers.
 
     Args:
         model: With its weights, in evaluation mode.
@@ -77,7 +77,7 @@ class Generator:
         torch.manual_seed(sampling.seed)
 
     def go_on(self, prompt: str) -> Answer:
-        """Returns what comes after a text.
+        """Return what comes after a text.
 
         Raises:
             ConfigError: The text is empty, or too long for the model.
@@ -85,7 +85,7 @@ class Generator:
         return self._generate(self._ids(prompt))
 
     def answer(self, messages: Sequence[dict[str, str]]) -> Answer:
-        """Returns the assistant's answer to a conversation; the tokenizer has a chat template.
+        """Return the assistant's answer to a conversation; the tokenizer has a chat template.
 
         Raises:
             ConfigError: The template refuses the conversation, or it is too long.
@@ -131,7 +131,7 @@ class Generator:
         )
 
     def _check(self, prompt: list[int]) -> None:
-        """Raises a ConfigError for tokens that the model has no place for."""
+        """Raise a ConfigError for tokens that the model has no place for."""
         if not prompt:
             raise ConfigError("the prompt has no tokens: there is nothing to go on with")
         vocabulary = self._model.get_input_embeddings().num_embeddings

@@ -52,7 +52,7 @@ def merge_adapter(
     dtype: torch.dtype | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Merged:
-    """Writes the base model with the adapter in it: safetensors, configuration and tokenizer.
+    """Write the base model with the adapter in it: safetensors, configuration and tokenizer.
 
     Args:
         source: The adapter, as resolve_model found it.
@@ -120,7 +120,7 @@ def _merge_into(
 
 @torch.no_grad()
 def _merge(adapted: Any) -> tuple[int, float]:
-    """Puts every adapter into the weight beside it.
+    """Put every adapter into the weight beside it.
 
     Returns:
         How many there were, and the share of their change that rounding takes: weights that were
@@ -147,7 +147,7 @@ def _merge(adapted: Any) -> tuple[int, float]:
 
 
 def _settle_tie(model: Any) -> None:
-    """Makes head and embedding one matrix if they still are equal, else says that they are not."""
+    """Make head and embedding one matrix if they still are equal, else mark them as untied."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is table.weight:
         return

@@ -23,7 +23,7 @@ _READ = ("train", "eval", "inspect", "bench")
 
 
 def read_saved(path: Path) -> SavedReport:
-    """Returns the report of a run directory, finished or not, or of a file of JSON.
+    """Return the report of a run directory, finished or not, or of a file of JSON.
 
     Raises:
         ConfigError: There is none, or it cannot be read.

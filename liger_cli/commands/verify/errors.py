@@ -34,7 +34,7 @@ _ROUNDINGS = 16
 def errors_of(
     values: Mapping[str, torch.Tensor | None], truth: Mapping[str, torch.Tensor], size: Size
 ) -> dict[str, float]:
-    """Returns the deviation from the truth of each tensor, over the size of the truth.
+    """Return the deviation from the truth of each tensor, over the size of the truth.
 
     A tensor that is missing, of another shape or not finite has an infinite error.
 
@@ -60,12 +60,12 @@ def errors_of(
 
 
 def largest(tensor: torch.Tensor) -> float:
-    """Returns the largest element without its sign."""
+    """Return the largest element without its sign."""
     return tensor.detach().abs().max().item() if tensor.numel() else 0.0
 
 
 def norm(tensor: torch.Tensor) -> float:
-    """Returns the root of the sum of the squares."""
+    """Return the root of the sum of the squares."""
     return torch.linalg.vector_norm(tensor.detach()).item()
 
 
@@ -76,7 +76,7 @@ def judge(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[TensorPart]:
-    """Returns each error beside eager's and what is allowed.
+    """Return each error beside eager's and what is allowed.
 
     Args:
         ours: Errors by name.

@@ -54,7 +54,7 @@ def verify(
     seed: int,
     notify: Callable[[str], None],
 ) -> VerifyReport:
-    """Returns what is right and what is not; a wrong result is a value here, not an error.
+    """Return what is right and what is not; a wrong result is a value here, not an error.
 
     Args:
         source: The model.
@@ -125,7 +125,7 @@ def verify(
 
 
 def require_right(report: VerifyReport) -> None:
-    """Ends the command where something is wrong; the report has been shown.
+    """End the command where something is wrong; the report has been shown.
 
     Raises:
         RequirementFailed: An op, a module or the model is.

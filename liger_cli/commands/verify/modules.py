@@ -30,7 +30,7 @@ _TIMES = 2.0
 def compare_modules(
     model: Any, record: PatchRecord, run: Callable[[], object], seed: int
 ) -> list[ModulePart]:
-    """Returns a row for every patched module but the head, from its first call in a run.
+    """Return a row for every patched module but the head, from its first call in a run.
 
     Args:
         model: The patched model.

@@ -16,7 +16,7 @@ __all__ = ["in_precision"]
 
 @contextlib.contextmanager
 def in_precision(model: nn.Module, precision: torch.dtype) -> Iterator[None]:
-    """Widens a module where it stands, so that it is there once, and narrows it again.
+    """Widen a module where it stands, so that it is there once, and narrow it again.
 
     A number comes back from a wider dtype as it was; each tensor gets its own dtype again.
     """
@@ -38,7 +38,7 @@ def in_precision(model: nn.Module, precision: torch.dtype) -> Iterator[None]:
 
 
 class _Widens(TorchFunctionMode):
-    """Makes float32 mean another dtype.
+    """Make float32 mean another dtype.
 
     Norms, softmax and losses of transformers compute in float32 whatever they are given: a truth
     that does so too would round as eager does, and eager seem more exact than it is.

@@ -24,7 +24,7 @@ def attention_on_gpu(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Returns what F.scaled_dot_product_attention does on a GPU, of tensors without data.
+    """Return what F.scaled_dot_product_attention does on a GPU, of tensors without data.
 
     Without a mask flash attention runs, which keeps no scores and shares keys among heads; with one
     the memory-efficient kernel, which does not share keys, but keeps no scores either. Where keys

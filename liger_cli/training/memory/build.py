@@ -29,7 +29,7 @@ def estimate_memory(
     on_gpu: bool = True,
     num_shards: int = 1,
 ) -> MemoryEstimate:
-    """Returns the memory of a training step of a run, from the model's configuration alone.
+    """Return the memory of a training step of a run, from the model's configuration alone.
 
     Args:
         config: The run; its rows do not count.
@@ -47,7 +47,7 @@ def estimate_memory(
 
 
 def meta_model_of(config: RunConfig, source: ModelSource, *, on_gpu: bool = True) -> Any:
-    """Returns a run's model without weights: in its dtype, with its adapter and its patches."""
+    """Return a run's model without weights: in its dtype, with its adapter and its patches."""
     is_adapted = adapts(config, source)
     model: Any = build_meta_model(
         source,

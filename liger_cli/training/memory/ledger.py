@@ -19,7 +19,7 @@ _GRAIN = 512
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of all live storages while it is the mode; the tensors need hold no data.
+    """Count the bytes of all live storages while it is the mode; the tensors need hold no data.
 
     Args:
         answer: Asked before an operation runs, with the operation, its arguments and the part. What
@@ -69,7 +69,7 @@ class Ledger(TorchDispatchMode):
         return result
 
     def move(self, x: Tensor, part: str) -> None:
-        """Counts the storage of a tensor to another part from now on."""
+        """Count the storage of a tensor to another part from now on."""
         key = x.untyped_storage()._cdata
         if key in self._storages:
             old, size = self._storages[key]
@@ -79,7 +79,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def counting(self, part: str) -> Iterator[None]:
-        """Counts what is made inside to a part."""
+        """Count what is made inside to a part."""
         before, self.part = self.part, part
         try:
             yield

@@ -60,7 +60,7 @@ class RunMemory:
 
     @classmethod
     def of(cls, config: RunConfig, inputs: Inputs, device: torch.device) -> RunMemory:
-        """Returns what a step of this run takes."""
+        """Return what a step of this run takes."""
         lengths = _row_lengths(config, inputs)
         batch = Batch(
             size=config.per_device_train_batch_size,
@@ -79,7 +79,7 @@ class RunMemory:
             return None
 
     def estimate(self) -> MemoryEstimate:
-        """Returns the parts.
+        """Return the parts.
 
         Raises:
             ValueError: The model's step cannot be followed without data.
@@ -93,13 +93,13 @@ class RunMemory:
         return None if self.found is None else self.found.peak
 
     def share_of_eager(self) -> float | None:
-        """Returns the peak as a share of that of the model without patches."""
+        """Return the peak as a share of that of the model without patches."""
         eager = replace(self, config=self.config.model_copy(update={"ops": "none"})).peak()
         now = self.peak()
         return None if eager is None or now is None else now / eager
 
     def with_remedies(self, *remedies: Remedy) -> RunMemory:
-        """Returns the same run with remedies applied to it."""
+        """Return the same run with remedies applied to it."""
         config, length = self.config, self.batch.length
         for remedy in remedies:
             config = config.model_copy(update=dict(remedy.keys))
@@ -131,7 +131,7 @@ def _row_lengths(config: RunConfig, inputs: Inputs) -> list[int]:
 
 
 def device_memory(device: torch.device) -> int:
-    """Returns the bytes of memory that a device has in all."""
+    """Return the bytes of memory that a device has in all."""
     if device.type == "cpu":
         return host_memory()
     module = getattr(torch, device.type)
@@ -141,7 +141,7 @@ def device_memory(device: torch.device) -> int:
 def check_memory(
     config: RunConfig, meta_model: Any, device: torch.device, *, trains: bool = True
 ) -> None:
-    """Refuses a model that cannot fit on a CPU, where Linux would end the process without a word.
+    """Refuse a model that cannot fit on a CPU, where Linux would end the process without a word.
 
     Raises:
         OutOfMemory: The parameters, and in training gradients and moments, are more than there is.
@@ -164,7 +164,7 @@ def check_memory(
 
 
 def parts_line(found: MemoryEstimate) -> str:
-    """Returns the parts of an estimate in words."""
+    """Return the parts of an estimate in words."""
     parts = {
         "weights": found.weights,
         "optimizer": found.optimizer,
@@ -178,7 +178,7 @@ def parts_line(found: MemoryEstimate) -> str:
 
 
 def out_of_memory(error: BaseException, memory: RunMemory, device: torch.device) -> OutOfMemory:
-    """Returns the error that says where the memory of a step goes, and what would make it less."""
+    """Return the error that says where the memory of a step goes, and what would make it less."""
     lines = [f"out of memory: {_first_line(error)}"]
     found = memory.found
     if found is not None:
@@ -191,7 +191,7 @@ def out_of_memory(error: BaseException, memory: RunMemory, device: torch.device)
 
 
 def evaluation_out_of_memory(error: BaseException, config: RunConfig) -> OutOfMemory:
-    """Returns the error of an evaluation, whose result no batch size changes."""
+    """Return the error of an evaluation, whose result no batch size changes."""
     size = config.per_device_eval_batch_size
     hint = f"--per-device-eval-batch-size {size // 2} gives the same figures." if size > 1 else None
     return OutOfMemory(f"out of memory in evaluation: {_first_line(error)}", hint=hint)
@@ -202,7 +202,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def cheapest_remedies(memory: RunMemory, num_bytes: int) -> Iterator[str]:
-    """Yields words for the cheapest remedies that fit into so many bytes, three at most.
+    """Yield words for the cheapest remedies that fit into so many bytes, three at most.
 
     Where none does alone it is those that help most, and what they come to together.
     """

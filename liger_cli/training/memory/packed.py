@@ -21,7 +21,7 @@ _BLOCK, _LEAST = 256, 4096
 
 
 def packed_layers(model: Any) -> list[nn.Linear]:
-    """Returns the linear layers that are frozen, the head apart: those that load_in_4bit packs."""
+    """Return the linear layers that are frozen, the head apart: those that load_in_4bit packs."""
     head = table_of(model_under(model), "get_output_embeddings")
     return [
         module
@@ -32,7 +32,7 @@ def packed_layers(model: Any) -> list[nn.Linear]:
 
 
 def pack_layers(model: Any) -> None:
-    """Gives packed layers a weight of 4 bits, and a forward that unpacks it for each product."""
+    """Give packed layers a weight of 4 bits, and a forward that unpacks it for each product."""
     for layer in packed_layers(model):
         weight = layer.weight
         num_bytes = round(weight.numel() * PACKED_BYTES)
@@ -59,7 +59,7 @@ class _PackedLinear(torch.autograd.Function):
 
 
 def allocate_moments(parameters: list[Tensor]) -> list[Tensor]:
-    """Returns tensors as large as the two moments of 8 bits of these parameters."""
+    """Return tensors as large as the two moments of 8 bits of these parameters."""
     moments = []
     for x in parameters:
         size = x.numel()

@@ -32,7 +32,7 @@ _WORDS = {
 
 
 def module_parts(model: Any) -> dict[int, str]:
-    """Returns the part of each module by its id: that of what is made while it runs.
+    """Return the part of each module by its id: that of what is made while it runs.
 
     What the model itself makes, after its inner model has run, is the logits and their loss.
     """
@@ -45,7 +45,7 @@ def module_parts(model: Any) -> dict[int, str]:
 
 
 def table_of(model: Any, get: str) -> nn.Module | None:
-    """Returns the embedding or the head of a model, by the name of the method that returns it."""
+    """Return the embedding or the head of a model, by the name of the method that returns it."""
     try:
         table: nn.Module | None = getattr(model, get)()
     except (AttributeError, NotImplementedError):

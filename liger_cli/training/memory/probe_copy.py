@@ -37,7 +37,7 @@ _patch = mock.patch.object
 
 
 class Answers:
-    """Answers operations whose result depends on data.
+    """Answer operations whose result depends on data.
 
     Args:
         num_labels: What the host reads where it reads a count.
@@ -55,7 +55,7 @@ class Answers:
     def __call__(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], part: str
     ) -> Any:
-        """Returns a result, or NotImplemented where the operation needs no data."""
+        """Return a result, or NotImplemented where the operation needs no data."""
         packet = func.overloadpacket
         if packet is _ATEN.any:
             # Errors are looked for in this way, and there are none.
@@ -118,7 +118,7 @@ def _is_sum_of_equals(args: tuple[Any, ...]) -> bool:
 
 @contextlib.contextmanager
 def plain_tensors() -> Iterator[None]:
-    """Lets the patched forwards, and transformers, take tensors without data for plain ones."""
+    """Let the patched forwards, and transformers, take tensors without data for plain ones."""
     loaded = [name for name in sys.modules if name.startswith("liger_kernels.transformers")]
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
@@ -135,7 +135,7 @@ def plain_tensors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def gpu_stand_in(num_labels: int) -> Iterator[None]:
-    """Lets tensors on the CPU go the ways of a GPU's.
+    """Let tensors on the CPU go the ways of a GPU's.
 
     Args:
         num_labels: How many labels the fused loss finds.

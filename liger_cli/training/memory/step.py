@@ -85,7 +85,7 @@ class MemoryEstimate:
 def step_memory(
     config: RunConfig, model: Any, batch: Batch, *, on_gpu: bool = True, num_shards: int = 1
 ) -> MemoryEstimate:
-    """Returns the memory of a training step of a model on the meta device, which it uses up.
+    """Return the memory of a training step of a model on the meta device, which it uses up.
 
     Args:
         config: Of the run: its optimizer, its precision, whether it makes activations again.
@@ -171,7 +171,7 @@ def _run_step(
 
 
 def _give_storage(model: nn.Module) -> None:
-    """Gives a model on the meta device tensors that count; those that are shared stay so."""
+    """Give a model on the meta device tensors that count; those that are shared stay so."""
     # The old ones are kept meanwhile: an id is another tensor's once its own is gone.
     made: dict[int, tuple[Tensor, Tensor]] = {}
     for module in model.modules():
@@ -188,7 +188,7 @@ def _give_storage(model: nn.Module) -> None:
 
 
 def _moments(config: RunConfig, model: Any, parameters: list[Tensor]) -> object:
-    """Makes a step of the optimizer and returns what holds its state."""
+    """Make a step of the optimizer and return what holds its state."""
     if config.optim == EIGHT_BIT:
         return allocate_moments(parameters)
     optimizer = make_optimizer(config, model)
@@ -224,7 +224,7 @@ def _autocast(config: RunConfig, model: Any) -> contextlib.AbstractContextManage
 
 @contextlib.contextmanager
 def _by_module(ledger: Ledger, model: Any) -> Iterator[None]:
-    """Counts what is made while a module runs to the part that the module belongs to."""
+    """Count what is made while a module runs to the part that the module belongs to."""
     parts = module_parts(model_under(model))
     outer: list[str] = []
 
@@ -247,7 +247,7 @@ def _by_module(ledger: Ledger, model: Any) -> Iterator[None]:
 
 
 def _by_shape(model: Any) -> Any:
-    """Returns what knows gradients of head and logits, which autograd makes without a module."""
+    """Return what knows gradients of head and logits, which autograd makes without a module."""
     head = table_of(model, "get_output_embeddings")
     weight = getattr(head, "weight", None)
     shape = (0, 0) if weight is None else tuple(weight.shape)
@@ -265,7 +265,7 @@ def _by_shape(model: Any) -> Any:
 
 @contextlib.contextmanager
 def _gathered(model: Any, ledger: Ledger) -> Iterator[None]:
-    """Holds what one device of several has of the others' weights and gradients at a time.
+    """Hold what one device of several has of the others' weights and gradients at a time.
 
     Embeddings, head and last norm are whole from forward to the end of backward; so is a layer at
     work, with its gradient, and the one that is fetched meanwhile.

@@ -50,7 +50,7 @@ _KEPT_BASE = "base"
 
 
 def find_base(path: Path) -> str:
-    """Returns the name or the path of the model that an adapter's directory belongs to.
+    """Return the name or the path of the model that an adapter's directory belongs to.
 
     Raises:
         ConfigError: It names none, or one that is gone.
@@ -83,7 +83,7 @@ def find_base(path: Path) -> str:
 
 
 def base_place(source: ModelSource, model: Any, keep: Path | None) -> str:
-    """Returns what an adapter_config.json shall name as its base model.
+    """Return what an adapter_config.json shall name as its base model.
 
     Args:
         source: Of the base model.
@@ -109,7 +109,7 @@ def base_place(source: ModelSource, model: Any, keep: Path | None) -> str:
 
 
 def new_adapter(config: RunConfig, model: Any) -> Any:
-    """Returns the peft configuration of a new adapter, or None where there is to be none.
+    """Return the peft configuration of a new adapter, or None where there is to be none.
 
     Raises:
         EnvironmentProblem: peft is missing.
@@ -132,7 +132,7 @@ def new_adapter(config: RunConfig, model: Any) -> Any:
 
 
 def _mend_tied_copies(model: Any) -> None:
-    """Gives copies of tied heads the sizes of their weights.
+    """Give copies of tied heads the sizes of their weights.
 
     peft makes them with those of the embedding, and the fused loss believes no such layer.
     """
@@ -144,7 +144,7 @@ def _mend_tied_copies(model: Any) -> None:
 
 
 def load_adapter(model: Any, path: Path, *, trains: bool = False) -> Any:
-    """Returns the model with the adapter of a directory around it.
+    """Return the model with the adapter of a directory around it.
 
     Raises:
         ConfigError: The files are not an adapter of this model.
@@ -185,7 +185,7 @@ def attach_adapter(
     seed: int = 0,
     notify: Callable[[str], None] | None = None,
 ) -> Any:
-    """Returns the model with a new adapter around it, which changes nothing yet.
+    """Return the model with a new adapter around it, which changes nothing yet.
 
     Args:
         model: The base model; it may be on the meta device.
@@ -229,29 +229,29 @@ def attach_adapter(
 
 
 def adapts(config: RunConfig, source: ModelSource, *, trains: bool = True) -> bool:
-    """Returns whether a run has an adapter on its model: a new one, or that of its source."""
+    """Return whether a run has an adapter on its model: a new one, or that of its source."""
     return source.adapter is not None or (trains and config.adapter != "none")
 
 
 def is_adapted(model: Any) -> bool:
-    """Returns whether peft is around a model."""
+    """Return whether peft is around a model."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def model_under(model: Any) -> Any:
-    """Returns the transformers model, of an adapted one the base model with its adapter in it."""
+    """Return the transformers model, of an adapted one the base model with its adapter in it."""
     return inner_model(model)
 
 
 def save_weights(model: Any, directory: Path) -> None:
-    """Writes the model, of an adapted one the adapter alone."""
+    """Write the model, of an adapted one the adapter alone."""
     # An embedding is saved where it is trained; else peft would ask the hub for its size.
     options = {"save_embedding_layers": False} if is_adapted(model) else {}
     model.save_pretrained(directory, **options)
 
 
 def trained_line(model: Any) -> str:
-    """Returns in words how many parameters are trained, and by which adapter."""
+    """Return in words how many parameters are trained, and by which adapter."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     total = sum(size for size, _ in sizes)
     trained = sum(size for size, is_trained in sizes if is_trained)
@@ -266,7 +266,7 @@ def trained_line(model: Any) -> str:
 
 
 def quantization(config: RunConfig, source: ModelSource, device: torch.device) -> Any:
-    """Returns what transformers needs to load the frozen model in 4 bits; None where it is not to.
+    """Return what transformers needs to load the frozen model in 4 bits; None where it is not to.
 
     Raises:
         ConfigError: There is nothing frozen, or there are no files to quantise.
@@ -305,5 +305,5 @@ def _peft() -> Any:
 
 
 def with_adapter(base: ModelSource, name: str, path: Path) -> ModelSource:
-    """Returns the source of an adapter's directory: its base model and what comes on top."""
+    """Return the source of an adapter's directory: its base model and what comes on top."""
     return replace(base, name=name, adapter=path, description=f"an adapter of {base.name}")

@@ -1,4 +1,4 @@
-"""Turns the GGUF file of a demo package into a checkpoint directory, once, in the user's cache.
+"""Turn the GGUF file of a demo package into a checkpoint directory, once, in the user's cache.
 
 The tensors are read with the gguf package alone: what transformers offers for GGUF files differs
 from release to release, and so does what it writes, while this directory serves all of them.
@@ -49,7 +49,7 @@ _CONTROL_TOKEN = 3
 
 
 def converted_model(source: ModelSource, notify: Callable[[str], None] | None = None) -> Path:
-    """Returns the checkpoint directory of a package preset, after converting it if need be.
+    """Return the checkpoint directory of a package preset, after converting it if need be.
 
     Args:
         source: A preset of the kind package.
@@ -82,7 +82,7 @@ def converted_model(source: ModelSource, notify: Callable[[str], None] | None = 
 
 
 def converted_preset(path: Path) -> str | None:
-    """Returns the preset whose converted model has the name of a directory, which may be gone."""
+    """Return the preset whose converted model has the name of a directory, which may be gone."""
     for source in list_presets():
         if source.package and path.name == _directory_name(source.name, source.package):
             return source.name

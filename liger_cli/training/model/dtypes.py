@@ -19,7 +19,7 @@ _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 
 def choose_dtype(dtype: Literal["auto"] | torch.dtype, device: torch.device) -> torch.dtype:
-    """Returns a dtype of parameters; "auto" is bfloat16 on an accelerator that has it."""
+    """Return a dtype of parameters; "auto" is bfloat16 on an accelerator that has it."""
     if dtype != "auto":
         return dtype
     if device.type == "cuda":
@@ -33,7 +33,7 @@ def choose_dtype(dtype: Literal["auto"] | torch.dtype, device: torch.device) -> 
 def parameter_dtype(
     config: RunConfig, device: torch.device, *, adapts: bool = False
 ) -> torch.dtype:
-    """Returns the dtype of the parameters; auto is bfloat16 where a GPU has it, else float32.
+    """Return the dtype of the parameters; auto is bfloat16 where a GPU has it, else float32.
 
     Autocast keeps float32 parameters: it would gain nothing over bfloat16 ones. Under an adapter
     the model is frozen, so that its parameters may as well have the dtype of autocast.
@@ -51,7 +51,7 @@ def parameter_dtype(
 
 
 def stored_dtype(source: ModelSource) -> torch.dtype:
-    """Returns the dtype of a model's weights as they are stored; float32 of random ones.
+    """Return the dtype of a model's weights as they are stored; float32 of random ones.
 
     What config.json says is a wish; the files themselves are asked where they are at hand.
     """

@@ -41,7 +41,7 @@ def load_patched(
     trains: bool = True,
     keep_base: Path | None = None,
 ) -> tuple[Any, PatchRecord]:
-    """Loads the model on a device, puts its adapter on, patches it and compiles it.
+    """Load the model on a device, attach its adapter, patch it and compile it.
 
     Args:
         source: The model, or a checkpoint of it.
@@ -93,7 +93,7 @@ def _compile(model: nn.Module, config: RunConfig, notify: Callable[[str], None])
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
-    """Returns what the outermost module lists hold."""
+    """Return what the outermost module lists hold."""
     if isinstance(module, nn.ModuleList):
         return list(module)
     return [layer for child in module.children() for layer in _layers(child)]
@@ -101,7 +101,7 @@ def _layers(module: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def _notice(device: torch.device, notify: Callable[[str], None]) -> Iterator[None]:
-    """Says what a run waits for while its ops are checked, if it takes long."""
+    """Say what a run waits for while its ops are checked, if it takes long."""
     text = "checking the ops of the model on this device ..."
     if backend(device) == "triton":
         text = "compiling kernels, which the next run finds in Triton's cache ..."

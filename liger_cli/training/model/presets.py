@@ -68,19 +68,19 @@ class ModelSource:
 
 
 def configs_directory() -> Path:
-    """Returns the directory of the configurations: in the wheel, or at the top of a checkout."""
+    """Return the directory of the configurations: in the wheel, or at the top of a checkout."""
     package = Path(liger_cli.__file__).parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 
 
 def preset_names() -> list[str]:
-    """Returns the names of all presets."""
+    """Return the names of all presets."""
     return sorted(path.stem for path in (configs_directory() / "models").glob("*.yaml"))
 
 
 def read_preset(name: str) -> ModelSource:
-    """Returns the preset of a name that preset_names lists."""
+    """Return the preset of a name that preset_names lists."""
     path = configs_directory() / "models" / f"{name}.yaml"
     try:
         content = read_mapping(path)
@@ -100,5 +100,5 @@ def read_preset(name: str) -> ModelSource:
 
 
 def list_presets() -> list[ModelSource]:
-    """Returns every preset, by name."""
+    """Return every preset, by name."""
     return [read_preset(name) for name in preset_names()]

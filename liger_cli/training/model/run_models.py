@@ -12,7 +12,7 @@ __all__ = ["find_run_model"]
 
 
 def find_run_model(path: Path, notify: Callable[[str], None]) -> Path:
-    """Returns the best checkpoint of a run, else the newest whole one; another path as it is.
+    """Return the best checkpoint of a run, else the newest whole one; another path as it is.
 
     Args:
         notify: Told which checkpoint it is, and of damaged ones.

@@ -48,7 +48,7 @@ _WHOLE_MODEL = ("model*.safetensors*", "pytorch_model*.bin*")
 
 
 def resolve_model(name: str, notify: Callable[[str], None] | None = None) -> ModelSource:
-    """Returns where a model comes from: a preset, a directory, a config.json, or the hub.
+    """Return where a model comes from: a preset, a directory, a config.json, or the hub.
 
     A preset goes before a directory of the same name; write ./name for the directory. That of a run
     stands for its best checkpoint, else its last.
@@ -132,7 +132,7 @@ def build_meta_model(
     attn_implementation: str | None = None,
     trains_adapter: bool = False,
 ) -> PreTrainedModel:
-    """Returns the model without weights, from its configuration alone.
+    """Return the model without weights, from its configuration alone.
 
     It is built of the same class as load_model's, on the meta device: seconds at any size.
 
@@ -165,7 +165,7 @@ def load_model(
     trains_adapter: bool = False,
     notify: Callable[[str], None] | None = None,
 ) -> PreTrainedModel:
-    """Returns the model with its weights, on the device, in evaluation mode.
+    """Return the model with its weights, on the device, in evaluation mode.
 
     Random weights are drawn on the device itself, from the seed; every random generator is left as
     it was. The same seed gives other weights on another kind of device.
@@ -274,7 +274,7 @@ def _counted_modules(name: str) -> Iterator[None]:
 
 
 def _auto_class(source: ModelSource, config: PretrainedConfig) -> Any:
-    """Returns the auto class: image-text for a configuration with a vision part, else causal LM."""
+    """Return the auto class: image-text for a configuration with a vision part, else causal LM."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -295,7 +295,7 @@ def _auto_class(source: ModelSource, config: PretrainedConfig) -> Any:
 
 
 def _attention_of(config: PretrainedConfig) -> str | None:
-    """Returns the attention that computes this model, where the default one may not."""
+    """Return the attention that computes this model, where the default one may not."""
     text_config = config.get_text_config()
     # Some releases of transformers choose sdpa here, and drop the cap.
     return "eager" if getattr(text_config, "attn_logit_softcapping", None) else None
@@ -332,7 +332,7 @@ def _build_random(
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds the generators of the CPU and of this device only, and puts their states back."""
+    """Seed the generators of the CPU and of this device only, and restore their states."""
     generators = [torch.default_generator]
     if device.type != "cpu":
         module = getattr(torch, device.type)

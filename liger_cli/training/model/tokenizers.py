@@ -38,7 +38,7 @@ CHAT_TEMPLATE = """\
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """Returns a tokenizer with one token a byte and a ChatML template; 264 tokens in all."""
+    """Return a tokenizer with one token a byte and a ChatML template; 264 tokens in all."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -63,7 +63,7 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer of a model.
+    """Return the tokenizer of a model.
 
     Random presets get the tokenizer of bytes, and so does a config.json without tokenizer files
     beside it. Nothing is downloaded except for a hub model.
@@ -113,7 +113,7 @@ def _from_files(place: str, source: ModelSource) -> Any:
 
 
 def load_processor(source: ModelSource) -> Any:
-    """Returns the processor of an image-text model, or None where its directory has none.
+    """Return the processor of an image-text model, or None where its directory has none.
 
     Raises:
         ConfigError: Its files cannot be read.
@@ -149,7 +149,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, source: ModelSource) -> Preprocessing:
-        """Loads both.
+        """Load both.
 
         Raises:
             ConfigError: As load_tokenizer and load_processor.

@@ -51,7 +51,7 @@ class _Runs:
 
 
 def run_bench(plan: BenchPlan, *, on_run: Callable[[str], None]) -> RunReport:
-    """Returns the report of a comparison.
+    """Return the report of a comparison.
 
     Arms alternate, so that a card that warms up slows all of them. The patched one goes first: a
     model without a place for any op is refused before time is spent on others. In a sweep, and for
@@ -185,7 +185,7 @@ def _run_rounds(
     *,
     is_first: bool,
 ) -> bool:
-    """Runs each arm in turn at one size and returns whether nobody stopped that.
+    """Run each arm in turn at one size and return whether nobody stopped that.
 
     is_first: nothing was measured yet that could be lost.
     """

@@ -14,7 +14,7 @@ __all__ = ["compare_arms", "merge_runs", "noise_of"]
 
 
 def merge_runs(name: str, results: Sequence[ArmResult]) -> Arm:
-    """Returns medians over the steps of all runs but their first, and the highest peak."""
+    """Return medians over the steps of all runs but their first, and the highest peak."""
     steps = [step for run in results for step in (run.steps[1:] or run.steps)]
     times = sorted(step["step_ms"] for step in steps)
     peer = results[0].peer
@@ -39,7 +39,7 @@ def _peer_note(peer: Mapping[str, Any]) -> str:
 
 
 def noise_of(arms: Iterable[Sequence[ArmResult]], key: str, least: float) -> float | None:
-    """Returns how far apart a figure of equal runs is, relative to the smallest.
+    """Return how far apart a figure of equal runs is, relative to the smallest.
 
     None says that nobody knows: one of the arms ran once.
     """
@@ -61,7 +61,7 @@ def compare_arms(
     noise: float | None = MIN_SPEED_NOISE,
     memory_noise: float | None = MIN_MEMORY_NOISE,
 ) -> tuple[RatiosPart, ParityPart]:
-    """Returns the ratios of patched to another arm, and how far their losses are apart.
+    """Return the ratios of patched to another arm, and how far their losses are apart.
 
     Args:
         tolerance: Largest relative difference of a loss that still counts as equal.

@@ -48,7 +48,7 @@ class Bound:
         return f"{self.quantity}{self.operator}{self.limit:g}"
 
     def holds(self, found: float | None) -> bool:
-        """Returns whether a figure is within; one that was not measured is not."""
+        """Return whether a figure is within; one that was not measured is not."""
         return found is not None and _OPERATORS[self.operator](found, self.limit)
 
 
@@ -81,14 +81,14 @@ class BenchPlan:
 
     @property
     def summary(self) -> str:
-        """Returns a line: what is run on what."""
+        """Return a line: what is run on what."""
         batches = self.batch_sizes or (self.config.per_device_train_batch_size,)
         lengths = self.sequence_lengths or (self.config.max_length,)
         sizes = " x ".join(",".join(map(str, values)) for values in (batches, lengths))
         return f"{self.config.model} on {self.config.dataset}: {self.steps} steps of {sizes} tokens"
 
     def peer(self) -> AbstractContextManager[PeerInterpreter | None]:
-        """Returns the interpreter of the peer, if there is one to be compared with.
+        """Return the interpreter of the peer, if there is one to be compared with.
 
         Raises:
             ConfigError: The interpreter or folder that was named does not exist.
@@ -99,7 +99,7 @@ class BenchPlan:
 
 
 def check_against(text: str) -> tuple[str, ...]:
-    """Returns the names of --against.
+    """Return the names of --against.
 
     Raises:
         ConfigError: One is unknown.
@@ -112,7 +112,7 @@ def check_against(text: str) -> tuple[str, ...]:
 
 
 def parse_sizes(flag: str, text: str) -> tuple[int, ...]:
-    """Returns the sizes of '512,1024,2k..8k' in rising order; k is 1024, a range doubles.
+    """Return the sizes of '512,1024,2k..8k' in rising order; k is 1024, a range doubles.
 
     Raises:
         ConfigError: It is not written so, or a size is 0.
@@ -136,7 +136,7 @@ def parse_sizes(flag: str, text: str) -> tuple[int, ...]:
 
 
 def parse_bounds(text: str) -> tuple[Bound, ...]:
-    """Returns the bounds of 'speed>=1.1,memory<=0.7'.
+    """Return the bounds of 'speed>=1.1,memory<=0.7'.
 
     Raises:
         ConfigError: A name, an operator or a number is not one.
@@ -183,7 +183,7 @@ def plan_bench(
     peer_python: Path | None = None,
     peer_path: Path | None = None,
 ) -> BenchPlan:
-    """Returns the comparison with the defaults of the device for what the user left open.
+    """Return the comparison with the defaults of the device for what the user left open.
 
     A CPU gets 2 x 512 tokens and 3 steps a run; a GPU 8 x 2048 and 20. Two runs of each arm tell
     what the machine's noise is; a sweep, which asks what fits, has one.

@@ -48,7 +48,7 @@ class Facts:
         coverage: Mapping[str, Mapping[str, int]],
         modules: list[dict[str, str | None]],
     ) -> Facts:
-        """Collects them from a model's configuration and what an arm reported."""
+        """Collect them from a model's configuration and what an arm reported."""
         text = (config or {}).get("text_config") or config or {}
         patched = tuple(op for op, counts in coverage.items() if counts["patched"])
         reasons = (row["reason"] for row in modules if row["op"] == _FUSED_LOSS)
@@ -63,7 +63,7 @@ class Facts:
 
 
 def no_gain(ratios: RatiosPart, facts: Facts, other: Arm) -> list[str]:
-    """Returns a sentence for speed and one for memory where patched gains nothing over another.
+    """Return a sentence for speed and one for memory where patched gains nothing over another.
 
     Where the noise is unknown nothing is judged, so there is nothing to explain.
     """

@@ -17,7 +17,7 @@ INTERRUPTED = "interrupted"
 
 
 def find_fits(points: Sequence[SweepPoint], names: Iterable[str]) -> list[FitPart]:
-    """Returns for each arm what fits at every sequence length."""
+    """Return for each arm what fits at every sequence length."""
     fits = []
     for name in names:
         by_sequence: dict[int, int | None] = {}
@@ -41,7 +41,7 @@ def find_fits(points: Sequence[SweepPoint], names: Iterable[str]) -> list[FitPar
 def judge_bounds(
     bounds: Iterable[Bound], points: Sequence[SweepPoint], base: str
 ) -> list[AssertPart]:
-    """Returns every bound at every size that both sides ran; a wrong loss breaks one of its own."""
+    """Return every bound at every size that both sides ran; a wrong loss breaks one of its own."""
     parts = []
     compared = [point for point in points if base in point.against]
     for bound in bounds:
@@ -63,7 +63,7 @@ def judge_bounds(
 
 
 def require_bounds(report: RunReport) -> None:
-    """Ends the command where a bound does not hold or an arm failed; the report has been shown.
+    """End the command where a bound does not hold or an arm failed; the report has been shown.
 
     Raises:
         Interrupted: The comparison was stopped.

@@ -50,7 +50,7 @@ def local_arms(
     *,
     with_compile: bool,
 ) -> list[Arm]:
-    """Returns the sides that run in this process, on the same arguments."""
+    """Return the sides that run in this process, on the same arguments."""
     op = workload.definition
 
     def arm(name: str, function: Callable[..., Any]) -> Arm:
@@ -74,7 +74,7 @@ def local_arms(
 def check(
     workload: Workload, sample: Sample, stopwatch: Stopwatch, dtype: torch.dtype
 ) -> CheckPart:
-    """Compares ours and eager with the reference in fp64, or fp32 where that does not fit.
+    """Compare ours and eager with the reference in fp64, or fp32 where that does not fit.
 
     Every output and every gradient counts; the limits are those of liger_kernels.compare.
     """

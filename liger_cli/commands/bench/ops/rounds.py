@@ -101,7 +101,7 @@ def plan_ops(
     peer_path: Path | None,
     device: torch.device,
 ) -> OpsPlan:
-    """Returns what the words of the command line ask for.
+    """Return what the words of the command line ask for.
 
     Raises:
         ConfigError: An op or a shape is unknown.
@@ -124,7 +124,7 @@ def plan_ops(
 
 
 def run_ops(plan: OpsPlan, *, on_row: Callable[[Workload], None]) -> OpsReport:
-    """Returns the report of a run; of one stopped by Ctrl-C or SIGTERM, the rows it had finished.
+    """Return the report of a run; of one stopped by Ctrl-C or SIGTERM, the rows it had finished.
 
     Args:
         plan: What to measure.
@@ -173,7 +173,7 @@ def run_ops(plan: OpsPlan, *, on_row: Callable[[Workload], None]) -> OpsReport:
 
 
 def require_checks(report: OpsReport) -> None:
-    """Ends the command where an op was found wrong or rows are missing; the report has been shown.
+    """End the command where an op was found wrong or rows are missing; the report has been shown.
 
     Raises:
         RequirementFailed: A check failed.
@@ -261,7 +261,7 @@ def measure(
     with_host: bool,
     after_round: Callable[[], None] = lambda: None,
 ) -> Mapping[str, _Readings]:
-    """Returns what each side does, by name.
+    """Return what each side does, by name.
 
     The sides take turns: once each for the first part, then once each for the next, and so on for
     as many rounds. A side that fails takes no further part; what it said is kept.
@@ -311,7 +311,7 @@ def _in_a_line(problem: Exception) -> str:
 
 
 def _arm_part(name: str, found: _Readings, forward_s: float, full_s: float) -> ArmPart:
-    """Returns the figures of one side; the seconds are those of the limit."""
+    """Return the figures of one side; the seconds are those of the limit."""
     if found.error is not None:
         return ArmPart(name=name, error=found.error)
     return ArmPart(
@@ -343,7 +343,7 @@ def _spread(times: Sequence[float]) -> Spread:
 
 
 def judge(target: Target, row: OpRow, rows: Sequence[OpRow]) -> TargetPart:
-    """Returns a target of one row with its figure, which is None where it was not measured."""
+    """Return a target of one row with its figure, which is None where it was not measured."""
     found = _figure(target, row, rows)
     met = None
     if found is not None:

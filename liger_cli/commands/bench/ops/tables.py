@@ -143,13 +143,13 @@ class OpsReport(_Part):
     interrupted: bool | None = None
 
     def to_json(self) -> str:
-        """Returns the report as one JSON document; NaN and infinity are null."""
+        """Return the report as one JSON document; NaN and infinity are null."""
         values = finite(self.model_dump(mode="json"))
         return json.dumps({"schema_version": SCHEMA_VERSION, **values}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> OpsReport:
-        """Reads what `to_json` wrote.
+        """Read what `to_json` wrote.
 
         Raises:
             ValueError: The text is no such report, or one of another schema.
@@ -178,7 +178,7 @@ _COLUMNS = (
 
 
 def op_tables(report: OpsReport) -> list[Table]:
-    """Returns a table an op: every shape and arm with times, share, memory and error."""
+    """Return a table an op: every shape and arm with times, share, memory and error."""
     tables = []
     for op in dict.fromkeys(row.op for row in report.rows):
         rows = [line for row in report.rows if row.op == op for line in _arm_lines(row)]
@@ -187,7 +187,7 @@ def op_tables(report: OpsReport) -> list[Table]:
 
 
 def targets_table(report: OpsReport) -> Table | None:
-    """Returns every target with its figure and whether it is met, or None without targets."""
+    """Return every target with its figure and whether it is met, or None without targets."""
     lines: list[tuple[str, ...]] = [
         (row.op, _shape_text(row), _target_text(target), _found_text(target), _met_text(target))
         for row in report.rows
@@ -198,7 +198,7 @@ def targets_table(report: OpsReport) -> Table | None:
 
 
 def run_lines(report: OpsReport) -> list[str]:
-    """Returns where and how the figures were made, a sentence a line."""
+    """Return where and how the figures were made, a sentence a line."""
     versions = ", ".join(
         f"{name} {report.environment[name]}"
         for name in ("torch", "triton")
@@ -222,7 +222,7 @@ def run_lines(report: OpsReport) -> list[str]:
 
 
 def markdown(report: OpsReport, *, heading: str = "Ops") -> str:
-    """Returns the whole report as a markdown section."""
+    """Return the whole report as a markdown section."""
     tables = [targets_table(report), *op_tables(report)]
     sections = [table.markdown() for table in tables if table is not None]
     where = "\n".join(f"    {line}" for line in run_lines(report))
@@ -230,7 +230,7 @@ def markdown(report: OpsReport, *, heading: str = "Ops") -> str:
 
 
 def show_ops_report(report: OpsReport, *, as_json: bool) -> None:
-    """Prints the tables, and with as_json the JSON alone to stdout and everything else to stderr.
+    """Print the tables, and with as_json the JSON alone to stdout and everything else to stderr.
 
     The targets come last, since they are what a reader looks for.
     """
@@ -251,7 +251,7 @@ def show_ops_report(report: OpsReport, *, as_json: bool) -> None:
 
 
 def write_reports(report: OpsReport, *, json_file: Path | None, markdown_file: Path | None) -> None:
-    """Writes the JSON and the tables, each where a file is named."""
+    """Write the JSON and the tables, each where a file is named."""
     for path, text in ((json_file, report.to_json() + "\n"), (markdown_file, markdown(report))):
         if path is not None:
             write_file(path, text)

@@ -83,7 +83,7 @@ CALLS: dict[str, Callable[..., _Call]] = {
 
 
 class _Worker:
-    """Answers questions about one workload after the other."""
+    """Answer questions about one workload after the other."""
 
     def __init__(self) -> None:
         self._stopwatch: Stopwatch | None = None

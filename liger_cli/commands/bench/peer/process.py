@@ -72,7 +72,7 @@ class PeerProcess:
         self._interpreter.close()
 
     def send(self, **question: Any) -> None:
-        """Asks without waiting for the answer."""
+        """Ask without waiting for the answer."""
         assert self._process.stdin is not None
         # A process that has ended is found, with its reason, when the answer is read.
         with contextlib.suppress(BrokenPipeError):
@@ -80,7 +80,7 @@ class PeerProcess:
             self._process.stdin.flush()
 
     def receive(self) -> dict[str, Any]:
-        """Returns the answer to the question sent last.
+        """Return the answer to the question sent last.
 
         Raises:
             PeerFailed: It answered with an error, ended, or took too long.
@@ -99,7 +99,7 @@ class PeerProcess:
         return answer
 
     def ask(self, **question: Any) -> dict[str, Any]:
-        """Asks and returns the answer."""
+        """Ask and return the answer."""
         self.send(**question)
         return self.receive()
 
@@ -119,7 +119,7 @@ class PeerArm:
         self._process = process
 
     def begin(self, workload: Workload, device: torch.device, dtype: torch.dtype) -> None:
-        """Tells the peer to get ready, which it does while this process does the same."""
+        """Ask the peer to prepare a workload, which it does while this process does the same."""
         self._process.send(
             ask="prepare",
             workload=asdict(replace(workload, targets=())),
@@ -128,7 +128,7 @@ class PeerArm:
         )
 
     def warm_up(self) -> bool:
-        """Waits until the peer is ready. Returns whether it writes into its inputs."""
+        """Wait until the peer is ready, and return whether it writes into its inputs."""
         answer = self._process.receive()
         self.version = answer["version"]
         return bool(answer["overwrites"])
