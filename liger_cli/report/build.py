@@ -16,9 +16,9 @@ from liger_cli.report.inspection import describe_model
 from liger_cli.training.evaluate import EvalResult
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.memory.limits import RunMemory
-from liger_cli.training.model.adapters import model_under
 from liger_cli.training.result import TrainResult
 from liger_cli.training.runtime.arms import ArmResult
+from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = ["add_evaluation", "add_training", "find_gain", "read_report", "report_of"]
 
@@ -28,7 +28,7 @@ def report_of(command: str, config: RunConfig, inputs: Inputs, patches: Any) -> 
     plan = getattr(patches, "plan", patches)
     return RunReport(
         command=command,
-        model=describe_model(inputs.source, model_under(inputs.meta_model), plan),
+        model=describe_model(inputs.source, inner_model(inputs.meta_model), plan),
         config=config.model_dump(mode="json"),
         environment=environment(),
         coverage=patches.coverage,

@@ -13,11 +13,11 @@ from liger_cli.config.yaml_file import read_mapping
 from liger_cli.errors import ConfigError
 from liger_cli.report import RunReport
 from liger_cli.training.checkpoints.files import find_checkpoints
-from liger_cli.training.model.adapters import model_under
 from liger_cli.training.model.source import ModelSource, build_meta_model, resolve_model
 from liger_kernels.ops.launch import backend
 from liger_kernels.transformers.api import inspect_model
 from liger_kernels.transformers.patching.plan import PatchPlan
+from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = ["describe_model", "find_model", "inspect_source"]
 
@@ -57,7 +57,7 @@ def inspect_source(source: ModelSource, ops: str) -> RunReport:
         ValueError: ops is not as resolve_ops wants it.
     """
     # Of an adapted model the base with the adapter in it, whose names are those of the model.
-    model = model_under(build_meta_model(source))
+    model = inner_model(build_meta_model(source))
     plan = inspect_model(model, ops)
     here = backend(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return RunReport(

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from liger_cli.data.batches import count_labels
-from liger_cli.training.model.adapters import model_under
-from liger_kernels.transformers.wrappers import forward_parameters
+from liger_kernels.transformers.wrappers import forward_parameters, inner_model
 
 __all__ = ["LossOf"]
 
@@ -32,12 +31,12 @@ class LossOf:
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         # Models that take the keyword and ignore it say so with this attribute; not all do.
         self._counts_items = getattr(
-            model_under(model),
+            inner_model(model),
             "accepts_loss_kwargs",
             takes_any and _leaves_loss_to_transformers(model),
         )
         # Of what a mixture of experts adds to balance them, as its forward has it.
-        settings = model_under(model).config.get_text_config()
+        settings = inner_model(model).config.get_text_config()
         self._balance_weight = float(getattr(settings, "router_aux_loss_coef", 0.0) or 0.0)
         # Keys and values kept for generation would cost memory in every step.
         self._options = {"use_cache": False} if "use_cache" in parameters else {}

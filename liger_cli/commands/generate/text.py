@@ -12,7 +12,7 @@ from transformers import TextStreamer
 
 from liger_cli.data.rendering import render_chat
 from liger_cli.errors import ConfigError, ExtensionPanic, LigerError, panics_raised
-from liger_cli.training.model.adapters import model_under
+from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = ["Answer", "Generator", "Sampling"]
 
@@ -52,7 +52,7 @@ class Generator:
     def __init__(
         self, model: Any, tokenizer: Any, sampling: Sampling, on_text: Callable[[str], None]
     ) -> None:
-        self._model = model_under(model)
+        self._model = inner_model(model)
         self._tokenizer = tokenizer
         self.on_text = on_text
         self._sampling = sampling

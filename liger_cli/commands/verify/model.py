@@ -13,6 +13,7 @@ from liger_cli.commands.verify.errors import GRADIENT, errors_of, judge, norm
 from liger_cli.commands.verify.modules import compare_modules
 from liger_cli.commands.verify.precision import in_precision
 from liger_cli.common.environment import devices, environment, host_memory
+from liger_cli.data.encode import IGNORED
 from liger_cli.errors import OutOfMemory, RequirementFailed
 from liger_cli.report.inspection import describe_model
 from liger_cli.report.verify import ModulePart, OpPart, TensorPart, VerifyReport, WorstPart, verdict
@@ -27,7 +28,6 @@ __all__ = ["require_right", "verify"]
 
 # Tokens of the batch: enough for a full block of every kernel, little enough for fp64.
 _BATCH_ON_CPU, _BATCH_ON_GPU = (2, 64), (2, 256)
-_IGNORED = -100
 # Through thirty layers the same rounding grows more here and less there: on SmolLM2-135M correct
 # kernels are up to six times further from fp64 than eager in one gradient and closer in the next.
 # What a module does alone is held to twice.
@@ -188,8 +188,8 @@ def _batch(model: Any, device: torch.device, seed: int) -> dict[str, torch.Tenso
         special = getattr(model.config, name, None)
         if isinstance(special, int):
             ids[ids == special] = 0
-    labels = ids.masked_fill(torch.rand(shape, generator=generator) < 0.25, _IGNORED)
-    labels[:, 0] = _IGNORED
+    labels = ids.masked_fill(torch.rand(shape, generator=generator) < 0.25, IGNORED)
+    labels[:, 0] = IGNORED
     return {"input_ids": ids.to(device), "labels": labels.to(device)}
 
 

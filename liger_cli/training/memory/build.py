@@ -9,12 +9,13 @@ import torch
 
 from liger_cli.config import RunConfig
 from liger_cli.training.memory.step import Batch, MemoryEstimate, step_memory
-from liger_cli.training.model.adapters import adapts, attach_adapter, model_under, new_adapter
+from liger_cli.training.model.adapters import adapts, attach_adapter, new_adapter
 from liger_cli.training.model.dtypes import parameter_dtype
 from liger_cli.training.model.presets import ModelSource
 from liger_cli.training.model.source import build_meta_model
 from liger_kernels.transformers.api import apply_liger_kernel
 from liger_kernels.transformers.patching.upstream_fixes import repair_model
+from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = ["estimate_memory", "meta_model_of"]
 
@@ -55,7 +56,7 @@ def meta_model_of(config: RunConfig, source: ModelSource, *, on_gpu: bool = True
         attn_implementation=config.attn_implementation,
         trains_adapter=True,
     )
-    repair_model(model_under(model))
+    repair_model(inner_model(model))
     if config.adapter != "none" and source.adapter is None:
         model = attach_adapter(model, new_adapter(config, model), base="")
     with warnings.catch_warnings():

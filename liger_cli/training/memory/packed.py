@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from liger_cli.training.memory.parts import table_of
-from liger_cli.training.model.adapters import model_under
+from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = ["EIGHT_BIT", "PACKED_BYTES", "allocate_moments", "pack_layers", "packed_layers"]
 
@@ -22,7 +22,7 @@ _BLOCK, _LEAST = 256, 4096
 
 def packed_layers(model: Any) -> list[nn.Linear]:
     """Return the linear layers that are frozen, the head apart: those that load_in_4bit packs."""
-    head = table_of(model_under(model), "get_output_embeddings")
+    head = table_of(inner_model(model), "get_output_embeddings")
     return [
         module
         for module in model.modules()

@@ -24,8 +24,9 @@ from liger_cli.training.memory.parts import (
     table_of,
 )
 from liger_cli.training.memory.probe_copy import BACKWARD, Answers, gpu_stand_in, plain_tensors
-from liger_cli.training.model.adapters import is_adapted, model_under
+from liger_cli.training.model.adapters import is_adapted
 from liger_cli.training.optim.optimizers import make_optimizer
+from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = ["Batch", "MemoryEstimate", "step_memory"]
 
@@ -97,7 +98,7 @@ def step_memory(
     Raises:
         ValueError: The forward of this model cannot run without data.
     """
-    base = model_under(model)
+    base = inner_model(model)
     num_labels = max(1, round(batch.size * batch.length * batch.label_share))
     is_masked = batch.is_padded or batch.is_packed
     answers = Answers(num_labels, _num_experts(base), is_masked=is_masked)
@@ -216,7 +217,7 @@ def _make_again(model: Any) -> None:
 def _autocast(config: RunConfig, model: Any) -> contextlib.AbstractContextManager[Any]:
     dtype = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
     if dtype is None and is_adapted(model):
-        dtype = model_under(model).dtype
+        dtype = inner_model(model).dtype
     if dtype is None or dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast("cpu", dtype=dtype)
@@ -225,7 +226,7 @@ def _autocast(config: RunConfig, model: Any) -> contextlib.AbstractContextManage
 @contextlib.contextmanager
 def _by_module(ledger: Ledger, model: Any) -> Iterator[None]:
     """Count what is made while a module runs to the part that the module belongs to."""
-    parts = module_parts(model_under(model))
+    parts = module_parts(inner_model(model))
     outer: list[str] = []
 
     def enter(module: nn.Module, args: Any) -> None:

@@ -23,7 +23,6 @@ from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
 from liger_cli.training.checkpoints.files import write_failure, written_aside
 from liger_cli.training.model.demo_model import converted_model, converted_preset
 from liger_cli.training.model.presets import ModelSource
-from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -33,7 +32,6 @@ __all__ = [
     "find_base",
     "is_adapted",
     "load_adapter",
-    "model_under",
     "new_adapter",
     "quantization",
     "save_weights",
@@ -236,11 +234,6 @@ def adapts(config: RunConfig, source: ModelSource, *, trains: bool = True) -> bo
 def is_adapted(model: Any) -> bool:
     """Return whether peft is around a model."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-
-
-def model_under(model: Any) -> Any:
-    """Return the transformers model, of an adapted one the base model with its adapter in it."""
-    return inner_model(model)
 
 
 def save_weights(model: Any, directory: Path) -> None:
