@@ -8,7 +8,6 @@ import io
 import os
 import select
 import sys
-from types import TracebackType
 from typing import TextIO
 
 __all__ = ["SafeStreams"]
@@ -34,12 +33,7 @@ class SafeStreams:
             setattr(sys, name, _text(file, stream))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for name, stream in self._previous.items():
             getattr(sys, name).flush()
             setattr(sys, name, stream)

@@ -9,8 +9,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ParamSpec
 
+from liger_cli.common.optional_packages import require_package
 from liger_cli.common.outputs import check_writable, replacing
-from liger_cli.errors import ConfigError, EnvironmentProblem
+from liger_cli.errors import ConfigError
 
 __all__ = ["Chart", "check_plot", "draw", "plain_names"]
 
@@ -48,13 +49,7 @@ def check_plot(path: Path, what: str) -> None:
     """
     if path.suffix.lower() not in _SUFFIXES:
         raise ConfigError(f"{what} {path} should end in {', '.join(_SUFFIXES)}")
-    try:
-        import_module("matplotlib.figure")
-    # A compiled package that does not fit this machine fails to import in ways of its own.
-    except Exception as error:
-        raise EnvironmentProblem(
-            f"{what} needs matplotlib: {error}", hint="pip install 'liger-kernels[plots]'"
-        ) from error
+    require_package("matplotlib.figure", what, "pip install 'liger-kernels[plots]'")
     check_writable(path, what)
 
 
