@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -134,7 +133,6 @@ def load_examples(
     *,
     split: Split = "train",
     seed: int = 0,
-    num_rows: int | None = None,
     processor: Any = None,
     num_proc: int = 1,
     notify: Callable[[str], None] | None = None,
@@ -152,7 +150,6 @@ def load_examples(
         options: What else decides the ids and labels.
         split: The sample and synthetic data have both; a file is the same for both.
         seed: Of synthetic data only.
-        num_rows: Use at most this many rows of each dataset, the first.
         processor: Of an image-text model; without it rows with images are refused.
         num_proc: Processes that tokenise; what they make does not depend on their number.
         notify: Told what a user should know of the cache.
@@ -162,35 +159,21 @@ def load_examples(
         DataError: The data cannot be read, or hold nothing to train on.
         EnvironmentProblem: The sample's package is not installed, or the hub is out of reach.
     """
-    if num_rows is not None and num_rows < 1:
-        raise ConfigError(f"num_rows is {num_rows}; at least 1")
-    counts, licences, has_images = Counts(), list[str](), False
+    counts, licences = Counts(), list[str]()
     parts: list[tuple[str, Any, float | None]] = []
     for one, source, weight in find_sources(name, split):
         if source is None:
-            made = _synthetic(split, options, seed, num_rows or _SYNTHETIC_ROWS[split])
+            made = _synthetic(split, options, seed)
         elif tokenizer is None:
             raise ConfigError(f"{one} needs a tokenizer; only {SYNTHETIC_NAME} needs none")
         else:
             licences += [source.licence] if source.licence else []
-            try:
-                made = _tokenise(source, tokenizer, options, num_rows, num_proc, notify)
-            except ImagesFound as found:
-                if processor is None:
-                    raise DataError(
-                        f"{found.where}: the row has images, and this model has no processor that "
-                        "takes them",
-                        hint="image-text models take images, with the preprocessor_config.json "
-                        "that belongs to them",
-                    ) from None
-                has_images = True
-                if num_proc > 1 and notify is not None:
-                    notify(f"{one}: rows with images are tokenised by one process")
-                made = _with_images(source, tokenizer, options, num_rows, processor)
+            made = _tokenise(source, tokenizer, options, processor, num_proc, notify)
         if not len(made.rows):
             raise nothing_to_train(one, made.counts, options.max_length)
         counts.add(made.counts)
         parts.append((one, made.rows, weight))
+    has_images = any(isinstance(rows, ImageRows) for _, rows, _ in parts)
     rows, notes = join_sources(parts)
     return Examples(rows, counts, name, join_licences(licences), notes, has_images)
 
@@ -208,10 +191,8 @@ class RowMaker:
     renderer: ChatRenderer
     options: RowOptions
 
-    def __call__(
-        self, records: Sequence[Record], limit: int | None = None
-    ) -> tuple[pyarrow.Table, Counts]:
-        """Return a table of rows, and the counts of the records up to row number `limit`."""
+    def __call__(self, records: Sequence[Record]) -> tuple[pyarrow.Table, Counts]:
+        """Return a table of the rows that have a token to train on, and the counts of records."""
         rows = [self.form.row(record) for record in records]
         for row in rows:
             if row.images:
@@ -223,8 +204,6 @@ class RowMaker:
         kept: list[tuple[list[int], list[int]]] = []
         max_length = self.options.max_length
         for row, encoded in zip(rows, self.encoder.encode(rows, self.renderer), strict=True):
-            if len(kept) == limit:
-                break
             ids, labels = encoded.input_ids[:max_length], encoded.labels[:max_length]
             num_trained = sum(label != IGNORED for label in labels)
             if not num_trained:
@@ -262,18 +241,46 @@ def _tokenise(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
     options: RowOptions,
-    num_rows: int | None,
+    processor: Any,
+    num_proc: int,
+    notify: Callable[[str], None] | None,
+) -> Tokenised:
+    """Tokenize a source; with a processor if one of its rows has images."""
+    try:
+        return _tokenise_text(source, tokenizer, options, num_proc, notify)
+    except ImagesFound as found:
+        if processor is None:
+            raise DataError(
+                f"{found.where}: the row has images, and this model has no processor that takes "
+                "them",
+                hint="image-text models take images, with the preprocessor_config.json that "
+                "belongs to them",
+            ) from None
+    if num_proc > 1 and notify is not None:
+        notify(f"{source.name}: rows with images are tokenised by one process")
+    maker = open_source(source, tokenizer, options)
+    return ImageRows.of(
+        (maker.form.row(record) for record in source.read()),
+        maker.encoder,
+        processor,
+        max_length=options.max_length,
+        vocab_size=options.vocab_size,
+    )
+
+
+def _tokenise_text(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    options: RowOptions,
     num_proc: int,
     notify: Callable[[str], None] | None,
 ) -> Tokenised:
     maker = open_source(source, tokenizer, options)
 
     def make() -> Iterator[tuple[pyarrow.Table, Counts]]:
-        if num_rows is None:
-            return map_in_order(maker, _chunks(source.read()), num_proc)
-        return _first_rows(maker, source.read(), num_rows)
+        return map_in_order(maker, _chunks(source.read()), num_proc)
 
-    keep = num_rows is None and source.num_bytes >= cache.MIN_BYTES
+    keep = source.num_bytes >= cache.MIN_BYTES
     key: dict[str, Any] = {}
     if keep:
         # Only now: the hash of the data reads all of them.
@@ -284,16 +291,6 @@ def _tokenise(
             "options": asdict(options),
         }
     return cache.cached(key, make, keep=keep, notify=notify)
-
-
-def _first_rows(
-    maker: RowMaker, records: Iterator[Record], num_rows: int
-) -> Iterator[tuple[pyarrow.Table, Counts]]:
-    missing = num_rows
-    while missing and (batch := list(islice(records, min(BATCH, missing)))):
-        table, counts = maker(batch, missing)
-        missing -= len(table)
-        yield table, counts
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
@@ -309,25 +306,6 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def _with_images(
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    options: RowOptions,
-    num_rows: int | None,
-    processor: Any,
-) -> Tokenised:
-    maker = open_source(source, tokenizer, options)
-    found = (maker.form.row(record) for record in source.read())
-    return ImageRows.of(
-        found,
-        maker.encoder,
-        processor,
-        max_length=options.max_length,
-        vocab_size=options.vocab_size,
-        num_rows=num_rows,
-    )
-
-
 def nothing_to_train(name: str, counts: Counts, max_length: int) -> DataError:
     return DataError(
         f"none of the {counts.dropped_rows} rows of {name} has a token to train on within the "
@@ -337,9 +315,8 @@ def nothing_to_train(name: str, counts: Counts, max_length: int) -> DataError:
     )
 
 
-def _synthetic(
-    split: Literal["train", "eval"], options: RowOptions, seed: int, num_rows: int
-) -> Tokenised:
+def _synthetic(split: Literal["train", "eval"], options: RowOptions, seed: int) -> Tokenised:
+    num_rows = _SYNTHETIC_ROWS[split]
     # Even and odd: no seed gives the rows of one split as those of the other.
     generator = torch.Generator().manual_seed(2 * seed + (split == "eval"))
     shape = (num_rows, options.max_length)

@@ -60,15 +60,12 @@ class ImageRows:
         *,
         max_length: int,
         vocab_size: int,
-        num_rows: int | None,
     ) -> Tokenised:
         """Return the rows that can be trained on; those whose images do not fit are dropped."""
         kept: list[Row] = []
         counts = Counts()
         found = cls(kept, encoder, processor, max_length)
         for row in rows:
-            if len(kept) == num_rows:
-                break
             counts.add(Counts(columns=list(row.columns), unused_columns=list(row.unused)))
             encoded = found.encode(row)
             ids, labels = encoded["input_ids"], encoded["labels"][:max_length]

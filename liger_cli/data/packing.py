@@ -148,13 +148,13 @@ def refuse_packing(model: Any, max_length: int, *, has_images: bool = False) -> 
     if has_images:
         reason = "rows with images are not packed"
     elif "mrope_section" in rope:
-        reason = "its positions have three dimensions, in which documents are not told apart"
+        reason = "its positions have three dimensions, which do not mark where documents begin"
     elif getattr(inner_model(model), "_is_stateful", False):
         reason = "its layers carry a state from token to token, across documents too"
     elif others:
         reason = f"layers of the kind {', '.join(sorted(others))} carry a state across documents"
     elif forward_takes(model, "position_ids") is False:
-        reason = "its forward takes no position_ids, so it is not told where documents begin"
+        reason = "its forward takes no position_ids, which mark where documents begin"
     elif (
         "chunked_attention" in layers
         and max_length > config.attention_chunk_size
@@ -181,45 +181,57 @@ def check_packed(model: Any, *, flatten: bool = False) -> None:
     inner = inner_model(model)
     vocabulary = inner.config.get_text_config().vocab_size
     documents = [[(7 * i + 3) % vocabulary for i in range(n)] for n in (5, 9, 6)]
-    first, second, third = (join_rows([{"input_ids": d, "labels": d}]) for d in documents)
-    packed = join_rows([first, second, third])
-    device = next(model.parameters()).device
-    inputs = {key: torch.tensor([packed[key]]) for key in ("input_ids", "position_ids")}
-    if not flatten:
-        inputs = {key: value.repeat(2, 1) for key, value in inputs.items()}
-    inputs = {key: value.to(device) for key, value in inputs.items()}
+    packed = join_rows([join_rows([{"input_ids": ids, "labels": ids}]) for ids in documents])
+    # The second document.
     place = slice(5, 14)
-    embedded: list[torch.Tensor] = []
-
-    def record(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
-
     was_training = model.training
-    handle = inner.get_input_embeddings().register_forward_hook(record)
     try:
         model.eval()
-        with torch.enable_grad():
-            logits = model(**inputs, use_cache=False).logits[:, place].float()
-            [gradient] = torch.autograd.grad(logits.square().sum(), embedded)
-        handle.remove()
+        logits, gradient = _packed_gradient(model, packed, place, num_rows=1 if flatten else 2)
         with torch.no_grad():
-            alone = torch.tensor([second["input_ids"]], device=device)
+            alone = torch.tensor([documents[1]], device=logits.device)
             wanted = model(input_ids=alone, use_cache=False).logits.float()
     finally:
-        handle.remove()
         model.train(was_training)
-    outside = gradient.clone()
-    outside[:, place] = 0
-    if outside.any():
+    gradient[:, place] = 0
+    if gradient.any():
         raise _refused(
             model,
             f"with its attention {inner.config._attn_implementation!r} a document in a row sees "
             "the one before it",
         )
     # Rounding differs with the shape of a batch; another position moves logits by far more.
-    if (logits.detach() - wanted).norm() > 0.1 * wanted.norm() * len(logits) ** 0.5:
+    if (logits - wanted).norm() > 0.1 * wanted.norm() * len(logits) ** 0.5:
         raise _refused(model, "its logits differ from those of the documents one by one")
+
+
+def _packed_gradient(
+    model: Any, packed: dict[str, list[int]], place: slice, *, num_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the logits at a place of a packed row, and their gradient in all embeddings.
+
+    Args:
+        num_rows: How often the row is in the batch.
+    """
+    device = next(model.parameters()).device
+    inputs = {
+        key: torch.tensor([packed[key]] * num_rows, device=device)
+        for key in ("input_ids", "position_ids")
+    }
+    embedded: list[torch.Tensor] = []
+
+    def record(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    handle = inner_model(model).get_input_embeddings().register_forward_hook(record)
+    try:
+        with torch.enable_grad():
+            logits = model(**inputs, use_cache=False).logits[:, place].float()
+            [gradient] = torch.autograd.grad(logits.square().sum(), embedded)
+    finally:
+        handle.remove()
+    return logits.detach(), gradient.clone()
 
 
 def _refused(model: Any, reason: str) -> ConfigError:

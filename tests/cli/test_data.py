@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from liger_cli.data.collate import Collator
 from liger_cli.data.encode import IGNORED
 from liger_cli.data.examples import RowOptions, load_examples
+from liger_cli.data.samples import read_sample
 from liger_cli.errors import ConfigError, DataError, EnvironmentProblem
 from liger_cli.training.model.source import load_tokenizer, resolve_model
 from liger_cli.training.model.tokenizers import byte_tokenizer
@@ -548,8 +550,6 @@ def test_arguments_out_of_range(tmp_path):
     path = write(tmp_path / "d.jsonl", {"text": "a"})
     with pytest.raises(ConfigError, match="max_length is 1"):
         load(path, max_length=1)
-    with pytest.raises(ConfigError, match="num_rows is 0"):
-        load(path, num_rows=0)
 
 
 def test_token_outside_the_vocabulary(tmp_path):
@@ -576,21 +576,12 @@ def test_truncation_is_counted(tmp_path):
     assert (stats.tokens, stats.trained_tokens) == (11, 4)
 
 
-def test_num_rows_takes_the_first_that_are_used(tmp_path):
-    rows = [{"prompt": "a", "completion": "b" * (i % 3)} for i in range(9)]
-    path = write(tmp_path / "d.jsonl", *rows)
-    stats = load(path, num_rows=4).stats
-    assert (stats.rows, stats.dropped_rows) == (4, 2)
-    assert load(path, num_rows=4).examples[:] == load(path).examples[:4]
-    assert load(path, num_rows=100).stats.rows == 6
-
-
 def test_synthetic():
-    options = {"options": RowOptions(16, 50), "num_rows": 5}
+    options = {"options": RowOptions(16, 50)}
     train = load_examples("synthetic", None, **options)
-    assert [len(row["input_ids"]) for row in train.examples] == [16] * 5
-    assert train.stats.tokens == 80
-    assert train.stats.trained_tokens == 75
+    assert [len(row["input_ids"]) for row in train.examples] == [16] * 1024
+    assert train.stats.tokens == 1024 * 16
+    assert train.stats.trained_tokens == 1024 * 15
     ids = torch.tensor(train.examples["input_ids"][:])
     assert 0 <= ids.min() <= ids.max() < 50
     for row in train.examples:
@@ -602,7 +593,6 @@ def test_synthetic():
 
 
 def sample(**options):
-    options = {"num_rows": 20, **options}
     return load_examples("chitchat", byte_tokenizer(), RowOptions(256, 264), **options)
 
 
@@ -610,10 +600,13 @@ def sample(**options):
     not __import__("importlib.util").util.find_spec("chitchat_dataset"),
     reason="needs the package chitchat-dataset: make setup",
 )
-def test_sample():
+def test_sample(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    read = "liger_cli.data.sources.read_sample"
+    monkeypatch.setattr(read, lambda split: islice(read_sample(split), 20))
     train, evaluation = sample(), sample(split="eval")
     assert train.licence == "MIT"
-    assert train.stats.rows == 20
+    assert train.stats.rows + train.stats.dropped_rows == 20
     assert train.stats.columns == ("messages",)
     assert sample().examples[:] == train.examples[:]
     texts = [byte_tokenizer().decode(ids) for ids in train.examples["input_ids"]]
