@@ -42,6 +42,7 @@ from liger_cli.report.modules import (
     others_lines,
     unmet_requirements,
 )
+from liger_cli.report.tables import Table
 from liger_cli.report.values import (
     MIN_MEMORY_NOISE,
     MIN_SPEED_NOISE,
@@ -140,21 +141,7 @@ def show_report(
     console = make_console(stderr=as_json)
     if report.model is not None:
         print_line(console, _model_text(report.model))
-    # Without rows the coverage has neither backends nor reasons; the last line says the rest.
-    tables = [coverage_table(report)] if report.modules is not None else []
-    if details and report.modules:
-        tables.append(modules_table(report, verbose=verbose))
-    if report.sweep:
-        tables.append(sweep_table(report.sweep))
-    elif report.arms:
-        tables.append(arms_table(report))
-    if report.fits:
-        tables.append(fits_table(report.fits))
-    if report.asserted:
-        tables.append(asserted_table(report))
-    if (evaluated := eval_table(report)) is not None:
-        tables.append(evaluated)
-    for table in tables:
+    for table in _tables(report, details=details, verbose=verbose):
         console.print(table)
         console.print()
     lines = others_lines(report) + bench_notes(report)
@@ -173,6 +160,24 @@ def show_report(
         show_lines(f"wrote {html}", stderr=True)
     if as_json:
         sys.stdout.write(report.to_json() + "\n")
+
+
+def _tables(report: RunReport, *, details: bool, verbose: bool) -> list[Table]:
+    # Without rows the coverage has neither backends nor reasons; the last line says the rest.
+    tables = [coverage_table(report)] if report.modules is not None else []
+    if details and report.modules:
+        tables.append(modules_table(report, verbose=verbose))
+    if report.sweep:
+        tables.append(sweep_table(report.sweep))
+    elif report.arms:
+        tables.append(arms_table(report))
+    if report.fits:
+        tables.append(fits_table(report.fits))
+    if report.asserted:
+        tables.append(asserted_table(report))
+    if (evaluated := eval_table(report)) is not None:
+        tables.append(evaluated)
+    return tables
 
 
 def _model_text(model: Mapping[str, Any]) -> str:

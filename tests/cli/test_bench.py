@@ -21,7 +21,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import liger_cli.commands.bench.models.comparison as comparison
 from liger_cli.commands.bench.models.figures import compare_arms
-from liger_cli.commands.bench.models.plan import parse_bounds, parse_sizes, plan_bench
+from liger_cli.commands.bench.models.plan import BenchRequest, parse_bounds, parse_sizes, plan_bench
 from liger_cli.commands.bench.models.reasons import Facts, no_gain
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError, LigerError, OutOfMemory, RequirementFailed
@@ -239,10 +239,10 @@ def test_equal_code_is_never_called_slower_case_104(
 
 def test_defaults_of_the_device() -> None:
     config = RunConfig(model="mistral")
-    cpu = plan_bench(config, steps=None, repeats=None, has_gpu=False)
+    cpu = plan_bench(config, BenchRequest(), has_gpu=False)
     assert (cpu.config.per_device_train_batch_size, cpu.config.max_length) == (2, 512)
     assert (cpu.steps, cpu.repeats, cpu.config.dataset) == (3, 2, "synthetic")
-    gpu = plan_bench(config, steps=None, repeats=None, has_gpu=True)
+    gpu = plan_bench(config, BenchRequest(), has_gpu=True)
     assert (gpu.config.per_device_train_batch_size, gpu.config.max_length) == (8, 2048)
     assert (gpu.steps, gpu.repeats) == (20, 2)
     assert gpu.tolerance > cpu.tolerance
@@ -257,11 +257,11 @@ def test_what_the_user_says_is_kept() -> None:
         max_steps=3,
         use_cpu=True,
     )
-    plan = plan_bench(config, steps=None, repeats=None, has_gpu=True)
+    plan = plan_bench(config, BenchRequest(), has_gpu=True)
     assert plan.config == config
     assert (plan.steps, plan.repeats) == (3, 2)
     with pytest.raises(ConfigError, match="--steps and --max-steps"):
-        plan_bench(config, steps=4, repeats=None, has_gpu=False)
+        plan_bench(config, BenchRequest(steps=4), has_gpu=False)
 
 
 @pytest.mark.parametrize(

@@ -42,18 +42,12 @@ def command(
     """
     from liger_cli.commands.estimate.cards import find_card
     from liger_cli.commands.estimate.describe import describe_estimate
-    from liger_cli.errors import ConfigError, OutOfMemory
+    from liger_cli.errors import OutOfMemory
     from liger_cli.report import show_lines
     from liger_cli.report.estimate import show_estimate
 
-    sizes = {"per_device_train_batch_size": batch_size, "max_length": seq_len}
-    given = {key: size for key, size in sizes.items() if size is not None}
-    # A flag wins over a file and --set; of two flags for one key neither does.
-    for key in (key for key in given if context.params.get(key) is not None):
-        short = "--batch-size" if key.startswith("per") else "--seq-len"
-        raise ConfigError(f"{short} and {key} are the same; give one of them")
     report = describe_estimate(
-        config.model_copy(update=given),
+        _with_sizes(config, context, batch_size, seq_len),
         card=None if gpu is None else find_card(gpu),
         fit=fit,
         num_shards=fsdp,
@@ -66,3 +60,21 @@ def command(
     show_estimate(report, as_json=as_json)
     if report.card is not None and report.card.free < 0:
         raise OutOfMemory(f"it does not fit into {report.card.name}", is_reported=True)
+
+
+def _with_sizes(
+    config: RunConfig, context: typer.Context, batch_size: int | None, seq_len: int | None
+) -> RunConfig:
+    """Apply the short flags, which win over a file and --set.
+
+    Raises:
+        ConfigError: The flag of the key is given too.
+    """
+    from liger_cli.errors import ConfigError
+
+    sizes = {"per_device_train_batch_size": batch_size, "max_length": seq_len}
+    given = {key: size for key, size in sizes.items() if size is not None}
+    for key in (key for key in given if context.params.get(key) is not None):
+        short = "--batch-size" if key.startswith("per") else "--seq-len"
+        raise ConfigError(f"{short} and {key} are the same; give one of them")
+    return config.model_copy(update=given)

@@ -14,7 +14,7 @@ def command(
         str, typer.Option("--model", "-m", help="Preset, run, checkpoint, directory or hub id.")
     ],
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to go on with.")
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Text to continue.")
     ] = None,
     chat: Annotated[
         bool,
@@ -44,17 +44,10 @@ def command(
         bool, typer.Option("--json", help="One JSON document, when all is done.")
     ] = False,
 ) -> None:
-    """Go on with a prompt, or chat: one turn with --prompt, else a turn for every line of stdin."""
-    from liger_cli.commands.generate.conversation import generate
+    """Continue a prompt, or chat: one turn with --prompt, else a turn for every line of stdin."""
+    from liger_cli.commands.generate.conversation import Request, generate
     from liger_cli.commands.generate.text import Sampling
 
-    generate(
-        model,
-        Sampling(max_new_tokens, temperature, top_p, seed),
-        prompt=prompt,
-        is_chat=chat,
-        system=system,
-        dtype=dtype,
-        use_cpu=use_cpu,
-        as_json=as_json,
-    )
+    request = Request(prompt, chat, system)
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    generate(model, request, sampling, dtype=dtype, use_cpu=use_cpu, as_json=as_json)

@@ -1,10 +1,10 @@
-"""What `liger generate` does: a prompt or the turns of a chat, shown as they come."""
+"""The body of `liger generate`: a prompt or the turns of a chat, shown as they come."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,39 +17,55 @@ from liger_cli.report import notify, show_json
 from liger_cli.training.model.source import load_model, load_tokenizer, resolve_model
 from liger_cli.training.runtime.launch import quiet_libraries
 
-__all__ = ["generate"]
+__all__ = ["Request", "generate"]
 
 
-def generate(
-    model: str,
-    sampling: Sampling,
-    *,
-    prompt: str | None,
-    is_chat: bool,
-    system: str | None,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"],
-    use_cpu: bool,
-    as_json: bool,
-) -> None:
-    """Generates, and shows the text as it comes or one JSON document at the end.
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue, or a chat.
 
     Args:
-        model: As --model takes it, or the directory of a run.
-        prompt: A text to go on with; of a chat the user's only turn.
+        prompt: The text to continue; of a chat the user's only turn.
         is_chat: Whether the chat template is used; without a prompt the lines of stdin are turns.
         system: The first message of a chat.
 
     Raises:
-        LigerError: The model cannot be had, or the request does not go with it.
+        ConfigError: The prompt is missing, empty or not UTF-8, or system is set without a chat.
     """
-    if prompt is None and not is_chat:
-        raise ConfigError("give --prompt TEXT, or --chat to talk")
-    if system is not None and not is_chat:
-        raise ConfigError("--system is the first message of a chat: add --chat")
-    if prompt is not None and not prompt.strip():
-        raise ConfigError("--prompt is empty: there is nothing to go on with")
-    for text in (prompt, system):
-        _check(text or "")
+
+    prompt: str | None = None
+    is_chat: bool = False
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompt is None and not self.is_chat:
+            raise ConfigError("give --prompt TEXT, or --chat to talk")
+        if self.system is not None and not self.is_chat:
+            raise ConfigError("--system is the first message of a chat: add --chat")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ConfigError("--prompt is empty: there is nothing to continue")
+        for text in (self.prompt, self.system):
+            _check(text or "")
+
+
+def generate(
+    model: str,
+    request: Request,
+    sampling: Sampling,
+    *,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"],
+    use_cpu: bool,
+    as_json: bool,
+) -> None:
+    """Generate, and show the text as it comes or one JSON document at the end.
+
+    Args:
+        model: As --model takes it, or the directory of a run.
+
+    Raises:
+        LigerError: The model cannot be loaded, or has no chat template for a chat.
+    """
+    prompt, is_chat, system = request.prompt, request.is_chat, request.system
     loaded, tokenizer = _load(model, is_chat, sampling.seed, dtype, use_cpu)
     generator = Generator(loaded, tokenizer, sampling, _ignore if as_json else _write)
     messages = [] if system is None else [{"role": "system", "content": system}]
@@ -57,7 +73,7 @@ def generate(
     for turn in _lines() if prompt is None else [prompt]:
         messages.append({"role": "user", "content": turn})
         try:
-            answer = generator.answer(messages) if is_chat else generator.go_on(turn)
+            answer = generator.answer(messages) if is_chat else generator.complete(turn)
         except KeyboardInterrupt:
             # What follows is not a part of the text.
             generator.on_text("\n")
@@ -80,7 +96,7 @@ def _load(model: str, is_chat: bool, seed: int, dtype: str, use_cpu: bool) -> tu
     if is_chat and not tokenizer.chat_template:
         raise ConfigError(
             f"the tokenizer of {model} has no chat template",
-            hint="--prompt without --chat goes on with the text as it is.",
+            hint="--prompt without --chat continues the text as it is.",
         )
     if source.kind in ("random", "config") and source.adapter is None:
         notify(f"{model} has random weights: its text means nothing")

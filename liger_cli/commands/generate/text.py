@@ -46,7 +46,7 @@ class Generator:
         tokenizer: That goes with it.
         sampling: How tokens are drawn. What else the model's generation_config says, such as a
             penalty of repetitions, holds too.
-        on_text: Told every piece of text as it is known.
+        on_text: Called with every piece of text as soon as it is known.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Generator:
         )
         torch.manual_seed(sampling.seed)
 
-    def go_on(self, prompt: str) -> Answer:
+    def complete(self, prompt: str) -> Answer:
         """Return what comes after a text.
 
         Raises:
@@ -92,7 +92,7 @@ class Generator:
         """
         try:
             text = render_chat(self._tokenizer, messages, prompt=True)
-        # A template is a program of its own, which may refuse a system message.
+        # A template is a program, which may refuse a system message.
         except Exception as error:
             raise ConfigError(f"the model's chat template: {error}") from error
         return self._generate(self._ids(text, add_special_tokens=False))
@@ -133,7 +133,7 @@ class Generator:
     def _check(self, prompt: list[int]) -> None:
         """Raise a ConfigError for tokens that the model has no place for."""
         if not prompt:
-            raise ConfigError("the prompt has no tokens: there is nothing to go on with")
+            raise ConfigError("the prompt has no tokens: there is nothing to continue")
         vocabulary = self._model.get_input_embeddings().num_embeddings
         if max(prompt) >= vocabulary:
             raise ConfigError(
@@ -150,7 +150,7 @@ class Generator:
 
 
 class _Streamer(TextStreamer):
-    """Hands on the new text, and only whole words of it."""
+    """Stream the new text by whole words."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from liger_cli.commands.merge.merge import Merged
 
 __all__ = ["command"]
 
@@ -28,14 +31,12 @@ def command(
 ) -> None:
     """Put an adapter into its base model: safetensors, configuration and tokenizer."""
     import os
-    from dataclasses import asdict
 
     import torch
 
     from liger_cli.commands.merge.merge import merge_adapter
-    from liger_cli.common.numbers import format_count
     from liger_cli.errors import ConfigError
-    from liger_cli.report import notify, show_json, show_lines
+    from liger_cli.report import notify
     from liger_cli.training.model.source import resolve_model
     from liger_cli.training.runtime.launch import quiet_libraries
 
@@ -52,6 +53,15 @@ def command(
         dtype=None if dtype == "auto" else getattr(torch, dtype),
         notify=notify,
     )
+    _show(merged, as_json=as_json)
+
+
+def _show(merged: Merged, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from liger_cli.common.numbers import format_count
+    from liger_cli.report import notify, show_json, show_lines
+
     if as_json:
         show_json({"command": "merge", **asdict(merged)})
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ from liger_kernels.compare import check_op
 from liger_kernels.ops.launch import backend
 from liger_kernels.ops.registry import OPS
 from liger_kernels.transformers.api import apply_liger_kernel, inspect_model
-from liger_kernels.transformers.patching.plan import LOSSES, build_plan, resolve_ops
+from liger_kernels.transformers.patching.engine import PatchRecord
+from liger_kernels.transformers.patching.plan import LOSSES, PatchPlan, build_plan, resolve_ops
 
 __all__ = ["require_right", "verify"]
 
@@ -37,12 +39,24 @@ _TRUTHS = {"fp64": torch.float64, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class _Truth:
-    """What errors are measured against, on the host, and how far eager is from it."""
+    """The outcome that errors are measured against, on the host.
+
+    Attributes:
+        name: fp64, fp32 or eager.
+        eager: How far the stock model is from it; None where the truth is the stock model itself.
+        dtype, device: Of the model that is verified.
+    """
 
     name: str
     values: Mapping[str, torch.Tensor]
-    # None where the truth is eager itself.
     eager: Mapping[str, float] | None
+    dtype: torch.dtype
+    device: torch.device
+
+    def judge(self, values: Mapping[str, torch.Tensor]) -> list[TensorPart]:
+        """Judge the error of each tensor of an outcome."""
+        errors = errors_of(values, self.values, norm)
+        return judge(errors, self.eager, _TIMES, self.dtype, self.device)
 
 
 def verify(
@@ -54,55 +68,29 @@ def verify(
     seed: int,
     notify: Callable[[str], None],
 ) -> VerifyReport:
-    """Return what is right and what is not; a wrong result is a value here, not an error.
+    """Verify the ops and a model, patched against stock; a wrong result is a value, not an error.
 
     Args:
-        source: The model.
-        ops: As `--ops` takes them. What auto would leave out on this device fails.
-        dtype: Of the parameters.
-        device: Where everything runs.
+        ops: As `--ops` takes them. An op that auto would leave out on this device fails.
         seed: Of random weights and of the batch.
-        notify: Told what is under way.
+        notify: Called with a line before each part.
 
     Raises:
-        OutOfMemory: The model does not fit on a CPU.
-        LigerError: It cannot be had.
+        LigerError: The model cannot be loaded, or does not fit on a CPU.
     """
     began = time.monotonic()
-    model = load_model(source, dtype=dtype, device=device, seed=seed, notify=notify)
-    if source.adapter is not None:
-        # It comes frozen, for use; training is what is compared.
-        model.set_adapter(model.active_adapter)
-    _check_host_memory(model, device)
-    _turn_off_dropout(model)
+    model = _load(source, dtype, device, seed, notify)
     plan = inspect_model(model, ops)
-    names = {op for op in plan.coverage if op in plan.ops}
-    used = [op.name for op in OPS.values() if names & set(op.patch_names)]
+    used = _used_ops(plan)
     op_parts = _check_ops(model, ops, used, device)
     batch = _batch(model, device, seed)
     notify("the stock model ...")
     truth = _truth(model, batch, dtype, notify)
-
-    def against_truth(values: Mapping[str, torch.Tensor]) -> list[TensorPart]:
-        return judge(errors_of(values, truth.values, norm), truth.eager, _TIMES, dtype, device)
-
-    modules: list[ModulePart] = []
-    for patch in (patch for patch in plan.patches if patch.op in LOSSES):
-        notify(f"{patch.op} alone ...")
-        record = apply_liger_kernel(model, patch.op)
-        tensor = max(against_truth(_outcome(model, batch)), key=lambda part: part.share)
-        record.undo()
-        modules.append(
-            ModulePart(name=patch.name, module_class=patch.module_class, op=patch.op, tensor=tensor)
-        )
+    losses = _losses_alone(model, plan, batch, truth, notify)
     notify("the patched model ...")
     record = apply_liger_kernel(model, ops)
-    whole = {part.name: part for part in against_truth(_outcome(model, batch))}
-    model.train()
-    inputs = {"input_ids": batch["input_ids"], "use_cache": False}
-    modules = compare_modules(model, record, lambda: model(**inputs), seed) + modules
-    gradients = [part for name, part in whole.items() if name.startswith(GRADIENT)]
-    tensors = [*whole.values(), *(part.tensor for part in modules if part.tensor is not None)]
+    whole, modules = _judge_patched(model, record, batch, truth, seed)
+    modules += losses
     return VerifyReport(
         model=describe_model(source, model, plan),
         environment=environment(),
@@ -117,11 +105,79 @@ def verify(
         modules=modules,
         loss=whole["loss"],
         logits=whole["logits"],
-        gradients=gradients,
+        gradients=[part for name, part in whole.items() if name.startswith(GRADIENT)],
         worst=_worst(modules, whole.values()),
-        ok=all(part.ok for part in op_parts if part.op in used)
-        and all(part.ok for part in tensors),
+        ok=_is_right(op_parts, used, whole.values(), modules),
     )
+
+
+def _load(
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    notify: Callable[[str], None],
+) -> Any:
+    """Load the model for training, without dropout.
+
+    Raises:
+        OutOfMemory: A CPU has too little memory for its weights and gradients.
+    """
+    model: Any = load_model(source, dtype=dtype, device=device, seed=seed, notify=notify)
+    if source.adapter is not None:
+        # It comes frozen, for use; training is what is compared.
+        model.set_adapter(model.active_adapter)
+    _check_host_memory(model, device)
+    _turn_off_dropout(model)
+    return model
+
+
+def _used_ops(plan: PatchPlan) -> list[str]:
+    names = {op for op in plan.coverage if op in plan.ops}
+    return [op.name for op in OPS.values() if names & set(op.patch_names)]
+
+
+def _judge_patched(
+    model: Any, record: PatchRecord, batch: Mapping[str, torch.Tensor], truth: _Truth, seed: int
+) -> tuple[dict[str, TensorPart], list[ModulePart]]:
+    """Judge the outcome of the patched model by tensor, and each patched module alone."""
+    whole = {part.name: part for part in truth.judge(_outcome(model, batch))}
+    model.train()
+    run = functools.partial(model, input_ids=batch["input_ids"], use_cache=False)
+    return whole, compare_modules(model, record, run, seed)
+
+
+def _is_right(
+    ops: Iterable[OpPart],
+    used: Sequence[str],
+    whole: Iterable[TensorPart],
+    modules: Iterable[ModulePart],
+) -> bool:
+    return (
+        all(part.ok for part in ops if part.op in used)
+        and all(part.ok for part in whole)
+        and all(part.tensor is None or part.tensor.ok for part in modules)
+    )
+
+
+def _losses_alone(
+    model: Any,
+    plan: PatchPlan,
+    batch: Mapping[str, torch.Tensor],
+    truth: _Truth,
+    notify: Callable[[str], None],
+) -> list[ModulePart]:
+    """Patch the loss of each plan alone, and judge the whole model with it."""
+    parts: list[ModulePart] = []
+    for patch in (patch for patch in plan.patches if patch.op in LOSSES):
+        notify(f"{patch.op} alone ...")
+        record = apply_liger_kernel(model, patch.op)
+        tensor = max(truth.judge(_outcome(model, batch)), key=lambda part: part.share)
+        record.undo()
+        parts.append(
+            ModulePart(name=patch.name, module_class=patch.module_class, op=patch.op, tensor=tensor)
+        )
+    return parts
 
 
 def require_right(report: VerifyReport) -> None:
@@ -216,7 +272,8 @@ def _truth(
     dtype: torch.dtype,
     notify: Callable[[str], None],
 ) -> _Truth:
-    """The stock model in the highest precision that fits, and its error as it is."""
+    """Compute the stock model in the highest precision that fits, and its own error."""
+    device = batch["input_ids"].device
     for name, precision in _TRUTHS.items():
         if precision.itemsize <= dtype.itemsize or not _may_fit(model, precision):
             continue
@@ -227,8 +284,9 @@ def _truth(
             notify(f"the stock model does not fit in {name}")
             torch.cuda.empty_cache()
             continue
-        return _Truth(name, values, errors_of(_outcome(model, batch), values, norm))
-    return _Truth("eager", _to_host(_outcome(model, batch)), None)
+        errors = errors_of(_outcome(model, batch), values, norm)
+        return _Truth(name, values, errors, dtype, device)
+    return _Truth("eager", _to_host(_outcome(model, batch)), None, dtype, device)
 
 
 def _may_fit(model: Any, precision: torch.dtype) -> bool:

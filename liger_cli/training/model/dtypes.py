@@ -1,4 +1,4 @@
-"""The dtypes of parameters: what a run wants, and what the files of a model hold."""
+"""The device and the dtypes of parameters, those of a run and those in the files of a model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 from liger_cli.common.readers import MAX_BYTES, parse_json
 from liger_cli.config import RunConfig
-from liger_cli.errors import ConfigError
+from liger_cli.errors import ConfigError, EnvironmentProblem
 from liger_cli.training.model.demo_model import converted_model
 from liger_cli.training.model.presets import ModelSource
 
-__all__ = ["choose_dtype", "parameter_dtype", "stored_dtype"]
+__all__ = ["check_device", "choose_dtype", "parameter_dtype", "stored_dtype"]
 
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -78,3 +78,18 @@ def _largest_part(folder: Path) -> str | None:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is no file of safetensors: {error}") from error
     return max(sizes, key=lambda name: sizes[name]) if sizes else None
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """Return a device that can hold a tensor.
+
+    Raises:
+        EnvironmentProblem: It cannot.
+    """
+    try:
+        checked = torch.device(device)
+        torch.empty(0, device=checked)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise EnvironmentProblem(f"device {device} cannot be used: {first_line}") from error
+    return checked

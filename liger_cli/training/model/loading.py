@@ -55,7 +55,7 @@ def load_patched(
         device=device,
         seed=config.seed,
         attn_implementation=config.attn_implementation,
-        quantization=quantization(config, source, device),
+        quantization_config=quantization(config, source, device),
         trains_adapter=True,
         notify=notify,
     )

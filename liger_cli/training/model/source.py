@@ -15,10 +15,10 @@ import torch
 
 from liger_cli.common.hub import fetch_config, loading_error
 from liger_cli.common.readers import check_regular_files, expand_path, read_json
-from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
+from liger_cli.errors import ConfigError, LigerError
 from liger_cli.training.model.adapters import ADAPTER_CONFIG, find_base, load_adapter, with_adapter
 from liger_cli.training.model.demo_model import converted_model
-from liger_cli.training.model.dtypes import choose_dtype
+from liger_cli.training.model.dtypes import check_device, choose_dtype
 from liger_cli.training.model.presets import ModelSource, list_presets, preset_names, read_preset
 from liger_cli.training.model.run_models import find_run_model
 from liger_cli.training.model.tokenizers import load_tokenizer
@@ -160,10 +160,9 @@ def load_model(
     dtype: Literal["auto"] | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     seed: int = 0,
-    attn_implementation: str | None = None,
-    quantization: Any = None,
     trains_adapter: bool = False,
     notify: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """Return the model with its weights, on the device, in evaluation mode.
 
@@ -175,13 +174,13 @@ def load_model(
         dtype: Of the parameters; "auto" is bfloat16 on an accelerator that has it, else float32.
         device: Where the parameters go.
         seed: Of random weights.
-        attn_implementation: As in transformers. None leaves the choice to it, but takes eager
-            attention where scores are capped.
-        quantization: The quantization_config of transformers, for weights that are never trained.
         trains_adapter: Whether the adapter of the source, if any, is run under autocast and may be
             trained; else it is frozen.
-        notify: Told of a conversion, of missing weights, and of what a model needed to run at all;
-            logged as warnings otherwise.
+        notify: Called with a line on a conversion, on missing weights and on a fix without which
+            the model would not run; by default they are logged as warnings.
+        options: attn_implementation and quantization_config of transformers; None is the same as
+            absent. By default attention is eager where scores are capped, else transformers'
+            choice.
 
     Raises:
         EnvironmentProblem: The demo package is missing, the device too, or the hub is out of reach.
@@ -189,23 +188,15 @@ def load_model(
     """
     from liger_kernels.transformers.patching.upstream_fixes import repair_model
 
-    device = _check_device(device)
-    options: dict[str, Any] = {"dtype": choose_dtype(dtype, device)}
+    device = check_device(device)
     config = _make_config(source)
-    attn_implementation = attn_implementation or _attention_of(config)
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    if quantization is not None:
-        options["quantization_config"] = quantization
+    options = {"attn_implementation": _attention_of(config), **_without_none(options)}
+    options = {"dtype": choose_dtype(dtype, device), **_without_none(options)}
     tell = notify or _log.warning
     if source.kind in ("random", "config"):
         model = _build_random(source, config, device, seed, options)
     else:
-        if source.kind == "package":
-            place = str(converted_model(source, notify))
-        else:
-            place = str(source.path or source.name)
-            _check_weights(source)
+        place = _find_weights(source, notify)
         model = _load_weights(place, source, config, device, options, tell)
     # Whether or not anything is patched later: the stock model could not run.
     if (repair := repair_model(model)) is not None:
@@ -349,6 +340,18 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
             generator.set_state(state)
 
 
+def _find_weights(source: ModelSource, notify: Callable[[str], None] | None) -> str:
+    """Return the directory or hub name that transformers loads a source from."""
+    if source.kind == "package":
+        return str(converted_model(source, notify))
+    _check_weights(source)
+    return str(source.path or source.name)
+
+
+def _without_none(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _load_weights(
     place: str,
     source: ModelSource,
@@ -388,13 +391,3 @@ def _check_weights(source: ModelSource) -> None:
 
 def _holds(path: Path, patterns: tuple[str, ...]) -> bool:
     return any(next(path.glob(pattern), None) for pattern in patterns)
-
-
-def _check_device(device: str | torch.device) -> torch.device:
-    try:
-        checked = torch.device(device)
-        torch.empty(0, device=checked)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise EnvironmentProblem(f"device {device} cannot be used: {first_line}") from error
-    return checked

@@ -55,24 +55,15 @@ def command(
     import torch
 
     from liger_cli.commands.bench.models.comparison import run_bench
-    from liger_cli.commands.bench.models.plan import plan_bench
+    from liger_cli.commands.bench.models.plan import BenchRequest, plan_bench
     from liger_cli.commands.bench.models.summary import require_bounds
     from liger_cli.common.outputs import check_files
     from liger_cli.report import show_lines, show_report
 
-    plan = plan_bench(
-        config,
-        steps=steps,
-        repeats=repeats,
-        has_gpu=torch.cuda.is_available(),
-        against=against,
-        ablate=ablate,
-        seq=seq,
-        batch=batch,
-        bounds=bounds,
-        peer_python=peer_python,
-        peer_path=peer_path,
+    request = BenchRequest(
+        steps, repeats, against, ablate, seq, batch, bounds, peer_python, peer_path
     )
+    plan = plan_bench(config, request, has_gpu=torch.cuda.is_available())
     check_files({"--html": html})
     show_lines(plan.summary, stderr=True)
     report = run_bench(plan, on_run=lambda text: show_lines(text, stderr=True))

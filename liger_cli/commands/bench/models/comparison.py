@@ -50,6 +50,15 @@ class _Runs:
     error: str | None = None
 
 
+@dataclass
+class _Measured:
+    """Every size with its arms, a run of the patched one, and whether nobody stopped it."""
+
+    points: list[SweepPoint]
+    patched: ArmResult
+    is_whole: bool
+
+
 def run_bench(plan: BenchPlan, *, on_run: Callable[[str], None]) -> RunReport:
     """Return the report of a comparison.
 
@@ -74,10 +83,16 @@ def run_bench(plan: BenchPlan, *, on_run: Callable[[str], None]) -> RunReport:
         if peer is not None:
             peer.require(PEER_PACKAGE)
         specs = _specs(plan, source, peer)
-        points, patched, is_whole = _measure(plan, specs, source, on_run)
-    shown = _largest_compared(points, plan.against[0])
-    first = shown.against.get(plan.against[0])
-    to_eager = shown.against.get(EAGER)
+        measured = _measure(plan, specs, source, on_run)
+    return _report(plan, source, specs, measured)
+
+
+def _report(
+    plan: BenchPlan, source: ModelSource, specs: Sequence[ArmSpec], measured: _Measured
+) -> RunReport:
+    points, base = measured.points, plan.against[0]
+    shown = _largest_compared(points, base)
+    first = shown.against.get(base)
     model = build_meta_model(source)
     return RunReport(
         command="bench",
@@ -88,13 +103,9 @@ def run_bench(plan: BenchPlan, *, on_run: Callable[[str], None]) -> RunReport:
             "repeats": plan.repeats,
         },
         environment=environment(),
-        coverage=patched.coverage,
-        modules=patched.modules,
-        gain=None
-        if to_eager is None
-        else GainPart(
-            source="measured", speed=to_eager.ratios.speed, memory=to_eager.ratios.memory
-        ),
+        coverage=measured.patched.coverage,
+        modules=measured.patched.modules,
+        gain=_gain(shown),
         arms=shown.arms,
         ratios=first.ratios if first else None,
         parity=first.parity if first else None,
@@ -102,9 +113,17 @@ def run_bench(plan: BenchPlan, *, on_run: Callable[[str], None]) -> RunReport:
         ablation=_ablation(shown) if plan.ablate else None,
         sweep=points if plan.is_sweep else None,
         fits=find_fits(points, [spec.name for spec in specs]) if plan.is_sweep else None,
-        asserted=judge_bounds(plan.bounds, points, plan.against[0]) if plan.bounds else None,
-        interrupted=None if is_whole else True,
+        asserted=judge_bounds(plan.bounds, points, base) if plan.bounds else None,
+        interrupted=None if measured.is_whole else True,
     )
+
+
+def _gain(shown: SweepPoint) -> GainPart | None:
+    to_eager = shown.against.get(EAGER)
+    if to_eager is None:
+        return None
+    ratios = to_eager.ratios
+    return GainPart(source="measured", speed=ratios.speed, memory=ratios.memory)
 
 
 def _specs(plan: BenchPlan, source: ModelSource, peer: PeerInterpreter | None) -> list[ArmSpec]:
@@ -133,8 +152,8 @@ def _measure(
     specs: Sequence[ArmSpec],
     source: ModelSource,
     on_run: Callable[[str], None],
-) -> tuple[list[SweepPoint], ArmResult, bool]:
-    """Every size with its arms, a run of the patched one, and whether nobody stopped it."""
+) -> _Measured:
+    """Run every arm at every size."""
     config = plan.config
     lengths = plan.sequence_lengths or (config.max_length,)
     batches = plan.batch_sizes or (config.per_device_train_batch_size,)
@@ -155,7 +174,7 @@ def _measure(
             break
     if patched is None:
         raise OutOfMemory("the patched run is out of memory at every size")
-    return points, patched, is_whole
+    return _Measured(points, patched, is_whole)
 
 
 def _known_error(points: Iterable[SweepPoint], name: str, size: Mapping[str, int]) -> str | None:
@@ -223,6 +242,7 @@ def _run_rounds(
 def _point(
     plan: BenchPlan, source: ModelSource, config: RunConfig, runs: Mapping[str, _Runs]
 ) -> SweepPoint:
+    """Compare the runs of one size."""
     arms = {
         name: merge_runs(name, found.results)
         if found.results
@@ -239,33 +259,11 @@ def _point(
             modules=patched[0].modules,
         )
     against: dict[str, AgainstPart] = {}
-
-    def compare(base: str, arm: str) -> AgainstPart | None:
-        if not (runs[base].results and runs[arm].results):
-            return None
-        both = (runs[base].results, runs[arm].results)
-        # An allocator's peak is the same in equal runs; a process's is not.
-        least = MIN_MEMORY_NOISE
-        ratios, parity = compare_arms(
-            arms[base],
-            arms[arm],
-            tolerance=plan.tolerance,
-            grad_norm_tolerance=plan.grad_norm_tolerance,
-            noise=noise_of(both, "tokens_per_s", MIN_SPEED_NOISE),
-            memory_noise=least if plan.on_gpu else noise_of(both, "peak_memory_bytes", least),
-        )
-        patches = runs[arm].results[0].coverage.values()
-        is_same = base == EAGER and not any(counts["patched"] for counts in patches)
-        words = [verdict(ratios, parity, names=(arm, base), is_same_code=is_same)]
-        if facts is not None and arm == PATCHED and not is_same:
-            words += no_gain(ratios, facts, arms[base])
-        return AgainstPart(ratios=ratios, parity=parity, verdict="; ".join(words))
-
     for name in runs:
         is_alone = name.startswith(f"{EAGER}+")
-        part = compare(EAGER, name) if is_alone else compare(name, PATCHED)
-        if name != PATCHED and part is not None:
-            against[name] = part
+        base, arm = (EAGER, name) if is_alone else (name, PATCHED)
+        if name != PATCHED and runs[base].results and runs[arm].results:
+            against[name] = _compare(plan, runs, arms[base], arms[arm], facts)
     # The side that all are measured against comes first, the patched one beside it.
     order = dict.fromkeys((plan.against[0], PATCHED, *runs))
     return SweepPoint(
@@ -274,6 +272,29 @@ def _point(
         arms=[arms[name] for name in order],
         against=against,
     )
+
+
+def _compare(
+    plan: BenchPlan, runs: Mapping[str, _Runs], base: Arm, arm: Arm, facts: Facts | None
+) -> AgainstPart:
+    """Compare an arm with a base at one size, and say in words how they differ."""
+    both = (runs[base.name].results, runs[arm.name].results)
+    # An allocator's peak is the same in equal runs; a process's is not.
+    least = MIN_MEMORY_NOISE
+    ratios, parity = compare_arms(
+        base,
+        arm,
+        tolerance=plan.tolerance,
+        grad_norm_tolerance=plan.grad_norm_tolerance,
+        noise=noise_of(both, "tokens_per_s", MIN_SPEED_NOISE),
+        memory_noise=least if plan.on_gpu else noise_of(both, "peak_memory_bytes", least),
+    )
+    patches = runs[arm.name].results[0].coverage.values()
+    is_same = base.name == EAGER and not any(counts["patched"] for counts in patches)
+    words = [verdict(ratios, parity, names=(arm.name, base.name), is_same_code=is_same)]
+    if facts is not None and arm.name == PATCHED and not is_same:
+        words += no_gain(ratios, facts, base)
+    return AgainstPart(ratios=ratios, parity=parity, verdict="; ".join(words))
 
 
 def _largest_compared(points: Sequence[SweepPoint], base: str) -> SweepPoint:

@@ -1,4 +1,4 @@
-"""What `liger bench` is asked for: sides, sizes, bounds, and the defaults of the device."""
+"""The plan of `liger bench`: sides, sizes, bounds, and the defaults of the device."""
 
 from __future__ import annotations
 
@@ -15,8 +15,16 @@ from liger_cli.errors import ConfigError
 from liger_cli.training.runtime.peer_interpreter import PeerInterpreter
 from liger_cli.training.runtime.peer_patch import PEER
 
-__all__ = ["AGAINST", "BenchPlan", "Bound", "check_against", "parse_bounds", "parse_sizes"]
-__all__ += ["plan_bench"]
+__all__ = [
+    "AGAINST",
+    "BenchPlan",
+    "BenchRequest",
+    "Bound",
+    "check_against",
+    "parse_bounds",
+    "parse_sizes",
+    "plan_bench",
+]
 
 # What a patched model can be compared with.
 AGAINST = ("eager", "compile", "patched+compile", PEER)
@@ -50,6 +58,29 @@ class Bound:
     def holds(self, found: float | None) -> bool:
         """Return whether a figure is within; one that was not measured is not."""
         return found is not None and _OPERATORS[self.operator](found, self.limit)
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """The flags of `liger bench` that are not keys of the configuration, as they were written.
+
+    Attributes:
+        steps, repeats: None takes the default of the device.
+        against: Names of AGAINST with commas between.
+        seq, batch: Sizes of a sweep, as parse_sizes reads them.
+        bounds: As parse_bounds reads them.
+        peer_python, peer_path: Where the peer is installed.
+    """
+
+    steps: int | None = None
+    repeats: int | None = None
+    against: str = "eager"
+    ablate: bool = False
+    seq: str | None = None
+    batch: str | None = None
+    bounds: str | None = None
+    peer_python: Path | None = None
+    peer_path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -169,39 +200,59 @@ def _positive(text: str) -> float | None:
     return value if math.isfinite(value) and value > 0 else None
 
 
-def plan_bench(
-    config: RunConfig,
-    *,
-    steps: int | None,
-    repeats: int | None,
-    has_gpu: bool,
-    against: str = "eager",
-    ablate: bool = False,
-    seq: str | None = None,
-    batch: str | None = None,
-    bounds: str | None = None,
-    peer_python: Path | None = None,
-    peer_path: Path | None = None,
-) -> BenchPlan:
-    """Return the comparison with the defaults of the device for what the user left open.
+def plan_bench(config: RunConfig, request: BenchRequest, *, has_gpu: bool) -> BenchPlan:
+    """Return the comparison, with the defaults of the device for all that is not set.
 
-    A CPU gets 2 x 512 tokens and 3 steps a run; a GPU 8 x 2048 and 20. Two runs of each arm tell
-    what the machine's noise is; a sweep, which asks what fits, has one.
+    A CPU gets 2 x 512 tokens and 3 steps a run; a GPU 8 x 2048 and 20. Each arm runs twice, which
+    shows the noise of the machine; in a sweep, which finds the sizes that fit, once.
 
     Raises:
-        ConfigError: Something is written wrong, given twice, or does not go together.
+        ConfigError: A flag cannot be read, is given twice, or conflicts with another.
     """
-    names = check_against(against)
+    names = check_against(request.against)
+    _check_request(config, request, names)
+    on_gpu = has_gpu and not config.use_cpu
+    config = _with_defaults(config, on_gpu)
+    if request.seq is not None and config.dataset != "synthetic" and not config.packing:
+        raise ConfigError(
+            f"--seq: the rows of {config.dataset} differ in length",
+            hint="--packing fills rows of that length; without --dataset they are synthetic.",
+        )
+    lengths: tuple[int, ...] = ()
+    batch_sizes: tuple[int, ...] = ()
+    is_sweep = request.seq is not None or request.batch is not None
+    if is_sweep:
+        lengths = _sizes("--seq", request.seq, config.max_length)
+        batch_sizes = _sizes("--batch", request.batch, config.per_device_train_batch_size)
+    max_steps = config.max_steps if config.max_steps > 0 else None
+    return BenchPlan(
+        config=config,
+        steps=request.steps or max_steps or (20 if on_gpu else 3),
+        repeats=request.repeats or (1 if is_sweep else 2),
+        tolerance=_tolerance(config, on_gpu),
+        on_gpu=on_gpu,
+        against=names,
+        ablate=request.ablate,
+        sequence_lengths=lengths,
+        batch_sizes=batch_sizes,
+        bounds=parse_bounds(request.bounds) if request.bounds is not None else (),
+        peer_python=request.peer_python,
+        peer_path=request.peer_path,
+    )
+
+
+def _check_request(config: RunConfig, request: BenchRequest, names: tuple[str, ...]) -> None:
+    """Check that no flag repeats a key, and that no key changes the sides unevenly."""
     is_set = config.model_fields_set
-    if steps is not None and config.max_steps > 0:
+    if request.steps is not None and config.max_steps > 0:
         raise ConfigError("--steps and --max-steps are the same; give one of them")
-    if seq is not None and "max_length" in is_set:
+    if request.seq is not None and "max_length" in is_set:
         raise ConfigError("--seq and --max-length are the same; give one of them")
-    if batch is not None and "per_device_train_batch_size" in is_set:
+    if request.batch is not None and "per_device_train_batch_size" in is_set:
         raise ConfigError(
             "--batch and --per-device-train-batch-size are the same; give one of them"
         )
-    if (peer_python or peer_path) and PEER not in names:
+    if (request.peer_python or request.peer_path) and PEER not in names:
         raise ConfigError(
             f"--peer-python and --peer-path say where {PEER} is, which is not to be compared with",
             hint=f"--against eager,{PEER} compares with it too.",
@@ -217,35 +268,23 @@ def plan_bench(
             hint="--no-auto-fit; a side that is out of memory is a result, and --batch finds what "
             "fits.",
         )
-    on_gpu = has_gpu and not config.use_cpu
+
+
+def _with_defaults(config: RunConfig, on_gpu: bool) -> RunConfig:
     defaults = {
         "dataset": "synthetic",
         "per_device_train_batch_size": 8 if on_gpu else 2,
         "max_length": 2048 if on_gpu else 512,
     }
-    left_open = {key: value for key, value in defaults.items() if key not in is_set}
-    config = config.model_copy(update=left_open)
-    if seq is not None and config.dataset != "synthetic" and not config.packing:
-        raise ConfigError(
-            f"--seq: rows of {config.dataset} have lengths of their own",
-            hint="--packing fills rows of that length; without --dataset they are synthetic.",
-        )
-    sweeps = seq is not None or batch is not None
-    lengths = parse_sizes("--seq", seq) if seq is not None else (config.max_length,)
-    batch_sizes = parse_sizes("--batch", batch) if batch is not None else None
+    is_set = config.model_fields_set
+    return config.model_copy(update={k: v for k, v in defaults.items() if k not in is_set})
+
+
+def _sizes(flag: str, text: str | None, size: int) -> tuple[int, ...]:
+    return (size,) if text is None else parse_sizes(flag, text)
+
+
+def _tolerance(config: RunConfig, on_gpu: bool) -> float:
     is_auto_bf16 = config.dtype == "auto" and on_gpu
     is_low_precision = config.bf16 or config.fp16 or is_auto_bf16 or "16" in config.dtype
-    return BenchPlan(
-        config=config,
-        steps=steps or (config.max_steps if config.max_steps > 0 else 20 if on_gpu else 3),
-        repeats=repeats or (1 if sweeps else 2),
-        tolerance=_TOLERANCE_LOW_PRECISION if is_low_precision else _TOLERANCE_FP32,
-        on_gpu=on_gpu,
-        against=names,
-        ablate=ablate,
-        sequence_lengths=lengths if sweeps else (),
-        batch_sizes=(batch_sizes or (config.per_device_train_batch_size,)) if sweeps else (),
-        bounds=parse_bounds(bounds) if bounds is not None else (),
-        peer_python=peer_python,
-        peer_path=peer_path,
-    )
+    return _TOLERANCE_LOW_PRECISION if is_low_precision else _TOLERANCE_FP32

@@ -10,40 +10,33 @@ import typer
 __all__ = ["command"]
 
 
+def _option(name: str, text: str, metavar: str | None = None, **more: object) -> object:
+    return typer.Option(name, metavar=metavar, help=text, **more)  # type: ignore[arg-type]
+
+
 def command(
-    ops: Annotated[
-        str | None, typer.Option("--ops", metavar="LIST", help="Ops to measure; all by default.")
-    ] = None,
+    ops: Annotated[str | None, _option("--ops", "Ops to measure; all by default.", "LIST")] = None,
     shapes: Annotated[
-        str | None,
-        typer.Option(
-            "--shapes", metavar="LIST", help="Shapes to measure, as the tables show them."
-        ),
+        str | None, _option("--shapes", "Shapes to measure, as the tables show them.", "LIST")
     ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="The first shape of each op, in one round.")
-    ] = False,
+    quick: Annotated[bool, _option("--quick", "The first shape of each op, in one round.")] = False,
     compiled: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Compare with torch.compile, or not.")
+        bool, _option("--compile/--no-compile", "Compare with torch.compile, or not.")
     ] = True,
     rounds: Annotated[
-        int | None, typer.Option("--rounds", min=1, help="Turns that each side takes (default 3).")
+        int | None, _option("--rounds", "Turns that each side takes (default 3).", min=1)
     ] = None,
     peer_python: Annotated[
-        Path | None,
-        typer.Option("--peer-python", metavar="FILE", help="Python that has liger-kernel."),
+        Path | None, _option("--peer-python", "Python that has liger-kernel.", "FILE")
     ] = None,
     peer_path: Annotated[
-        Path | None,
-        typer.Option("--peer-path", metavar="DIR", help="Folder that liger-kernel is in."),
+        Path | None, _option("--peer-path", "Folder that liger-kernel is in.", "DIR")
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option("--markdown", metavar="FILE", help="Also write the tables there.")
+        Path | None, _option("--markdown", "Also write the tables there.", "FILE")
     ] = None,
-    save: Annotated[
-        Path | None, typer.Option("--save", metavar="FILE", help="Also write the JSON there.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+    save: Annotated[Path | None, _option("--save", "Also write the JSON there.", "FILE")] = None,
+    as_json: Annotated[bool, _option("--json", "One JSON document.")] = False,
 ) -> None:
     """Measure each op: time, share of the limit, memory and error, beside torch and the peers.
 
@@ -51,21 +44,15 @@ def command(
     """
     import torch
 
-    from liger_cli.commands.bench.ops.rounds import plan_ops, require_checks, run_ops
+    from liger_cli.commands.bench.ops.plan import OpsRequest, plan_ops
+    from liger_cli.commands.bench.ops.rounds import require_checks, run_ops
     from liger_cli.commands.bench.ops.tables import show_ops_report, write_reports
     from liger_cli.common.outputs import check_files
     from liger_cli.report import show_lines
 
-    plan = plan_ops(
-        ops,
-        shapes,
-        is_quick=quick,
-        with_compile=compiled,
-        rounds=rounds,
-        peer_python=peer_python,
-        peer_path=peer_path,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    request = OpsRequest(ops, shapes, quick, compiled, rounds, peer_python, peer_path)
+    plan = plan_ops(request, device)
     check_files({"--save": save, "--markdown": markdown})
     report = run_ops(
         plan,

@@ -9,14 +9,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from liger_cli.commands.bench.ops.arms import check, local_arms
+from liger_cli.commands.bench.ops.plan import OpsPlan
 from liger_cli.commands.bench.ops.tables import (
     OURS,
     ArmPart,
@@ -29,17 +28,16 @@ from liger_cli.commands.bench.ops.tables import (
 )
 from liger_cli.commands.bench.peer.ops import CALLS, PACKAGE
 from liger_cli.commands.bench.peer.process import PeerArm, PeerFailed, PeerProcess
-from liger_cli.commands.bench.targets import Target, Workload, select
+from liger_cli.commands.bench.targets import Target, Workload
 from liger_cli.commands.bench.timing import Part, Stopwatch, Times, copy_rate, matmul_rate
 from liger_cli.common.environment import environment
 from liger_cli.errors import Interrupted, RequirementFailed
 
-__all__ = ["OpsPlan", "judge", "measure", "plan_ops", "require_checks", "run_ops"]
+__all__ = ["judge", "measure", "require_checks", "run_ops"]
 
 # Milliseconds a side may use in a round for each part and clock, if two calls take no longer. With
 # thirty-odd rows of up to five sides, 10 keep the calls of small ops under a minute in all.
 _BUDGET_MS = 10.0
-_ROUNDS = 3
 # Matrix products that tell in each round what the card can do now.
 _LIMIT_CALLS = 6
 
@@ -56,29 +54,6 @@ class Side(Protocol):
     def release(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class OpsPlan:
-    """A run: what is measured, how often, and where the peer is."""
-
-    workloads: Sequence[Workload]
-    device: torch.device
-    rounds: int
-    with_compile: bool
-    peer_python: Path | None
-    peer_path: Path | None
-    # The words after `liger bench ops` that repeat the run, without the paths of this machine.
-    arguments: Sequence[str]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
-
-    def peer(self) -> AbstractContextManager[PeerProcess | None]:
-        if self.peer_python is None and self.peer_path is None:
-            return nullcontext()
-        return PeerProcess(self.peer_python, self.peer_path)
-
-
 @dataclass
 class _Readings:
     """What one side was found to do, over all rounds."""
@@ -88,39 +63,6 @@ class _Readings:
     transient_bytes: int | None = None
     note: str | None = None
     error: str | None = None
-
-
-def plan_ops(
-    ops: str | None,
-    shapes: str | None,
-    *,
-    is_quick: bool,
-    with_compile: bool,
-    rounds: int | None,
-    peer_python: Path | None,
-    peer_path: Path | None,
-    device: torch.device,
-) -> OpsPlan:
-    """Return what the words of the command line ask for.
-
-    Raises:
-        ConfigError: An op or a shape is unknown.
-    """
-    words = ["--ops", ops] if ops else []
-    words += ["--shapes", shapes] if shapes else []
-    words += ["--quick"] * is_quick + ["--no-compile"] * (not with_compile)
-    words += ["--rounds", str(rounds)] if rounds else []
-    words += ["--peer-python", "PYTHON"] if peer_python else []
-    words += ["--peer-path", "DIR"] if peer_path else []
-    return OpsPlan(
-        workloads=select(ops, shapes, is_gpu=device.type != "cpu", is_quick=is_quick),
-        device=device,
-        rounds=rounds or (1 if is_quick else _ROUNDS),
-        with_compile=with_compile,
-        peer_python=peer_python,
-        peer_path=peer_path,
-        arguments=words,
-    )
 
 
 def run_ops(plan: OpsPlan, *, on_row: Callable[[Workload], None]) -> OpsReport:
@@ -136,17 +78,16 @@ def run_ops(plan: OpsPlan, *, on_row: Callable[[Workload], None]) -> OpsReport:
     """
     began = time.monotonic()
     interrupted = None
+    rows: list[OpRow] = []
     # The peer imports its packages while the limits of the hardware are measured.
     with plan.peer() as peer:
         stopwatch = Stopwatch(plan.device)
-        copy_bytes_per_s = copy_rate(stopwatch)
+        bench = _Bench(plan, stopwatch, copy_rate(stopwatch), peer)
         matmul_flops_per_s = matmul_rate(stopwatch, plan.dtype)
-        peers: dict[str, str] = {}
-        rows: list[OpRow] = []
         try:
             for workload in plan.workloads:
                 on_row(workload)
-                rows.append(_row(workload, plan, stopwatch, copy_bytes_per_s, peer, peers))
+                rows.append(_row(workload, bench))
                 stopwatch.free()
         except KeyboardInterrupt:
             if not rows:
@@ -162,11 +103,11 @@ def run_ops(plan: OpsPlan, *, on_row: Callable[[Workload], None]) -> OpsReport:
         device=where["devices"][0]["name"],
         device_type=plan.device.type,
         dtype=str(plan.dtype).removeprefix("torch."),
-        copy_bytes_per_s=copy_bytes_per_s,
+        copy_bytes_per_s=bench.copy_bytes_per_s,
         matmul_flops_per_s=matmul_flops_per_s,
         seconds=time.monotonic() - began,
         rounds=plan.rounds,
-        peers=peers,
+        peers=bench.peers,
         rows=rows,
         interrupted=interrupted,
     )
@@ -192,14 +133,23 @@ def require_checks(report: OpsReport) -> None:
         raise Interrupted("interrupted; the report has what was measured", is_reported=True)
 
 
-def _row(
-    workload: Workload,
-    plan: OpsPlan,
-    stopwatch: Stopwatch,
-    copy_bytes_per_s: float,
-    peer: PeerProcess | None,
-    peers: dict[str, str],
-) -> OpRow:
+@dataclass
+class _Bench:
+    """A run under way, with the peer if there is one.
+
+    Attributes:
+        peers: The version of each peer, or why it did not run.
+    """
+
+    plan: OpsPlan
+    stopwatch: Stopwatch
+    copy_bytes_per_s: float
+    peer: PeerProcess | None
+    peers: dict[str, str] = field(default_factory=dict)
+
+
+def _row(workload: Workload, bench: _Bench) -> OpRow:
+    plan, stopwatch = bench.plan, bench.stopwatch
     row = OpRow(
         op=workload.op,
         shape=workload.shape_text,
@@ -216,21 +166,34 @@ def _row(
         return row
     # The truth has filled most of the card, and the peer needs its part.
     stopwatch.free()
-    sides: list[Side] = []
     peer_arm = None
-    if peer is not None and workload.op in CALLS:
-        peer_arm = PeerArm(PACKAGE, peer)
+    if bench.peer is not None and workload.op in CALLS:
+        peer_arm = PeerArm(PACKAGE, bench.peer)
         peer_arm.begin(workload, plan.device, plan.dtype)
-    sides += local_arms(workload, sample, stopwatch, plan.dtype, with_compile=plan.with_compile)
+    sides: list[Side] = [
+        *local_arms(workload, sample, stopwatch, plan.dtype, with_compile=plan.with_compile)
+    ]
     if peer_arm is not None:
         sides.append(peer_arm)
-    flops, rates = workload.num_flops(), list[float]()
+    _measure_row(row, workload, sides, bench)
+    if peer_arm is not None and peer_arm.version is not None:
+        bench.peers[PACKAGE] = peer_arm.version
+    elif peer_arm is not None:
+        arm = row.arm(PACKAGE)
+        bench.peers.setdefault(PACKAGE, f"did not run: {arm.error if arm else None}")
+    return row
+
+
+def _measure_row(row: OpRow, workload: Workload, sides: Sequence[Side], bench: _Bench) -> None:
+    """Measure the sides of a workload, and the limit of the hardware between them."""
+    plan, flops, rates = bench.plan, workload.num_flops(), list[float]()
 
     def read_limit() -> None:
         # A card at its power limit slows down within seconds of such work.
         if flops:
-            rate = matmul_rate(stopwatch, plan.dtype, num_calls=_LIMIT_CALLS, is_awake=True)
-            rates.append(rate)
+            rates.append(
+                matmul_rate(bench.stopwatch, plan.dtype, num_calls=_LIMIT_CALLS, is_awake=True)
+            )
 
     readings = measure(
         sides,
@@ -240,17 +203,12 @@ def _row(
         after_round=read_limit,
     )
     forward_bytes, full_bytes = workload.least_bytes(plan.dtype)
-    least_s = forward_bytes / copy_bytes_per_s, full_bytes / copy_bytes_per_s
+    least_s = forward_bytes / bench.copy_bytes_per_s, full_bytes / bench.copy_bytes_per_s
     if flops:
         row.matmul_flops_per_s = statistics.median(rates)
-        # How much of the work a forward does is each side's own choice, so it has no share.
+        # Each side chooses how much of the work its forward does, so that has no share.
         least_s = 0.0, flops / row.matmul_flops_per_s
-    if peer_arm is not None and peer_arm.version is not None:
-        peers[PACKAGE] = peer_arm.version
-    elif peer_arm is not None:
-        peers.setdefault(PACKAGE, f"did not run: {readings[PACKAGE].error}")
     row.arms = [_arm_part(name, found, *least_s) for name, found in readings.items()]
-    return row
 
 
 def measure(
