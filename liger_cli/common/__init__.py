@@ -1,1 +1,1 @@
-"""What every part of the program uses: the machine, the hub, numbers, files."""
+"""Helpers of every part of the program: the machine, the hub, numbers, files."""

@@ -1,4 +1,4 @@
-"""What this machine and installation are: versions, devices, commit.
+"""The machine and the installation: versions, devices, commit.
 
 torch is imported when devices are asked for, not before.
 """
@@ -37,7 +37,7 @@ PACKAGES = (
 
 
 def cache_directory() -> Path:
-    """Return the directory for what can be made again: $XDG_CACHE_HOME/liger or ~/.cache/liger."""
+    """Return the cache directory: $XDG_CACHE_HOME/liger or ~/.cache/liger."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "liger"
 
 

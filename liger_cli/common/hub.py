@@ -1,4 +1,4 @@
-"""What is asked of the Hugging Face hub, with an answer within seconds when it is out of reach."""
+"""Requests to the Hugging Face hub, which fail within seconds when it is out of reach."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class StepTimer:
         self._last = 0.0
 
     def start(self) -> None:
-        """Begin anew once the device is idle: before the first step and after a pause."""
+        """Restart the clock once the device is idle: before the first step and after a pause."""
         synchronize(self._device)
         self._last = time.perf_counter()
 

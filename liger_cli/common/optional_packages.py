@@ -23,7 +23,7 @@ def require_package(module: str, what: str, install: str) -> Any:
     """
     try:
         return import_module(module)
-    # Compiled packages that do not fit this machine fail to import in ways of their own.
+    # Compiled packages that do not fit this machine fail to import with any kind of error.
     except Exception as error:
         text = " ".join(str(error).split())
         raise EnvironmentProblem(f"{what} needs {module}: {text}", hint=install) from error

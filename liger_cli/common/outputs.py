@@ -68,7 +68,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_problem(path: Path, error: Exception, hint: str | None = None) -> EnvironmentProblem:
     """Return the error of a file or directory that cannot be written, with the space left."""
-    # Those of compiled libraries go on with a stack of addresses.
+    # In those of compiled libraries a stack of addresses follows.
     text = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__)
     text = text.splitlines()[0]
     with contextlib.suppress(OSError):

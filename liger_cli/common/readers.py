@@ -189,7 +189,7 @@ def check_regular_files(directory: Path) -> None:
         try:
             mode = path.stat().st_mode
         except OSError:
-            # A broken link: whoever needs it says so.
+            # A broken link: an error where the file is needed.
             continue
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise ConfigError(f"{path} is no regular file, but a pipe, a socket or a device")

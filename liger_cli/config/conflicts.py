@@ -141,7 +141,7 @@ CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...] = (
     ),
     (
         ("streaming", "eval_fraction"),
-        "streaming and eval_fraction exclude each other; eval_dataset has rows of its own",
+        "streaming and eval_fraction exclude each other; eval_dataset has separate rows",
         lambda c: c.streaming and c.eval_fraction > 0,
     ),
     (

@@ -1,4 +1,4 @@
-"""What each key takes, in words and as a JSON schema: one source for help, errors and docs."""
+"""The values that each key takes, in words and as a JSON schema, for help, errors and docs."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def read_sets(text: str | None) -> dict[str, str]:
         return {"": text}
     sets = {match[1]: match[2].strip() for match in named}
     if len(sets) < len(words) or not all(sets.values()):
-        raise ValueError("should give every set a name of its own, as NAME=DATA,NAME=DATA")
+        raise ValueError("should give every set a different name, as NAME=DATA,NAME=DATA")
     return sets
 
 

@@ -26,7 +26,7 @@ _SHORT = {"model": "-m", "dataset": "-d", "output_dir": "-o"}
 def config_flags(command: Callable[..., _Result]) -> Callable[..., _Result]:
     """Give a typer command -c, --set and a flag for every key; it receives `config`.
 
-    The command is called with the resolved RunConfig; `config.model_fields_set` tells which keys
+    The command is called with the resolved RunConfig; `config.model_fields_set` holds the keys
     the user set. One whose `config` is annotated as a ResolvedConfig gets that, with the source of
     every value. Its other parameters stay as they are.
     """
@@ -117,7 +117,7 @@ def _is_switch(name: str) -> bool:
 
 
 def _off_parameter(name: str) -> inspect.Parameter:
-    """The flag that turns a switch off; a column of its own would cut the names in the help."""
+    """Return the flag that turns a switch off; another column would cut the names in the help."""
     option = typer.Option(False, f"--no-{flag_name(name)[2:]}", hidden=True)
     return _option(f"no_{name}", bool, option)
 

@@ -64,7 +64,7 @@ class Keys(BaseModel):
     ops: Names = _model("auto", "auto, all, none, a list such as rope,rmsnorm,flce, or auto,-rope.")
     attn_implementation: str | None = _model(None, "Attention of transformers: eager, sdpa, ...")
     save_memory: bool = _model(
-        True, "Make norm outputs and gated products again in backward instead of keeping them."
+        True, "Recompute norm outputs and gated products in backward instead of saving them."
     )
     torch_compile: bool = _model(False, "Compile the patched model with torch.compile.")
     use_regional_compilation: bool | None = _model(
@@ -164,7 +164,7 @@ class Keys(BaseModel):
     eval_steps: int = _run(0, "Steps between evaluations; 0 evaluates at the end.", ge=0)
     eval_on_start: bool = _run(False, "Also evaluate before the first step.")
     save_steps: int = _run(500, "Steps between checkpoints; 0 saves at the end.", ge=0)
-    save_minutes: float = _run(0.0, "Minutes between checkpoints, besides save_steps.", ge=0)
+    save_minutes: float = _run(0.0, "Minutes between checkpoints, in addition to save_steps.", ge=0)
     save_total_limit: int | None = _run(
         None, "Checkpoints kept, the best among them; older ones are deleted.", ge=1
     )

@@ -21,7 +21,7 @@ from liger_kernels.nearest import nearest_name
 
 __all__ = ["ResolvedConfig", "find_problems", "flag_name", "load_config", "resolve_config"]
 
-# Stands for the one required key where a file is checked that need not have it.
+# A placeholder of the one required key where a file is checked that need not have it.
 _NO_MODEL = {"model": "not set"}
 
 # Unknown keys that get advice; a search takes milliseconds, and a file may have 10 000 keys.
@@ -90,7 +90,7 @@ def load_config(
         path: A YAML file of keys.
         flags: Values by key; a value of None is a flag that was not given.
         sets: "key=value" strings; the value is read as YAML.
-        warn_unknown: Told of each unknown key, which is then left out instead of refused.
+        warn_unknown: Called with a line for each unknown key, which is then ignored, not refused.
 
     Raises:
         ConfigError: For an unreadable file and for unknown, repeated or invalid keys, all of them
@@ -106,7 +106,7 @@ def resolve_config(
     *,
     warn_unknown: Callable[[str], None] | None = None,
 ) -> ResolvedConfig:
-    """Return what load_config would take, with sources; a model need not be set.
+    """Resolve the values that load_config would take, with sources; a model need not be set.
 
     Raises:
         ConfigError: As load_config.
@@ -137,7 +137,7 @@ def flag_name(key: str) -> str:
 
 
 class _Given:
-    """What a user has set, in the order of the sources, and what is wrong with it.
+    """The values that a user has set, in the order of the sources, and their problems.
 
     Attributes:
         entries: Of all sources, the weakest first.
@@ -256,7 +256,7 @@ def _flag_entry(key: str, value: Any) -> Entry:
 
 
 def _advice(entry: Entry) -> str:
-    """Return what follows the name of an unknown key: the key that was probably meant."""
+    """Return the end of a message on an unknown key: the key that was probably meant."""
     if not isinstance(entry.value, Mapping):
         near = nearest_key(entry.name)
         return f"; did you mean {near!r}?" if near else ""

@@ -43,7 +43,7 @@ class RunConfig(Keys):
 
     @property
     def best_metric(self) -> tuple[str, bool]:
-        """The metric that tells which evaluation is the best, and whether the largest is."""
+        """The metric that ranks the evaluations, and whether the largest is the best."""
         metric = self.metric_for_best_model or "loss"
         greater = self.greater_is_better
         return metric, metric.endswith("accuracy") if greater is None else greater

@@ -22,7 +22,7 @@ __all__ = ["BatchPlan", "count_labels", "count_tokens", "load_windows", "placeho
 
 _Row = TypeVar("_Row")
 
-# A process without a row of its own in the last micro-batch still takes part in its collectives.
+# A process without a row in the last micro-batch still takes part in its collectives.
 _PLACEHOLDER = -1
 
 

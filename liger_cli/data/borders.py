@@ -42,7 +42,7 @@ class TokenBorders:
         """Return the first token that holds a character of a span, and the one behind the last.
 
         Raises:
-            DataError: The tokenizer gives no offsets, and prefixes of the text do not tell.
+            DataError: The tokenizer gives no offsets, and prefixes of the text do not show them.
         """
         begin, end = span
         if begin >= end:

@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 MIN_BYTES = 1_000_000
 _ROWS, _COUNTS = "rows.arrow", "counts.json"
-# What decides the ids and labels of a row besides its content and options.
+# Determines the ids and labels of a row, together with its content and options.
 _CODE = (
     *("answers", "borders", "cache", "calls", "chat", "clip", "encode", "examples", "files"),
     *("formats", "instructions", "marks", "rows", "samples", "shown", "sources", "template"),
@@ -41,7 +41,7 @@ _CODE = (
 
 @dataclass
 class Counts:
-    """What happened to the records of a source."""
+    """Counts over the records of a source."""
 
     rows: int = 0
     dropped_rows: int = 0
@@ -54,7 +54,7 @@ class Counts:
     unused_columns: list[str] = field(default_factory=list)
 
     def set(self, other: Counts) -> None:
-        """Take over the counts of another."""
+        """Add the counts of another source."""
         vars(self).update(asdict(other))
 
     def add(self, other: Counts) -> None:
@@ -98,7 +98,7 @@ def cached(
         key: Everything that decides the rows, as JSON has it.
         make: Makes them, a table at a time.
         keep: False makes them in memory.
-        notify: Told of an entry that is damaged, and of a cache that cannot be written; both are
+        notify: Called where an entry is damaged or the cache cannot be written; both are
             logged as warnings otherwise.
     """
     notify = notify or _log.warning
@@ -124,7 +124,7 @@ def cached(
 
 
 def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return what decides a tokenizer's ids, whatever it is called and wherever it lies."""
+    """Return the content that determines a tokenizer's ids, without its name and path."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return {
         "class": type(tokenizer).__name__,
@@ -178,7 +178,7 @@ def _read(folder: Path, notify: Callable[[str], None]) -> Tokenised | None:
             raise ValueError("the content is not what was written")
         return Tokenised(datasets.Dataset.from_file(str(folder / _ROWS)), Counts(**counts))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        notify(f"the cached data {folder} are damaged and made anew: {error}")
+        notify(f"the cached data {folder} are damaged and are tokenized again: {error}")
         shutil.rmtree(folder)
         return None
 

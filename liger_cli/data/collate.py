@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TOKEN_KEYS", "Collator"]
 
-# What a processor says of every token besides its id: which of them belong to an image.
+# Columns of a processor beside the ids: which tokens belong to an image.
 TOKEN_KEYS = ("token_type_ids", "mm_token_type_ids")
 _OWN_KEYS = ("input_ids", "labels", "position_ids", "num_tokens")
 
@@ -73,7 +73,7 @@ class Collator:
                 torch.arange(length) < torch.tensor(lengths).unsqueeze(1)
             ).long()
         if "num_tokens" in rows[0]:
-            # A row that stands for none.
+            # A row in place of none.
             batch["num_tokens"] = torch.tensor(rows[0]["num_tokens"])
         for key in sorted({key for row in rows for key in row} - set(_OWN_KEYS)):
             if key in TOKEN_KEYS:

@@ -211,7 +211,7 @@ class Encoder:
 
     @cached_property
     def _begin(self) -> list[int]:
-        """What the tokenizer puts before a text."""
+        """The ids that the tokenizer puts before a text."""
         plain = self._ids(["a"])[0]
         full = self.tokenizer("a", verbose=False)["input_ids"]
         for start in range(len(full) - len(plain) + 1):

@@ -105,7 +105,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class RowOptions:
-    """What decides the ids and labels of a row, besides its content and the tokenizer.
+    """Settings that determine the ids and labels of a row, with its content and the tokenizer.
 
     Args:
         max_length: Longer rows are cut to this many tokens.
@@ -152,7 +152,7 @@ def load_examples(
         seed: Of synthetic data only.
         processor: Of an image-text model; without it rows with images are refused.
         num_proc: Processes that tokenise; what they make does not depend on their number.
-        notify: Told what a user should know of the cache.
+        notify: Called with notices on the cache.
 
     Raises:
         ConfigError: The name is unknown, or an argument is out of range.
@@ -222,7 +222,7 @@ class RowMaker:
 def open_source(
     source: Source, tokenizer: PreTrainedTokenizerBase, options: RowOptions
 ) -> RowMaker:
-    """Return what makes rows of a source's records.
+    """Return a RowMaker for the records of a source.
 
     Raises:
         DataError: It has no records, or they are of no format.

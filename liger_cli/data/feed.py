@@ -57,7 +57,7 @@ def total_steps(config: RunConfig, plan: BatchPlan) -> int:
 
 
 def identity(examples: Any) -> dict[str, Any]:
-    """Return what tells whether data are the same as before.
+    """Return values that differ where the data differ from those of an earlier run.
 
     That is a hash of all ids and labels; of a stream and of images, which are made as they are
     asked for, no more than their size.

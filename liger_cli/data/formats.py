@@ -98,7 +98,7 @@ _WORDS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0
 
 @dataclass(frozen=True)
 class Marks:
-    """What the fields of a row say.
+    """The content of a row's fields.
 
     Args:
         fields: Those that were read.
@@ -117,7 +117,7 @@ def find_format(columns: Sequence[str] | Mapping[str, Any]) -> str | None:
 
 
 def row_marks(content: Mapping[str, Any], form: str, where: str) -> Marks:
-    """Return what the fields of a row of one of the FORMATS say.
+    """Read the fields of a row of one of the FORMATS.
 
     Raises:
         DataError: A field asks for what is not done here, or its value is not allowed.

@@ -136,7 +136,7 @@ class ImageRows:
         }
 
     def _of_images(self, ids: Sequence[int], outputs: dict[str, Any], row: Row) -> dict[str, Any]:
-        """Return what a processor gives for the images, checked."""
+        """Return the checked outputs of a processor for the images."""
         outputs.pop("attention_mask", None)
         result: dict[str, Any] = {
             key: outputs.pop(key)[0].tolist() for key in TOKEN_KEYS if key in outputs
@@ -172,7 +172,7 @@ class ImageRows:
 
     @cached_property
     def _placeholder(self) -> str:
-        """What the template writes for an image."""
+        """The text that the template writes for an image."""
         text = {"type": "text", "text": _MARK}
         with_image, without = (
             self._renderer.render([{"role": "user", "content": parts}])

@@ -152,7 +152,7 @@ def _render(
 
 @functools.cache
 def _renderer() -> Callable[..., Any]:
-    """Return transformers' own function, which compiles in our environment in place of its own."""
+    """Return transformers' function, compiling in our environment instead of transformers'."""
     from transformers.utils import chat_template_utils
 
     original = chat_template_utils.render_jinja_template
@@ -171,7 +171,7 @@ class _CountedTemplate:
     """A compiled template, whose pieces are counted as they come."""
 
     def __init__(self, template: jinja2.Template) -> None:
-        # Jinja joins what stands between ~ by a function of its own.
+        # Jinja joins the operands of ~ by a separate function.
         names = template.root_render_func.__globals__
         names.update(str_join=_join, markup_join=_join)
         self._template = template
@@ -201,7 +201,7 @@ def _environment() -> Any:
     """Return transformers' environment, with operators, calls and filters that count."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    # Every template has an environment of its own; that of this one nobody else uses.
+    # Every template has a separate environment; only this one uses its.
     environment: Any = _compile_jinja_template("{# liger #}").environment
     environment.__class__ = type("_Counting", (_Counting, type(environment)), {})
     environment.code_generator_class = _CountingGenerator
@@ -214,7 +214,7 @@ def _environment() -> Any:
 
 
 class _Counting:
-    """What is other in the environment."""
+    """The differences of the environment from jinja2's."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 

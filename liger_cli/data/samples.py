@@ -41,7 +41,7 @@ def read_sample(split: Literal["train", "eval"]) -> Iterator[Record]:
 
 
 def _messages(turns: list[list[dict[str, Any]]]) -> list[dict[str, str]]:
-    # A turn is what one person sent before the other wrote, each line a message of its own.
+    # A turn is all that one person sent before the other wrote, each line a separate message.
     return [
         {
             "role": "assistant" if number % 2 else "user",
@@ -57,7 +57,7 @@ def find_sample() -> Path:
     Raises:
         EnvironmentProblem: The package is not installed.
     """
-    # The package is located and not imported: importing it reads the file once more.
+    # The package is located and not imported: importing it reads the file a second time.
     spec = importlib.util.find_spec("chitchat_dataset")
     for folder in (spec.submodule_search_locations if spec else None) or []:
         if (Path(folder) / "dataset.json").is_file():

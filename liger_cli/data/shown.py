@@ -165,7 +165,7 @@ class ShownTexts:
 
 
 def _without_thoughts(content: str) -> tuple[list[str], list[str]]:
-    """Return what a content says, and its thoughts; the mark that opens the first may lack."""
+    """Return the text of a content, and its thoughts; the mark that opens the first may lack."""
     before, close, _ = content.partition("</think>")
     if close and "<think>" not in before:
         content = f"<think>{content}"

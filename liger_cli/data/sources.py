@@ -39,7 +39,7 @@ class Source:
     Args:
         name: As it was given.
         records: Returns all of them from the first one on.
-        files: What they are read from; their content stands for the records'.
+        files: What they are read from; a hash of their content identifies the records.
         folder: Where relative paths in the records start.
         split: Which part of the files it is, where they hold several.
     """

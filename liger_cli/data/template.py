@@ -83,7 +83,7 @@ class ChatTemplate:
 
     @cached_property
     def generation_prompt(self) -> str | None:
-        """What add_generation_prompt adds; None where a message of the user alone is refused."""
+        """The text of add_generation_prompt; None where a message of the user alone is refused."""
         question = [{"role": "user", "content": _MARKS[0]}]
         try:
             asked, plain = self.render(question, prompt=True), self.render(question)
@@ -102,7 +102,7 @@ class ChatTemplate:
 
     @cached_property
     def _pieces(self) -> list[str] | None:
-        """What is around the texts of two questions and answers; None where they are refused."""
+        """The marks around the texts of two questions and answers; None where they are refused."""
         roles = ("user", "assistant", "user", "assistant")
         messages = [
             {"role": role, "content": mark} for role, mark in zip(roles, _MARKS, strict=True)
@@ -115,7 +115,7 @@ class ChatTemplate:
 
     @property
     def _ends(self) -> tuple[str, str]:
-        """What follows an answer in the middle of a conversation, and at its end."""
+        """The text after an answer in the middle of a conversation, and at its end."""
         return (self._pieces[2], self._pieces[4]) if self._pieces else ("", "")
 
     @cached_property

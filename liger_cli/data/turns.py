@@ -90,7 +90,7 @@ class Turns:
         prompt, rest = prompt[there:], self.marked.text[here:]
         if rest.startswith(prompt):
             return here + len(prompt)
-        # A prompt may go on with the opening of a thought, which the template does not keep.
+        # A prompt may end with the opening of a thought, which the template does not keep.
         common = len(os.path.commonprefix([prompt, rest]))
         if first:
             common = min(common, first[1] - here)

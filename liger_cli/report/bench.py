@@ -128,7 +128,7 @@ def comparisons(report: RunReport) -> dict[str, AgainstPart]:
 
 
 def verdicts(report: RunReport) -> list[str]:
-    """Return what each comparison comes to, in words."""
+    """Return the verdict of each comparison, in words."""
     if report.sweep:
         return [
             f"{point.batch_size} x {point.sequence_length}: {part.verdict}"
@@ -161,7 +161,7 @@ def arm_cells(arm: Arm, base: Arm) -> tuple[str, ...]:
 
 
 def gain_text(gain: GainPart) -> str:
-    """Return what a run gained, as far as that is known; nothing where it is not."""
+    """Return the gain of a run in words; an empty string where it is unknown."""
     parts = []
     if gain.speed is not None:
         parts.append(f"{gain.speed:.2f}x speed")
@@ -181,7 +181,7 @@ def loss_text(losses: Sequence[float | None]) -> str:
 
 
 def bench_notes(report: RunReport) -> list[str]:
-    """Return what must be known to read the figures, a sentence a line."""
+    """Return notes on reading the figures, a sentence a line."""
     arms = [*(report.arms or ()), *(arm for point in report.sweep or () for arm in point.arms)]
     notes = []
     if any(arm.first_step_ms is not None for arm in arms):

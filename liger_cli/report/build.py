@@ -90,5 +90,5 @@ def read_report(path: Path) -> RunReport:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path} cannot be read as a report: {str(error).splitlines()[0]}",
-            hint="Without that file, --resume writes it anew.",
+            hint="Delete that file, and --resume writes a new one.",
         ) from error

@@ -1,4 +1,4 @@
-"""The charts of a report as values: what is drawn, in which unit, and what it says in words."""
+"""The charts of a report as values: curves or bars, their unit, and a summary in words."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _memory_noise(report: RunReport) -> str:
 
 
 def ablation_charts(report: RunReport) -> list[BarChart]:
-    """Return what each op alone does to the speed and the memory of the eager model."""
+    """Return the effect of each op alone on the speed and the memory of the eager model."""
     parts = report.ablation or {}
     charts = []
     for title, key, better in (

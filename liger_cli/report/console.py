@@ -1,4 +1,4 @@
-"""What reports are printed with: consoles, plain tables, lines, progress."""
+"""Consoles, plain tables, lines and progress that reports are printed with."""
 
 from __future__ import annotations
 

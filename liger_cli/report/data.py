@@ -61,7 +61,7 @@ class Fill:
 
 @dataclass(frozen=True)
 class DataPreview:
-    """Everything that `liger data preview` shows.
+    """The report of `liger data preview`.
 
     Args:
         is_part: Whether only the first block of a stream was read.

@@ -1,4 +1,4 @@
-"""What evaluations found, as a table of the sets and as lines."""
+"""Results of evaluations, as a table of the sets and as lines."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def eval_table(report: RunReport) -> Table | None:
 
 
 def eval_lines(report: RunReport) -> list[str]:
-    """Return what was found of data without names, and what followed from the evaluations."""
+    """Return the result of data without names, the best evaluation and an early stop."""
     lines = [] if report.eval_sets else eval_texts(report)
     if report.stop is not None:
         lines.append(
@@ -51,7 +51,7 @@ def eval_texts(report: RunReport) -> list[str]:
 
 
 def parts_by_name(report: RunReport) -> Mapping[str, EvalPart]:
-    """Return what was found of each set and of all together; data without a name have ""."""
+    """Return the results of each set and of all together; data without a name have ""."""
     if report.eval is None:
         return {}
     if not report.eval_sets:

@@ -1,4 +1,4 @@
-"""What would be patched in a model, found from its configuration alone."""
+"""The patches of a model, found from its configuration alone."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = ["describe_model", "find_model", "inspect_source"]
 
 
 def find_model(name: str, notify: Callable[[str], None]) -> ModelSource:
-    """Return where a model comes from; the directory of a run stands for the model it trained.
+    """Resolve the source of a model; the directory of a run is the model that it trained.
 
     Args:
         name: As --model takes it, or the directory of a run.
-        notify: Told what a run's directory stands for.
+        notify: Called with the checkpoint that a run's directory resolves to.
 
     Raises:
         ConfigError: As resolve_model.

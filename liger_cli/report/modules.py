@@ -62,7 +62,7 @@ def unmet_requirements(report: RunReport, ops: Iterable[str]) -> list[str]:
     sentences = []
     for op in ops:
         if op not in (report.coverage or {}):
-            # Its place is that of the fused loss, so it has none of its own unless asked for.
+            # Its place is that of the fused loss, so it has no separate one unless asked for.
             must_be_named = op == "cross_entropy"
             why = "--ops must name it" if must_be_named else "the model has no place for it"
             sentences.append(f"{op} is required, but {why}")

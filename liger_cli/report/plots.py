@@ -66,7 +66,7 @@ def plain_names(function: Callable[_Args, None]) -> Callable[_Args, None]:
 
 @plain_names
 def draw(chart: Chart, path: Path) -> None:
-    """Draw a chart into a file, whose ending tells its kind."""
+    """Draw a chart into a file of the kind of its suffix."""
     # Without pyplot there is no window, no display and no state that other charts share.
     figure: Any = import_module("matplotlib.figure").Figure(
         figsize=(8, 4.5), dpi=150, layout="constrained"

@@ -23,7 +23,7 @@ __all__ = ["Run", "read_run"]
 
 @dataclass(frozen=True)
 class Run:
-    """What a directory tells of a run.
+    """A run as read from its directory.
 
     Attributes:
         name: Of the directory; its path where another run is called the same.
@@ -55,7 +55,7 @@ class Run:
 
 
 def read_run(directory: Path, name: str = "") -> Run:
-    """Return what the directory of a run tells, finished or not.
+    """Read the directory of a run, finished or not.
 
     Raises:
         ConfigError: It is no run, or a file of it cannot be read.
@@ -119,7 +119,7 @@ def _no_run(directory: Path) -> ConfigError:
 def _report_so_far(
     config: dict[str, Any], rows: list[dict[str, Any]], evals: list[dict[str, Any]]
 ) -> RunReport:
-    """What an unfinished run would report of its steps and its last evaluation."""
+    """Build the report of an unfinished run from its steps and its last evaluation."""
     # What knows how to sum them up imports torch, and a finished run needs nothing of it.
     from liger_cli.report.build import add_evaluation
     from liger_cli.training.evaluate import EvalResult

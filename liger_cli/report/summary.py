@@ -1,4 +1,4 @@
-"""What a report comes to, for a reader who has not run anything: title, one sentence, figures."""
+"""The summary of a report, for a reader who has not run it: title, one sentence, figures."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class SavedReport:
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure with its name and what it means; tone is "good", "bad" or neither."""
+    """A figure with its name and meaning; tone is "good", "bad" or neither."""
 
     label: str
     value: str
@@ -130,7 +130,7 @@ def _bench_summary(
 
 
 def _speed(ratios: RatiosPart, base: str) -> tuple[str, Tile]:
-    """What is said of the speed, and its tile."""
+    """Return the sentence on the speed, and its tile."""
     speed, noise = ratios.speed, ratios.noise
     if speed is None:
         return f"was not timed beside {base}", Tile("Speed", "-", "not measured")
@@ -152,7 +152,7 @@ def _speed(ratios: RatiosPart, base: str) -> tuple[str, Tile]:
 
 
 def _memory(ratios: RatiosPart, patched: Arm | None, base: Arm | None) -> tuple[str, Tile]:
-    """What is said of the peak of memory, and its tile."""
+    """Return the sentence on the peak of memory, and its tile."""
     memory, noise = ratios.memory, ratios.memory_noise
     if memory is None:
         return "memory was not measured", Tile("Peak memory", "-", "not measured")
@@ -265,7 +265,7 @@ def _value_text(value: Any) -> str:
 
 
 def data_rows(data: DataPart) -> list[tuple[str, str]]:
-    """Return what was read, a name and a figure a row."""
+    """Return the counts of the data, a name and a figure a row."""
     counts = {
         "rows": data.rows,
         "tokens": data.tokens,

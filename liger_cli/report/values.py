@@ -60,7 +60,7 @@ class _Part(BaseModel):
 
 
 class TrainPart(_Part):
-    """What training did. tokens: fed and not padding; trained_tokens: those with a label."""
+    """Results of training. tokens: fed and not padding; trained_tokens: those with a label."""
 
     steps: int
     tokens: int
@@ -106,7 +106,7 @@ class EvalPart(_Part):
 
 
 class BestPart(_Part):
-    """The best evaluation on the way; checkpoint is that of its step, if there is one."""
+    """The best evaluation during training; checkpoint is that of its step, if there is one."""
 
     step: int
     metric: str
@@ -192,7 +192,7 @@ class SweepPoint(_Part):
 
 
 class FitPart(_Part):
-    """What fits of an arm: by sequence length the largest batch, None where none does."""
+    """The sizes of an arm that fit: by sequence length the largest batch, None where none does."""
 
     arm: str
     largest_batch_size: int | None

@@ -47,7 +47,7 @@ class TensorPart(_Part):
 
     @property
     def share(self) -> float:
-        """How much of what is allowed is used."""
+        """The share of the allowed error that is used."""
         return float("inf") if self.ours is None else self.ours / self.allowed
 
 
@@ -74,7 +74,7 @@ class ModulePart(_Part):
 
 
 class WorstPart(_Part):
-    """What comes nearest to its limit, or is furthest beyond."""
+    """The tensor that is nearest to its limit, or furthest beyond."""
 
     where: str
     op: str | None

@@ -346,7 +346,7 @@ def test_peer_that_overwrites_its_inputs_says_so(liger: Callable[..., Any], peer
     side = row["arms"][-1]
     assert side["error"] is None
     assert side["full"]["wall"]["median_ms"] > 0
-    assert side["note"] == "overwrites its inputs; they are made anew before each turn, untimed"
+    assert side["note"] == "overwrites its inputs; they are restored before each turn, untimed"
     assert [arm["note"] for arm in row["arms"][:-1]] == [None, None]
     places = ["--peer-python", "PYTHON", "--peer-path", "DIR"]
     assert result["arguments"] == ["--ops", "swiglu", "--no-compile", *places]

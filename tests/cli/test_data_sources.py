@@ -347,7 +347,7 @@ def test_damaged_cache_is_made_anew_and_said(tmp_path, kept, file, damage):
     again = load(path, notify=told.append)
     assert kept == [11, 11]
     assert len(told) == 1
-    assert "damaged and made anew" in told[0]
+    assert "damaged and are tokenized again" in told[0]
     assert again.examples[:] == first.examples[:]
     told.clear()
     load(path, notify=told.append)

@@ -532,7 +532,7 @@ def test_report_reads_the_older_bench(liger: Any) -> None:
         ('{"command": "bench ops"}', "its --markdown FILE writes the tables"),
         (
             '{"schema_version": 1, "command": "estimate"}',
-            "liger estimate writes JSON of its own kind",
+            "liger estimate writes JSON of another kind",
         ),
         (None, "cannot be read: No such file or directory"),
     ],

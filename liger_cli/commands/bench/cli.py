@@ -14,7 +14,7 @@ __all__ = ["command"]
 
 
 class _Bench(TyperGroup):
-    """`liger bench ops ...` is a command of its own; anything else compares a model."""
+    """`liger bench ops ...` is a separate command; anything else compares a model."""
 
     def make_context(
         self, info_name: Any, args: list[str], parent: Any = None, **extra: Any

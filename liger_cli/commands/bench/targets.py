@@ -1,4 +1,4 @@
-"""What `liger bench ops` measures: the shapes of every op, and what each is to reach on an H100.
+"""The workloads of `liger bench ops`: the shapes of every op, and its targets on an H100.
 
 A share is the least bytes of an op over its GPU time and the copy rate of the same run, or its
 FLOPs over its GPU time and the matmul rate. Speeds are ratios of wall time, forward and backward.
@@ -80,7 +80,7 @@ class Workload:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """What is timed: the fused loss makes its gradients in forward, so once is enough here."""
+        """The timed parts; the fused loss makes its gradients in forward, so one part is enough."""
         is_loss = self.variant in ("40 % of labels", "frozen head")
         return ("full",) if is_loss else ("forward", "full")
 
@@ -217,7 +217,7 @@ def _on_cpu() -> Iterable[Workload]:
 
 
 def _all(is_gpu: bool) -> list[Workload]:
-    """Every workload, in the registry's order; an op without a line gets one of its own cases."""
+    """Return every workload in the registry's order; an op without a line has a registered case."""
     listed = _ON_GPU if is_gpu else tuple(_on_cpu())
     found = []
     for name, op in OPS.items():

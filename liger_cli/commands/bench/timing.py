@@ -1,4 +1,4 @@
-"""How long one call of an op takes, forward alone and with its backward.
+"""Time of one call of an op, forward alone and with its backward.
 
 Two clocks read a GPU. "wall" is time as a stream sees it: calls are queued one after the other, and
 where the host is slower than the device, the device waits and the waiting counts. "gpu" gives the
@@ -95,7 +95,7 @@ class Stopwatch:
         return elapsed * 1e3 / num_calls
 
     def free(self) -> None:
-        """Give back what the allocator keeps: the next check or the peer needs it."""
+        """Free the allocator's cache: the next check or the peer needs it."""
         gc.collect()
         if self.is_gpu:
             self._runtime.empty_cache()

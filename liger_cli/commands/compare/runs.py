@@ -18,7 +18,7 @@ _NOT_COMPARED = ("output_dir",)
 
 @dataclass(frozen=True)
 class LossDifference:
-    """How far the losses of a run are from those of the first one, at the steps that both have.
+    """The distance of a run's losses from the first run's, at the steps that both have.
 
     Attributes:
         run: Name of the other run.
@@ -57,7 +57,7 @@ class Comparison:
 
 
 def compare_runs(directories: Sequence[Path]) -> Comparison:
-    """Return what runs have in common and what not.
+    """Compare runs: their losses, figures and settings.
 
     Raises:
         ConfigError: A directory is no run, a file of it cannot be read, or there is one run alone.

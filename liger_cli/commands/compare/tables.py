@@ -1,4 +1,4 @@
-"""How a comparison of runs is shown."""
+"""Tables and chart of a comparison of runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What training would see of a dataset: rows as they are rendered, lengths, cuts and packing."""
+"""A preview of a dataset: rendered rows, lengths, cuts and packing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def preview_data(config: RunConfig, num_rows: int) -> DataPreview:
         num_rows: Rows to render, the first.
 
     Raises:
-        LigerError: The model or the data cannot be had.
+        LigerError: The model or the data cannot be loaded.
     """
     alone = {"packing": False, "eval_fraction": 0.0, "eval_dataset": None, "eval_steps": 0}
     inputs = load_inputs(config.model_copy(update=alone))

@@ -1,4 +1,4 @@
-"""What `liger doctor` looks at: each check says ok, warn or fail, what it found, and what to do.
+"""The checks of `liger doctor`: each says ok, warn or fail, its finding, and the remedy.
 
 fail is for what every run needs; warn for what some runs need or what makes them slow.
 """

@@ -1,4 +1,4 @@
-"""What `liger estimate` says of a run: its parts, the room on a card, and what would fit."""
+"""The report of `liger estimate`: parts, the room on a card, and the sizes that fit."""
 
 from __future__ import annotations
 

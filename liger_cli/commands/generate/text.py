@@ -19,7 +19,7 @@ __all__ = ["Answer", "Generator", "Sampling"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; a temperature of 0 takes the likeliest."""
+    """Settings for drawing the next token; a temperature of 0 takes the likeliest."""
 
     max_new_tokens: int
     temperature: float
@@ -29,7 +29,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was generated; stop is "end" where the model ended it, else "length"."""
+    """Generated text; stop is "end" where the model ended it, else "length"."""
 
     text: str
     prompt_tokens: int
@@ -77,7 +77,7 @@ class Generator:
         torch.manual_seed(sampling.seed)
 
     def complete(self, prompt: str) -> Answer:
-        """Return what comes after a text.
+        """Generate the continuation of a text.
 
         Raises:
             ConfigError: The text is empty, or too long for the model.
@@ -162,7 +162,7 @@ class _Streamer(TextStreamer):
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """What ends an answer: the model's tokens and the tokenizer's."""
+    """Return the tokens that end an answer: the model's and the tokenizer's."""
     ends = model.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else list(ends or [])
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:

@@ -58,7 +58,7 @@ def merge_adapter(
         source: The adapter, as resolve_model found it.
         output: A new or empty directory.
         dtype: Of the result; that of the base model's files by default.
-        notify: Told what a user should know of the base model.
+        notify: Called with notices on the base model.
 
     Raises:
         ConfigError: The source is not an adapter, or the directory is taken or in use.

@@ -21,7 +21,7 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
-    """List the operations, or show one: what it computes, its reference, what it is tried on."""
+    """List the operations, or show one: its formula, its reference, the cases it is tried on."""
     from liger_cli.report import show_json, show_lines, show_table
     from liger_kernels.ops.registry import OPS, find_op
 
@@ -40,7 +40,7 @@ def command(
 
 
 def _backends() -> list[str]:
-    """What serves tensors of this machine's devices, the fastest first."""
+    """Return the backends for tensors of this machine's devices, the fastest first."""
     import torch
 
     from liger_kernels.ops.launch import backend

@@ -10,7 +10,7 @@ from typer.core import TyperCommand
 
 __all__ = ["command"]
 
-# What stands for the file of an option that was given without one.
+# Replaces the file of an option that was given without one.
 _DEFAULT = ":default:"
 
 

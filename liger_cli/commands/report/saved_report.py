@@ -18,7 +18,7 @@ _WHAT = (
     "Name the output_dir of `liger train`, its report.json, or a file that --json of train, eval, "
     "inspect or bench was written to."
 )
-# Commands whose JSON is a report; that of the others has parts of its own.
+# Commands whose JSON is a report; that of the others has other parts.
 _READ = ("train", "eval", "inspect", "bench")
 
 
@@ -59,6 +59,6 @@ def _parse(document: bytes, name: str) -> RunReport:
     if command is not None and command not in _READ:
         instead = ", and its --markdown FILE writes the tables" if command == "bench ops" else ""
         raise ValueError(
-            f"liger {command} writes JSON of its own kind, which it also prints as text{instead}"
+            f"liger {command} writes JSON of another kind, which it also prints as text{instead}"
         )
     return RunReport.from_json(document)

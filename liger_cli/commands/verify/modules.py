@@ -135,7 +135,7 @@ def _outcome(
     def fresh(value: Any) -> Any:
         if not _is_floating(value):
             return value
-        # A detached view of its own keeps an unusual layout, which a clone would pack.
+        # A separate detached view keeps an unusual layout, which a clone would pack.
         leaf = value.detach() if dtype is None else value.detach().to(dtype)
         if value.requires_grad:
             leaves.append(leaf.requires_grad_())

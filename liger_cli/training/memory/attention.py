@@ -1,4 +1,4 @@
-"""What a GPU's attention keeps for backward and takes on the way, without computing anything."""
+"""Memory of a GPU's attention, saved for backward and transient, without computing anything."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def attention_on_gpu(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Return what F.scaled_dot_product_attention does on a GPU, of tensors without data.
+    """Allocate as F.scaled_dot_product_attention does on a GPU, for tensors without data.
 
     Without a mask flash attention runs, which keeps no scores and shares keys among heads; with one
     the memory-efficient kernel, which does not share keys, but keeps no scores either. Where keys

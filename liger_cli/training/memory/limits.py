@@ -1,4 +1,4 @@
-"""What a training step of a run takes by part, and what makes it take less."""
+"""Memory of a training step of a run by part, and remedies that reduce it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
     "parts_line",
 ]
 
-# Rows whose longest stands for all in the estimate.
+# Rows whose longest is the length of all in the estimate.
 _ROWS_LOOKED_AT = 1000
 # A remedy that saves less than this is none.
 _WORTH_IT = 0.98
@@ -60,7 +60,7 @@ class RunMemory:
 
     @classmethod
     def of(cls, config: RunConfig, inputs: Inputs, device: torch.device) -> RunMemory:
-        """Return what a step of this run takes."""
+        """Return the memory of a step of this run."""
         lengths = _row_lengths(config, inputs)
         batch = Batch(
             size=config.per_device_train_batch_size,
@@ -231,7 +231,7 @@ def cheapest_remedies(memory: RunMemory, num_bytes: int) -> Iterator[str]:
 
 
 def _remedies(memory: RunMemory) -> Iterator[Remedy]:
-    """What could be changed, that which costs least first: time, then data, then the model."""
+    """Yield remedies, the cheapest first: in time, then in data, then in the model."""
     config, size = memory.config, memory.batch.size
     if config.ops not in ("auto", "all"):
         yield Remedy("--ops auto", {"ops": "auto"})

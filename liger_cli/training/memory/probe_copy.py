@@ -1,4 +1,4 @@
-"""What stands in for a GPU, so that a step of a model can run on tensors without data.
+"""A stand-in for a GPU, so that a step of a model can run on tensors without data.
 
 The step is the real one: the model's own forward, autograd's backward, the optimizer's step. What
 asks for a device, or reads a tensor, gets here what a GPU would give: kernels are launched by

@@ -38,12 +38,12 @@ _SHARDED = frozenset({"weights", "gradients", "optimizer"})
 
 @dataclass(frozen=True)
 class Batch:
-    """What goes through the model at once.
+    """The rows of one forward pass.
 
     Attributes:
         label_share: Of the tokens those that have a label.
         is_padded: Whether rows have several lengths: transformers then makes a mask of attention.
-        is_packed: Whether a row holds several documents, which position_ids tell.
+        is_packed: Whether a row holds several documents, which position_ids separate.
     """
 
     size: int
@@ -248,7 +248,7 @@ def _by_module(ledger: Ledger, model: Any) -> Iterator[None]:
 
 
 def _by_shape(model: Any) -> Any:
-    """Return what knows gradients of head and logits, which autograd makes without a module."""
+    """Return a function that recognizes gradients of head and logits, which no module makes."""
     head = table_of(model, "get_output_embeddings")
     weight = getattr(head, "weight", None)
     shape = (0, 0) if weight is None else tuple(weight.shape)

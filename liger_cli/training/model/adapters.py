@@ -81,7 +81,7 @@ def find_base(path: Path) -> str:
 
 
 def base_place(source: ModelSource, model: Any, keep: Path | None) -> str:
-    """Return what an adapter_config.json shall name as its base model.
+    """Return the name of the base model for an adapter_config.json.
 
     Args:
         source: Of the base model.
@@ -192,7 +192,7 @@ def attach_adapter(
         trains: Whether the adapter is to be trained, under autocast where the model is in half
             precision; else everything is frozen.
         seed: Of the adapter's random weights; every generator is left as it was.
-        notify: Told of what peft warns of.
+        notify: Called with the warnings of peft.
 
     Raises:
         ConfigError: The model has none of the target modules, or cannot have such an adapter.
@@ -259,7 +259,7 @@ def trained_line(model: Any) -> str:
 
 
 def quantization(config: RunConfig, source: ModelSource, device: torch.device) -> Any:
-    """Return what transformers needs to load the frozen model in 4 bits; None where it is not to.
+    """Return the quantization of the frozen model for load_in_4bit; None without it.
 
     Raises:
         ConfigError: There is nothing frozen, or there are no files to quantise.

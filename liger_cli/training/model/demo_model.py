@@ -53,7 +53,7 @@ def converted_model(source: ModelSource, notify: Callable[[str], None] | None = 
 
     Args:
         source: A preset of the kind package.
-        notify: Told once that a conversion starts; logged as a warning otherwise, since a start
+        notify: Called once when a conversion starts; by default a warning is logged, since a start
             that is silent for half a minute looks like a hang.
 
     Raises:
@@ -181,7 +181,7 @@ def _write_tokenizer(reader: Any, config: dict[str, Any], directory: Path) -> No
     merges = [tuple(pair.split(" ")) for pair in field("ggml.merges")]
     vocabulary = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    # What the name "smollm" stands for in the file: digits one by one, then GPT-2's words.
+    # The meaning of "smollm" in the file: digits one by one, then GPT-2's words.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

@@ -45,7 +45,7 @@ def load_patched(
 
     Args:
         source: The model, or a checkpoint of it.
-        notify: Told what a user should know, such as weights that are missing.
+        notify: Called with notices, such as weights that are missing.
         trains: False puts no new adapter on.
         keep_base: Where the base model of an adapter is saved that is nowhere else.
     """
@@ -93,7 +93,7 @@ def _compile(model: nn.Module, config: RunConfig, notify: Callable[[str], None])
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
-    """Return what the outermost module lists hold."""
+    """Return the modules of the outermost module lists."""
     if isinstance(module, nn.ModuleList):
         return list(module)
     return [layer for child in module.children() for layer in _layers(child)]

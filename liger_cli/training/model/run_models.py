@@ -1,4 +1,4 @@
-"""The model that a run's directory stands for: one of its checkpoints."""
+"""The model that a run's directory resolves to: one of its checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def find_run_model(path: Path, notify: Callable[[str], None]) -> Path:
     """Return the best checkpoint of a run, else the newest whole one; another path as it is.
 
     Args:
-        notify: Told which checkpoint it is, and of damaged ones.
+        notify: Called with the checkpoint, and with damaged ones.
 
     Raises:
         ConfigError: The run wrote no checkpoint.

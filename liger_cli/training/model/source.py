@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 _COUNT_OF_MODULES = re.compile(r"(^|_)(layers?|blocks?|experts?|depths?|stages?)$|^num_.*_layers_")
 _MAX_MODULES = 10_000
-# The largest mixtures of experts have some 120 000, where each expert is modules of its own.
+# The largest mixtures of experts have some 120 000, where each expert has separate modules.
 _MAX_REGISTERED = 1_000_000
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
@@ -51,11 +51,11 @@ def resolve_model(name: str, notify: Callable[[str], None] | None = None) -> Mod
     """Return where a model comes from: a preset, a directory, a config.json, or the hub.
 
     A preset goes before a directory of the same name; write ./name for the directory. That of a run
-    stands for its best checkpoint, else its last.
+    resolves to its best checkpoint, else its last.
 
     Args:
         name: As --model takes it.
-        notify: Told which checkpoint of a run it is, and of damaged ones; logged otherwise.
+        notify: Called with the checkpoint of a run and with damaged ones; logged by default.
 
     Raises:
         ConfigError: No preset and no path has this name, or the path holds no model.
@@ -192,15 +192,15 @@ def load_model(
     config = _make_config(source)
     options = {"attn_implementation": _attention_of(config), **_without_none(options)}
     options = {"dtype": choose_dtype(dtype, device), **_without_none(options)}
-    tell = notify or _log.warning
+    notice = notify or _log.warning
     if source.kind in ("random", "config"):
         model = _build_random(source, config, device, seed, options)
     else:
         place = _find_weights(source, notify)
-        model = _load_weights(place, source, config, device, options, tell)
+        model = _load_weights(place, source, config, device, options, notice)
     # Whether or not anything is patched later: the stock model could not run.
     if (repair := repair_model(model)) is not None:
-        tell(f"{source.name}: {repair}")
+        notice(f"{source.name}: {repair}")
     if source.adapter is not None:
         model = load_adapter(model, source.adapter, trains=trains_adapter).eval()
     return model
@@ -221,7 +221,7 @@ def _make_config(source: ModelSource) -> PretrainedConfig:
         )
     try:
         return AutoConfig.for_model(model_type, **values)
-    # A configuration class checks its values in ways of its own.
+    # A configuration class raises any kind of error for its values.
     except Exception as error:
         raise ConfigError(
             f"the configuration of {source.name} (model type {model_type}) is not one that the "

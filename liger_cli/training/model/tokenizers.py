@@ -141,7 +141,7 @@ def load_processor(source: ModelSource) -> Any:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What makes the inputs of a model, and goes where its weights go."""
+    """The tokenizer and processor of a model, which are saved with its weights."""
 
     tokenizer: Any
     # Of an image-text model.

@@ -69,7 +69,7 @@ def run_bench(plan: BenchPlan, *, on_run: Callable[[str], None]) -> RunReport:
 
     Args:
         plan: What to run.
-        on_run: Told the arm and the number of its run before it starts.
+        on_run: Called with the arm and the number of its run before it starts.
 
     Raises:
         ConfigError: The model or an op is unknown.

@@ -254,7 +254,7 @@ def _check_request(config: RunConfig, request: BenchRequest, names: tuple[str, .
         )
     if (request.peer_python or request.peer_path) and PEER not in names:
         raise ConfigError(
-            f"--peer-python and --peer-path say where {PEER} is, which is not to be compared with",
+            f"--peer-python and --peer-path say where {PEER} is, which --against does not name",
             hint=f"--against eager,{PEER} compares with it too.",
         )
     if config.torch_compile:

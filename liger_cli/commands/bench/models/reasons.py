@@ -1,4 +1,4 @@
-"""Why a patched model gains nothing somewhere, in words: from sizes, device and coverage."""
+"""Reasons why a patched model gains nothing, in words: from sizes, device and coverage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FUSED_LOSS = "fused_linear_cross_entropy"
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a step.
+    """Facts of a step.
 
     Attributes:
         num_tokens: Of a forward pass.
@@ -72,8 +72,8 @@ def no_gain(ratios: RatiosPart, facts: Facts, other: Arm) -> list[str]:
     if speed is not None and noise is not None and speed <= 1 + noise:
         if noise > MIN_SPEED_NOISE and speed >= 1 / (1 + noise):
             sentences.append(
-                "whether there is a gain in speed cannot be told from this noise: more --steps, "
-                "--repeats or a quieter machine can tell"
+                "the noise hides whether there is a gain in speed: more --steps, "
+                "--repeats or a quieter machine can show it"
             )
         else:
             sentences.append(f"no speed is gained here, because {_why_not_faster(facts, other)}")

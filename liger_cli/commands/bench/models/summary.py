@@ -1,4 +1,4 @@
-"""What a whole comparison comes to: the sizes that fit, and the bounds that hold."""
+"""The result of a whole comparison: the sizes that fit, and the bounds that hold."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def find_fits(points: Sequence[SweepPoint], names: Iterable[str]) -> list[FitPar
 def judge_bounds(
     bounds: Iterable[Bound], points: Sequence[SweepPoint], base: str
 ) -> list[AssertPart]:
-    """Return every bound at every size that both sides ran; a wrong loss breaks one of its own."""
+    """Return every bound at every size that both sides ran; a wrong loss breaks a separate one."""
     parts = []
     compared = [point for point in points if base in point.against]
     for bound in bounds:

@@ -38,7 +38,7 @@ __all__ = ["judge", "measure", "require_checks", "run_ops"]
 # Milliseconds a side may use in a round for each part and clock, if two calls take no longer. With
 # thirty-odd rows of up to five sides, 10 keep the calls of small ops under a minute in all.
 _BUDGET_MS = 10.0
-# Matrix products that tell in each round what the card can do now.
+# Matrix products that measure in each round how fast the card is now.
 _LIMIT_CALLS = 6
 
 
@@ -56,7 +56,7 @@ class Side(Protocol):
 
 @dataclass
 class _Readings:
-    """What one side was found to do, over all rounds."""
+    """The readings of one side over all rounds."""
 
     times: dict[Part, Times] = field(default_factory=dict)
     host_us: list[float] = field(default_factory=list)
@@ -70,7 +70,7 @@ def run_ops(plan: OpsPlan, *, on_row: Callable[[Workload], None]) -> OpsReport:
 
     Args:
         plan: What to measure.
-        on_row: Told each workload before it is begun.
+        on_row: Called with each workload before it starts.
 
     Raises:
         ConfigError: The peer's interpreter or folder does not exist.
@@ -219,7 +219,7 @@ def measure(
     with_host: bool,
     after_round: Callable[[], None] = lambda: None,
 ) -> Mapping[str, _Readings]:
-    """Return what each side does, by name.
+    """Measure each side; return its readings by name.
 
     The sides take turns: once each for the first part, then once each for the next, and so on for
     as many rounds. A side that fails takes no further part; what it said is kept.
@@ -237,7 +237,7 @@ def measure(
 
     def prepare(side: Side, found: _Readings) -> None:
         if side.warm_up():
-            found.note = "overwrites its inputs; they are made anew before each turn, untimed"
+            found.note = "overwrites its inputs; they are restored before each turn, untimed"
         found.transient_bytes = side.transient_bytes()
 
     def time_part(part: Part) -> Callable[[Side, _Readings], None]:
