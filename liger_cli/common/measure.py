@@ -66,11 +66,11 @@ class StepTime:
 
 
 class StepTimer:
-    """Times steps from the end of one to the end of the next, the device's work included.
+    """A clock of steps from the end of one to the end of the next, the device's work included.
 
-    A step ends when the host has read its loss. Nothing waits for the device besides, so what it
-    still does for one step (the optimizer's part) counts in the next; all steps together take what
-    the clock on the wall says.
+    A step ends when the host has read its loss. Nothing else waits for the device, so the work that
+    it still does for one step (the optimizer's part) counts in the next; all steps together take as
+    long as the clock on the wall says.
 
     Args:
         device: Where the steps run.

@@ -38,7 +38,7 @@ def _lacks_moments(key: str, config: Keys) -> bool:
 
 
 def _lacks_evaluations(key: str, config: Keys) -> bool:
-    return not config.evaluates_on_the_way and _is_set(key, config)
+    return not config.evaluates_during_training and _is_set(key, config)
 
 
 # Keys, why they do not go together, and when. A conflict is never one of default values alone.
@@ -84,7 +84,7 @@ CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...] = (
     (
         ("lr_scheduler_type", "eval_steps"),
         "this lr_scheduler_type follows the loss of the evaluations and needs eval_steps",
-        lambda c: c.lr_scheduler_type in METRIC_SCHEDULES and not c.evaluates_on_the_way,
+        lambda c: c.lr_scheduler_type in METRIC_SCHEDULES and not c.evaluates_during_training,
     ),
     (
         ("lr_scheduler_type", "warmup_steps", "warmup_ratio"),

@@ -145,7 +145,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _type_and_notes(name: str) -> tuple[Any, list[Any]]:
-    """A key's type without null and without annotations, and these: limits and validators."""
+    """Return a key's type without null, and its annotations apart: limits and validators."""
     field = RunConfig.model_fields[name]
     kind, notes = field.annotation, list(field.metadata)
     if get_origin(kind) in (Union, types.UnionType):

@@ -95,7 +95,7 @@ _SOURCES = [
 
 
 def _flag_parameter(name: str) -> inspect.Parameter:
-    """The typer option of a key. snake_case spellings are folded by the app, not listed here."""
+    """Return the typer option of a key; the app folds snake_case spellings, so none is here."""
     # The choices stand in the help: as a metavar they would cut the names of other flags.
     kind, metavar = (str, "NAME") if choices(name) else (value_type(name), None)
     names = [flag_name(name), *(flag_name(alias) for alias, key in ALIASES.items() if key == name)]

@@ -317,6 +317,6 @@ class Keys(BaseModel):
         return value
 
     @property
-    def evaluates_on_the_way(self) -> bool:
+    def evaluates_during_training(self) -> bool:
         """Whether there are evaluations between the first step and the last."""
         return self.eval_steps > 0 or self.eval_strategy == "epoch"

@@ -11,7 +11,7 @@ __all__ = ["Datasets", "Names"]
 
 
 def _join_names(value: object) -> object:
-    """A YAML list of op names means the same as the comma-separated string."""
+    """Join a YAML list of op names to the comma-separated string that it means."""
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return ",".join(value)
     return value
@@ -25,7 +25,7 @@ Names = Annotated[
 
 
 def _join_datasets(value: object) -> object:
-    """A YAML list of datasets means the same as NAME:WEIGHT,NAME,..., which is one flag."""
+    """Join a YAML list of datasets to NAME:WEIGHT,NAME,..., which is one flag."""
     if not isinstance(value, list):
         return value
     return ",".join(_dataset_words(entry) for entry in value)

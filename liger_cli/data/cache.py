@@ -143,7 +143,7 @@ def _files_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def _makers() -> dict[str, Any]:
-    """The code that makes rows: entries of another version are not this one's."""
+    """Return the code that makes rows: entries of another version are not this one's."""
     import tokenizers
     import transformers
 
@@ -166,7 +166,7 @@ def _seal(rows: Path, counts: dict[str, Any]) -> str:
 
 
 def _read(folder: Path, notify: Callable[[str], None]) -> Tokenised | None:
-    """The entry, or None where there is none or it is damaged; that one is deleted."""
+    """Return the entry, or None where there is none or it is damaged; that one is deleted."""
     import datasets
 
     if not folder.is_dir():

@@ -71,7 +71,7 @@ class TextClipper:
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letters that byte-level tokenizers write for bytes: GPT-2's, printable and one a byte."""
+    """Return the letters of byte-level tokenizers for bytes: GPT-2's, printable, one a byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in printable]
     letters = {chr(byte): byte for byte in printable}

@@ -52,7 +52,7 @@ def _read_lines(path: Path) -> Iterator[Record]:
 
 
 def _read_json(path: Path) -> Iterator[Record]:
-    """A list, an object a line, or one object over several lines."""
+    """Read a list, an object a line, or one object over several lines."""
     with path.open("rb") as stream:
         is_list = stream.read(1024).removeprefix(_BOM).lstrip()[:1] == b"["
         stream.seek(0)
@@ -98,7 +98,7 @@ def _read_list(path: Path, text: str) -> Iterator[Record]:
 
 
 def _read_text(path: Path) -> Iterator[Record]:
-    """Every line that is not blank is a row."""
+    """Yield every line that is not blank as a row."""
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             text = decode(line, path, number).strip("\r\n")

@@ -154,7 +154,7 @@ _TRAINED = ("weight", "train", "train?", "masked")
 def _read(
     content: Mapping[str, Any], kinds: Mapping[str, Kind], prefix: str, where: str
 ) -> Iterator[tuple[str, Kind, bool]]:
-    """The fields that are there, each with its kind and whether it says yes."""
+    """Return the fields that are there, each with its kind and whether it says yes."""
     for name, kind in kinds.items():
         value = content.get(name)
         if value is None or value == "":

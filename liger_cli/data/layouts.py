@@ -152,7 +152,7 @@ def layout_hint(content: Mapping[str, Any]) -> str | None:
 
 
 def _row_lists(content: Mapping[str, Any], depth: int = 1) -> Iterator[list[str]]:
-    """The keys that lead to lists of rows, the nearest first."""
+    """Return the keys that lead to lists of rows, the nearest first."""
     for key, value in content.items():
         if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
             yield [key]

@@ -55,7 +55,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _folders(roots: Iterable[str]) -> Iterator[str]:
-    """The folders at and below others that are not hidden, each once."""
+    """Return the folders at and below others that are not hidden, each once."""
     seen = set()
     waiting = sorted(roots, reverse=True)
     while waiting:

@@ -164,7 +164,7 @@ def _make_row(form: str, content: dict[str, Any], where: str, folder: Path | Non
 
 
 def _only_last(row: Row) -> tuple[bool | None, ...]:
-    """The marks of a row of which only the last answer is trained."""
+    """Return the marks of a row of which only the last answer is trained."""
     answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
     marks = list(row.marks or [None] * len(row.messages))
     for i in answers[:-1]:
@@ -246,7 +246,7 @@ def _check_message(message: Any, name: str, where: str) -> Mapping[str, Any]:
 def _check_parts(
     parts: list[Any], role: str, name: str, where: str
 ) -> str | list[Mapping[str, Any]]:
-    """The parts of a content; without an image they are one text."""
+    """Check the parts of a content; without an image they are one text."""
     checked: list[Mapping[str, Any]] = []
     for number, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else describe(part)
@@ -311,7 +311,7 @@ def _without_image(part: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _check_image(image: Any, where: str, folder: Path | None) -> Any:
-    """A path, the bytes of a file or a PIL image; datasets writes {bytes, path}."""
+    """Check an image: a path, the bytes of a file or a PIL image; datasets writes {bytes, path}."""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path") or image.get("url")
     if not isinstance(image, str):

@@ -174,7 +174,7 @@ def _readable(path: Path) -> str:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """The data files of a folder and those below it, in the order of their names."""
+    """Return the data files of a folder and those below it, in the order of their names."""
     files = files_below(folder)
     data = [path for path in files if path.suffix in READERS]
     if not data:

@@ -168,7 +168,7 @@ class _Blocks:
         return replace(reached, block=begin.block + 1, counts=counts)
 
     def _read(self, begin: Place) -> tuple[list[list[Record]], Place, bool]:
-        """The records of a block by source, where they end, and whether the epoch ends there."""
+        """Read the records of a block by source, their end, and whether the epoch ends there."""
         stream = self._stream
         read, offsets, passes = list(begin.read), list(begin.offsets), list(begin.passes)
         found: list[list[Record]] = [[] for _ in stream.sources]

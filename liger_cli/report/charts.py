@@ -218,7 +218,7 @@ def _difference_chart(report: RunReport, arms: Sequence[Arm]) -> Curves:
 def _series(
     curves: Iterable[tuple[str, Sequence[float | None]]],
 ) -> dict[str, dict[int, float]]:
-    """The finite values of each curve by step, of those that have any."""
+    """Return the finite values of each curve by step, of those that have any."""
     found = {
         name: {step: value for step, value in enumerate(values, start=1) if value is not None}
         for name, values in curves

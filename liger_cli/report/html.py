@@ -121,7 +121,7 @@ def _asset(name: str) -> str:
 
 
 def _number_columns(table: Table) -> set[int]:
-    """The columns of figures, which stand right; the first one names its row."""
+    """Return the columns of figures, which stand right; the first one names its row."""
     columns = {i: [row[i] for row in table.rows] for i in range(1, len(table.columns))}
     return {
         index

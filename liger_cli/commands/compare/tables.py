@@ -52,7 +52,7 @@ def _figures_table(runs: list[Run]) -> Table:
 
 
 def _figures(run: Run) -> dict[str, str]:
-    """The figures of a run by name, in the order of the table."""
+    """Return the figures of a run by name, in the order of the table."""
     report = run.report
     figures = {"state": _state(run)}
     if (train := report.train) is not None:

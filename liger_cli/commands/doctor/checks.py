@@ -60,7 +60,7 @@ def _python() -> Check:
 
 
 def _packages() -> Iterator[Check]:
-    """The requirements of this package, as its metadata has them: they are written nowhere else."""
+    """Return the requirements of this package from its metadata: they are written nowhere else."""
     from packaging.requirements import Requirement
 
     try:
@@ -137,7 +137,7 @@ def _has_gpu() -> bool:
 
 
 def _kernels() -> Iterator[Check]:
-    """Each op's quick check, forward and backward against fp64, on the device a run would take."""
+    """Check each op quickly, forward and backward against fp64, on the device a run would take."""
     import torch
 
     from liger_kernels.compare import check_op

@@ -111,7 +111,7 @@ def _load(model: str, is_chat: bool, seed: int, dtype: str, use_cpu: bool) -> tu
 
 
 def _lines() -> Iterator[str]:
-    """The lines of stdin that are not empty, one turn of a chat each."""
+    """Yield the lines of stdin that are not empty, one turn of a chat each."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)

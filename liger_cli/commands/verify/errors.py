@@ -108,5 +108,5 @@ def judge(
 
 
 def _kind(name: str) -> str:
-    """The name without the number of its layer."""
+    """Return the name without the number of its layer."""
     return _NUMBER.sub("*", name)

@@ -207,7 +207,7 @@ def _check_host_memory(model: Any, device: torch.device) -> None:
 
 
 def _turn_off_dropout(model: torch.nn.Module) -> None:
-    """Two runs must be the same; the model is not trained afterwards."""
+    """Turn off dropout, so that two runs are the same; the model is not trained afterwards."""
     for module in model.modules():
         for name, value in vars(module).items():
             if isinstance(value, float) and ("dropout" in name or name == "p"):
@@ -215,7 +215,7 @@ def _turn_off_dropout(model: torch.nn.Module) -> None:
 
 
 def _check_ops(model: Any, ops: str, used: Sequence[str], device: torch.device) -> list[OpPart]:
-    """Every op as `liger doctor` checks it, and those of the model in its own forms too."""
+    """Check every op as `liger doctor` does, and those of the model in its forms too."""
     # Whatever was asked for is tried as auto tries it, and what auto would leave out fails.
     trials = build_plan(model, replace(resolve_ops(ops), is_auto=True, named=())).trials
     parts = []
@@ -234,7 +234,7 @@ def _check_ops(model: Any, ops: str, used: Sequence[str], device: torch.device) 
 
 
 def _batch(model: Any, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
-    """Random tokens; a quarter of the labels is ignored, and the first of them is."""
+    """Draw random tokens; a quarter of the labels and the first of each row are ignored."""
     shape = _BATCH_ON_CPU if device.type == "cpu" else _BATCH_ON_GPU
     vocab_size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(seed)
@@ -250,7 +250,7 @@ def _batch(model: Any, device: torch.device, seed: int) -> dict[str, torch.Tenso
 
 
 def _outcome(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The loss and every gradient as training makes them, and the logits as evaluation does."""
+    """Compute the loss and every gradient as in training, and the logits as in evaluation."""
     model.eval()
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], use_cache=False).logits
@@ -290,7 +290,7 @@ def _truth(
 
 
 def _may_fit(model: Any, precision: torch.dtype) -> bool:
-    """Whether weights and gradients, or for a GPU the gradients kept, fit into host memory."""
+    """Return whether weights and gradients, or a GPU's gradients alone, fit into host memory."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return bool(2.5 * num_parameters * precision.itemsize < host_memory())
 
@@ -300,7 +300,7 @@ def _to_host(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _worst(modules: Sequence[ModulePart], whole: Iterable[TensorPart]) -> WorstPart | None:
-    """The module that is nearest to its limit or beyond, else what of the whole model is."""
+    """Return the module nearest to its limit or beyond, else the tensor of the whole model."""
     found: list[tuple[TensorPart, str, str | None]] = [
         (part.tensor, part.name, part.op) for part in modules if part.tensor is not None
     ]

@@ -80,7 +80,7 @@ class _Found:
 def _judge_all(
     patches: Sequence[Patch], found: Mapping[Patch, _Found | str], like: torch.Tensor
 ) -> Iterator[ModulePart]:
-    """A row for every patch, in their order: all are judged at once, layer beside layer."""
+    """Judge every patch, in their order: all at once, layer beside layer."""
     ours: dict[str, float] = {}
     eager: dict[str, float] = {}
     for patch, errors in found.items():
@@ -111,7 +111,7 @@ def _key(tensor: str, patch: Patch) -> str:
 
 
 def _compare(module: nn.Module, args: Any, kwargs: Any, seed: int) -> _Found | str:
-    """The errors of one call, or why there are none."""
+    """Return the errors of one call, or why there are none."""
     if not any(map(_is_floating, tree_leaves((args, kwargs)))):
         return "called without a tensor of numbers"
     stock = copy.deepcopy(module)

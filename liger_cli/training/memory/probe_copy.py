@@ -96,14 +96,14 @@ def _is_mask(index: Tensor | None) -> bool:
 
 
 def _places(index: Tensor | None) -> list[Tensor | None]:
-    """The indices of all places of a mask, one tensor a dimension; other indices as they are."""
+    """Return the indices of a mask's places, a tensor a dimension; other indices as they are."""
     if index is None or not _is_mask(index):
         return [index]
     return [index.new_empty(index.numel(), dtype=torch.int64) for _ in range(index.dim())]
 
 
 def _grouped_shape(a: Tensor, b: Tensor, offs: Tensor | None = None, **_: Any) -> tuple[int, ...]:
-    """The shape of products of groups: of rows of a, of columns of b, or of what is summed over."""
+    """Return the shape of products of groups: of rows of a, columns of b, or the inner sum."""
     if a.dim() == b.dim() == 2:
         assert offs is not None
         return offs.shape[0], a.shape[0], b.shape[1]

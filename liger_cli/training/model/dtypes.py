@@ -64,7 +64,7 @@ def stored_dtype(source: ModelSource) -> torch.dtype:
 
 
 def _largest_part(folder: Path) -> str | None:
-    """The floating dtype that most of the values in the safetensors of a folder have."""
+    """Return the floating dtype that most of the values in the safetensors of a folder have."""
     sizes: dict[str, int] = {}
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:

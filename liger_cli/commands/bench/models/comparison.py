@@ -127,7 +127,7 @@ def _gain(shown: SweepPoint) -> GainPart | None:
 
 
 def _specs(plan: BenchPlan, source: ModelSource, peer: PeerInterpreter | None) -> list[ArmSpec]:
-    """The arms in the order of a round."""
+    """Return the arms in the order of a round."""
     ops = plan.config.ops
     known = {
         EAGER: ArmSpec(EAGER, "none"),
@@ -178,7 +178,7 @@ def _measure(
 
 
 def _known_error(points: Iterable[SweepPoint], name: str, size: Mapping[str, int]) -> str | None:
-    """Why an arm need not be tried at a size: a size within it did not run."""
+    """Return the error of an arm that did not run at a smaller size, if there is one."""
     for point in points:
         is_within = (
             point.batch_size <= size["per_device_train_batch_size"]
@@ -298,7 +298,7 @@ def _compare(
 
 
 def _largest_compared(points: Sequence[SweepPoint], base: str) -> SweepPoint:
-    """The size with the most tokens at which both sides ran, or the last one."""
+    """Return the size with the most tokens at which both sides ran, or the last one."""
     both = [point for point in points if base in point.against]
     return max(both, key=lambda p: p.batch_size * p.sequence_length, default=points[-1])
 

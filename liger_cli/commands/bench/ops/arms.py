@@ -122,7 +122,7 @@ def _truth(
 
 
 def _cast(sample: Sample, dtype: torch.dtype) -> Sample:
-    """The same values as fresh leaves in another dtype; strides are kept."""
+    """Return the same values as fresh leaves in another dtype; strides are kept."""
 
     def cast(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
@@ -136,7 +136,7 @@ def _cast(sample: Sample, dtype: torch.dtype) -> Sample:
 def _outcome(
     function: Callable[..., Any], sample: Sample, stopwatch: Stopwatch, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Every output and every gradient of a call, by name."""
+    """Return every output and every gradient of a call, by name."""
     values = [*sample.args, *sample.kwargs.values()]
     call = functools.partial(function, *sample.args, **sample.kwargs)
     arm = Arm("", call, values, stopwatch, dtype)

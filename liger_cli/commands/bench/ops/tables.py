@@ -287,7 +287,7 @@ def _shape_text(row: OpRow) -> str:
 
 
 def _error_text(check: CheckPart, arm: str) -> str:
-    """The error that comes nearest to its limit, for the two sides that are checked."""
+    """Return the error that comes nearest to its limit, for the two sides that are checked."""
     if arm not in (OURS, "eager") or not check.errors:
         return ""
     worst = max(check.errors, key=lambda error: (error.ours or 0.0) / error.limit)

@@ -30,7 +30,7 @@ _Call = tuple[Callable[[], Any], tuple[torch.Tensor, ...]]
 
 
 def _peer(*parts: str) -> Any:
-    """The peer's public module; its name is only known to the interpreter that has it."""
+    """Import the peer's public module; only the interpreter that has it knows its name."""
     return importlib.import_module(".".join(["liger_kernel.transformers", *parts]))
 
 
