@@ -78,6 +78,6 @@ class LossOf:
 
 def _leaves_loss_to_transformers(model: Any) -> bool:
     """Return whether forward calls the loss that divides by num_items_in_batch, or reads it."""
-    code = inspect.unwrap(type(model_under(model)).forward).__code__
+    code = inspect.unwrap(type(inner_model(model)).forward).__code__
     names = {*code.co_names, *code.co_varnames, *code.co_consts}
     return bool(names & {"loss_function", "num_items_in_batch"})

@@ -8,7 +8,7 @@ import math
 from liger_cli.config import RunConfig
 from liger_cli.report import RunReport, TrainProgress, notify
 from liger_cli.report.build import add_evaluation, report_of
-from liger_cli.report.requirements import parse_ops
+from liger_cli.report.required_ops import parse_ops
 from liger_cli.training.evaluate import evaluate_inputs
 from liger_cli.training.inputs import load_inputs
 from liger_cli.training.memory.limits import check_memory

@@ -11,7 +11,7 @@ from liger_cli.data.feed import plan_batches, total_steps
 from liger_cli.errors import ConfigError
 from liger_cli.report import notify
 from liger_cli.report.build import report_of
-from liger_cli.report.requirements import check_places, check_required, parse_ops
+from liger_cli.report.required_ops import check_places, check_required, parse_ops
 from liger_cli.training.checkpoints.run_directory import run_directory
 from liger_cli.training.inputs import load_inputs
 from liger_cli.training.model.adapters import adapts, quantization

@@ -21,7 +21,7 @@ from liger_cli.report.build import (
     read_report,
     report_of,
 )
-from liger_cli.report.requirements import check_required
+from liger_cli.report.required_ops import check_required
 from liger_cli.training.checkpoints.resume import describe_resume
 from liger_cli.training.evaluate import EvalResult
 from liger_cli.training.loop import train
