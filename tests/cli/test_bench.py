@@ -283,7 +283,7 @@ def test_what_the_user_says_is_kept() -> None:
         (["--model", "mistral", "--assert", "speed>=1,"], "'' is not one of speed, memory"),
         (["--model", "mistral", "--torch-compile"], "torch_compile is a side of the comparison"),
         (["--model", "mistral", "--auto-fit"], "auto_fit would measure a side at another size"),
-        (["--model", "mistral", "--peer-path", "."], "liger-kernel is, which is not to be"),
+        (["--model", "mistral", "--peer-path", "."], "which --against does not name"),
     ],
     ids=[
         *("preset", "op", "flag", "steps", "no-model", "against", "range", "zero", "seq-twice"),
