@@ -136,7 +136,7 @@ CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...] = (
     ),
     (
         ("streaming", "max_steps"),
-        "streaming needs max_steps: nobody knows how many rows an epoch has",
+        "streaming needs max_steps: the number of rows in an epoch is unknown",
         lambda c: c.streaming and c.max_steps < 0,
     ),
     (

@@ -31,7 +31,7 @@ class BatchPlan:
     """The order of the data for one process.
 
     Args:
-        num_rows: Rows of the dataset; 0 where nobody knows, of a stream.
+        num_rows: Rows of the dataset; 0 where it is unknown, of a stream.
         batch_size: Rows of a micro-batch on one process.
         accumulation: Micro-batches of an optimizer step.
         seed: Seed of the permutations.

@@ -146,7 +146,7 @@ class RatiosPart(_Part):
     """The patched arm against another: speed above 1 is faster, memory below 1 is smaller.
 
     noise and memory_noise are how far apart equal runs were; a difference below says nothing. They
-    are None where a side ran once: then nobody knows.
+    are None where a side ran once: then they are unknown.
     """
 
     speed: Finite = None

@@ -41,7 +41,7 @@ def _peer_note(peer: Mapping[str, Any]) -> str:
 def noise_of(arms: Iterable[Sequence[ArmResult]], key: str, least: float) -> float | None:
     """Return how far apart a figure of equal runs is, relative to the smallest.
 
-    None says that nobody knows: one of the arms ran once.
+    None is unknown: one of the arms ran once.
     """
     spreads = []
     for runs in arms:
