@@ -101,7 +101,7 @@ def test_command(corpus, monkeypatch, tmp_path):
         "not built",
     ]
     text = page.read_text()
-    ops = "rope 2/2, rms_norm 5/5, fused_add_rms_norm 2/2, swiglu 2/2, "
+    ops = "rope 2/2, rms_norm 5/5, swiglu 2/2, "
     assert f"| llama | row | text | {ops}" in text
     assert "| 1 | built |" in text
     monkeypatch.setattr(sys, "argv", ["coverage_corpus.py", "--types", "lama"])

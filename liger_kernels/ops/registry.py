@@ -57,6 +57,8 @@ def find_op(name: str, among: Collection[str] = tuple(OPS), words: tuple[str, ..
     hint = "."
     if found is not None and found.part_of:
         hint = f" here: it runs as a part of {' and '.join(found.patch_names)}."
+    elif found is not None and not found.patch_names:
+        hint = " here: patching does not use it."
     else:
         names = [alias for alias, full in _FULL_NAMES.items() if full in among]
         if near := nearest_name(wanted, [*names, *words]):

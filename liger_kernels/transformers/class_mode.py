@@ -18,7 +18,7 @@ from liger_kernels.transformers.options import COMMON_OPTIONS, select, unknown_o
 from liger_kernels.transformers.patching.engine import PatchRecord, apply
 from liger_kernels.transformers.patching.families import FAMILIES, Family
 from liger_kernels.transformers.patching.plan import PatchPlan, build_plan, coverage_of
-from liger_kernels.transformers.patching.selection import OpSelection
+from liger_kernels.transformers.patching.selection import OpSelection, drop_retired
 
 __all__ = ["FAMILY_FUNCTIONS", "FamilyRecord"]
 
@@ -164,15 +164,14 @@ def _family_function(row: Family) -> Callable[..., PatchRecord]:
         *,
         model: nn.Module | None = None,
         save_memory: bool = True,
-        fused_add_rms_norm: bool = True,
         **options: bool,
     ) -> PatchRecord:
+        drop_retired(options)
         for option in options:
             if option not in known:
                 rest = f"Besides {', '.join(common)} it has {', '.join(known)}"
                 raise unknown_option(option, (*known, *common), name, rest)
-        ops = {**known, **options, "fused_add_rms_norm": fused_add_rms_norm}
-        selection = select(ops, save_memory, name)
+        selection = select({**known, **options}, save_memory, name)
         if model is None:
             return FamilyRecord(row, selection)
         model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -194,8 +193,6 @@ def _family_function(row: Family) -> Callable[..., PatchRecord]:
             model: The model to patch. None: models of this type built from now on are patched, by
                 from_pretrained, from_config or their class; existing ones stay as they are.
             save_memory: As apply_liger_kernel takes it.
-            fused_add_rms_norm: Whether to use the op, in layers that have a place for it and whose
-                norms run rms_norm.
 
         Returns:
             The record. In class mode its undo() makes construction as it was.

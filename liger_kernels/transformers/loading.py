@@ -20,7 +20,7 @@ from liger_kernels.transformers.api import apply_selection
 from liger_kernels.transformers.options import COMMON_OPTIONS, select, unknown_option
 from liger_kernels.transformers.patching.engine import restore
 from liger_kernels.transformers.patching.families import FAMILIES
-from liger_kernels.transformers.patching.selection import PATCH_OPS, OpSelection
+from liger_kernels.transformers.patching.selection import PATCH_OPS, OpSelection, drop_retired
 from liger_kernels.transformers.patching.upstream_fixes import repair_model
 
 __all__ = ["AutoLigerKernelForCausalLM"]
@@ -58,7 +58,6 @@ class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
         *model_args: Any,
         rope: bool = True,
         rms_norm: bool = True,
-        fused_add_rms_norm: bool = True,
         layer_norm: bool = True,
         swiglu: bool = True,
         geglu: bool = True,
@@ -77,7 +76,6 @@ class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
             {
                 "rope": rope,
                 "rms_norm": rms_norm,
-                "fused_add_rms_norm": fused_add_rms_norm,
                 "layer_norm": layer_norm,
                 "swiglu": swiglu,
                 "geglu": geglu,
@@ -87,6 +85,7 @@ class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
             save_memory,
             where,
         )
+        drop_retired(kwargs)
         config = kwargs.get("config")
         if not isinstance(config, PretrainedConfig):
             config = _find_config(config or pretrained_model_name_or_path, kwargs)
@@ -105,7 +104,6 @@ class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
         *,
         rope: bool = True,
         rms_norm: bool = True,
-        fused_add_rms_norm: bool = True,
         layer_norm: bool = True,
         swiglu: bool = True,
         geglu: bool = True,
@@ -124,7 +122,6 @@ class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
             {
                 "rope": rope,
                 "rms_norm": rms_norm,
-                "fused_add_rms_norm": fused_add_rms_norm,
                 "layer_norm": layer_norm,
                 "swiglu": swiglu,
                 "geglu": geglu,
@@ -134,6 +131,7 @@ class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
             save_memory,
             where,
         )
+        drop_retired(kwargs)
         _check_options(kwargs, config, where)
         model = _auto_class(config).from_config(config, **kwargs)
         _apply_anew(model, selection)

@@ -10,7 +10,7 @@ from liger_kernels.transformers.patching.selection import LOSSES, PATCH_OPS, OpS
 __all__ = ["COMMON_OPTIONS", "select", "unknown_option"]
 
 # Every family has these besides those of its row.
-COMMON_OPTIONS = ("save_memory", "fused_add_rms_norm")
+COMMON_OPTIONS = ("save_memory",)
 
 
 def select(options: dict[str, bool], save_memory: bool, where: str) -> OpSelection:

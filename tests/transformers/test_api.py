@@ -58,14 +58,12 @@ def test_family_function_has_the_options_of_its_row(family):
         *FAMILIES[family].options,
         "model",
         "save_memory",
-        "fused_add_rms_norm",
     ]
     assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values())
     assert {n: p.default for n, p in parameters.items()} == {
         **FAMILIES[family].options,
         "model": None,
         "save_memory": True,
-        "fused_add_rms_norm": True,
     }
 
 
@@ -85,7 +83,7 @@ def test_each_option_case_42(family):
     reference = run(model, inputs)
     for option in known:
         only = {name: name == option for name in known}
-        record = apply_to_family(model=model, fused_add_rms_norm=False, **only)
+        record = apply_to_family(model=model, **only)
         assert {patch.op for patch in record.patches} == {option}
         with record.count_calls():
             assert_same(run(model, inputs), reference)
@@ -373,7 +371,7 @@ def test_auto_class_options_are_those_of_the_rows():
     ):
         parameters = inspect.signature(method).parameters.values()
         keyword = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-        assert keyword == {**options, "save_memory": True, "fused_add_rms_norm": True}
+        assert keyword == {**options, "save_memory": True}
 
 
 # Case 70, second part: a configuration with a vision part is its image-text class.

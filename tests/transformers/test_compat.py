@@ -426,7 +426,7 @@ def test_signatures_are_those_of_the_families(alias):
         assert function is getattr(alias, f"apply_liger_kernel_to_{family}")
         parameters = inspect.signature(function).parameters
         options = {name: p.default for name, p in parameters.items() if name != "model"}
-        assert options == {**FAMILIES[family].options, "fused_add_rms_norm": True}
+        assert options == FAMILIES[family].options
         with pytest.raises(ValueError, match=r"unknown option 'rms_nrom'; did you mean 'rms_norm'"):
             function(rms_nrom=False)
 

@@ -76,32 +76,14 @@ def test_an_op_that_is_asked_for_is_patched_whatever_its_check_says(ops, monkeyp
     assert inspect_model(zoo.build("llama"), ops).coverage["swiglu"]["patched"] == 2
 
 
-def test_a_norm_that_is_left_out_takes_its_residual_sums_with_it(monkeypatch):
-    check_op = trials.check_op
-    monkeypatch.setattr(
-        trials,
-        "check_op",
-        lambda op, device, **case: (
-            trials.CheckResult(op, False, "wrong")
-            if op == "rms_norm"
-            else check_op(op, device, **case)
-        ),
-    )
-    plan = inspect_model(zoo.build("llama"))
-    assert {"rms_norm", "fused_add_rms_norm"}.isdisjoint(patch.op for patch in plan.patches)
-    reasons = {skip.reason for skip in plan.skips if skip.op == "fused_add_rms_norm"}
-    assert all("is not patched" in reason for reason in reasons)
-    assert [failure.op for failure in plan.failures] == ["rms_norm"]
-
-
 def test_trials_take_the_widths_forms_and_dtype_of_the_model(tried):
     model = zoo.build("gemma2").to(torch.bfloat16)
     config = model.config
     inspect_model(model)
     cases = {op: (shape, options) for op, shape, options, _ in tried}
     assert {dtype for *_, dtype in tried} == {torch.bfloat16}
-    assert cases["rms_norm"][0][-1] == cases["fused_add_rms_norm"][0][-1] == config.hidden_size
-    assert cases["fused_add_rms_norm"][1] == {"offset": 1.0, "cast": "end", "has_weight": True}
+    assert cases["rms_norm"][0][-1] == config.hidden_size
+    assert cases["rms_norm"][1] == {"offset": 1.0, "cast": "end", "has_weight": True}
     assert cases["geglu"] == ((33, config.intermediate_size), {"approximate": "tanh"})
     assert cases["rope"][0][-1] == config.head_dim
     assert cases["fused_linear_cross_entropy"][0][-1] == config.vocab_size
@@ -112,14 +94,14 @@ def test_a_form_is_tried_once_and_a_model_without_weights_never(tried):
     model = zoo.build("llama")
     first = inspect_model(model).trials
     # The MLPs are tried as one function too.
-    assert len(tried) == len(first) + 1 == 6
+    assert len(tried) == len(first) + 1 == 5
     assert build_plan(zoo.build("llama")).trials == first
-    assert len(tried) == 6
+    assert len(tried) == 5
     with torch.device("meta"):
         meta = type(model)(model.config)
     assert inspect_model(meta).trials == ()
     inspect_model(model.to(torch.float64))
-    assert len(tried) == 12
+    assert len(tried) == 10
 
 
 @pytest.mark.parametrize(
@@ -130,6 +112,6 @@ def test_trials_do_not_mind_where_they_are_called(context):
     state = torch.get_rng_state()
     with context():
         plan = inspect_model(model)
-    assert len(plan.trials) == 5
+    assert len(plan.trials) == 4
     assert plan.failures == []
     assert torch.equal(torch.get_rng_state(), state)

@@ -236,19 +236,12 @@ def test_dispatch_case_82(family, placement, order, tmp_path):
             skipped = model(**inputs, skip_logits=True).loss
     assert skipped.item() == pytest.approx(reference.loss, rel=1e-5)
     heads = [row for row in record.modules if row["name"] == "lm_head"]
-    layers = {row["name"]: row for row in record.modules if row["op"] == "fused_add_rms_norm"}
-    assert len(layers) == 2
-    if order == "patch-first":
-        # The hooks on their norms would be passed by.
-        assert record.unused == layers.keys()
-    else:
-        assert {row["status"] for row in layers.values()} == {"skipped"}
-        assert all("a hook or another forward" in row["reason"] for row in layers.values())
+    assert not record.unused
     if order == "dispatch-first" and placement != "whole":
         # Its weight is there while its own forward runs, not when the loss is computed.
         assert heads[0]["status"] == "skipped"
         assert "patch before wrapping" in heads[0]["reason"]
-    others = (row for row in record.modules if row not in heads and row["name"] not in layers)
+    others = (row for row in record.modules if row not in heads)
     assert all(row["status"] == "patched" for row in others)
 
 

@@ -27,12 +27,11 @@ from liger_kernels.transformers.recognise import (
     rope_functions,
     unserved,
 )
-from liger_kernels.transformers.replacements.layers import AddNormSpec, find_layers
 from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = ["Found", "survey"]
 
-Found = Spec | AddNormSpec | Refusal
+Found = Spec | Refusal
 
 
 def survey(
@@ -41,7 +40,6 @@ def survey(
     """Yield the modules worth a word: name, module, the op it is a candidate of, what was found."""
     recogniser = Recogniser(model)
     inner, (head_name, head) = inner_model(model), _head_of(model)
-    norms: set[nn.Module] = set()
     for name, module in model.named_modules():
         foreign = find_foreign(module)
         if foreign is not None:
@@ -56,8 +54,6 @@ def survey(
             found = Refusal(without, is_known_form=True)
         if row is not None:
             found = row.check(class_name, found)
-        if isinstance(found, NormSpec) and not found.is_l2:
-            norms.add(module)
         if found is None:
             found = _look_alike(name, module)
         if found is not None:
@@ -65,9 +61,6 @@ def survey(
             if row is not None and isinstance(found, Mismatch):
                 op = row.ops[class_name]
             yield name, module, op, found
-    # After all norms, which these layers call.
-    for name, module, layer in find_layers(model, norms):
-        yield name, module, _op_of(layer), layer
     if head is not None:
         foreign = find_foreign(inner) or find_foreign(head) or find_foreign_loss(inner)
         for op in LOSSES:
@@ -90,8 +83,6 @@ def _heads_inside(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Found
 def _op_of(found: Found) -> str | None:
     if isinstance(found, NormSpec):
         return "rms_norm"
-    if isinstance(found, AddNormSpec):
-        return "fused_add_rms_norm"
     if isinstance(found, LayerNormSpec):
         return "layer_norm"
     if isinstance(found, GatedNormSpec):

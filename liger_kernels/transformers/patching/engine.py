@@ -23,7 +23,6 @@ from liger_kernels.transformers.patching.plan import (
 from liger_kernels.transformers.patching.selection import LOSSES
 from liger_kernels.transformers.recognise import BASE_ATTRIBUTE, original_class
 from liger_kernels.transformers.replacements.calls import tally_calls
-from liger_kernels.transformers.replacements.layers import AddNormSpec, patched_layer
 from liger_kernels.transformers.replacements.replace import patched_class
 from liger_kernels.transformers.replacements.subclasses import is_patched, swap
 
@@ -165,10 +164,7 @@ def apply(model: nn.Module, plan: PatchPlan) -> PatchRecord:
             else:
                 cls: Any = type(module)
                 record._swapped[patch.name] = module
-                if isinstance(patch.spec, AddNormSpec):
-                    swap(module, patched_layer(cls, patch.spec))
-                else:
-                    swap(module, patched_class(cls, patch.spec, plan.save_memory))
+                swap(module, patched_class(cls, patch.spec, plan.save_memory))
         return record
     except BaseException:
         record.undo()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch import nn
 from liger_kernels.compare import CheckResult
 from liger_kernels.ops.launch import backend
 from liger_kernels.transformers.lazy_logits.head import head_problem
-from liger_kernels.transformers.patching.candidates import Found, survey
+from liger_kernels.transformers.patching.candidates import survey
 from liger_kernels.transformers.patching.families import FAMILIES
 from liger_kernels.transformers.patching.render import others_text, tree_text
 from liger_kernels.transformers.patching.selection import (
@@ -25,8 +25,7 @@ from liger_kernels.transformers.patching.selection import (
 )
 from liger_kernels.transformers.patching.self_check import try_op
 from liger_kernels.transformers.patching.third_party import Foreign, source_of
-from liger_kernels.transformers.recognise import NormSpec, Refusal, Spec, original_class
-from liger_kernels.transformers.replacements.layers import AddNormSpec, layer_problem
+from liger_kernels.transformers.recognise import Refusal, Spec, original_class
 from liger_kernels.transformers.replacements.subclasses import can_swap, is_patched
 from liger_kernels.transformers.wrappers import inner_model
 
@@ -54,7 +53,7 @@ class Patch:
     name: str
     module_class: str
     op: str
-    spec: Spec | AddNormSpec
+    spec: Spec
     # File and line of the forward that the op stands in for.
     source: str | None = None
 
@@ -216,8 +215,6 @@ def build_plan(
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     patches: list[Patch] = []
     skips: list[Skip] = []
-    ops_of: dict[nn.Module, str] = {}
-    norms: dict[nn.Module, NormSpec] = {}
     trials: dict[CheckResult, None] = {}
     for name, module, op, found in survey(model, row) if row or recognise else ():
         if op == "cross_entropy" and op not in selection.ops:
@@ -228,10 +225,9 @@ def build_plan(
         reason = found.reason if isinstance(found, Refusal) else None
         if reason is None and op is not None:
             reason = _refusal(model, module, op, selection)
-        if reason is None and isinstance(found, AddNormSpec):
-            reason = layer_problem(module, found, ops_of)
-        if reason is None and op is not None and selection.is_auto and op not in selection.named:
-            trial = _try(op, found, module, model, norms)
+        is_checked = op is not None and selection.is_auto and op not in selection.named
+        if reason is None and is_checked:
+            trial = try_op(op, found, module, model)
             if trial is not None:
                 trials[trial] = None
                 if not trial.ok:
@@ -241,9 +237,6 @@ def build_plan(
             skips.append(Skip(name, class_name, op, reason, source, owner))
         elif op is not None and not isinstance(found, Refusal):
             patches.append(Patch(name, class_name, op, found, source))
-            ops_of[module] = op
-            if isinstance(found, NormSpec):
-                norms[module] = found
     candidates = {patch.op for patch in patches} | {skip.op for skip in skips}
     return PatchPlan(
         model_type,
@@ -266,8 +259,6 @@ def _refusal(model: nn.Module, module: nn.Module, op: str, selection: OpSelectio
         return f"{other} was chosen for this head, which has one loss"
     if op not in selection.ops:
         return f"not requested: add {op} to ops"
-    if op == "fused_add_rms_norm" and "rms_norm" not in selection.ops:
-        return "needs rms_norm, which was not requested: add it to ops"
     if op in LOSSES:
         problem = head_problem(inner_model(model))
         if problem is not None:
@@ -275,15 +266,3 @@ def _refusal(model: nn.Module, module: nn.Module, op: str, selection: OpSelectio
     elif not can_swap(module):
         return "another forward is set on the module and hides its class's: patch before setting it"
     return None
-
-
-def _try(
-    op: str, found: Found, module: nn.Module, model: nn.Module, norms: Mapping[nn.Module, NormSpec]
-) -> CheckResult | None:
-    """Return whether the op of a module is right in that module's form; None if untried."""
-    if isinstance(found, AddNormSpec):
-        children = (module.get_submodule(name) for name in found.norms)
-        module = next(child for child in children if child in norms)
-        found = norms[module]
-    assert not isinstance(found, Refusal)
-    return try_op(op, found, module, model)

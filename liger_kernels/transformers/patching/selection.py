@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from liger_kernels.ops.registry import PATCH_OPS, find_op
+from liger_kernels.ops.registry import OPS, PATCH_OPS, find_op
 
-__all__ = ["LOSSES", "PATCH_OPS", "OpSelection", "resolve_ops"]
+__all__ = ["LOSSES", "PATCH_OPS", "OpSelection", "drop_retired", "resolve_ops"]
+
+_logger = logging.getLogger(__name__)
 
 # These two are ways to compute the same loss.
 LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
 _WORDS = ("auto", "all", "none")
+# Configurations and calls may still name it: it was patched once.
+_RETIRED = OPS["fused_add_rms_norm"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,8 @@ def resolve_ops(ops: str | Sequence[str] | OpSelection) -> OpSelection:
         ops: "auto", "all", "none", names, or removals after one of these ("auto,-rope"), as one
             comma-separated string or a sequence. "all" is every op except cross_entropy, which must
             be named; "auto" is "all" without ops that fail their check on the device. Short names
-            (rmsnorm, layernorm, ce, flce) and dashes for underscores are accepted.
+            (rmsnorm, layernorm, ce, flce) and dashes for underscores are accepted. So is
+            fused_add_rms_norm, which was patched once: without effect, and a line is logged.
 
     Raises:
         ValueError: A name is unknown (the message names the nearest) or no string, the words are
@@ -67,7 +75,7 @@ def resolve_ops(ops: str | Sequence[str] | OpSelection) -> OpSelection:
             named.append(_op_name(item))
     if removed and not (chosen or named):
         raise ValueError(f"ops removes from nothing: {ops!r}; write 'auto,{items[0]}'")
-    chosen = (chosen | set(named)) - removed
+    chosen = (chosen | set(named)) - removed - {_RETIRED.name}
     if set(LOSSES) <= chosen:
         raise ValueError(
             "ops asks for cross_entropy and fused_linear_cross_entropy, which compute the same "
@@ -81,4 +89,21 @@ def resolve_ops(ops: str | Sequence[str] | OpSelection) -> OpSelection:
 
 
 def _op_name(name: str) -> str:
+    if name.strip().lower().replace("-", "_") in (_RETIRED.name, *_RETIRED.aliases):
+        _note_retired()
+        return _RETIRED.name
     return find_op(name, PATCH_OPS, _WORDS).name
+
+
+def drop_retired(options: dict[str, Any]) -> None:
+    """Remove the keyword option of an op that is no longer patched."""
+    if options.pop(_RETIRED.name, None) is not None:
+        _note_retired()
+
+
+@functools.cache
+def _note_retired() -> None:
+    """Log, once a process, that the retired op has no effect."""
+    _logger.warning(
+        "%s is no longer patched: naming it has no effect; remove it from ops", _RETIRED.name
+    )

@@ -45,8 +45,8 @@ def try_op(op: str, spec: Spec, module: nn.Module, model: nn.Module) -> CheckRes
 
     Args:
         op: What the module will run.
-        spec: What the module computes; for fused_add_rms_norm, what its norm does.
-        module: The module or that norm.
+        spec: What the module computes.
+        module: The module.
         model: The model, for its device and dtype and for what its configuration says.
     """
     parameter = next((p for p in model.parameters() if p.dtype in FLOOR), None)

@@ -141,9 +141,7 @@ def _specs(plan: BenchPlan, source: ModelSource, peer: PeerInterpreter | None) -
         specs += [known[EAGER]] if EAGER not in plan.against else []
         coverage = inspect_model(build_meta_model(source), ops).coverage
         for op, counts in coverage.items():
-            # The norm alone is an arm too; without it this op has no place.
-            needed = f"rms_norm,{op}" if op == "fused_add_rms_norm" else op
-            specs += [ArmSpec(f"{EAGER}+{needed}", needed)] * (counts["patched"] > 0)
+            specs += [ArmSpec(f"{EAGER}+{op}", op)] * (counts["patched"] > 0)
     return specs
 
 
