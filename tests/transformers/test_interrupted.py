@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,7 +20,7 @@ from liger_kernels.transformers import apply_liger_kernel, class_mode, inspect_m
 from liger_kernels.transformers.lazy_logits import head
 from liger_kernels.transformers.patching import engine
 from liger_kernels.transformers.patching.engine import apply
-from liger_kernels.transformers.replacements import subclasses as swap_module
+from liger_kernels.transformers.replacements import subclasses
 
 _FILES = {str(Path(module.__file__)) for module in (engine, swap_module, head, class_mode)}
 
@@ -129,7 +128,7 @@ def test_case_213_a_model_interrupted_and_patched_again_is_stock_in_numbers():
     reference = run(model, inputs)
     record = apply_liger_kernel(model, "all")
     assert _interrupted(record.undo, 90)
-    assert any(map(swap_module.is_patched, model.modules()))
+    assert any(map(subclasses.is_patched, model.modules()))
     record.undo()
     assert_same(run(model, inputs), reference)
     with apply_liger_kernel(model, "all").count_calls():
@@ -143,7 +142,7 @@ def test_case_213_interrupted_class_mode_ends_with_undo():
 
     def num_patched() -> int:
         torch.manual_seed(0)
-        return sum(swap_module.is_patched(module) for module in cls(config).modules())
+        return sum(subclasses.is_patched(module) for module in cls(config).modules())
 
     def is_stock() -> bool:
         return all(vars(c).get("__init__") is init for c, init in stock.items())
