@@ -61,10 +61,10 @@ def test_an_image_is_one_only_if_it_reaches_weights(corpus):
 
 
 def test_wrong_numbers_are_seen(corpus, monkeypatch):
-    from liger_kernels.transformers.replacements import replace
+    from liger_kernels.transformers.replacements import norms
 
-    rms_norm = replace.rms_norm
-    monkeypatch.setattr(replace, "rms_norm", lambda *a, **k: 1.001 * rms_norm(*a, **k))
+    rms_norm = norms.rms_norm
+    monkeypatch.setattr(norms, "rms_norm", lambda *a, **k: 1.001 * rms_norm(*a, **k))
     row = corpus.check("llama")
     assert row.verdict == "different"
     assert "gradient" in row.detail

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["forward_parameters", "forward_takes", "inner_model"]
+__all__ = ["forward_parameters", "forward_takes", "inner_model", "output_head"]
 
 
 def inner_model(model: nn.Module) -> Any:
@@ -22,6 +22,16 @@ def inner_model(model: nn.Module) -> Any:
             inner = inner._modules["module"]
         else:
             return inner
+
+
+def output_head(model: Any) -> nn.Module | None:
+    """Return the language-model head of a transformers model; None if it has none."""
+    find = getattr(model, "get_output_embeddings", None)
+    try:
+        head = None if find is None else find()
+    except (AttributeError, NotImplementedError):
+        return None
+    return head if isinstance(head, nn.Module) else None
 
 
 def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:

@@ -319,7 +319,7 @@ def test_rotation_case_23_24_25(case, monkeypatch):
     original = rope_functions(type(attention))[spec.function]
     calls = []
     monkeypatch.setattr(
-        "liger_kernels.transformers.replacements.attention.note",
+        "liger_kernels.transformers.replacements.attention.record_call",
         lambda module=None: calls.append(module),
     )
     results = []

@@ -30,7 +30,7 @@ from liger_kernels.compare import FLOOR, error
 from liger_kernels.transformers import apply_liger_kernel
 from liger_kernels.transformers.recognise import Refusal, recognise_norm, recognise_rope
 from liger_kernels.transformers.replacements.calls import tally_calls
-from liger_kernels.transformers.replacements.replace import patched_class
+from liger_kernels.transformers.replacements.table import patched_class
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -1,24 +1,22 @@
-"""What of a model is worth a word: each module with the op it is a candidate of, and its form."""
+"""Candidates: the modules of a model that a plan lists, each with its op and its form."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 from torch import nn
 
 from liger_kernels.transformers.patching.families import Family
 from liger_kernels.transformers.patching.selection import LOSSES, PATCH_OPS
-from liger_kernels.transformers.patching.third_party import Foreign, find_foreign, find_foreign_loss
+from liger_kernels.transformers.patching.third_party import (
+    ThirdParty,
+    find_third_party,
+    find_third_party_loss,
+)
 from liger_kernels.transformers.recognise import (
-    GLU_OPS,
-    ExpertsSpec,
-    GatedNormSpec,
     HeadSpec,
-    LayerNormSpec,
     Mismatch,
-    MlpSpec,
-    NormSpec,
     Recogniser,
     Refusal,
     RopeSpec,
@@ -27,83 +25,98 @@ from liger_kernels.transformers.recognise import (
     rope_functions,
     unserved,
 )
-from liger_kernels.transformers.wrappers import inner_model
+from liger_kernels.transformers.replacements.table import op_of
+from liger_kernels.transformers.wrappers import inner_model, output_head
 
-__all__ = ["Found", "survey"]
-
-Found = Spec | Refusal
+__all__ = ["Candidate", "find_candidates"]
 
 
-def survey(
-    model: nn.Module, row: Family | None
-) -> Iterator[tuple[str, nn.Module, str | None, Found]]:
-    """Yield the modules worth a word: name, module, the op it is a candidate of, what was found."""
+class Candidate(NamedTuple):
+    """A module that a plan lists."""
+
+    name: str
+    module: nn.Module
+    # None: it looks like a candidate of some op, and is none.
+    op: str | None
+    # Its form, or why it is left alone.
+    found: Spec | Refusal
+
+
+def find_candidates(model: nn.Module, row: Family | None) -> Iterator[Candidate]:
+    """Yield the modules that a plan lists, in the order of the model and the head last.
+
+    Args:
+        model: Any module; a wrapper's model is looked for inside.
+        row: The row of its model type; None if there is none.
+    """
     recogniser = Recogniser(model)
-    inner, (head_name, head) = inner_model(model), _head_of(model)
+    inner = inner_model(model)
+    head_name, head = _named_head(model)
     for name, module in model.named_modules():
-        foreign = find_foreign(module)
-        if foreign is not None:
-            # A model's own forward is there for the loss, which its head stands for.
+        third_party = find_third_party(module)
+        if third_party is not None:
+            # A model's own forward computes the loss, which the candidate of its head reports.
             if module is not head and (module is not inner or head is None):
-                yield name, module, _foreign_op(module, foreign, row, recogniser), foreign
+                op = _third_party_op(module, third_party, row, recogniser)
+                yield Candidate(name, module, op, third_party)
             continue
-        class_name = original_class(type(module)).__name__
-        found = recogniser.recognise(module)
-        if isinstance(found, RopeSpec) and not getattr(module, "use_rope", True):
-            without = "attention without rotary positions in this layer: nothing to do"
-            found = Refusal(without, is_known_form=True)
-        if row is not None:
-            found = row.check(class_name, found)
-        if found is None:
-            found = _look_alike(name, module)
+        found = _recognise(name, module, row, recogniser)
         if found is not None:
-            op = _op_of(found)
+            op = op_of(found)
             if row is not None and isinstance(found, Mismatch):
-                op = row.ops[class_name]
-            yield name, module, op, found
+                op = row.ops[original_class(type(module)).__name__]
+            yield Candidate(name, module, op, found)
     if head is not None:
-        foreign = find_foreign(inner) or find_foreign(head) or find_foreign_loss(inner)
+        other = find_third_party(inner) or find_third_party(head) or find_third_party_loss(inner)
         for op in LOSSES:
-            yield head_name, head, op, foreign or HeadSpec()
+            yield Candidate(head_name, head, op, other or HeadSpec())
     elif not hasattr(type(inner), "get_output_embeddings"):
         yield from _heads_inside(model)
 
 
-def _heads_inside(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Found]]:
+def _recognise(
+    name: str, module: nn.Module, row: Family | None, recogniser: Recogniser
+) -> Spec | Refusal | None:
+    """Return the form of a module, why it is left alone, or None if a plan does not list it."""
+    found = recogniser.recognise(module)
+    if isinstance(found, RopeSpec) and not getattr(module, "use_rope", True):
+        without = "attention without rotary positions in this layer: nothing to do"
+        found = Refusal(without, is_known_form=True)
+    if row is not None:
+        found = row.check(original_class(type(module)).__name__, found)
+    return found if found is not None else _look_alike(name, module)
+
+
+def _heads_inside(model: nn.Module) -> Iterator[Candidate]:
     """Yield the heads of models that a module of another kind holds."""
     for name, module in model.named_modules():
         if hasattr(type(module), "get_output_embeddings"):
-            head_name, head = _head_of(module)
+            head_name, head = _named_head(module)
             reason = f"its model is inside a {type(model).__name__}: pass model.{name} instead"
             if head is not None:
-                yield from ((f"{name}.{head_name}", head, op, Refusal(reason)) for op in LOSSES)
+                for op in LOSSES:
+                    yield Candidate(f"{name}.{head_name}", head, op, Refusal(reason))
             return
 
 
-def _op_of(found: Found) -> str | None:
-    if isinstance(found, NormSpec):
-        return "rms_norm"
-    if isinstance(found, LayerNormSpec):
-        return "layer_norm"
-    if isinstance(found, GatedNormSpec):
-        return "gated_rms_norm"
-    if isinstance(found, (MlpSpec, ExpertsSpec)):
-        return GLU_OPS[found.activation]
-    return "rope" if isinstance(found, RopeSpec) else None
+def _named_head(model: nn.Module) -> tuple[str, nn.Module | None]:
+    """Return the name and module of the language-model head; None if the model has none."""
+    head = output_head(inner_model(model))
+    return next((entry for entry in model.named_modules() if entry[1] is head), ("", None))
 
 
-def _foreign_op(
-    module: nn.Module, foreign: Foreign, row: Family | None, recogniser: Recogniser
+def _third_party_op(
+    module: nn.Module, third_party: ThirdParty, row: Family | None, recogniser: Recogniser
 ) -> str | None:
     """Return the op that a module of others is a candidate of, without running their code."""
-    if foreign.is_held:
+    if third_party.is_held:
         found = recogniser.recognise(module)
-        return None if found is None else _op_of(found)
+        return None if found is None else op_of(found)
     class_name = original_class(type(module)).__name__
     if row is not None and class_name in row.ops:
         return row.ops[class_name]
     named = (op for op in PATCH_OPS if op.replace("_", "") in class_name.lower())
-    return foreign.op or next(named, None)
+    return third_party.op or next(named, None)
 
 
 def _look_alike(name: str, module: nn.Module) -> Refusal | None:
@@ -120,13 +133,3 @@ def _look_alike(name: str, module: nn.Module) -> Refusal | None:
         return Refusal(f"{kind} without rotary positions: nothing to do")
     is_mlp = cls.__name__.lower().endswith(("mlp", "feedforward"))
     return unserved("MLP of another form") if is_mlp else None
-
-
-def _head_of(model: nn.Module) -> tuple[str, nn.Module | None]:
-    """Return the name and module of the language-model head; None if the model has none."""
-    find: Any = getattr(inner_model(model), "get_output_embeddings", None)
-    try:
-        head = None if find is None else find()
-    except (AttributeError, NotImplementedError):
-        head = None
-    return next((entry for entry in model.named_modules() if entry[1] is head), ("", None))

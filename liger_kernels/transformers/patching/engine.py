@@ -23,8 +23,8 @@ from liger_kernels.transformers.patching.plan import (
 from liger_kernels.transformers.patching.selection import LOSSES
 from liger_kernels.transformers.recognise import BASE_ATTRIBUTE, original_class
 from liger_kernels.transformers.replacements.calls import tally_calls
-from liger_kernels.transformers.replacements.replace import patched_class
 from liger_kernels.transformers.replacements.subclasses import is_patched, swap
+from liger_kernels.transformers.replacements.table import patched_class
 
 
 class PatchRecord:

@@ -14,7 +14,7 @@ from torch import nn
 from liger_kernels.compare import CheckResult
 from liger_kernels.ops.launch import backend
 from liger_kernels.transformers.lazy_logits.head import head_problem
-from liger_kernels.transformers.patching.candidates import survey
+from liger_kernels.transformers.patching.candidates import Candidate, find_candidates
 from liger_kernels.transformers.patching.families import FAMILIES
 from liger_kernels.transformers.patching.render import others_text, tree_text
 from liger_kernels.transformers.patching.selection import (
@@ -24,7 +24,7 @@ from liger_kernels.transformers.patching.selection import (
     resolve_ops,
 )
 from liger_kernels.transformers.patching.self_check import try_op
-from liger_kernels.transformers.patching.third_party import Foreign, source_of
+from liger_kernels.transformers.patching.third_party import ThirdParty, source_of
 from liger_kernels.transformers.recognise import Refusal, Spec, original_class
 from liger_kernels.transformers.replacements.subclasses import can_swap, is_patched
 from liger_kernels.transformers.wrappers import inner_model
@@ -216,27 +216,24 @@ def build_plan(
     patches: list[Patch] = []
     skips: list[Skip] = []
     trials: dict[CheckResult, None] = {}
-    for name, module, op, found in survey(model, row) if row or recognise else ():
+    for candidate in find_candidates(model, row) if row or recognise else ():
+        name, module, op, found = candidate
         if op == "cross_entropy" and op not in selection.ops:
-            # The head already stands for the fused loss.
+            # The head's row for the fused loss says it all.
             continue
         cls = original_class(type(module))
-        class_name, source = cls.__name__, source_of(cls)
-        reason = found.reason if isinstance(found, Refusal) else None
-        if reason is None and op is not None:
-            reason = _refusal(model, module, op, selection)
-        is_checked = op is not None and selection.is_auto and op not in selection.named
-        if reason is None and is_checked:
-            trial = try_op(op, found, module, model)
+        reason = _refusal(model, candidate, selection)
+        if reason is None and op is not None and selection.is_auto and op not in selection.named:
+            trial = _self_check(model, candidate)
             if trial is not None:
                 trials[trial] = None
                 if not trial.ok:
                     reason = f"left out by auto, its check fails on {device.type}: {trial.reason}"
         if reason is not None:
-            owner = found.owner if isinstance(found, Foreign) else None
-            skips.append(Skip(name, class_name, op, reason, source, owner))
+            owner = found.owner if isinstance(found, ThirdParty) else None
+            skips.append(Skip(name, cls.__name__, op, reason, source_of(cls), owner))
         elif op is not None and not isinstance(found, Refusal):
-            patches.append(Patch(name, class_name, op, found, source))
+            patches.append(Patch(name, cls.__name__, op, found, source_of(cls)))
     candidates = {patch.op for patch in patches} | {skip.op for skip in skips}
     return PatchPlan(
         model_type,
@@ -252,17 +249,28 @@ def build_plan(
     )
 
 
-def _refusal(model: nn.Module, module: nn.Module, op: str, selection: OpSelection) -> str | None:
-    """Return why a module that a kernel could serve is left alone."""
+def _refusal(model: nn.Module, candidate: Candidate, selection: OpSelection) -> str | None:
+    """Return why a module is left alone without a self-check, or None."""
+    _, module, op, found = candidate
+    if isinstance(found, Refusal):
+        return found.reason
+    if op is None:
+        return None
     other = next((loss for loss in LOSSES if loss != op and loss in selection.ops), None)
     if op in LOSSES and op not in selection.ops and other is not None:
         return f"{other} was chosen for this head, which has one loss"
     if op not in selection.ops:
         return f"not requested: add {op} to ops"
     if op in LOSSES:
-        problem = head_problem(inner_model(model))
-        if problem is not None:
-            return problem
-    elif not can_swap(module):
+        return head_problem(inner_model(model))
+    if not can_swap(module):
         return "another forward is set on the module and hides its class's: patch before setting it"
     return None
+
+
+def _self_check(model: nn.Module, candidate: Candidate) -> CheckResult | None:
+    """Return whether the op of a module is right in that module's form; None if untried."""
+    _, module, op, found = candidate
+    assert op is not None
+    assert not isinstance(found, Refusal)
+    return try_op(op, found, module, model)

@@ -12,28 +12,10 @@ from torch import nn
 from liger_kernels.compare import FLOOR, CheckResult, check_op
 from liger_kernels.ops.launch import backend
 from liger_kernels.ops.op import Case
-from liger_kernels.transformers.recognise import (
-    ExpertsSpec,
-    GatedNormSpec,
-    LayerNormSpec,
-    MlpSpec,
-    NormSpec,
-    RopeSpec,
-    Spec,
-)
+from liger_kernels.transformers.recognise import Spec
+from liger_kernels.transformers.replacements.table import trial_cases
 
 __all__ = ["try_op"]
-
-# Enough rows of 2048 elements for several programs and their partial sums; few enough that sums
-# over them cost no digit.
-_ROWS = 33
-# Of a loss, whose rows are as wide as the vocabulary. A CPU's product of fewer rows sums a
-# vocabulary one by one, and loses a digit.
-_LOSS_ROWS = 24
-# Of the input of a head or of a whole MLP, whose products are cuBLAS's matter.
-_INPUT_WIDTH = 16
-# Where a module does not say.
-_WIDTH, _HEAD_SIZE, _HEADS = 128, 64, (4, 2)
 
 
 def try_op(op: str, spec: Spec, module: nn.Module, model: nn.Module) -> CheckResult | None:
@@ -54,15 +36,13 @@ def try_op(op: str, spec: Spec, module: nn.Module, model: nn.Module) -> CheckRes
         return None
     if backend(parameter.device) == "triton-interpreter":
         return None
-    shape, options = _case(op, spec, module, _text_config(model))
-    given = parameter.dtype, parameter.device
-    result = _try(op, shape, tuple(options.items()), *given)
-    if not result.ok or not isinstance(spec, MlpSpec) or not spec.is_one_function:
-        return result
-    rows, inner = shape
-    forms = {"activation": spec.activation, "layout": options.get("layout", "separate")}
-    whole = _try("glu_mlp", (rows, _INPUT_WIDTH, inner), tuple(forms.items()), *given)
-    return replace(whole, op=op, ms=result.ms + whole.ms)
+    ms = 0.0
+    for name, shape, options in trial_cases(op, spec, module, _text_config(model)):
+        result = _try(name, shape, tuple(options.items()), parameter.dtype, parameter.device)
+        ms += result.ms
+        if not result.ok:
+            break
+    return replace(result, op=op, ms=ms)
 
 
 @cache
@@ -80,45 +60,3 @@ def _try(
 def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _case(op: str, spec: Spec, module: Any, config: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
-    """The shape and options of a case, as the op's sample function reads them."""
-    if isinstance(spec, NormSpec):
-        options: dict[str, Any] = {"offset": spec.offset, "cast": spec.cast}
-        return (_ROWS, _norm_width(module, spec)), options | {"has_weight": spec.has_weight}
-    if isinstance(spec, LayerNormSpec):
-        options = {"has_weight": spec.has_weight, "has_bias": spec.has_bias}
-        return (_ROWS, _norm_width(module, spec)), options
-    if isinstance(spec, GatedNormSpec):
-        width = _norm_width(module, spec) // spec.num_groups * spec.num_groups
-        names = ("gate_first", "activation", "cast", "num_groups", "has_weight")
-        return (_ROWS, width), {name: getattr(spec, name) for name in names}
-    if isinstance(spec, MlpSpec | ExpertsSpec):
-        options = {} if spec.layout in ("separate", "interleaved") else {"layout": "halves"}
-        if op == "geglu":
-            options["approximate"] = "tanh" if spec.activation == "gelu_tanh" else "none"
-        return (_ROWS, _product_width(module, spec)), options
-    if isinstance(spec, RopeSpec):
-        head_size = getattr(module, "head_dim", None) or _HEAD_SIZE
-        table = {"once": "half", "repeated": "interleaved"}.get(spec.angles, "full")
-        options = {"style": spec.style, "rotary_dim": head_size, "table": table}
-        return (1, _ROWS, *_HEADS, head_size), options
-    # What is left is a head.
-    vocab_size = int(getattr(module, "out_features", _WIDTH))
-    softcap = getattr(config, "final_logit_softcapping", None)
-    options = {"softcap": softcap} if softcap else {}
-    if op == "cross_entropy":
-        return (_LOSS_ROWS, vocab_size), options
-    return (_LOSS_ROWS, _INPUT_WIDTH, vocab_size), options
-
-
-def _norm_width(module: Any, spec: NormSpec | LayerNormSpec | GatedNormSpec) -> int:
-    weight = getattr(module, spec.weight_attr, None)
-    return _WIDTH if weight is None else int(weight.shape[-1])
-
-
-def _product_width(module: Any, spec: MlpSpec | ExpertsSpec) -> int:
-    gate = getattr(module, spec.gate, None) if isinstance(spec, MlpSpec) else None
-    width = getattr(gate, "out_features", None) or 2 * _WIDTH
-    return int(width) // (1 if spec.layout == "separate" else 2)

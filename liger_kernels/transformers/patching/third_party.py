@@ -19,7 +19,7 @@ from torch import nn
 
 from liger_kernels.transformers.recognise import Refusal, original_class, rope_functions
 
-__all__ = ["Foreign", "find_foreign", "find_foreign_loss", "source_of"]
+__all__ = ["ThirdParty", "find_third_party", "find_third_party_loss", "source_of"]
 
 _PACKAGES = {
     "kernels": "HF kernels",
@@ -32,7 +32,7 @@ _COMPILED = "unsloth_compiled"
 
 
 @dataclass(frozen=True)
-class Foreign(Refusal):
+class ThirdParty(Refusal):
     """Why a module is left to another package, whose kernels it runs."""
 
     owner: str = ""
@@ -53,41 +53,41 @@ def source_of(cls: Any) -> str | None:
     return f"{'/'.join(path.parts[-depth:])}:{code.co_firstlineno}"
 
 
-def find_foreign(module: nn.Module) -> Foreign | None:
+def find_third_party(module: nn.Module) -> ThirdParty | None:
     """Return whose code a module runs where it is not the stock class's; None for stock modules."""
     if isinstance(module, torch.jit.ScriptModule):
         return None
     cls = original_class(type(module))
     for code in (cls, *_layers(cls.forward)):
         if (owner := _owner(code)) is not None:
-            return _foreign(owner, code)
+            return _third_party(owner, code)
     for name, function in rope_functions(cls).items():
         # Of a function that the hub may replace, the package makes a module in any case.
         codes = _held(function) if isinstance(function, nn.Module) else _layers(function)
         for code in codes:
             if (owner := _owner(code)) is not None:
-                return _foreign(owner, code, f"its {name}", op="rope")
+                return _third_party(owner, code, f"its {name}", op="rope")
     for code in _held(module):
         if (owner := _owner(code)) is not None:
-            return _foreign(owner, code, is_held=True)
+            return _third_party(owner, code, is_held=True)
     return None
 
 
-def find_foreign_loss(model: nn.Module) -> Foreign | None:
+def find_third_party_loss(model: nn.Module) -> ThirdParty | None:
     """Return whose code computes a model's loss where the model's forward is the stock one."""
     for what, code in (
         ("torch's cross_entropy", F.cross_entropy),
         ("the model's loss function", vars(model).get("_loss_function")),
     ):
         if (owner := _owner(code)) is not None:
-            return _foreign(owner, code, what)
+            return _third_party(owner, code, what)
     return None
 
 
-def _foreign(owner: str, code: Any, what: str = "it", **known: Any) -> Foreign:
+def _third_party(owner: str, code: Any, what: str = "it", **known: Any) -> ThirdParty:
     where = f"{code.__module__}.{getattr(code, '__qualname__', type(code).__qualname__)}"
     reason = f"{owner} computes {what} ({where}): load the model without {owner} to patch it"
-    return Foreign(reason, owner=owner, **known)
+    return ThirdParty(reason, owner=owner, **known)
 
 
 def _held(module: nn.Module) -> Iterator[Any]:

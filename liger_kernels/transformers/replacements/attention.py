@@ -22,7 +22,7 @@ from liger_kernels.transformers.recognise import (
     rope_inputs,
     rope_parameters,
 )
-from liger_kernels.transformers.replacements.calls import is_plain, note
+from liger_kernels.transformers.replacements.calls import is_plain, record_call
 from liger_kernels.transformers.replacements.recompute import recomputing
 from liger_kernels.transformers.replacements.subclasses import is_as_patched
 
@@ -58,7 +58,7 @@ def _rotary(original: Callable[..., Any], spec: RopeSpec) -> Callable[..., Any]:
         width = angles[0].shape[-1] * (1 if spec.angles in ("twice", "sections") else 2)
         if width % 2 or width > inputs[0].shape[-1]:
             return original(*args, **kwargs)
-        note()
+        record_call()
         if not spec.keeps_dtype:
             inputs = [_widen(x, angles[0]) for x in inputs]
         if spec.is_backward:

@@ -106,9 +106,9 @@ def tally_calls(modules: Iterable[nn.Module]) -> Iterator[Tally]:
             hook.remove()
 
 
-def note(module: nn.Module | None = None) -> None:
+def record_call(module: nn.Module | None = None) -> None:
     if torch.compiler.is_compiling():
-        _note_compiled()
+        _record_compiled()
         return
     tally = _TALLY.get()
     if tally is not None:
@@ -116,7 +116,7 @@ def note(module: nn.Module | None = None) -> None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _note_compiled() -> None:
+def _record_compiled() -> None:
     """Run once, in Python, where torch.compile traces."""
     tally = _TALLY.get()
     if tally is not None:

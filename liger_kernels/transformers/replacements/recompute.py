@@ -12,6 +12,7 @@ like, which have their own, everything is kept as they wish.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -133,3 +134,12 @@ def hooks_are_free() -> bool:
         state._saved_tensors_hooks_is_enabled()
         and state._top_saved_tensors_default_hooks(False) is None
     )
+
+
+def run_recomputable(module: Any, op: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    """Return op(*tensors), remembered as an output that is cheap to recompute."""
+    y = op(*tensors)
+    # A frozen norm whose input has no gradient keeps nothing to make its output from.
+    if module._saves_memory and y.requires_grad:
+        remember(y, functools.partial(op, *(None if x is None else x.detach() for x in tensors)))
+    return y

@@ -1,4 +1,4 @@
-"""Standing in for a class: a subclass that passes for it, and putting it in an instance's place."""
+"""Subclasses that pass for their base, and swapping the class of one instance for one of them."""
 
 from __future__ import annotations
 
@@ -11,53 +11,89 @@ from torch import nn
 from liger_kernels.transformers.recognise import BASE_ATTRIBUTE, original_class
 
 SPEC_ATTRIBUTE = "_patch_spec"
-# Of a patched class: the forward of its base that it replaces, and the attributes that one reads.
-_STOCK, _READS = "_patch_stock", "_patch_reads"
+# Of a subclass: the function that made it, the forward of its base that it replaces, and the
+# attributes that this one reads.
+_MAKER, _STOCK, _READS = "_subclass_maker", "_patch_stock", "_patch_reads"
 # Of a patched module: what it held in these attributes.
 _HELD = "_patch_held"
 _PLAIN_TYPES = (bool, int, float, str, tuple)
+# Every subclass that was made, by maker, base, options and the code it was made from. The code is
+# kept beside it, since the key names it by id.
+_SUBCLASSES: dict[tuple[Any, ...], tuple[tuple[Any, ...], type[nn.Module]]] = {}
 
 
-def stand_in(
+def subclass_in_place(
+    make: Callable[..., type[nn.Module]],
     base: Any,
-    spec: Any,
-    namespace: dict[str, Any],
-    remake: Callable[..., nn.Module],
     *options: Any,
-    reads: frozenset[str] = frozenset(),
+    members: Callable[[], dict[str, Any]],
+    code: tuple[Any, ...] = (),
+    is_undone: bool = True,
 ) -> type[nn.Module]:
-    """Return a subclass of `base` that passes for it.
+    """Return the subclass of `base` that passes for it: same name, module and docstring.
+
+    It is made once; pickle and deepcopy find it by calling make(base, *options) again, as its name
+    is that of `base`.
 
     Args:
+        make: The function of a module that calls this one, such as patched_class.
         base: The class.
-        spec: What its instances compute.
-        namespace: What the subclass has of its own.
-        remake: remake(base, spec, *options) returns an empty instance, which pickle and deepcopy
-            fill: they find a class by its name, which is that of base.
-        options: See remake.
-        reads: The attributes of an instance that must stay what they were for the subclass to do
-            what its base does; see is_as_patched.
+        options: The other arguments of make, hashable.
+        members: Returns the attributes that the subclass adds.
+        code: The functions that the members were made from: another subclass is made where a tool
+            has replaced one since.
+        is_undone: Whether restoring a module gives it `base` back. False for a subclass that its
+            instance keeps: original_class then returns it and not `base`.
     """
+    key = (make, base, options, tuple(map(id, code)))
+    if key not in _SUBCLASSES:
+        cls = type(base.__name__, (base,), _members(make, base, options, members(), is_undone))
+        _SUBCLASSES.setdefault(key, (code, cls))
+    return _SUBCLASSES[key][1]
 
+
+def _members(
+    make: Callable[..., Any],
+    base: Any,
+    options: tuple[Any, ...],
+    members: dict[str, Any],
+    is_undone: bool,
+) -> dict[str, Any]:
     def __reduce_ex__(self: Any, protocol: int) -> tuple[Any, ...]:
-        return remake, (base, spec, *options), self.__getstate__()
+        return _new_instance, (make, base, *options), self.__getstate__()
 
-    return type(
-        base.__name__,
-        (base,),
-        {
-            **namespace,
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-            "__reduce_ex__": __reduce_ex__,
-            BASE_ATTRIBUTE: base,
-            SPEC_ATTRIBUTE: spec,
-            _STOCK: base.forward,
-            _READS: reads,
-            _HELD: (),
-        },
-    )
+    return {
+        **members,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": __reduce_ex__,
+        _MAKER: make,
+        **({BASE_ATTRIBUTE: base} if is_undone else {}),
+    }
+
+
+def _new_instance(make: Callable[..., Any], base: Any, *options: Any) -> nn.Module:
+    """Return an empty instance of a subclass; pickle and deepcopy fill it."""
+    cls: Any = make(base, *options)
+    return cls.__new__(cls)
+
+
+def is_made_by(make: Callable[..., Any], cls: type) -> bool:
+    """Return whether a class is a subclass that make returned, or has one among its bases."""
+    return any(vars(each).get(_MAKER) is make for each in cls.__mro__)
+
+
+def patch_members(base: Any, spec: Any, reads: frozenset[str]) -> dict[str, Any]:
+    """Return the attributes by which is_as_patched finds what a patched class was made for.
+
+    Args:
+        base: The class it replaces.
+        spec: The form that its instances have.
+        reads: The attributes of an instance that must keep their values for the patched class to
+            compute the same as `base`.
+    """
+    return {SPEC_ATTRIBUTE: spec, _STOCK: base.forward, _READS: reads, _HELD: ()}
 
 
 def is_patched(module: nn.Module) -> bool:

@@ -1,0 +1,102 @@
+"""Forwards of gated MLPs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liger_kernels.ops import geglu, glu_mlp, swiglu
+from liger_kernels.transformers.recognise import ACTIVATIONS, MlpSpec, split_gate
+from liger_kernels.transformers.replacements.calls import (
+    is_bare,
+    is_plain,
+    is_transformed,
+    record_call,
+    runs_stock_linear,
+)
+from liger_kernels.transformers.replacements.recompute import (
+    hooks_are_free,
+    recomputing,
+    run_recomputable,
+)
+from liger_kernels.transformers.replacements.subclasses import is_as_patched
+
+
+def mlp_forward(base: Any, spec: MlpSpec) -> Callable[..., Any]:
+    """Return the forward of a gated MLP class: one glu_mlp, or swiglu or geglu between layers."""
+    layers = (spec.gate, spec.up, spec.down)
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # The activation is not called: a hook on it is the stock forward's to run.
+        others = (child for name, child in self._modules.items() if name not in layers)
+        is_plain_call = len(args) == 1 and not kwargs and not is_transformed()
+        if not is_plain_call or not is_as_patched(self):
+            return base.forward(self, *args, **kwargs)
+        if not all(child is None or is_bare(child) for child in others):
+            return base.forward(self, *args, **kwargs)
+        (x,) = args
+        weights = _weights_of(self, spec, x)
+        if weights is not None:
+            record_call(self)
+            with recomputing(x):
+                keeps = not self._saves_memory
+                return glu_mlp(x, *weights, activation=spec.activation, keeps_product=keeps)
+        with recomputing(x):
+            gate = getattr(self, spec.gate)(x)
+            if spec.layout == "separate":
+                # After the gate, as the class does it: adapters with dropout draw in this order.
+                up = getattr(self, spec.up)(x)
+            else:
+                gate, up = split_gate(gate, spec.layout)
+        h = run_recomputable(
+            self, functools.partial(gate_and_multiply, self, spec.activation), gate, up
+        )
+        with recomputing(h):
+            return getattr(self, spec.down)(h)
+
+    return forward
+
+
+def _weights_of(
+    module: Any, spec: MlpSpec, x: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    """Return the weights of an MLP that is plain enough to run as one function, else None.
+
+    Inside a checkpoint it is not: that stops making activations again before the last product.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not is_plain(x):
+        return None
+    if torch.is_autocast_enabled(x.device.type) or not hooks_are_free():
+        return None
+    if not spec.is_one_function:
+        return None
+    names = (spec.gate, spec.up, spec.down) if spec.layout == "separate" else (spec.gate, spec.down)
+    layers = [getattr(module, name) for name in names]
+    weights = [layer.weight for layer in layers if _is_plain_linear(layer)]
+    if len(weights) < len(layers) or not is_plain(*weights):
+        return None
+    if any(w.dtype != x.dtype or w.device != x.device for w in weights):
+        return None
+    first, *middle, last = weights
+    return first, middle[0] if middle else None, last
+
+
+def _is_plain_linear(layer: nn.Module) -> bool:
+    """Return whether calling the layer is its product with its weight, and nothing else."""
+    is_linear = type(layer) is nn.Linear and runs_stock_linear(layer)
+    return is_linear and layer.bias is None and is_bare(layer)
+
+
+def gate_and_multiply(module: nn.Module, activation: str, gate: Tensor, up: Tensor) -> Tensor:
+    """Return activation(gate) * up, by an op where it serves these tensors."""
+    if not is_plain(gate, up) or gate.shape != up.shape:
+        return ACTIVATIONS[activation](gate) * up
+    record_call(module)
+    if activation == "silu":
+        return swiglu(gate, up)
+    return geglu(gate, up, approximate="tanh" if activation == "gelu_tanh" else "none")
