@@ -32,8 +32,9 @@ from liger_kernels.transformers.lazy_logits.deferred import (
 )
 from liger_kernels.transformers.lazy_logits.sharding import reshard_if_left
 from liger_kernels.transformers.lazy_logits.tensor import LazyCall, LazyLogits
-from liger_kernels.transformers.recognise import BASE_ATTRIBUTE
 from liger_kernels.transformers.replacements.calls import is_transformed
+from liger_kernels.transformers.replacements.subclasses import subclass_in_place, swap
+from liger_kernels.transformers.wrappers import inner_model, output_head
 
 __all__ = ["HeadPatch", "head_problem", "install_head", "num_fused"]
 
@@ -49,46 +50,40 @@ def _head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return stock_output(self, args[0]) if pending is None else call.show(pending)
 
 
-def _reduce_head(self: Any, protocol: Any) -> tuple[Any, ...]:
-    # The swapped class is not importable by its name: that is the stock class's.
-    state = {k: v for k, v in self.__dict__.items() if k != "_lazy_call"}
-    return _new_head, (class_of(self),), state
+def _state_of(self: Any) -> dict[str, Any]:
+    # The call that runs is no part of a copy.
+    return {k: v for k, v in self.__dict__.items() if k != "_lazy_call"}
 
 
-def _new_head(stock_class: type) -> nn.Module:
-    swapped = lazy_class(stock_class)
-    return swapped.__new__(swapped)
+# What a head has while it is lazy, and at first.
+_STATE = {
+    "_lazy_call": None,
+    "_num_losses": 0,
+    "_is_left_gathered": False,
+    "_has_compiled_loss": False,
+}
 
 
-@functools.cache
 def lazy_class(stock_class: type) -> Any:
-    """Return a subclass of a head's class, of the same name, that can answer with lazy logits."""
-    members = {
-        "forward": _head_forward,
-        "__reduce_ex__": _reduce_head,
-        "__doc__": stock_class.__doc__,
-        "__module__": stock_class.__module__,
-        "__qualname__": stock_class.__qualname__,
-        BASE_ATTRIBUTE: stock_class,
-        "_lazy_call": None,
-        "_num_losses": 0,
-        "_is_left_gathered": False,
-        "_has_compiled_loss": False,
-    }
-    return type(stock_class.__name__, (stock_class,), members)
+    """Return the subclass of a head's class, of the same name, that can answer with lazy logits."""
+    return subclass_in_place(
+        lazy_class,
+        stock_class,
+        members=lambda: {"forward": _head_forward, "__getstate__": _state_of, **_STATE},
+    )
 
 
 def _swap(head: Any) -> None:
     if not is_lazy_head(head):
-        head.__class__ = lazy_class(class_of(head))
+        swap(head, lazy_class(class_of(head)))
 
 
 def _restore(head: nn.Module) -> None:
-    for name in ("_lazy_call", "_num_losses", "_is_left_gathered", "_has_compiled_loss"):
+    for name in _STATE:
         head.__dict__.pop(name, None)
     # FSDP2 may have put a class of its own on top; beneath it the head answers as the stock one.
     if "_lazy_call" in type(head).__dict__:
-        head.__class__ = class_of(head)
+        swap(head, class_of(head))
 
 
 def num_fused(head: Any) -> int:
@@ -104,7 +99,7 @@ def num_fused(head: Any) -> int:
 
 def head_problem(model: nn.Module) -> str | None:
     """Return why a model's head cannot be patched, or None if it can."""
-    head = _head_of(_owner_of(model))
+    head = output_head(inner_model(model))
     if head is None:
         return "the model has no output head of its own: pass the model that has"
     if "forward" in head.__dict__:
@@ -112,17 +107,6 @@ def head_problem(model: nn.Module) -> str | None:
     if not isinstance(getattr(active_layer(head), "out_features", None), int):
         return f"the head is a {type(head).__name__}, no linear layer: nothing to fuse"
     return None
-
-
-def _head_of(model: Any) -> nn.Module | None:
-    find = getattr(model, "get_output_embeddings", None)
-    if find is None:
-        return None
-    try:
-        head = find()
-    except NotImplementedError:
-        return None
-    return head if isinstance(head, nn.Module) else None
 
 
 class HeadPatch:
@@ -147,7 +131,7 @@ class HeadPatch:
     def install(self, op: HeadOp) -> None:
         """Patch the head and the model's forward; undo() works wherever this is interrupted."""
         self.op = op
-        head = _head_of(self.model)
+        head = output_head(self.model)
         assert head is not None
         _swap(head)
         members = self.model.__dict__
@@ -216,7 +200,7 @@ def prepare_head(model: nn.Module) -> HeadPatch:
     Raises:
         ValueError: The head cannot be patched, or it has been patched.
     """
-    model = _owner_of(model)
+    model = inner_model(model)
     problem = head_problem(model)
     if problem is not None:
         raise ValueError(f"model {type(model).__name__} cannot be patched: {problem}")
@@ -226,19 +210,6 @@ def prepare_head(model: nn.Module) -> HeadPatch:
     # With a wrapper of somebody else around it, it is still what that calls.
     is_wrapped = patch is not None and model.__dict__.get("forward") not in (None, patch.previous)
     return patch if patch is not None and is_wrapped else HeadPatch(model)
-
-
-def _owner_of(model: Any) -> nn.Module:
-    """The model inside wrappers whose class has a head of its own."""
-    while not hasattr(type(model), "get_output_embeddings"):
-        if hasattr(type(model), "get_base_model"):
-            inner = model.get_base_model()
-        else:
-            inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
-    return model
 
 
 @functools.cache
@@ -308,7 +279,7 @@ def _call_model(model: Any, args: Any, kwargs: dict[str, Any], skip_logits: bool
     is_on = skip_logits
     if is_on is None:
         is_on = targets is not None and model.training and torch.is_grad_enabled()
-    head: Any = _head_of(model) if is_on else None
+    head: Any = output_head(model) if is_on else None
     is_traced = torch.compiler.is_compiling()
     if (
         head is None

@@ -1,6 +1,6 @@
-"""Repairs of stock models that cannot run as the installed transformers ships them.
+"""Fixes of stock models that cannot run as the installed transformers ships them.
 
-Each repair looks for the defect itself, not for a version or a model type, so it ends with the
+Each fix looks for the defect itself, not for a version or a model type, so it ends with the
 defect. It swaps a class on one instance; the class's other instances stay as they were.
 """
 
@@ -14,6 +14,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from liger_kernels.transformers.recognise import reachable_functions
+from liger_kernels.transformers.replacements.subclasses import is_made_by, subclass_in_place
 
 
 def repair_model(model: nn.Module) -> str | None:
@@ -27,7 +28,7 @@ def repair_model(model: nn.Module) -> str | None:
     """
     inner = model._modules.get("language_model")
     cls: Any = type(inner)
-    if inner is None or hasattr(cls, _BASE):
+    if inner is None or is_made_by(_with_field, cls):
         return None
     if _FIELD not in _names(model) or not _lacks_field(inner):
         return None
@@ -40,8 +41,6 @@ def repair_model(model: nn.Module) -> str | None:
 
 
 _FIELD = "image_outputs"
-# The attribute of a repaired class that holds the class it stands for.
-_BASE = "_repair_base"
 
 
 def _names(module: nn.Module) -> set[str]:
@@ -62,8 +61,9 @@ def _lacks_field(module: nn.Module) -> bool:
     return bool(made) and not any(hasattr(output, _FIELD) for output in made)
 
 
-@functools.cache
 def _with_field(base: Any) -> Any:
+    """Return the subclass of `base` whose output carries the field."""
+
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = base.forward(self, *args, **kwargs)
@@ -72,27 +72,6 @@ def _with_field(base: Any) -> Any:
             output.image_outputs = None
         return output
 
-    # The names of the class it stands for, by which transformers looks classes up.
-    return type(
-        base.__name__,
-        (base,),
-        {
-            "forward": forward,
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-            "__reduce_ex__": _reduce,
-            _BASE: base,
-        },
+    return subclass_in_place(
+        _with_field, base, members=lambda: {"forward": forward}, is_undone=False
     )
-
-
-def _reduce(self: Any, protocol: int) -> tuple[Any, ...]:
-    # pickle finds a class by its name, which is that of the class it stands for.
-    return make_repaired, (self._repair_base,), self.__getstate__()
-
-
-def make_repaired(base: Any) -> Any:
-    """Return an empty repaired instance; pickle and deepcopy fill it."""
-    cls = _with_field(base)
-    return cls.__new__(cls)
