@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 def inspect_model(
     model: nn.Module, ops: str | Sequence[str] = "auto", *, recognise: bool = True
 ) -> PatchPlan:
-    """Return what apply_liger_kernel would do to a model; changes nothing, needs no weights.
+    """Return the plan that apply_liger_kernel would follow; changes nothing, needs no weights.
 
     Args:
         model: As apply_liger_kernel takes it; it may be on the meta device.
@@ -52,9 +52,9 @@ def apply_liger_kernel(
             or removals such as "auto,-rope"; one comma-separated string or a sequence.
         recognise: Whether a model type that is not listed may be patched too, by what its modules
             compute; that is logged, and record.plan.source is "recognised" then.
-        save_memory: Whether what patched modules can cheaply make again, norm outputs and gated
-            products, is made again in backward instead of kept; the numbers stay the same. Inside
-            gradient checkpointing that decides.
+        save_memory: Whether norm outputs and gated products, which are cheap to recompute, are
+            recomputed in backward instead of kept; the numbers stay the same. Inside gradient
+            checkpointing that decides.
 
     Returns:
         The record: coverage, patches, skipped (with reasons), undo(). If the model has no place for
@@ -88,7 +88,7 @@ def apply_selection(
 
 
 def _nothing_patched(plan: PatchPlan) -> str:
-    """Return what a plan without a patch found, and what it did not."""
+    """Return the warning for a plan without a patch: the places it found and those it did not."""
     places: dict[str, str] = {}
     for skip in plan.skips:
         if skip.op is not None:

@@ -115,7 +115,7 @@ def _unwatch(cls: Any) -> None:
 
 
 def _recorder_of(cls: Any) -> FamilyRecord:
-    """Return the record that patches instances of a class: first that of its own model type."""
+    """Return the record that patches instances of a class: first that of their model type."""
     own = _type_of(cls)
     return min(_watchers[cls], key=lambda record: record.row.model_type != own)
 
@@ -169,7 +169,7 @@ def _family_function(row: Family) -> Callable[..., PatchRecord]:
         drop_retired(options)
         for option in options:
             if option not in known:
-                rest = f"Besides {', '.join(common)} it has {', '.join(known)}"
+                rest = f"Allowed: {', '.join((*common, *known))}"
                 raise unknown_option(option, (*known, *common), name, rest)
         selection = select({**known, **options}, save_memory, name)
         if model is None:

@@ -27,7 +27,7 @@ __all__ = ["AutoLigerKernelForCausalLM"]
 
 _logger = logging.getLogger(__name__)
 
-# Every option that some family has of its own.
+# Every option in the row of some family.
 _OPTIONS = {name for row in FAMILIES.values() for name in row.options}
 # What AutoConfig needs to find the configuration that from_pretrained will find.
 _CONFIG_OPTIONS = (
@@ -94,7 +94,7 @@ class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
             pretrained_model_name_or_path, *model_args, **kwargs
         )
         # With output_loading_info=True it is (model, info).
-        _apply_anew(loaded[0] if isinstance(loaded, tuple) else loaded, selection)
+        _patch_with_options(loaded[0] if isinstance(loaded, tuple) else loaded, selection)
         return loaded
 
     @classmethod
@@ -134,14 +134,14 @@ class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
         drop_retired(kwargs)
         _check_options(kwargs, config, where)
         model = _auto_class(config).from_config(config, **kwargs)
-        _apply_anew(model, selection)
+        _patch_with_options(model, selection)
         return model
 
 
-def _apply_anew(model: nn.Module, selection: OpSelection) -> None:
-    repair = repair_model(model)
-    if repair is not None:
-        _logger.warning(repair)
+def _patch_with_options(model: nn.Module, selection: OpSelection) -> None:
+    fixed = repair_model(model)
+    if fixed is not None:
+        _logger.warning(fixed)
     # Built while its family is in class mode it is patched already; the options of this call win.
     restore(model)
     apply_selection(model, selection)
@@ -152,7 +152,7 @@ def _find_config(path: Any, kwargs: dict[str, Any]) -> Any:
     try:
         return AutoConfig.from_pretrained(path, **options)
     except (OSError, ValueError):
-        # An adapter's directory has none; what is really wrong from_pretrained will say.
+        # An adapter's directory has none; from_pretrained raises the error of a real defect.
         return None
 
 

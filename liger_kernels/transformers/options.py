@@ -9,7 +9,7 @@ from liger_kernels.transformers.patching.selection import LOSSES, PATCH_OPS, OpS
 
 __all__ = ["COMMON_OPTIONS", "select", "unknown_option"]
 
-# Every family has these besides those of its row.
+# Every family has these and those of its row.
 COMMON_OPTIONS = ("save_memory",)
 
 

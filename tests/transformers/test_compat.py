@@ -411,7 +411,7 @@ def test_unknown_arguments_are_named(alias):
 
 
 def _parts(family: str) -> set[str]:
-    return {f"{family}{part}" for part in ("RMSNorm", "MLP", "DecoderLayer")}
+    return {f"{family}{part}" for part in ("RMSNorm", "MLP")}
 
 
 def patched_classes(model: nn.Module) -> set[str]:
@@ -531,10 +531,10 @@ def rows(count: int) -> list[dict[str, list[int]]]:
 
 
 TRAININGS: dict[str, tuple[dict[str, Any], set[str]]] = {
-    "default": ({}, {"Attention", "RMSNorm", "MLP", "DecoderLayer"}),
+    "default": ({}, {"Attention", "RMSNorm", "MLP"}),
     "config": (
         {"liger_kernel_config": {"rope": False, "swiglu": True}},
-        {"RMSNorm", "MLP", "DecoderLayer"},
+        {"RMSNorm", "MLP"},
     ),
     "cross-entropy": (
         {
@@ -546,7 +546,7 @@ TRAININGS: dict[str, tuple[dict[str, Any], set[str]]] = {
         },
         {"Attention", "MLP"},
     ),
-    "metrics": ({}, {"Attention", "RMSNorm", "MLP", "DecoderLayer"}),
+    "metrics": ({}, {"Attention", "RMSNorm", "MLP"}),
 }
 
 

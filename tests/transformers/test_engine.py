@@ -107,7 +107,7 @@ def test_restore_undoes_a_copy():
     restore(twin)
     assert not any(swap_module.is_patched(m) for m in twin.modules())
     assert vars(twin).keys() == before[""][1].keys()
-    assert sum(swap_module.is_patched(m) for m in model.modules()) == 12
+    assert sum(swap_module.is_patched(m) for m in model.modules()) == 10
     restore(model)
     assert snapshot(model) == before
 
@@ -200,8 +200,7 @@ def test_hooks_added_while_patched():
     hooks = _add_hooks(model)
     with record.count_calls():
         assert_same(run(model, zoo.text_inputs()), reference)
-    # A norm with a hook is called as a module, after a sum of its own.
-    assert record.unused == {"model.layers.0", "model.layers.1"}
+    assert not record.unused
     record.undo()
     assert run(model, zoo.text_inputs()).loss == reference.loss
     assert all(hook.num_calls == 2 for hook in hooks)

@@ -1,4 +1,4 @@
-"""Applying a plan to one model, and taking it back. Knows modules and plans, not transformers."""
+"""Apply a plan to one model, and undo it. Knows modules and plans, not transformers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from liger_kernels.transformers.replacements.table import patched_class
 
 
 class PatchRecord:
-    """What was done to a model. Holds the model; the model holds nothing of it."""
+    """The patches of one model, and their undo. Holds the model, which does not hold it."""
 
     def __init__(self, plan: PatchPlan, model: nn.Module | None) -> None:
         self.plan = plan
@@ -118,7 +118,7 @@ class PatchRecord:
         self._swapped.clear()
 
     def summary(self) -> str:
-        """Return one line: patched and candidates of each op, and what is unused or missing."""
+        """Return one line: patched and candidates of each op, unused modules and missing ops."""
         line = coverage_line(self.coverage, self.plan.missing)
         return f"{line}  ({len(self.unused)} unused)" if self.unused else line
 
@@ -131,7 +131,7 @@ class PatchRecord:
 
 
 def apply(model: nn.Module, plan: PatchPlan) -> PatchRecord:
-    """Patch one model as planned and return what undoes it.
+    """Patch one model as planned and return the record that undoes it.
 
     Only this model's modules change; their classes, transformers and torch stay as they were. An
     exception on the way, KeyboardInterrupt included, leaves the model as it was.

@@ -1,4 +1,4 @@
-"""FAMILIES: what is known of each model type, one row a type; the only file with HF class names.
+"""FAMILIES: the expected classes of each model type, one row a type; no other file names classes.
 
 A row is an expectation, not an instruction: recognition still runs (it needs no weights, so on meta
 tensors too), and a class whose numbers no longer match its row is refused. A row also gives what
@@ -40,7 +40,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Family:
-    """What is known of a model type."""
+    """The expected classes of a model type, and the options of its function."""
 
     model_type: str
     # The module whose models of this type are watched in class mode.
@@ -88,7 +88,7 @@ class Family:
         elif isinstance(found, ExpertsSpec):
             seen, expected = Gate(found.layout), self.gates.get(class_name)
         elif isinstance(found, RopeSpec):
-            # Whether an fp32 cos widens q is no part of what is computed.
+            # Whether an fp32 cos widens q does not change the rotation.
             ropes = [
                 replace(rope, keeps_dtype=found.keeps_dtype)
                 for rope in self.ropes.get(class_name, ())

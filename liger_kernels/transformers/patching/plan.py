@@ -1,4 +1,4 @@
-"""PatchPlan: which modules will run which op, which will not and why. A plan changes nothing."""
+"""PatchPlan: the modules that will run each op, and the others with a reason; changes nothing."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Patch:
     module_class: str
     op: str
     spec: Spec
-    # File and line of the forward that the op stands in for.
+    # File and line of the forward that is replaced.
     source: str | None = None
 
 
@@ -74,10 +74,10 @@ class Skip:
 
 @dataclass(frozen=True)
 class PatchPlan:
-    """What applying would do to a model, module by module."""
+    """The patches and skips of one model, module by module."""
 
     model_type: str
-    # "row": the model type is in FAMILIES; "recognised": everything was found by what it computes.
+    # "row": the model type is in FAMILIES; "recognised": every class was found by probing it.
     source: Literal["row", "recognised"]
     # The ops that were asked for.
     ops: tuple[str, ...]
@@ -85,11 +85,11 @@ class PatchPlan:
     skips: tuple[Skip, ...]
     # Ops asked for by name that the model has no place for.
     missing: tuple[str, ...] = ()
-    # What would run the ops on the model's device; None while it is on meta.
+    # The backend that would run the ops on the model's device; None while it is on meta.
     backend: str | None = None
-    # Whether norm outputs and gated products are made again in backward instead of kept.
+    # Whether norm outputs and gated products are recomputed in backward instead of kept.
     save_memory: bool = True
-    # What auto tried on the model's device, each form of an op once.
+    # The self-checks of auto on the model's device, each form of an op once.
     trials: tuple[CheckResult, ...] = ()
     # Modules that run ops of ours already: what the plan says is then of the model restored.
     num_patched: int = 0
@@ -195,7 +195,7 @@ def build_plan(
     *,
     recognise: bool = True,
 ) -> PatchPlan:
-    """Return what patching a model with these ops would do; works on meta tensors.
+    """Build the plan of patching a model with these ops; works on meta tensors.
 
     Args:
         model: A transformers model, or one wrapped by PEFT or DistributedDataParallel.

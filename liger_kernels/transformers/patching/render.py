@@ -35,7 +35,7 @@ class FoldedRow:
 
 @dataclass(frozen=True)
 class TreeLine:
-    """A line of a tree: a name, indented and without its parent's, and what is known of it."""
+    """A line of a tree: a name, indented and without its parent's, and the row of its module."""
 
     label: str
     # None where the name only holds others.
@@ -63,9 +63,9 @@ def fold_modules(rows: Iterable[Row]) -> list[FoldedRow]:
 
 
 def module_tree(rows: Iterable[Row]) -> list[TreeLine]:
-    """Return the rows as a tree by layer, in which layers with equal rows stand once.
+    """Return the rows as a tree by layer, in which layers with equal rows are folded.
 
-    Layers that differ anywhere below stand apart: 'layers.0-2,4' and 'layers.3'.
+    Layers that differ anywhere below are lines of their own: 'layers.0-2,4' and 'layers.3'.
     """
     root = _Node()
     for row in rows:
@@ -120,7 +120,7 @@ class _Node:
         return sorted(folded, key=lambda entry: _first_number(entry[0]))
 
     def signature(self) -> object:
-        """Return what two layers have in common if they are to stand once."""
+        """Return a value that is equal for layers that are folded into one line."""
         below = sorted((name, child.signature()) for name, child in self.children.items())
         return (tuple(self.rows), tuple(below))
 
@@ -128,10 +128,10 @@ class _Node:
         """Yield the lines of this name and those below it.
 
         Args:
-            label: What is shown of the name.
+            label: The shown part of the name.
             name: The whole of it.
-            count: How many modules it stands for.
-            depth: How far the line is indented.
+            count: The number of modules that are folded into it.
+            depth: The level of indentation.
         """
         below = self.folded()
         # A list of layers says nothing that its layers do not.
@@ -153,7 +153,7 @@ def _fields(row: Row) -> tuple[str, ...]:
 
 
 def _first_number(name: str) -> int:
-    """Layers stand in their own order; sorting leaves other names as they came."""
+    """Return the number to sort a name by: its first layer, or -1 to keep the order it came in."""
     return int(name.split("-")[0].split(",")[0]) if _is_range(name) else -1
 
 

@@ -30,7 +30,7 @@ class OpSelection:
     named: tuple[str, ...] = ()
     # Whether ops that fail their check on the model's device are left out.
     is_auto: bool = False
-    # Whether norm outputs and gated products are made again in backward instead of kept.
+    # Whether norm outputs and gated products are recomputed in backward instead of kept.
     save_memory: bool = True
 
 

@@ -1,4 +1,4 @@
-"""Trials: an op at small shapes in the form, width and dtype that a module of a model needs."""
+"""Self-check: try an op at small shapes in the form, width and dtype that a module needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["try_op"]
 
 
 def try_op(op: str, spec: Spec, module: nn.Module, model: nn.Module) -> CheckResult | None:
-    """Return whether an op is right on a model's device in what one of its modules needs.
+    """Check an op against fp64 on a model's device, in the form that one of its modules needs.
 
     Of an MLP that can run as one function, that function is tried too: a failure of it is one of
     the op. Every form is tried once a process. None: untried, because the model is on meta, because

@@ -1,4 +1,4 @@
-"""Where the code of a module comes from: its file and line, and the package if it is another's.
+"""Find the code of other packages in a module, and the file and line of a forward.
 
 Kernels of others are a module's class, the forward that it holds or that its class was given, and
 the rotary function that its forward calls. They are not run, and nothing of theirs is imported.
@@ -27,7 +27,7 @@ _PACKAGES = {
     "unsloth": "unsloth",
     "unsloth_zoo": "unsloth",
 }
-# Modules that unsloth writes and imports; their names go on with that of the model.
+# Modules that unsloth writes and imports: the start of their names.
 _COMPILED = "unsloth_compiled"
 
 
@@ -36,7 +36,7 @@ class ThirdParty(Refusal):
     """Why a module is left to another package, whose kernels it runs."""
 
     owner: str = ""
-    # What it computes, where that is known.
+    # The op that it computes, where that is known.
     op: str | None = None
     # True: only the forward that the instance holds is theirs, and its class is the stock one.
     is_held: bool = False

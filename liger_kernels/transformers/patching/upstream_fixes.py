@@ -24,7 +24,7 @@ def repair_model(model: nn.Module) -> str | None:
     the output of its language model, whose class has no such field, and every call raises.
 
     Returns:
-        What was wrong and was done, in a sentence; None if nothing had to be.
+        The defect and the fix, in a sentence; None if there was none.
     """
     inner = model._modules.get("language_model")
     cls: Any = type(inner)

@@ -1,6 +1,6 @@
-"""What a module computes, found by running it on small numbers: norm form, MLP layout, RoPE kind.
+"""Recognise the form of a module by running it on small numbers: norm, gated MLP, experts, RoPE.
 
-A probe never touches the module itself. It runs the class's forward on a stand-in that shares the
+A probe never touches the module itself. It runs the class's forward on a probe copy that shares the
 module's attributes and holds small random weights on the CPU, so it costs the same for a tiny model
 and for a 70B one, and works on meta tensors and on quantised or LoRA-wrapped linear layers. Random
 numbers come from local generators, and the global one is put back in case a forward draws from it.
@@ -102,12 +102,12 @@ class Recogniser:
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._known: dict[Any, Any] = {}
-        # The modeling files whose tables no op reads: an attention does not show what it is given.
+        # The modeling files whose tables no op reads: an attention does not show its tables.
         rotaries = () if model is None else model.modules()
         self._split = {original_class(type(m)).__module__ for m in rotaries if splits_halves(m)}
 
     def recognise(self, module: nn.Module) -> Spec | Refusal | None:
-        """Return what a module computes, why it is left alone, or None if it is nothing known."""
+        """Return the form of a module, why it is left alone, or None if it is nothing known."""
         if isinstance(module, torch.jit.ScriptModule):
             return None
         key = _fingerprint(module)
@@ -131,12 +131,12 @@ class Recogniser:
         return self._known[cls]
 
 
-# What a module carries besides the numbers its forward reads.
+# Attributes of a module that its forward does not read.
 _BOOKKEEPING = {*vars(nn.Module()), "forward", "layer_idx", "_old_forward", "_hf_hook"}
 
 
 def _fingerprint(module: nn.Module) -> tuple[Any, ...]:
-    """Return what a forward may depend on besides the values of weights."""
+    """Return a key of everything a forward may depend on except the values of weights."""
     children = tuple(
         (name, *linear_sizes(child))
         if is_linear(child)

@@ -16,10 +16,10 @@ from liger_kernels.transformers.recognise.probe import (
     is_close,
     new_generator,
     original_class,
+    probe_copy,
     quiet,
     randn,
     ranked_errors,
-    stand_in,
     takes_one_tensor,
     uniform,
 )
@@ -48,7 +48,7 @@ def recognise_experts(module: nn.Module) -> ExpertsSpec | Refusal | None:
         return in_order or unserved("experts whose activation runs inside their own forward")
     inner = fused.shape[2 if getattr(module, "is_transposed", False) else 1] // 2
     x = 3 * randn(new_generator(), _ROWS, 2 * inner)
-    found = _gate_of(module, functools.partial(gate, stand_in(module)), lambda gated: gated, x, x)
+    found = _gate_of(module, functools.partial(gate, probe_copy(module)), lambda gated: gated, x, x)
     if found is None:
         return unserved("experts with a gate of their own")
     if isinstance(found, Refusal):
@@ -139,7 +139,7 @@ def _has_plain_loop(module: nn.Module) -> bool:
     hidden = randn(generator, num_tokens, width)
     ids = torch.randint(num_experts, (num_tokens, 2), generator=generator, device="cpu")
     weights = uniform(generator, num_tokens, 2)
-    clone = stand_in(module, parameters)
+    clone = probe_copy(module, parameters)
     try:
         with quiet():
             gate = functools.partial(cls._apply_gate, clone)
@@ -163,7 +163,7 @@ def _probe_sorted(module: nn.Module, fused: Tensor, down: Tensor) -> ExpertsSpec
     # Sizes that forward may read; of other names it would fail on the small weights.
     sizes = {"hidden_size": width, "intermediate_size": inner, "expert_dim": inner}
     sizes = {name: size for name, size in sizes.items() if name in vars(module)}
-    clone = stand_in(module, parameters, attributes=sizes)
+    clone = probe_copy(module, parameters, attributes=sizes)
     x = 3 * randn(generator, num_experts * _ROWS, width)
 
     h = torch.bmm(x.view(num_experts, -1, width), parameters["gate_up_proj"])

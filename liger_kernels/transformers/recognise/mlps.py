@@ -14,10 +14,10 @@ from liger_kernels.transformers.recognise.probe import (
     linear_sizes,
     new_generator,
     original_class,
+    probe_copy,
     quiet,
     randn,
     ranked_errors,
-    stand_in,
     takes_one_tensor,
 )
 from liger_kernels.transformers.recognise.specs import (
@@ -79,7 +79,7 @@ def _probe(
 ) -> MlpSpec | Refusal | None:
     """Return the form of an MLP with one of these activations.
 
-    is_near: Whether to look for its form near 0 alone, to say what it does elsewhere.
+    is_near: Whether to look for its form near 0 alone, to name the difference elsewhere.
     """
     sizes = {name: linear_sizes(child) for name, child in linears.items()}
     # Any layer may be the last one: names tell nothing, and square layers fit in each place.
@@ -100,7 +100,7 @@ def _probe(
 
 
 class _Trial:
-    """A stand-in for an MLP with small linear layers, and an input."""
+    """A probe copy of an MLP with small linear layers, and an input."""
 
     def __init__(self, module: nn.Module, heads: list[str], down: str, inner: int) -> None:
         self.heads, self.inner = heads, inner
@@ -111,11 +111,11 @@ class _Trial:
             for name, size in sizes.items()
         }
         self.down = self.layers[down] = _ProbeLinear(inner**-0.5 * randn(generator, _WIDTH, inner))
-        # Activations, and dropout, which a stand-in of it turns off.
-        others = {n: stand_in(m) for n, m in module.named_children() if n not in self.layers}
+        # Activations, and dropout, which a probe copy turns off.
+        others = {n: probe_copy(m) for n, m in module.named_children() if n not in self.layers}
         # An activation that its configuration names may change there, which nobody would see.
         hidden = {"config": None} if "config" in vars(module) else {}
-        self.clone = stand_in(module, modules={**others, **self.layers}, attributes=hidden)
+        self.clone = probe_copy(module, modules={**others, **self.layers}, attributes=hidden)
         # Pre-activations of spread 3, where gelu and its tanh form differ; small weights hide that.
         self.x = 3 * randn(generator, 1, _ROWS, _WIDTH)
 
@@ -172,7 +172,7 @@ def _probe_gated(trial: _Trial, activations: Activations) -> MlpSpec | Refusal |
 
 
 def _probe_near(trial: _Trial, activations: Activations) -> Refusal | None:
-    """Return what a gate does besides an activation that it has near 0: a limit is far from it."""
+    """Return how a gate with an activation near 0 differs far from it, as by a limit."""
     for shift, what in ((0.0, CLAMPS), (1.0, SHIFTS)):
         errors = trial.errors(activations, 0.1, shift)
         if errors and errors[0][0] < 2e-5:

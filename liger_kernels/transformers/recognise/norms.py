@@ -21,9 +21,9 @@ from liger_kernels.transformers.recognise.probe import (
     is_close,
     new_generator,
     original_class,
+    probe_copy,
     quiet,
     randn,
-    stand_in,
     uniform,
 )
 from liger_kernels.transformers.recognise.specs import (
@@ -39,7 +39,7 @@ Found = NormSpec | LayerNormSpec | GatedNormSpec | Refusal | None
 # (x, weight, eps, cast) -> the output of a form.
 _Form = Callable[[Tensor, Tensor | None, float, Cast], Tensor]
 
-_ODD_ROUNDING = unserved("norm that rounds at a point of its own")
+_ODD_ROUNDING = unserved("norm that rounds at another point")
 _ROWS = 16
 # What classes write in their forward when no attribute holds eps.
 _EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)
@@ -78,7 +78,7 @@ def _odd_parts(module: nn.Module) -> str:
 
 
 def _tried(recognise: Callable[[_Probe], Found], module: nn.Module, **options: bool) -> Found:
-    """Return what is recognised with the parameters as weight and bias, in each order."""
+    """Return the form that is recognised with the parameters as weight and bias, in each order."""
     for weight, bias in _roles_of(module):
         try:
             found = recognise(_Probe(module, weight, bias, **options))
@@ -113,7 +113,7 @@ def _roles_of(module: nn.Module) -> list[tuple[str | None, str | None]]:
 
 
 def _has_known_shape(module: nn.Module) -> bool:
-    """Return whether a module holds what a norm over the last dimension may hold."""
+    """Return whether a module holds nothing but a norm over the last dimension may."""
     parameters = module._parameters
     is_flat = all(p is None or p.dim() == 1 for p in parameters.values())
     shape = getattr(module, "normalized_shape", (2,))
@@ -121,7 +121,7 @@ def _has_known_shape(module: nn.Module) -> bool:
 
 
 class _Probe:
-    """A norm module with weights of its own, called on a few rows."""
+    """A norm module with random weights, called on a few rows."""
 
     def __init__(
         self, module: nn.Module, weight: str | None, bias: str | None, *, has_gate: bool = False
@@ -157,7 +157,7 @@ class _Probe:
         # A setting that its configuration holds may change there, which nobody would see.
         hidden = {"config": None} if "config" in vars(self.module) else {}
         attributes = {**hidden, **(attributes or {})}
-        clone = stand_in(self.module, parameters, attributes=attributes, buffers=self.buffers)
+        clone = probe_copy(self.module, parameters, attributes=attributes, buffers=self.buffers)
         return call_forward(clone, x, *(() if self.gate is None else (self.gate.to(x.dtype),)))
 
     def epsilons(self) -> Iterator[tuple[str, float]]:
@@ -261,7 +261,7 @@ def _l2_norm(x: Tensor, weight: Tensor | None, eps: float, cast: Cast) -> Tensor
 def _layer_norm(probe: _Probe, spec: LayerNormSpec) -> LayerNormSpec | Refusal:
     y = probe(probe.x.bfloat16(), torch.bfloat16)
     if y.dtype != torch.bfloat16 or not is_close(y, probe(probe.x), 3e-2):
-        return unserved("layer norm that rounds at a point of its own")
+        return unserved("layer norm that rounds at another point")
     return spec
 
 
@@ -277,7 +277,7 @@ def _rms_norm(probe: _Probe, spec: NormSpec, eps: float) -> NormSpec | Refusal:
 
 
 def _describe(probe: _Probe) -> Refusal | None:
-    """Return what a look-alike of one input computes instead; None if that is not known."""
+    """Return why a look-alike of one input is left alone; None if that is not known."""
     x, width = probe.x, probe.width
     if width < 2:
         return None

@@ -1,4 +1,4 @@
-"""How a probe runs: a stand-in with small random weights, local generators, no trace left."""
+"""Run a probe: a copy of a module with small random weights, local generators, no side effects."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-# The attribute of a patched class that holds the class it stands for.
+# The attribute of a patched class that holds the class it replaces.
 BASE_ATTRIBUTE = "_patch_base"
 
 
 def original_class(cls: type) -> Any:
-    """Return the class that a patched class stands for; any other class is its own."""
+    """Return the class that a patched class replaces, or cls if it is no patched class."""
     return getattr(cls, BASE_ATTRIBUTE, cls)
 
 
@@ -31,7 +31,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def stand_in(
+def probe_copy(
     module: nn.Module,
     parameters: Mapping[str, Tensor] | None = None,
     modules: Mapping[str, nn.Module] | None = None,
@@ -63,7 +63,7 @@ def call_forward(module: nn.Module, *args: Any) -> Any:
 
 
 def forward_inputs(cls: type[nn.Module]) -> tuple[str, ...] | None:
-    """Return the names that forward may be given by position; None if it has others besides."""
+    """Return the names that forward may be given by position; None if it has others too."""
     try:
         parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
     except (TypeError, ValueError):
@@ -80,7 +80,7 @@ def takes_one_tensor(cls: type[nn.Module]) -> bool:
 
 
 def new_generator() -> torch.Generator:
-    """Return a generator of its own, always of the same numbers."""
+    """Return a new generator, always of the same numbers."""
     return torch.Generator("cpu").manual_seed(0)
 
 

@@ -17,9 +17,9 @@ from liger_kernels.transformers.recognise.probe import (
     is_close,
     new_generator,
     original_class,
+    probe_copy,
     quiet,
     randn,
-    stand_in,
     uniform,
 )
 from liger_kernels.transformers.recognise.specs import Angles, Refusal, RopeSpec, Style, unserved
@@ -76,7 +76,7 @@ def recognise_rope(module: nn.Module) -> RopeSpec | Refusal | None:
     for name, function in sorted(functions.items()):
         spec = _recognise_function(name, function) or _recognise_inside(name, function)
         if spec is None:
-            return unserved(f"{name} rotates in a way of its own")
+            return unserved(f"{name} rotates in another way")
         specs.append(spec)
     return replace(specs[0], others=tuple(specs[1:]))
 
@@ -170,7 +170,7 @@ def splits_halves(module: nn.Module) -> bool:
     buffers = {"inv_freq": uniform(generator, *frequencies.shape)}
 
     def has_equal_halves(positions: Tensor) -> bool:
-        cos, _ = call_forward(stand_in(module, buffers=buffers), x, positions)
+        cos, _ = call_forward(probe_copy(module, buffers=buffers), x, positions)
         first, second = cos.chunk(2, dim=-1)
         return torch.equal(first, second)
 
@@ -221,7 +221,7 @@ def _tables(angles: Tensor, layout: Angles) -> tuple[Any, ...]:
     if layout == "sections":
         quarter = angles.shape[-1] // 4
         sizes = [quarter, quarter, angles.shape[-1] - 2 * quarter]
-        # Each kind of positions has the angles of its own section, and others elsewhere.
+        # Each kind of positions has its angles in its section, and others elsewhere.
         kind = torch.arange(3).repeat_interleave(torch.tensor(sizes))
         kinds = [torch.where(kind == i, angles, angles + i + 1) for i in range(3)]
         three = torch.stack([torch.cat((table, table), -1) for table in kinds])

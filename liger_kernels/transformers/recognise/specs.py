@@ -1,4 +1,4 @@
-"""What a recogniser returns: a spec of what a module computes, or a Refusal with the reason."""
+"""The results of recognisers: a spec of the form of a module, or a Refusal with the reason."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class NormSpec:
     offset: float
     cast: Cast
     has_weight: bool
-    # "" where forward has a number of its own, which is then eps.
+    # "" where forward has a constant, which is then eps.
     eps_attr: str
     eps: float | None = None
     # True: x is divided by the root of the sum of its squares, not of their mean; no weight.
@@ -170,7 +170,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 GLU_OPS = {"silu": "swiglu", "gelu_tanh": "geglu", "gelu": "geglu"}
 
 
-# After what is different about a look-alike that no op computes.
+# The end of a reason why a look-alike is left alone that no op computes.
 NO_KERNEL = ": no kernel, its own code runs; nothing to do"
 
 

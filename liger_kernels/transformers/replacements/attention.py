@@ -127,7 +127,7 @@ def rebuild(
     """Copy a function, and those its decorators hide, so that global names find the replacements.
 
     A forward reaches its rotary function as a global of its module. Changing that global would
-    change every model of the family, so the copy gets globals of its own.
+    change every model of the family, so the copy gets other globals.
     """
     if function in known:
         return known[function]
@@ -247,7 +247,7 @@ class _Global(NamedTuple):
 
 @functools.cache
 def _replacement(function: Any, spec: RopeSpec) -> Callable[..., Any]:
-    """Return what stands for a function that rotates, or that calls one that does."""
+    """Return the replacement of a function that rotates, or that calls one that does."""
     if not spec.inside:
         return _rotary(function, spec)
     rotary = _rotary(function.__globals__[spec.function], replace(spec, inside=""))

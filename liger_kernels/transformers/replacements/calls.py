@@ -1,4 +1,4 @@
-"""What all patched forwards share: which calls an op serves, and who called one."""
+"""Shared by all patched forwards: whether an op serves a call, and the record of calls."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_plain(*tensors: Any) -> bool:
 
 
 def is_transformed() -> bool:
-    """Return whether something runs this that takes no autograd function of ours.
+    """Return whether this runs under a transform that takes no custom autograd function.
 
     That is torch.func (vmap, grad, jvp), a level of forward-mode AD, or torch.jit.trace, with which
     torch.onnx.export traces as well.
@@ -77,7 +77,7 @@ class Tally:
         self.called: set[int] = set()
         # The attention whose forward runs: its rotary function does not know whose it is.
         self.attention: nn.Module | None = None
-        # torch.compile traced a patched forward: what it holds runs without Python and is not seen.
+        # torch.compile traced a patched forward: its modules run without Python and are not seen.
         self.is_compiled = False
 
 
@@ -86,7 +86,7 @@ _TALLY: ContextVar[Tally | None] = ContextVar("tally", default=None)
 
 @contextmanager
 def tally_calls(modules: Iterable[nn.Module]) -> Iterator[Tally]:
-    """Note which patched modules call their op. Compiled code notes nothing."""
+    """Record which patched modules call their op. Compiled code records nothing."""
     tally = Tally()
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -107,6 +107,7 @@ def tally_calls(modules: Iterable[nn.Module]) -> Iterator[Tally]:
 
 
 def record_call(module: nn.Module | None = None) -> None:
+    """Count a module, or the attention that runs, as one that called its op."""
     if torch.compiler.is_compiling():
         _record_compiled()
         return

@@ -67,7 +67,7 @@ def _weights_of(
 ) -> tuple[Tensor, Tensor | None, Tensor] | None:
     """Return the weights of an MLP that is plain enough to run as one function, else None.
 
-    Inside a checkpoint it is not: that stops making activations again before the last product.
+    Inside a checkpoint it is not: that stops recomputing before the last product.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not is_plain(x):
         return None

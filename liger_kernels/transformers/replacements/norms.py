@@ -56,7 +56,7 @@ def layer_norm_forward(base: Any, spec: LayerNormSpec) -> Callable[..., Any]:
             return base.forward(self, *args, **kwargs)
         (x,), (weight, eps) = args, found
         if spec.offset:
-            # Nemotron casts in a way of its own under autocast.
+            # Nemotron casts otherwise under autocast.
             if torch.is_autocast_enabled(x.device.type):
                 return base.forward(self, x)
             weight = None if weight is None else weight + spec.offset
@@ -117,7 +117,7 @@ def _inputs_of(module: Any, spec: AnyNorm, x: Any) -> tuple[Tensor | None, float
 
 
 def _parameter(module: Any, name: str, is_wanted: bool) -> Any:
-    """Return a norm's weight or bias; where it had none, what was registered as one since."""
+    """Return a norm's weight or bias; where it had none, one that was registered since."""
     # What wraps a module may keep the weight as a plain attribute; a buffer is no weight.
     return getattr(module, name, None) if is_wanted else module._parameters.get(name)
 

@@ -1,9 +1,9 @@
-"""What is cheap to make again is not kept for backward: norm outputs and gated products.
+"""Recompute norm outputs and gated products in backward instead of keeping them.
 
 Autograd keeps the input of every projection for the gradient of its weight. Where that input is a
-norm's output, the norm keeps all it takes to make it again; where it is a gated product, the gate
-does. So a patched module notes how its output is made, and while the projections run, hooks on
-saved tensors keep that note in place of the tensor. The numbers are the same to the bit, since the
+norm's output, the norm keeps all it takes to recompute it; where it is a gated product, the gate
+does. So a patched module keeps a recipe of its output, and while the projections run, hooks on
+saved tensors save the recipe in place of the tensor. The numbers are the same to the bit, since the
 same kernel runs again. It works with any projection class, an adapter's included.
 
 Hooks of saved tensors do not nest: inside gradient checkpointing, activation offloading and the
@@ -25,7 +25,7 @@ from liger_kernels.transformers.replacements.calls import is_transformed
 
 
 class _Recipe:
-    """How to make one tensor again, for all those that kept the recipe in its place."""
+    """How to recompute one tensor, for all those that saved the recipe in its place."""
 
     def __init__(self, make: Callable[[], Tensor], version: int) -> None:
         self._make = make
@@ -35,7 +35,7 @@ class _Recipe:
         self._made: Tensor | None = None
 
     def make(self) -> Tensor:
-        """Return the tensor, made once for all who kept it: q, k and v follow close in backward."""
+        """Return the tensor, recomputed once for all who saved it: q, k and v run close by."""
         if self._made is None:
             with torch.no_grad():
                 self._made = self._make()
@@ -69,17 +69,17 @@ def _is_traced() -> bool:
 
 
 def remember(y: Tensor, make: Callable[[], Tensor]) -> None:
-    """Note that make() returns y again. It must not hold y, nor tensors that have a graph."""
+    """Save make as the recipe of y. It must not hold y, nor tensors that have a graph."""
     if y.requires_grad and y.is_contiguous() and not _is_traced():
         _RECIPES[y] = _Recipe(make, y._version)
 
 
 @contextmanager
 def recomputing(*values: Any) -> Iterator[None]:
-    """Keep recipes in place of those values that have one, for what is saved for backward inside.
+    """Save recipes for backward in place of those values that have one.
 
     Values without a recipe, of any type, are ignored; so is everything under torch.compile, which
-    decides by itself what to make again, and under torch.func, whose tensors have no address.
+    decides itself about recomputing, and under torch.func, whose tensors have no address.
     """
     if _is_traced():
         yield
@@ -110,14 +110,14 @@ def recomputing(*values: Any) -> Iterator[None]:
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
             yield
     finally:
-        # What was saved holds pack, which must not hold the tensors that are not kept.
+        # Saved tensors hold pack, which must not hold the tensors that are not kept.
         recipes.clear()
 
 
 def _unpack(packed: _Kept | _Remade) -> Tensor:
     if isinstance(packed, _Remade):
         return packed.recipe.make().view(packed.shape)
-    # Autograd checks versions of what it saved itself, but not of what went through hooks.
+    # Autograd checks versions of tensors it saved itself, not of those that went through hooks.
     if packed.tensor._version != packed.version:
         raise RuntimeError(
             "a tensor needed for gradient computation has been modified by an inplace operation: "

@@ -14,7 +14,7 @@ SPEC_ATTRIBUTE = "_patch_spec"
 # Of a subclass: the function that made it, the forward of its base that it replaces, and the
 # attributes that this one reads.
 _MAKER, _STOCK, _READS = "_subclass_maker", "_patch_stock", "_patch_reads"
-# Of a patched module: what it held in these attributes.
+# Of a patched module: the values of these attributes when it was patched.
 _HELD = "_patch_held"
 _PLAIN_TYPES = (bool, int, float, str, tuple)
 # Every subclass that was made, by maker, base, options and the code it was made from. The code is
@@ -32,8 +32,8 @@ def subclass_in_place(
 ) -> type[nn.Module]:
     """Return the subclass of `base` that passes for it: same name, module and docstring.
 
-    It is made once; pickle and deepcopy find it by calling make(base, *options) again, as its name
-    is that of `base`.
+    It is made once; pickle and deepcopy find it by calling make(base, *options), as its name is
+    that of `base`.
 
     Args:
         make: The function of a module that calls this one, such as patched_class.
@@ -85,7 +85,7 @@ def is_made_by(make: Callable[..., Any], cls: type) -> bool:
 
 
 def patch_members(base: Any, spec: Any, reads: frozenset[str]) -> dict[str, Any]:
-    """Return the attributes by which is_as_patched finds what a patched class was made for.
+    """Return the attributes by which is_as_patched compares a module with its state at patching.
 
     Args:
         base: The class it replaces.
@@ -136,7 +136,7 @@ def _holds(owner: Any, entries: tuple[_Held, ...]) -> bool:
 
 
 def _held_by(owner: nn.Module, names: Collection[str]) -> tuple[_Held, ...]:
-    """Return what a module holds in some attributes, which are no parameters or buffers."""
+    """Return the values of some attributes of a module, which are no parameters or buffers."""
     found = []
     for name in sorted(names):
         if name in owner._modules:
