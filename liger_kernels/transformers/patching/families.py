@@ -17,7 +17,6 @@ from typing import Any
 from liger_kernels.transformers.recognise import (
     NO_KERNEL,
     ExpertsSpec,
-    LayerNormSpec,
     Layout,
     Mismatch,
     MlpSpec,
@@ -54,12 +53,16 @@ class Family:
     has_layer_norm: bool = False
     # What each listed class is a candidate of, for the reason when it is refused.
     ops: Mapping[str, str] = field(init=False, default_factory=dict)
+    # The forms that each listed class may have.
+    forms: Mapping[str, tuple[Spec | Gate, ...]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         ops = dict.fromkeys(self.norms, "rms_norm")
         ops |= dict.fromkeys(self.gates, self.glu)
         ops |= dict.fromkeys(self.ropes, "rope")
         object.__setattr__(self, "ops", ops)
+        forms = {name: (form,) for name, form in {**self.norms, **self.gates}.items()}
+        object.__setattr__(self, "forms", {**forms, **self.ropes})
 
     @property
     def options(self) -> dict[str, bool]:
@@ -80,27 +83,10 @@ class Family:
             if class_name not in self.ops or (found is not None and found.is_known_form):
                 return found
             return self._mismatch(class_name, found.reason if found else "of no known form")
-        seen: Any = found
-        expected: Any = None
-        if isinstance(found, MlpSpec):
-            seen = Gate(found.layout, found.gate, found.up, found.down)
-            expected = self.gates.get(class_name)
-        elif isinstance(found, ExpertsSpec):
-            seen, expected = Gate(found.layout), self.gates.get(class_name)
-        elif isinstance(found, RopeSpec):
-            # Whether an fp32 cos widens q does not change the rotation.
-            ropes = [
-                replace(rope, keeps_dtype=found.keeps_dtype)
-                for rope in self.ropes.get(class_name, ())
-            ]
-            expected = found if found in ropes else next(iter(ropes), None)
-        elif isinstance(found, (NormSpec, LayerNormSpec)):
-            expected = self.norms.get(class_name)
-        elif class_name in self.ops:
-            return self._mismatch(class_name, f"found {type(found).__name__}")
-        if expected in (None, seen):
+        expected = self.forms.get(class_name)
+        if expected is None or _comparable(found) in map(_comparable, expected):
             return found
-        return self._mismatch(class_name, _difference(expected, seen))
+        return self._mismatch(class_name, _difference(expected[0], found))
 
     def _mismatch(self, class_name: str, seen: str) -> Mismatch:
         return Mismatch(
@@ -110,12 +96,23 @@ class Family:
         )
 
 
-def _difference(expected: Any, seen: Any) -> str:
+def _comparable(form: Spec | Gate) -> Any:
+    """Return the part of a form that a row and a module must have in common."""
+    if isinstance(form, MlpSpec):
+        return Gate(form.layout, form.gate, form.up, form.down)
+    if isinstance(form, ExpertsSpec):
+        return Gate(form.layout)
+    # Whether an fp32 cos widens q does not change the rotation.
+    return replace(form, keeps_dtype=False) if isinstance(form, RopeSpec) else form
+
+
+def _difference(expected: Spec | Gate, found: Spec) -> str:
     """Return in words how two forms differ."""
-    if type(expected) is not type(seen):
-        return f"found {type(seen).__name__}"
-    pairs = ((f.name, getattr(expected, f.name), getattr(seen, f.name)) for f in fields(expected))
-    return ", ".join(f"{name} is {new!r}, not {old!r}" for name, old, new in pairs if new != old)
+    old, new = _comparable(expected), _comparable(found)
+    if type(old) is not type(new):
+        return f"found {type(found).__name__}"
+    pairs = ((f.name, getattr(old, f.name), getattr(new, f.name)) for f in fields(old))
+    return ", ".join(f"{name} is {b!r}, not {a!r}" for name, a, b in pairs if a != b)
 
 
 LLAMA_NORM = NormSpec(0.0, "mid", has_weight=True, eps_attr="variance_epsilon")

@@ -106,7 +106,7 @@ class _Held(NamedTuple):
 
     name: str
     value: Any
-    # Of a child: what that held in its own.
+    # Of a child module: the values of its attributes.
     settings: tuple[_Held, ...]
 
 
