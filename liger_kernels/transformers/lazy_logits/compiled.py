@@ -5,24 +5,20 @@ on during the model's forward, and is traced with it, knows the stubs by identit
 what LazyLogits does in eager code. It meets every function of a stub, so none gets into arithmetic:
 what is not recorded gets the real logits. `out.logits` is None.
 
-The fused op chooses its tokens by a count that the host waits for, which a graph cannot hold, so it
-is one opaque node that returns the summed loss and its gradients.
+The loss is fused_linear_cross_entropy, which is an operator of its own in a graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from liger_kernels.ops.fused_linear_cross_entropy import fused_linear_cross_entropy
 from liger_kernels.transformers.lazy_logits.deferred import HeadOp, Pending
 from liger_kernels.transformers.lazy_logits.loss import is_metadata, respond
-from liger_kernels.transformers.recognise import Tail
 
 
 class StubCall(TorchFunctionMode):
@@ -87,111 +83,3 @@ def call_traced(
     finally:
         head._lazy_call = None
     return out, call
-
-
-@torch.library.custom_op("liger_kernels::summed_head_loss", mutates_args=())
-def _summed_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    autocast: torch.dtype | None,
-    needs_grad: Sequence[bool],
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss summed over tokens, and its gradients for hidden, weight and bias, or nothing."""
-    needs_grad = list(needs_grad)
-    inputs: list[Any] = [
-        None if x is None else x.detach().requires_grad_(needs)
-        for x, needs in zip((hidden, weight, bias), needs_grad, strict=True)
-    ]
-    # A custom op runs below autograd; the fused op is above it.
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
-    include = torch._C._dispatch_tls_local_include_set()
-    exclude = torch._C._dispatch_tls_local_exclude_set() - keys
-    with (
-        torch._C._ForceDispatchKeyGuard(include, exclude),
-        torch.set_grad_enabled(any(needs_grad)),
-        torch.autocast(hidden.device.type, autocast, enabled=autocast is not None),
-    ):
-        loss: Any = fused_linear_cross_entropy(
-            inputs[0],
-            inputs[1],
-            target,
-            bias=inputs[2],
-            class_weight=class_weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            reduction="sum",
-            softcap=softcap,
-            scale=scale,
-        )
-        wanted = [x for x, needs in zip(inputs, needs_grad, strict=True) if needs]
-        found = iter(torch.autograd.grad(loss, wanted) if wanted else ())
-    dx, dw, db = (
-        next(found).contiguous() if needs else hidden.new_empty(0) for needs in needs_grad
-    )
-    return loss.detach(), dx, dw, db
-
-
-@_summed_loss.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    autocast: torch.dtype | None,
-    needs_grad: Sequence[bool],
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    grads = [
-        torch.empty_like(x, memory_format=torch.contiguous_format)
-        if x is not None and needs
-        else hidden.new_empty(0)
-        for x, needs in zip((hidden, weight, bias), needs_grad, strict=True)
-    ]
-    return hidden.new_empty((), dtype=wide), *grads
-
-
-def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs_grad = inputs[6]
-    ctx.save_for_backward(*output[1:])
-
-
-def _hand_out_gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    grads = zip(ctx.saved_tensors, ctx.needs_grad, strict=True)
-    return (*(grad * dy if needs else None for grad, needs in grads), *(None,) * 8)
-
-
-_summed_loss.register_autograd(_hand_out_gradients, setup_context=_keep_gradients)
-
-
-def summed_loss(
-    pending: Pending,
-    linear: Any,
-    tail: Tail,
-    target: Tensor,
-    class_weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
-    """Return the fused loss summed over tokens, as one node of a graph."""
-    tensors = (pending.rows, linear.weight, linear.bias)
-    total: Tensor = _summed_loss(
-        *tensors,
-        target,
-        class_weight,
-        pending.autocast,
-        [x is not None and x.requires_grad and torch.is_grad_enabled() for x in tensors],
-        ignore_index,
-        label_smoothing,
-        tail.softcap,
-        tail.scale,
-    )[0]
-    return total

@@ -252,9 +252,9 @@ def _loss_without_logits(
     gather(pending.head)
     linear = _linear_of(pending)
     tail = _tail_of(pending.arithmetic())
-    if torch.compiler.is_compiling():
-        return _traced_loss(pending, linear, tail, target, weight, **options)
     if linear is None or tail is None:
+        if torch.compiler.is_compiling():
+            return None
         return _chunked_loss(pending, target, weight, **options)
     call = pending.call
     is_bounded = target.numel() == call.num_targets and options["ignore_index"] == IGNORE_INDEX
@@ -272,25 +272,6 @@ def _loss_without_logits(
         **options,
     )
     return loss
-
-
-def _traced_loss(
-    pending: Pending,
-    linear: Any,
-    tail: Tail | None,
-    target: Tensor,
-    weight: Tensor | None,
-    *,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-) -> Tensor | None:
-    if linear is None or tail is None or reduction == "none":
-        return None
-    from liger_kernels.transformers.lazy_logits.compiled import summed_loss
-
-    total = summed_loss(pending, linear, tail, target, weight, ignore_index, label_smoothing)
-    return total if reduction == "sum" else total / _label_total(target, weight, ignore_index)
 
 
 def _label_total(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
