@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 import torch
 
-from liger_kernels.ops.launch import backend
+from liger_kernels.ops.backend import backend
 from liger_kernels.ops.op import Case, Op, Sample
 
 # About half an ulp of each dtype, relative to the largest element: one rounding more than eager.

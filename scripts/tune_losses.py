@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from tuning import Results, rms_error, time_ms, transient_mib
 
 from liger_kernels.ops import fused_linear_cross_entropy
-from liger_kernels.ops.losses import linear
-from liger_kernels.ops.losses import rows as loss_rows
+from liger_kernels.ops.losses import chunk_size, linear_loss, row_loss
 from liger_kernels.ops.losses.options import LossOptions
 
 BF16 = torch.bfloat16
@@ -74,12 +73,12 @@ def tune_loss_kernel(results: Results, num_rows: int, vocab: int) -> None:
         (wanted_dx,) = torch.autograd.grad(wanted.sum() * 0.5, few)
 
         def launch(options: LossOptions = options) -> None:
-            loss_rows.loss_rows(logits, target, options, coef=coef, dx=dx, loss=loss)
+            row_loss.loss_rows(logits, target, options, coef=coef, dx=dx, loss=loss)
 
         for shape in LOSS_SHAPES:
-            table = ((1 << 62, loss_rows._Shape(*shape)),)
+            table = ((1 << 62, row_loss._Shape(*shape)),)
             name = "_SHAPES" if kind == "plain" else "_WIDE_SHAPES"
-            with replaced(loss_rows, name, table):
+            with replaced(row_loss, name, table):
                 launch()
                 assert rms_error(loss[:128], wanted.detach()) < 1e-5, shape
                 assert rms_error(dx[:128], wanted_dx) < 4e-3, shape
@@ -171,10 +170,10 @@ def variants(num_rows: int, vocab: int, chunk: int, is_frozen: bool) -> Iterator
     for other in OTHER_CHUNKS:
         is_near = chunk / 2 <= other <= min(2 * chunk, num_rows)
         if other != chunk and is_near and other * vocab * 2 <= 1024 << 20:
-            with replaced(linear, "chunk_tokens", lambda *_, other=other: other):
+            with replaced(linear_loss, "chunk_tokens", lambda *_, other=other: other):
                 yield f"chunks of {other}"
     if not is_frozen:
-        with replaced(linear, "accumulator_dtype", lambda *_: torch.float32):
+        with replaced(linear_loss, "accumulator_dtype", lambda *_: torch.float32):
             yield "fp32 sum"
 
 
@@ -198,7 +197,7 @@ def tune_fused(results: Results, num_tokens: int, width: int, vocab: int) -> Non
             return loss
 
         num_rows = int((target != -100).sum())
-        chunk = linear.chunk_tokens(num_rows, width, vocab, BF16, target.device, not is_frozen)
+        chunk = chunk_size.chunk_tokens(num_rows, width, vocab, BF16, target.device, not is_frozen)
         for name in variants(num_rows, vocab, chunk, is_frozen):
             # The first run compiles.
             assert rms_error(step().detach(), wanted[0]) < 1e-3, name

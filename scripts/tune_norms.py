@@ -5,7 +5,7 @@ python3 scripts/tune_norms.py --output runs/tune
 A line a measurement. "norm kernel" feeds the tables of rms_norm_kernel.py, where
 fused_add_rms_norm has a backward of its own, and of layer_norm_kernel.py: its variant is a RowShape
 (elements, warps, programs, stages, splits), its plan the RowPlan that this became. "sum kernel"
-feeds _SUM_TILE of launch.py, and "host" its _ALONE: 64 rows of 1024 are one program's, 65 are not.
+feeds _SUM_TILE of rows.py, and "host" its _ALONE: 64 rows of 1024 are one program's, 65 are not.
 """
 
 from __future__ import annotations
@@ -27,14 +27,17 @@ from tuning import Results, rms_error, time_ms
 
 from liger_kernels.ops import (
     fused_add_rms_norm,
-    launch,
     layer_norm,
     layer_norm_kernel,
     rms_norm,
     rms_norm_kernel,
 )
-from liger_kernels.ops.launch import RowShape, lookup, persistent_row_plan, row_plan
+from liger_kernels.ops import (
+    rows as row_launches,
+)
+from liger_kernels.ops.launcher import lookup
 from liger_kernels.ops.registry import OPS
+from liger_kernels.ops.rows import RowShape, persistent_row_plan, row_plan
 
 BF16 = torch.bfloat16
 SHAPES = ((16384, 2048), (16384, 4096), (8192, 8192), (262144, 128), (8192, 5120), (8192, 2304))
@@ -224,15 +227,15 @@ def tune_kernels(results: Results, op: str, rows: int, width: int) -> None:
 
 
 def tune_sums(results: Results) -> None:
-    usual = launch._SUM_TILE
+    usual = row_launches._SUM_TILE
     for (programs, width), tile in itertools.product(SUMS, SUM_TILES):
         partial = torch.randn(programs, width, device="cuda")
-        launch._SUM_TILE = tile
-        assert rms_error(launch.sum_partials(partial, BF16), partial.sum(0)) < 4e-3, tile
+        row_launches._SUM_TILE = tile
+        assert rms_error(row_launches.sum_partials(partial, BF16), partial.sum(0)) < 4e-3, tile
         # Written by the kernel before it, and so still in the cache, which time_ms() flushes.
-        ms = time_ms(lambda partial=partial: launch.sum_partials(partial, BF16), rep=10)
+        ms = time_ms(lambda partial=partial: row_launches.sum_partials(partial, BF16), rep=10)
         results.add("sum kernel", shape=(programs, width), variant=tile, ms=ms)
-    launch._SUM_TILE = usual
+    row_launches._SUM_TILE = usual
 
 
 def calls(rows: int, width: int) -> dict[str, Callable[[], Any]]:

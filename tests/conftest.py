@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def device() -> torch.device:
     """The device under test: the GPU where there is one, unless kernels are interpreted."""
-    from liger_kernels.ops.launch import INTERPRETED
+    from liger_kernels.ops.backend import INTERPRETED
 
     return torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
 

@@ -14,7 +14,7 @@ from liger_cli.errors import ConfigError
 from liger_cli.report import RunReport
 from liger_cli.training.checkpoints.files import find_checkpoints
 from liger_cli.training.model.source import ModelSource, build_meta_model, resolve_model
-from liger_kernels.ops.launch import backend
+from liger_kernels.ops.backend import backend
 from liger_kernels.transformers.api import inspect_model
 from liger_kernels.transformers.patching.plan import PatchPlan
 from liger_kernels.transformers.wrappers import inner_model

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from liger_kernels.ops.arguments import TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
-from liger_kernels.ops.launch import rows_of
 from liger_kernels.ops.losses.grads_in_forward import early_factor, handed_over, late_factor, scaled
 from liger_kernels.ops.losses.options import (
     LOSS_OPTIONS,
@@ -35,8 +34,9 @@ from liger_kernels.ops.losses.options import (
     label_argument,
     wide_dtype,
 )
-from liger_kernels.ops.losses.rows import loss_rows
+from liger_kernels.ops.losses.row_loss import loss_rows
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic, upcast
+from liger_kernels.ops.rows import rows_of
 
 _TENSORS = (
     TensorArgument("logits", "(..., V)"),

@@ -17,10 +17,10 @@ import torch
 
 from liger_kernels.ops.arguments import EPS, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
-from liger_kernels.ops.launch import in_rows
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic
 from liger_kernels.ops.rms_norm import CAST, OFFSET, WEIGHT, X, norm_options, rms_norm, rms_norm_ref
 from liger_kernels.ops.rms_norm_kernel import NormOptions, rms_norm_bwd, rms_norm_fwd
+from liger_kernels.ops.rows import in_rows
 
 _TENSORS = (X, TensorArgument("residual", "(..., N)"), WEIGHT)
 

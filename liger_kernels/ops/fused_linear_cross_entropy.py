@@ -1,6 +1,6 @@
 """Cross entropy of a linear layer's outputs, and log-probabilities, without ever making all logits.
 
-    z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), then as in loss_kernel.py
+    z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), then as in row_loss_kernel.py
 
 Legend: N tokens, H hidden width, V vocabulary.
 Compute dtype: autocast's under autocast, else the weight's. Hidden (chunk by chunk), weight and
@@ -29,8 +29,9 @@ from liger_kernels.ops.arguments import (
     check_tensors,
 )
 from liger_kernels.ops.cross_entropy import cross_entropy_ref, random_target
-from liger_kernels.ops.losses.head import PerTokenLoss, TotalLoss, compiled
-from liger_kernels.ops.losses.linear import HeadCall, LabelCount, count_labels, is_capturing
+from liger_kernels.ops.losses.autograd import PerTokenLoss, TotalLoss, compiled
+from liger_kernels.ops.losses.label_count import LabelCount, count_labels, is_capturing
+from liger_kernels.ops.losses.linear_loss import HeadCall
 from liger_kernels.ops.losses.options import (
     LOSS_OPTIONS,
     NORMALIZER,

@@ -22,25 +22,15 @@ import torch.nn.functional as F
 
 from liger_kernels.ops.arguments import EPS, Choice, Flag, Integer, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
+from liger_kernels.ops.backend import is_traced_as_torch, runs_triton_rows
 from liger_kernels.ops.gated_rms_norm_kernel import (
     gated_rms_norm_bwd_kernel,
     gated_rms_norm_fwd_kernel,
 )
-from liger_kernels.ops.launch import (
-    Launch,
-    cdiv,
-    is_traced_as_torch,
-    lookup,
-    num_sms,
-    remembered,
-    row_stages,
-    row_tile,
-    rows_of,
-    runs_triton_rows,
-    sum_partials,
-)
+from liger_kernels.ops.launcher import Launch, cdiv, lookup, num_sms, remembered
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic, upcast
 from liger_kernels.ops.rms_norm import CAST, WEIGHT, X
+from liger_kernels.ops.rows import row_stages, row_tile, rows_of, sum_partials
 
 ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
 _TENSORS = (X, TensorArgument("gate", "(..., N)"), WEIGHT)

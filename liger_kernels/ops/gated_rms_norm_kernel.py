@@ -1,6 +1,6 @@
 """The Triton kernels of gated_rms_norm.py, whose legend this is."""
 
-from liger_kernels.ops.launch import fp32, tl, triton
+from liger_kernels.ops.backend import fp32, tl, triton
 
 
 @triton.jit

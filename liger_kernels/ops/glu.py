@@ -16,18 +16,10 @@ import torch.nn.functional as F
 
 from liger_kernels.ops.arguments import Choice, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
-from liger_kernels.ops.launch import (
-    Launch,
-    cdiv,
-    is_traced_as_torch,
-    next_power_of_2,
-    remembered,
-    rows_of,
-    runs_triton,
-    tl,
-    triton,
-)
+from liger_kernels.ops.backend import is_traced_as_torch, runs_triton, tl, triton
+from liger_kernels.ops.launcher import Launch, cdiv, next_power_of_2, remembered
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic
+from liger_kernels.ops.rows import rows_of
 
 # geglu's `approximate`, as torch spells it -> the kernels' name of the activation.
 _GELUS = {"tanh": "gelu_tanh", "none": "gelu"}

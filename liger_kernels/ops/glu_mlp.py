@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from liger_kernels.ops.arguments import Choice, Flag, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.glu import _act, _glu_bwd, _glu_fwd
-from liger_kernels.ops.launch import rows_of
 from liger_kernels.ops.op import Case, Op, Sample, randn
+from liger_kernels.ops.rows import rows_of
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 _TENSORS = (

@@ -13,9 +13,10 @@ import torch
 
 from liger_kernels.ops.arguments import EPS, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
-from liger_kernels.ops.launch import in_rows, is_traced_as_torch
+from liger_kernels.ops.backend import is_traced_as_torch
 from liger_kernels.ops.layer_norm_kernel import LayerNormOptions, layer_norm_bwd, layer_norm_fwd
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic, upcast
+from liger_kernels.ops.rows import in_rows
 
 _TENSORS = (
     TensorArgument("x", "(..., N)", "be a floating tensor (..., N)"),

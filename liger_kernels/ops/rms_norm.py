@@ -15,9 +15,10 @@ import torch
 
 from liger_kernels.ops.arguments import EPS, Choice, Number, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
-from liger_kernels.ops.launch import in_rows, is_traced_as_torch
+from liger_kernels.ops.backend import is_traced_as_torch
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic, upcast
 from liger_kernels.ops.rms_norm_kernel import NormOptions, rms_norm_bwd, rms_norm_fwd
+from liger_kernels.ops.rows import in_rows
 
 CASTS = ("mid", "end")
 X = TensorArgument("x", "(..., N)", "be a floating tensor (..., N)")

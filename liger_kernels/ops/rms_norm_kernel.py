@@ -9,21 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from liger_kernels.ops.launch import (
-    Launch,
-    RowShape,
-    fp32,
-    lookup,
-    persistent_row_plan,
-    remembered,
-    row_plan,
-    row_stride,
-    runs_triton_rows,
-    sum_partials,
-    tl,
-    triton,
-)
+from liger_kernels.ops.backend import fp32, runs_triton_rows, tl, triton
+from liger_kernels.ops.launcher import Launch, lookup, remembered
 from liger_kernels.ops.op import upcast
+from liger_kernels.ops.rows import RowShape, persistent_row_plan, row_plan, row_stride, sum_partials
 
 # (width, launch), from docs/results/tune-norms-h100.jsonl. Shares of a copy's rate on an H100, in
 # bf16: 0.89 at 128 columns, 0.89 at 2048, 0.94 at 4096, 0.90 at 5120, 0.94 at 8192; with the sum of

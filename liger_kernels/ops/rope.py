@@ -16,7 +16,7 @@ import torch
 
 from liger_kernels.ops.arguments import Choice, Integer, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
-from liger_kernels.ops.launch import runs_triton
+from liger_kernels.ops.backend import runs_triton
 from liger_kernels.ops.op import Case, Op, Sample, randn, upcast
 from liger_kernels.ops.rope_kernel import RopeOptions, launch_rope, pair_layouts
 

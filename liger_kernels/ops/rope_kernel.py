@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from liger_kernels.ops.launch import Launch, cdiv, next_power_of_2, remembered, tl, triton
+from liger_kernels.ops.backend import tl, triton
+from liger_kernels.ops.launcher import Launch, cdiv, next_power_of_2, remembered
 
 
 @dataclass(frozen=True)

@@ -93,13 +93,13 @@ def test_missing_demo_packages_are_a_warning(versions: dict[str, str | None]) ->
 
 
 def test_interpreter_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("liger_kernels.ops.launch.INTERPRETED", True)
+    monkeypatch.setattr("liger_kernels.ops.backend.INTERPRETED", True)
     assert checks._triton().status == "warn"
 
 
 def test_no_triton_is_no_problem_without_a_gpu_case_106(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("liger_kernels.ops.launch.INTERPRETED", False)
-    monkeypatch.setattr("liger_kernels.ops.launch.HAS_TRITON", False)
+    monkeypatch.setattr("liger_kernels.ops.backend.INTERPRETED", False)
+    monkeypatch.setattr("liger_kernels.ops.backend.HAS_TRITON", False)
     monkeypatch.setattr(checks, "_has_gpu", lambda: False)
     assert checks._triton().status == "ok"
     monkeypatch.setattr(checks, "_has_gpu", lambda: True)

@@ -9,20 +9,20 @@ import torch
 
 from liger_kernels.compare import FLOOR, check_op, compare, error
 from liger_kernels.ops import (
+    backend,
     count_labels,
     fused_linear_cross_entropy,
     fused_linear_logprobs,
-    launch,
 )
 from liger_kernels.ops.fused_linear_cross_entropy import (
     fused_linear_cross_entropy_ref,
     fused_linear_logprobs_ref,
 )
-from liger_kernels.ops.losses import linear as chunks
+from liger_kernels.ops.losses import linear_loss
 from liger_kernels.ops.registry import OPS
 
 pytestmark = pytest.mark.skipif(
-    launch.INTERPRETED, reason="what is shown is the host's; the interpreter would take minutes"
+    backend.INTERPRETED, reason="what is shown is the host's; the interpreter would take minutes"
 )
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -51,7 +51,7 @@ def test_case_260_error_of_a_bf16_weight_gradient_does_not_grow_with_chunks(
         with torch.no_grad():
             hidden.abs_()
             target.fill_(3)
-    monkeypatch.setattr(chunks, "chunk_tokens", lambda *_: tokens // num_chunks)
+    monkeypatch.setattr(linear_loss, "chunk_tokens", lambda *_: tokens // num_chunks)
 
     def gradient(function, dtype=BF16):
         leaf = weight.detach().to(dtype).requires_grad_()
@@ -74,7 +74,7 @@ def test_case_261_autocast_around_backward_changes_no_gradient(
     op, during_forward, during_backward, device, monkeypatch
 ):
     """Forward decides the dtype of all products; backward may run in another context."""
-    monkeypatch.setattr(chunks, "chunk_tokens", lambda *_: 8)
+    monkeypatch.setattr(linear_loss, "chunk_tokens", lambda *_: 8)
     hidden, weight, target = head(24, 8, 40, device=device)
     if op != "logprobs":
         # So many that the others are gathered.
@@ -166,9 +166,9 @@ def test_case_264_no_row_is_computed_that_this_ignore_index_ignores(
     hidden, weight, target = head(40, 8, 16, device=device)
     target[::2] = ignore_index
     computed = []
-    loss_rows = chunks.loss_rows
+    loss_rows = linear_loss.loss_rows
     monkeypatch.setattr(
-        chunks,
+        linear_loss,
         "loss_rows",
         lambda z, *rest, **more: computed.append(z.shape[0]) or loss_rows(z, *rest, **more),
     )

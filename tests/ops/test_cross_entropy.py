@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from liger_kernels.compare import FLOOR, error
-from liger_kernels.ops import cross_entropy, launch
+from liger_kernels.ops import backend, cross_entropy, launcher
 from liger_kernels.ops.cross_entropy import cross_entropy_ref
-from liger_kernels.ops.losses import grads_in_forward, rows, rows_kernel
+from liger_kernels.ops.losses import grads_in_forward, row_loss, row_loss_kernel
 from liger_kernels.ops.losses.options import LossOptions
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -146,7 +146,7 @@ def test_case_40_any_vocabulary(vocab, device):
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "softcap": 3.0}], ids=str)
 def test_an_ignored_row_of_several_blocks_is_zero_and_not_read(options, device):
     x = make(3, 70001, device=device).detach()
-    if launch.runs_triton(x):
+    if backend.runs_triton(x):
         x[1] = float("nan")
     x.requires_grad_()
     # The labels lie in the first block and in the last, which stays in registers.
@@ -247,7 +247,7 @@ def test_label_out_of_range_is_nan_where_nothing_is_checked(label, device):
     loss, dx = torch.zeros(2, device=device), torch.zeros_like(x)
     coef = torch.ones((), device=device).expand(2)
     options = LossOptions(ignore_index=-100)
-    rows.loss_rows(x, target, options, coef=coef, dx=dx, loss=loss)
+    row_loss.loss_rows(x, target, options, coef=coef, dx=dx, loss=loss)
     assert loss[0].isnan()
     assert dx[0].isnan().all()
     assert error(loss[1], F.cross_entropy(x[1], target[1])) < FLOOR[torch.float32]
@@ -272,7 +272,7 @@ def test_wrong_arguments_are_named(arguments, message):
         cross_entropy(given.pop("logits"), given.pop("target"), **given)
 
 
-@pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter copies what kernels are given")
+@pytest.mark.skipif(backend.INTERPRETED, reason="the interpreter copies what kernels are given")
 @pytest.mark.parametrize("is_recording", [False, True])
 def test_case_9_no_gradient_is_made_where_none_is_asked_for(is_recording, device):
     x = make(64, 50, device=device).requires_grad_(not is_recording)
@@ -280,11 +280,11 @@ def test_case_9_no_gradient_is_made_where_none_is_asked_for(is_recording, device
     with Allocations() as made, torch.set_grad_enabled(is_recording):
         cross_entropy(x, target)
     # Torch code needs one copy of the logits, or a piece of them, to work on; kernels need none.
-    allowed = 0 if launch.runs_triton(x) else 1
+    allowed = 0 if backend.runs_triton(x) else 1
     assert sum(size >= x.numel() for size in made.sizes) == allowed
 
 
-@pytest.mark.skipif(launch.INTERPRETED, reason="an operator's inside is not compiled")
+@pytest.mark.skipif(backend.INTERPRETED, reason="an operator's inside is not compiled")
 def test_compiles_into_one_graph(device):
     x, target = make(6, 40, device=device), labels(6, vocab=40, ignored=2, device=device)
 
@@ -298,7 +298,7 @@ def test_compiles_into_one_graph(device):
     assert error(grad_of(compiled(x, target), x), wanted) < FLOOR[torch.float32]
 
 
-@pytest.mark.parametrize("module", [rows_kernel, grads_in_forward])
+@pytest.mark.parametrize("module", [row_loss_kernel, grads_in_forward])
 def test_case_28_kernels_read_no_global_that_is_not_a_kernel(module):
     tree = ast.parse(inspect.getsource(module))
     kernels = [
@@ -349,13 +349,13 @@ def test_forward_and_backward_do_not_wait_for_the_gpu():
 def launches(monkeypatch) -> list[dict[str, object]]:
     """The arguments of each launch, by the kernel's names for them."""
     calls: list[dict[str, object]] = []
-    start = launch.Launch.__call__
+    start = launcher.Launch.__call__
 
     def recorded(self, *tensors):
         calls.append(dict(zip(self._kernel.arg_names, tensors, strict=False)) | self._others)
         start(self, *tensors)
 
-    monkeypatch.setattr(launch.Launch, "__call__", recorded)
+    monkeypatch.setattr(launcher.Launch, "__call__", recorded)
     return calls
 
 
@@ -363,7 +363,7 @@ def launches(monkeypatch) -> list[dict[str, object]]:
 def test_case_32_outputs_share_no_storage_and_unused_ones_are_none(reduction, device, launches):
     """The interpreter copies outputs back one by one: an alias would overwrite the loss."""
     x, target = make(4, 3, device=device), labels(4, vocab=3, device=device)
-    if not launch.runs_triton(x):
+    if not backend.runs_triton(x):
         pytest.skip("torch code has no output pointers")
     cross_entropy(x, target, z_loss=1e-3, reduction=reduction).sum().backward()
     calls = [call for call in launches if "label_ptr" in call]

@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from liger_kernels.compare import FLOOR, INTERPRETER_FLOOR, compare, error
 from liger_kernels.ops import (
+    backend,
     count_labels,
     fused_linear_cross_entropy,
     fused_linear_logprobs,
-    launch,
 )
 from liger_kernels.ops.fused_linear_cross_entropy import (
     LOGPROBS,
@@ -26,23 +26,23 @@ from liger_kernels.ops.fused_linear_cross_entropy import (
     fused_linear_cross_entropy_ref,
     fused_linear_logprobs_ref,
 )
-from liger_kernels.ops.losses import linear
-from liger_kernels.ops.losses.linear import LabelCount
+from liger_kernels.ops.losses import chunk_size, linear_loss
+from liger_kernels.ops.losses.label_count import LabelCount
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FP32 = FLOOR[torch.float32]
-BF16 = (INTERPRETER_FLOOR if launch.INTERPRETED else FLOOR)[torch.bfloat16]
+BF16 = (INTERPRETER_FLOOR if backend.INTERPRETED else FLOOR)[torch.bfloat16]
 
 not_interpreted = pytest.mark.skipif(
-    launch.INTERPRETED, reason="the interpreter copies what kernels are given"
+    backend.INTERPRETED, reason="the interpreter copies what kernels are given"
 )
 
-plain_torch = pytest.mark.skipif(launch.INTERPRETED, reason="slow in the interpreter")
+plain_torch = pytest.mark.skipif(backend.INTERPRETED, reason="slow in the interpreter")
 
 
 @pytest.fixture
 def three_tokens_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "chunk_tokens", lambda *_: 3)
+    monkeypatch.setattr(linear_loss, "chunk_tokens", lambda *_: 3)
 
 
 def make(*shape: int, seed: int, spread: float = 1.0, dtype=torch.float32, device="cpu"):
@@ -152,15 +152,15 @@ H100 = {"device": torch.device("cuda"), "sms": 132}
 def test_chunks_of_the_benchmark(shape, chunks):
     tokens, width, vocab = shape
     sizes = width, vocab, torch.bfloat16
-    found = [linear.chunk_tokens(n, *sizes, **H100) for n in (tokens, tokens * 2 // 5)]
-    found.append(linear.chunk_tokens(tokens, *sizes, needs_weight=False, **H100))
+    found = [chunk_size.chunk_tokens(n, *sizes, **H100) for n in (tokens, tokens * 2 // 5)]
+    found.append(chunk_size.chunk_tokens(tokens, *sizes, needs_weight=False, **H100))
     assert tuple(found) == chunks
 
 
 @pytest.mark.parametrize("needs_weight", [True, False])
 @pytest.mark.parametrize(("tokens", "width", "vocab"), HEADS)
 def test_chunks_stay_within_memory(tokens, width, vocab, needs_weight):
-    chunk = linear.chunk_tokens(
+    chunk = chunk_size.chunk_tokens(
         tokens, width, vocab, torch.bfloat16, needs_weight=needs_weight, **H100
     )
     num_bytes = 2 * (chunk * vocab + tokens * width)
@@ -168,7 +168,7 @@ def test_chunks_stay_within_memory(tokens, width, vocab, needs_weight):
     assert num_bytes <= (most - 1) << 20
     if needs_weight:
         bf16, num_chunks = torch.bfloat16, -(-tokens // chunk)
-        assert linear.accumulator_dtype(bf16, bf16, num_chunks, H100["device"]) == bf16
+        assert chunk_size.accumulator_dtype(bf16, bf16, num_chunks, H100["device"]) == bf16
 
 
 @pytest.mark.parametrize("needs_weight", [True, False])
@@ -177,7 +177,7 @@ def test_chunks_stay_within_memory(tokens, width, vocab, needs_weight):
 def test_no_chunk_is_a_short_tail(vocab, width, needs_weight):
     """A tail of a few tokens would cost a whole reading of the weight, and of its gradient."""
     for tokens in (1, 127, 2049, 8192, 9000, 16385):
-        chunk = linear.chunk_tokens(
+        chunk = chunk_size.chunk_tokens(
             tokens, width, vocab, torch.bfloat16, needs_weight=needs_weight, **H100
         )
         assert chunk % 128 == 0
@@ -188,14 +188,14 @@ def test_no_chunk_is_a_short_tail(vocab, width, needs_weight):
 def test_chunks_of_a_small_vocabulary_grow_to_keep_the_sum_in_bf16():
     sizes = 2048, 32000, torch.bfloat16
     for tokens, chunk in ((16384, 2048), (17000, 2176), (32768, 4096)):
-        assert linear.chunk_tokens(tokens, *sizes, **H100) == chunk
-        frozen = linear.chunk_tokens(tokens, *sizes, needs_weight=False, **H100)
+        assert chunk_size.chunk_tokens(tokens, *sizes, **H100) == chunk
+        frozen = chunk_size.chunk_tokens(tokens, *sizes, needs_weight=False, **H100)
         assert frozen <= 2048
 
 
 def test_a_chunk_on_a_cpu_is_bounded_in_bytes():
     for tokens, vocab in itertools.product((1, 500, 100_000), (10, 49152, 262208)):
-        chunk = linear.chunk_tokens(tokens, 64, vocab, torch.float32, torch.device("cpu"))
+        chunk = chunk_size.chunk_tokens(tokens, 64, vocab, torch.float32, torch.device("cpu"))
         assert 1 <= chunk <= tokens + 8
         assert chunk * vocab * 4 <= 36 << 20
 
@@ -691,7 +691,7 @@ def gpu_head(tokens: int, width: int, vocab: int, dtype=torch.bfloat16):
 
 @pytest.mark.gpu
 def test_case_12_bf16_weight_gradient_of_many_chunks_is_as_good_as_one_product(monkeypatch):
-    monkeypatch.setattr(linear, "chunk_tokens", lambda *_: 128)
+    monkeypatch.setattr(linear_loss, "chunk_tokens", lambda *_: 128)
     hidden, weight = gpu_head(4096, 512, 32000)
     target = labels(4096, vocab=32000, device="cuda")
     ours = run(fused_linear_cross_entropy, (hidden, weight, None), target)[2]
@@ -702,7 +702,7 @@ def test_case_12_bf16_weight_gradient_of_many_chunks_is_as_good_as_one_product(m
 
 @pytest.mark.gpu
 def test_case_12_bf16_weight_gradient_of_eight_chunks_stays_within_twice_eagers(monkeypatch):
-    monkeypatch.setattr(linear, "chunk_tokens", lambda *_: 512)
+    monkeypatch.setattr(linear_loss, "chunk_tokens", lambda *_: 512)
     hidden, weight = gpu_head(4096, 512, 32000)
     target = labels(4096, vocab=32000, device="cuda")
     ours = run(fused_linear_cross_entropy, (hidden, weight, None), target)[2]
@@ -773,7 +773,7 @@ def test_case_43_few_and_many_tokens_of_a_large_head(tokens):
 @pytest.mark.whole_card
 @pytest.mark.gpu
 def test_case_47_one_chunk_past_two_to_the_31_logits(monkeypatch):
-    monkeypatch.setattr(linear, "chunk_tokens", lambda *_: 16400)
+    monkeypatch.setattr(linear_loss, "chunk_tokens", lambda *_: 16400)
     hidden, weight = gpu_head(16400, 64, 131072)
     weight.requires_grad_(False)
     target = labels(16400, vocab=131072, device="cuda")
@@ -803,7 +803,7 @@ def test_odd_vocabulary_on_a_gpu(vocab):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES], ids=str)
 @pytest.mark.parametrize("has_count", [False, True])
 def test_nothing_but_the_count_is_waited_for(has_count, dtype, monkeypatch):
-    monkeypatch.setattr(linear, "chunk_tokens", lambda *_: 16)
+    monkeypatch.setattr(linear_loss, "chunk_tokens", lambda *_: 16)
     tensors = head(96, 32, 1000, dtype=dtype, device="cuda")
     hidden, weight, bias = tensors
     target = labels(96, vocab=1000, ignored=40, device="cuda")

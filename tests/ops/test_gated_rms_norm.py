@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from liger_kernels.compare import FLOOR, INTERPRETER_FLOOR, error
-from liger_kernels.ops import gated_rms_norm, launch
+from liger_kernels.ops import backend, gated_rms_norm
 from liger_kernels.ops.gated_rms_norm import gated_rms_norm_ref
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -101,7 +101,7 @@ def test_case_41_dtypes_of_x_gate_and_weight(options, dtypes, device):
     y, ours = gradients(gated_rms_norm, tensors, dy, **options)
     wanted, eager = gradients(gated_rms_norm_ref, tensors, dy, **options)
     assert y.dtype == wanted.dtype
-    floor = INTERPRETER_FLOOR if launch.INTERPRETED else FLOOR
+    floor = INTERPRETER_FLOOR if backend.INTERPRETED else FLOOR
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     # Up to three roundings of eager's, and the interpreter truncates to bf16.
     tolerance = 3 * floor[coarsest]
@@ -255,7 +255,7 @@ def _far_rows(num_rows: int, width: int, stride: int, seed: int) -> torch.Tensor
     return buffer.as_strided((num_rows, width), (stride, 1)).copy_(values)
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU needs the real amount of memory")
+@pytest.mark.skipif(not backend.INTERPRETED, reason="a GPU needs the real amount of memory")
 @each_form
 def test_case_1_rows_are_addressed_in_64_bits(options, device):
     weight = make(64, seed=3, dtype=torch.half, device=device)

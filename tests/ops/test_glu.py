@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from liger_kernels.compare import FLOOR, error
-from liger_kernels.ops import geglu, launch, swiglu
+from liger_kernels.ops import backend, geglu, swiglu
 
 EXACT = functools.partial(geglu, approximate="none")
 # name -> the op and eager's way to say it.
@@ -250,7 +250,7 @@ def far_rows(*shape: int, stride: int, seed: int) -> torch.Tensor:
     return buffer.as_strided(shape, (stride, 1)).copy_(make(*shape, seed=seed))
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU needs the real amount of memory")
+@pytest.mark.skipif(not backend.INTERPRETED, reason="a GPU needs the real amount of memory")
 @each_op
 def test_case_2_rows_are_addressed_in_64_bits(op, eager):
     gate, up, dy = (far_rows(2, 64, stride=2**31 + 64 * i, seed=i) for i in range(1, 4))

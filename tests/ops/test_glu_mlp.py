@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_kernels.compare import FLOOR, INTERPRETER_FLOOR, error
-from liger_kernels.ops import launch
+from liger_kernels.ops import backend
 from liger_kernels.ops.glu_mlp import ACTIVATIONS, glu_mlp
 
 ACTS = {
@@ -17,7 +17,7 @@ ACTS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
 }
-FLOORS = INTERPRETER_FLOOR if launch.INTERPRETED else FLOOR
+FLOORS = INTERPRETER_FLOOR if backend.INTERPRETED else FLOOR
 NAMES = ("x", "gate_weight", "up_weight", "down_weight")
 # The interpreter's sigmoid goes through exp(-x), which may be inf as on a GPU.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from liger_kernels.ops import launch
-from liger_kernels.ops.launch import tl, triton
+from liger_kernels.ops import backend, launcher
+from liger_kernels.ops.backend import tl, triton
 
 pytestmark = pytest.mark.skipif(
-    not launch.HAS_TRITON or launch.INTERPRETED, reason="nothing is compiled in this process"
+    not backend.HAS_TRITON or backend.INTERPRETED, reason="nothing is compiled in this process"
 )
 
 
@@ -85,7 +85,7 @@ class Driver:
 def driver(monkeypatch) -> Driver:
     driver = Driver()
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
-    monkeypatch.setattr(launch, "_STARTS_KERNELS", True)
+    monkeypatch.setattr(launcher, "_STARTS_KERNELS", True)
     return driver
 
 
@@ -129,13 +129,13 @@ FORMS = {
 
 def test_a_remembered_launch_is_the_one_triton_makes(driver, num_slow):
     kernel = triton.jit(add_kernel)
-    usual = launch.Launch(kernel, (3,), **USUAL)
+    usual = launcher.Launch(kernel, (3,), **USUAL)
     for name, (other_tensors, others) in FORMS.items():
         given, options = tensors(**other_tensors), USUAL | others
         kernel[(3,)](*given, **options)
         before = num_slow["add_kernel"]
         # All tensors in one launch, so that a form which another's key covers would be that.
-        start = launch.Launch(kernel, (3,), **options) if others else usual
+        start = launcher.Launch(kernel, (3,), **options) if others else usual
         start(*given)
         start(*given)
         wanted, *ours = driver.records
@@ -149,7 +149,7 @@ def test_a_remembered_launch_is_the_one_triton_makes(driver, num_slow):
 def test_grid_device_and_stream_are_those_of_the_call(driver, num_slow):
     kernel = triton.jit(add_kernel)
     grids = ((3,), (3, 2), (5,))
-    starts = [launch.Launch(kernel, grid, **USUAL) for grid in grids]
+    starts = [launcher.Launch(kernel, grid, **USUAL) for grid in grids]
     given = tensors()
     for _ in range(2):
         for device in (0, 1):
@@ -164,7 +164,7 @@ def test_grid_device_and_stream_are_those_of_the_call(driver, num_slow):
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
 def test_who_listens_to_launches_is_told_of_each(driver, num_slow, hook):
-    start = launch.Launch(triton.jit(add_kernel), (3,), **USUAL)
+    start = launcher.Launch(triton.jit(add_kernel), (3,), **USUAL)
     given = tensors()
     start(*given)
     hooks = getattr(triton.knobs.runtime, hook)
@@ -181,7 +181,7 @@ def test_who_listens_to_launches_is_told_of_each(driver, num_slow, hook):
 
 @pytest.mark.parametrize("hook", [None, print], ids=["none", "function"])
 def test_hooks_that_are_no_chains(driver, num_slow, hook, monkeypatch):
-    start = launch.Launch(triton.jit(add_kernel), (3,), **USUAL)
+    start = launcher.Launch(triton.jit(add_kernel), (3,), **USUAL)
     monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", hook)
     given = tensors()
     for _ in range(3):
@@ -191,7 +191,7 @@ def test_hooks_that_are_no_chains(driver, num_slow, hook, monkeypatch):
 
 def test_what_triton_does_not_start_is_not_remembered(driver, monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **said: True)
-    start = launch.Launch(triton.jit(add_kernel), (3,), **USUAL)
+    start = launcher.Launch(triton.jit(add_kernel), (3,), **USUAL)
     for _ in range(2):
         start(*tensors())
     assert not driver.records
@@ -204,7 +204,7 @@ def test_case_250_a_remembered_kernel_stays_on_the_gpu(driver):
     """
     driver.module = "module"
     kernel = triton.jit(add_kernel)
-    start = launch.Launch(kernel, (3,), **USUAL)
+    start = launcher.Launch(kernel, (3,), **USUAL)
     given = tensors()
     start(*given)
     [compiled] = map(weakref.ref, kernel.device_caches[driver.device][0].values())
@@ -227,8 +227,8 @@ def test_tensors_of_another_gpu_than_the_current_one_are_quick_too(driver, num_s
         yield
         monkeypatch.setattr(driver, "device", 0)
 
-    monkeypatch.setattr(launch, "device_guard", guard)
-    start = launch.Launch(triton.jit(add_kernel), (3,), **USUAL)
+    monkeypatch.setattr(launcher, "device_guard", guard)
+    start = launcher.Launch(triton.jit(add_kernel), (3,), **USUAL)
     given = tensors()
     for _ in range(3):
         start(*given)
@@ -238,7 +238,7 @@ def test_tensors_of_another_gpu_than_the_current_one_are_quick_too(driver, num_s
 
 def test_a_tensor_of_another_device_is_left_to_triton(driver, num_slow, monkeypatch):
     """Triton's launcher says so, where an address alone would be taken as it is."""
-    start = launch.Launch(triton.jit(add_kernel), (3,), **USUAL)
+    start = launcher.Launch(triton.jit(add_kernel), (3,), **USUAL)
     given = tensors()
     start(*given)
     monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0 if tensor is given[1] else -1)
@@ -247,10 +247,10 @@ def test_a_tensor_of_another_device_is_left_to_triton(driver, num_slow, monkeypa
 
 
 def test_what_a_function_of_sizes_remembers_is_bounded():
-    squares = launch.remembered(lambda n: n * n)
-    for n in range(launch._MAX_REMEMBERED + 10):
+    squares = launcher.remembered(lambda n: n * n)
+    for n in range(launcher._MAX_REMEMBERED + 10):
         squares(n)
-    assert squares.cache_info().currsize == launch._MAX_REMEMBERED
+    assert squares.cache_info().currsize == launcher._MAX_REMEMBERED
 
 
 @pytest.fixture
@@ -311,7 +311,7 @@ KERNELS = {
 @pytest.mark.parametrize("rows", [64, 65], ids=["few", "many"])
 @pytest.mark.parametrize("op", KERNELS)
 def test_a_repeated_op_never_enters_triton(op, rows, driver, num_slow, monkeypatch, forgetful):
-    monkeypatch.setattr(launch, "backend", lambda device: "triton")
+    monkeypatch.setattr(backend, "backend", lambda device: "triton")
     for _ in range(3):
         run(op, rows)
     # Few elements are one program's, whose sum over rows needs no other.
@@ -329,9 +329,10 @@ TRACE = """
     torch.utils._triton.has_triton = lambda *args: True
     torch.version.cuda = torch.version.cuda or "13.0"
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-    from liger_kernels.ops import fused_add_rms_norm, launch, layer_norm, rms_norm
+    import liger_kernels.ops.backend
+    from liger_kernels.ops import fused_add_rms_norm, layer_norm, rms_norm
 
-    launch.backend = lambda device: "triton"
+    liger_kernels.ops.backend.backend = lambda device: "triton"
 
     class Traced(Exception):
         pass

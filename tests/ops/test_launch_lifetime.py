@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from liger_kernels.ops import launch
+from liger_kernels.ops import launcher
 
 
 class Compiled:
@@ -73,16 +73,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
         knobs=SimpleNamespace(runtime=hooks),
         compiler=SimpleNamespace(CompiledKernel=Compiled),
     )
-    monkeypatch.setattr(launch, "triton", stand_in)
-    monkeypatch.setattr(launch, "_STARTS_KERNELS", True)
+    monkeypatch.setattr(launcher, "triton", stand_in)
+    monkeypatch.setattr(launcher, "_STARTS_KERNELS", True)
     # What is freed is freed at once: a Launch is in no cycle that waits for a collection.
     gc.disable()
     yield gpu
     gc.enable()
 
 
-def make(gpu: Gpu) -> launch.Launch:
-    return launch.Launch(gpu, (1,), N=4)
+def make(gpu: Gpu) -> launcher.Launch:
+    return launcher.Launch(gpu, (1,), N=4)
 
 
 def tensors(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, None]:
@@ -112,8 +112,8 @@ def test_every_form_of_a_launch_is_kept_and_freed_with_it(gpu):
 
 
 def test_a_function_of_sizes_keeps_kernels_until_it_forgets_them(gpu, monkeypatch):
-    monkeypatch.setattr(launch, "_MAX_REMEMBERED", 2)
-    launch_of = launch.remembered(lambda size: make(gpu))
+    monkeypatch.setattr(launcher, "_MAX_REMEMBERED", 2)
+    launch_of = launcher.remembered(lambda size: make(gpu))
     launch_of(0)(*tensors(torch.float32))
     launch_of(1)(*tensors(torch.bfloat16))
     assert len(gpu.loaded) == 2

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from liger_kernels.compare import FLOOR, error
-from liger_kernels.ops import fused_add_rms_norm, launch, layer_norm, rms_norm
+from liger_kernels.ops import backend, fused_add_rms_norm, layer_norm, rms_norm
 from liger_kernels.ops.fused_add_rms_norm import fused_add_rms_norm_ref
 from liger_kernels.ops.registry import OPS
 from liger_kernels.ops.rms_norm import recompute
+from liger_kernels.ops.rows import RowShape, persistent_row_plan, sum_partials_kernel
 
 NORMS = ("rms_norm", "layer_norm")
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -257,7 +258,7 @@ def far_rows(*shape: int, stride: int, seed: int) -> torch.Tensor:
     return buffer.as_strided(shape, (stride, 1)).copy_(make(*shape, seed=seed).detach())
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU needs the real amount of memory")
+@pytest.mark.skipif(not backend.INTERPRETED, reason="a GPU needs the real amount of memory")
 @pytest.mark.parametrize("norm", NORMS)
 def test_case_1_rows_are_addressed_in_64_bits(norm, device):
     _, *parameters = arguments(norm, 2, 64, device=device, dtype=torch.half)
@@ -357,8 +358,8 @@ def test_rows_are_summed_over_programs(norm, rows, width, device):
 )
 def test_rows_are_taken_apart_where_it_saves_lanes(rows, width, block_m, block_n, block_rest):
     num_elements, num_warps = (2048, 16) if width > 2048 else (8192, 4)
-    shape = launch.RowShape(num_elements, num_warps)
-    plan = launch.persistent_row_plan(shape, width, rows, 4, torch.device("cpu"))
+    shape = RowShape(num_elements, num_warps)
+    plan = persistent_row_plan(shape, width, rows, 4, torch.device("cpu"))
     assert (plan.block_m, plan.block_n, plan.block_rest) == (
         min(block_m, 4096),
         block_n,
@@ -368,9 +369,9 @@ def test_rows_are_taken_apart_where_it_saves_lanes(rows, width, block_m, block_n
 
 
 def test_few_elements_are_the_work_of_one_program():
-    shape, device = launch.RowShape(8192, 8), torch.device("cpu")
-    assert launch.persistent_row_plan(shape, 1024, 64, 4, device).num_programs == 1
-    assert launch.persistent_row_plan(shape, 1024, 65, 4, device).num_programs > 1
+    shape, device = RowShape(8192, 8), torch.device("cpu")
+    assert persistent_row_plan(shape, 1024, 64, 4, device).num_programs == 1
+    assert persistent_row_plan(shape, 1024, 65, 4, device).num_programs > 1
 
 
 @pytest.mark.parametrize("layout", ["packed", "strided", "transposed"])
@@ -609,7 +610,7 @@ def test_case_30_compilations_do_not_follow_the_rows(norm, device):
     kernels = [
         getattr(module, f"{norm}_fwd_kernel"),
         getattr(module, f"{norm}_bwd_kernel"),
-        launch.sum_partials_kernel,
+        sum_partials_kernel,
     ]
 
     def num_compiled() -> int:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from liger_kernels.compare import FLOOR, compare, error
-from liger_kernels.ops import launch, rope_kernel
+from liger_kernels.ops import backend, rope_kernel
 from liger_kernels.ops.op import Case
 from liger_kernels.ops.rope import OP, rope, rope_ref
 
@@ -133,17 +133,17 @@ def test_case_26_is_called_as_transformers_is(device):
 
 
 def test_case_28_kernels_read_no_module_globals():
-    if not launch.HAS_TRITON:
+    if not backend.HAS_TRITON:
         pytest.skip("needs Triton")
     for kernel in (rope_kernel.rope_kernel, rope_kernel._turn_rows):
         loads = [i for i in dis.get_instructions(kernel.fn) if i.opname == "LOAD_GLOBAL"]
         assert loads
         for name in {load.argval for load in loads}:
             value = getattr(rope_kernel, name)
-            assert value is launch.tl or hasattr(value, "fn"), name
+            assert value is backend.tl or hasattr(value, "fn"), name
 
 
-@pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter does not trace")
+@pytest.mark.skipif(backend.INTERPRETED, reason="the interpreter does not trace")
 @pytest.mark.parametrize("has_k", [True, False])
 def test_case_28_the_torch_code_compiles_whole(has_k, true_allocators):
     (q, k, cos, sin), options = sample((2, 3, 4, 2, 16), torch.device("cpu"), rotary_dim=12)
@@ -328,7 +328,7 @@ def far(x: torch.Tensor, axis: int) -> torch.Tensor:
     return buffer.as_strided(x.shape, strides).copy_(x.detach())
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and not launch.INTERPRETED, reason="host memory")
+@pytest.mark.skipif(torch.cuda.is_available() and not backend.INTERPRETED, reason="host memory")
 @pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "heads", "tokens"])
 def test_case_1_rows_are_addressed_in_64_bits(axis, device):
     (q, k, cos, sin), _ = sample((3, 3, 3, 3, 16), device)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from liger_kernels.compare import error
-from liger_kernels.ops.losses.linear import _add_product
+from liger_kernels.ops.losses.linear_loss import _add_product
 
 
 @pytest.mark.parametrize(

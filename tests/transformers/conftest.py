@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from liger_kernels.ops.launch import INTERPRETED
+from liger_kernels.ops.backend import INTERPRETED
 
 _OURS = (
     "test_api.py",

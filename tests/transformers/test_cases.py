@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from liger_cli.training.evaluate import evaluate
 from liger_kernels.ops import fused_linear_cross_entropy
-from liger_kernels.ops.launch import INTERPRETED
+from liger_kernels.ops.backend import INTERPRETED
 from liger_kernels.transformers import apply_liger_kernel
 from liger_kernels.transformers.lazy_logits import loss as head_loss_module
 from liger_kernels.transformers.replacements.subclasses import is_patched

@@ -31,7 +31,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils import is_liger_kernel_available
 
 from liger_kernels import compat
-from liger_kernels.ops.launch import INTERPRETED
+from liger_kernels.ops.backend import INTERPRETED
 from liger_kernels.transformers import restore
 from liger_kernels.transformers.patching.families import FAMILIES
 from liger_kernels.transformers.replacements.subclasses import is_patched

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from liger_kernels.compat import functional, modules
-from liger_kernels.ops.launch import INTERPRETED
+from liger_kernels.ops.backend import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs without the interpreter")
 

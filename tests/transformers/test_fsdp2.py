@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from liger_kernels.ops.launch import INTERPRETED
+from liger_kernels.ops.backend import INTERPRETED
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="runs without the interpreter"),

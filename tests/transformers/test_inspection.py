@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama import modeling_llama
 
-from liger_kernels.ops.launch import INTERPRETED
+from liger_kernels.ops.backend import INTERPRETED
 from liger_kernels.transformers import apply_liger_kernel, inspect_model, restore
 from liger_kernels.transformers.patching.plan import PatchPlan
 from liger_kernels.transformers.patching.render import module_tree

@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from liger_kernels.ops.launch import INTERPRETED
+from liger_kernels.ops.backend import INTERPRETED
 from liger_kernels.transformers.lazy_logits import loss as head_loss
 from liger_kernels.transformers.lazy_logits.head import head_problem, install_head, num_fused
 from liger_kernels.transformers.lazy_logits.tensor import LazyLogits
@@ -171,7 +171,7 @@ def test_cross_entropy_mode_gives_narrow_logits(monkeypatch: pytest.MonkeyPatch)
 
 def test_no_logits_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     # Chunks of 16 tokens, so that one chunk is less than all.
-    monkeypatch.setattr("liger_kernels.ops.losses.linear._CPU_BYTES", 1)
+    monkeypatch.setattr("liger_kernels.ops.losses.chunk_size._CPU_BYTES", 1)
     model = make("gemma2")
     inputs = make_inputs(length=60)
     with LargestTensor() as stock:
@@ -307,7 +307,7 @@ def test_eval_and_generate_are_stock() -> None:
 
 
 def test_skip_logits_case_66(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("liger_kernels.ops.losses.linear._CPU_BYTES", 1)
+    monkeypatch.setattr("liger_kernels.ops.losses.chunk_size._CPU_BYTES", 1)
     model = make().eval()
     inputs = make_inputs(length=60)
     with torch.no_grad():

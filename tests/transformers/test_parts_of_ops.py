@@ -8,7 +8,7 @@ import zoo
 
 import liger_kernels.transformers.patching.self_check as trials
 from liger_kernels.compare import CheckResult
-from liger_kernels.ops.launch import INTERPRETED
+from liger_kernels.ops.backend import INTERPRETED
 from liger_kernels.transformers import inspect_model
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="auto tries nothing in the interpreter")

@@ -12,7 +12,7 @@ import zoo
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from liger_kernels.ops.launch import INTERPRETED
+from liger_kernels.ops.backend import INTERPRETED
 from liger_kernels.transformers import apply_liger_kernel
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs without the interpreter")

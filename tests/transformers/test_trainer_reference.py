@@ -10,7 +10,7 @@ import transformers
 import zoo
 from torch import Tensor, nn
 
-from liger_kernels.ops.launch import INTERPRETED
+from liger_kernels.ops.backend import INTERPRETED
 from liger_kernels.transformers import apply_liger_kernel, apply_liger_kernel_to_llama
 from liger_kernels.transformers.replacements.subclasses import is_patched
 

@@ -8,7 +8,7 @@ import zoo
 
 import liger_kernels.ops.glu as glu
 import liger_kernels.transformers.patching.self_check as trials
-from liger_kernels.ops.launch import INTERPRETED
+from liger_kernels.ops.backend import INTERPRETED
 from liger_kernels.transformers import apply_liger_kernel, inspect_model
 from liger_kernels.transformers.patching.plan import build_plan
 

@@ -19,7 +19,7 @@ from checks import Run, assert_same, run
 from torch import nn
 
 from liger_kernels import compat
-from liger_kernels.ops.launch import INTERPRETED
+from liger_kernels.ops.backend import INTERPRETED
 from liger_kernels.transformers import apply_liger_kernel, restore
 from liger_kernels.transformers.replacements import attention as rotary_module
 from liger_kernels.transformers.replacements.subclasses import is_patched

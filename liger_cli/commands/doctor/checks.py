@@ -120,7 +120,7 @@ def _device() -> Check:
 
 
 def _triton() -> Check:
-    from liger_kernels.ops.launch import HAS_TRITON, INTERPRETED
+    from liger_kernels.ops.backend import HAS_TRITON, INTERPRETED
 
     if INTERPRETED:
         advice = "kernels run on the CPU, for tests: unset TRITON_INTERPRET for real work"
@@ -141,7 +141,7 @@ def _kernels() -> Iterator[Check]:
     import torch
 
     from liger_kernels.compare import check_op
-    from liger_kernels.ops.launch import backend
+    from liger_kernels.ops.backend import backend
     from liger_kernels.ops.registry import OPS
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -43,7 +43,7 @@ def _backends() -> list[str]:
     """Return the backends for tensors of this machine's devices, the fastest first."""
     import torch
 
-    from liger_kernels.ops.launch import backend
+    from liger_kernels.ops.backend import backend
 
     kinds = [kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()]
     return list(dict.fromkeys(backend(torch.device(kind)) for kind in [*kinds, "cpu"]))

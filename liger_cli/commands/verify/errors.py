@@ -16,7 +16,7 @@ import torch
 
 from liger_cli.report.verify import TensorPart
 from liger_kernels.compare import FLOOR, INTERPRETER_FLOOR
-from liger_kernels.ops.launch import backend
+from liger_kernels.ops.backend import backend
 
 __all__ = ["GRADIENT", "Errors", "errors_of", "judge", "largest", "norm"]
 

@@ -20,7 +20,7 @@ from liger_cli.report.inspection import describe_model
 from liger_cli.report.verify import ModulePart, OpPart, TensorPart, VerifyReport, WorstPart, verdict
 from liger_cli.training.model.source import ModelSource, load_model
 from liger_kernels.compare import check_op
-from liger_kernels.ops.launch import backend
+from liger_kernels.ops.backend import backend
 from liger_kernels.ops.registry import OPS
 from liger_kernels.transformers.api import apply_liger_kernel, inspect_model
 from liger_kernels.transformers.patching.engine import PatchRecord

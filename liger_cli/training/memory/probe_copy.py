@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.utils import import_utils
 
 from liger_cli.training.memory.attention import attention_on_gpu
-from liger_kernels.ops import launch
-from liger_kernels.ops.losses import linear
+from liger_kernels.ops import backend, launcher
+from liger_kernels.ops.losses import chunk_size, label_count, linear_loss
 from liger_kernels.transformers.replacements import calls
 
 __all__ = ["BACKWARD", "Answers", "gpu_stand_in", "plain_tensors"]
@@ -140,8 +140,8 @@ def gpu_stand_in(num_labels: int) -> Iterator[None]:
     Args:
         num_labels: How many labels the fused loss finds.
     """
-    count, chunk_tokens = linear.LabelCount, linear.chunk_tokens
-    sum_dtype = linear.accumulator_dtype
+    count, chunk_tokens = label_count.LabelCount, chunk_size.chunk_tokens
+    sum_dtype = chunk_size.accumulator_dtype
 
     def chunk_on_gpu(
         num_rows: int,
@@ -161,14 +161,14 @@ def gpu_stand_in(num_labels: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         enter(_patch(F, "scaled_dot_product_attention", attention_on_gpu))
-        enter(_patch(launch, "backend", lambda device: "triton"))
-        enter(_patch(launch.Launch, "__call__", lambda self, *tensors: None))
+        enter(_patch(backend, "backend", lambda device: "triton"))
+        enter(_patch(launcher.Launch, "__call__", lambda self, *tensors: None))
         enter(_patch(count, "wait", lambda self: num_labels))
         enter(_patch(count, "is_here", lambda self: True))
-        enter(_patch(linear, "chunk_tokens", chunk_on_gpu))
-        enter(_patch(linear, "accumulator_dtype", sum_dtype_on_gpu))
+        enter(_patch(linear_loss, "chunk_tokens", chunk_on_gpu))
+        enter(_patch(linear_loss, "accumulator_dtype", sum_dtype_on_gpu))
         # On a GPU it adds in place, whatever the dtypes.
-        enter(_patch(linear, "_add_product", lambda *args, **options: None))
+        enter(_patch(linear_loss, "_add_product", lambda *args, **options: None))
         yield
 
 

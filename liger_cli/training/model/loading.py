@@ -22,7 +22,7 @@ from liger_cli.training.model.adapters import (
 )
 from liger_cli.training.model.dtypes import parameter_dtype
 from liger_cli.training.model.source import ModelSource, load_model
-from liger_kernels.ops.launch import backend
+from liger_kernels.ops.backend import backend
 from liger_kernels.transformers.api import apply_liger_kernel
 from liger_kernels.transformers.patching.engine import PatchRecord
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from liger_kernels.ops.launch import Launch, cdiv, num_sms, remembered, runs_triton, tl, triton
+from liger_kernels.ops.backend import runs_triton, tl, triton
+from liger_kernels.ops.launcher import Launch, cdiv, num_sms, remembered
 
 # Elements a program takes at a time.
 _BLOCK = 4096

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from liger_kernels.ops.launch import backend
+from liger_kernels.ops.backend import backend
 from liger_kernels.transformers.lazy_logits.head import HeadPatch, num_fused, prepare_head
 from liger_kernels.transformers.patching.plan import (
     Patch,

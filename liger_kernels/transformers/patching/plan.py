@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from liger_kernels.compare import CheckResult
-from liger_kernels.ops.launch import backend
+from liger_kernels.ops.backend import backend
 from liger_kernels.transformers.lazy_logits.head import head_problem
 from liger_kernels.transformers.patching.candidates import Candidate, find_candidates
 from liger_kernels.transformers.patching.families import FAMILIES

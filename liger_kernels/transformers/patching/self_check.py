@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from liger_kernels.compare import FLOOR, CheckResult, check_op
-from liger_kernels.ops.launch import backend
+from liger_kernels.ops.backend import backend
 from liger_kernels.ops.op import Case
 from liger_kernels.transformers.recognise import Spec
 from liger_kernels.transformers.replacements.table import trial_cases

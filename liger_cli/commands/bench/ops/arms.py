@@ -15,7 +15,7 @@ from liger_cli.commands.bench.ops.tables import OURS, CheckPart, ErrorPart
 from liger_cli.commands.bench.targets import Workload
 from liger_cli.commands.bench.timing import Arm, Stopwatch
 from liger_kernels.compare import FLOOR, INTERPRETER_FLOOR, check_op, error
-from liger_kernels.ops.launch import backend
+from liger_kernels.ops.backend import backend
 from liger_kernels.ops.op import Sample
 
 __all__ = ["check", "local_arms"]

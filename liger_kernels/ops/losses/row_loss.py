@@ -1,4 +1,4 @@
-"""Losses and gradients of rows of logits: the launcher of loss_kernel.py, and its torch code.
+"""Losses and gradients of rows of logits: the launcher of row_loss_kernel.py, and its torch code.
 
 The torch code serves devices without Triton, and fp64.
 """
@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from liger_kernels.ops.launch import Launch, cdiv, lookup, next_power_of_2, remembered, runs_triton
+from liger_kernels.ops.backend import runs_triton
+from liger_kernels.ops.launcher import Launch, cdiv, lookup, next_power_of_2, remembered
 from liger_kernels.ops.losses.options import LossOptions, wide_dtype, without_autocast
-from liger_kernels.ops.losses.rows_kernel import loss_rows_kernel
+from liger_kernels.ops.losses.row_loss_kernel import loss_rows_kernel
 
 
 class _Shape(NamedTuple):

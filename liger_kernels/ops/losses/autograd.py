@@ -9,13 +9,8 @@ from torch import Tensor
 
 from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.losses.grads_in_forward import early_factor, handed_over, late_factor
-from liger_kernels.ops.losses.linear import (
-    HeadCall,
-    HeadGradients,
-    count_labels,
-    is_capturing,
-    sweep,
-)
+from liger_kernels.ops.losses.label_count import count_labels, is_capturing
+from liger_kernels.ops.losses.linear_loss import HeadCall, HeadGradients, sweep
 from liger_kernels.ops.losses.options import LossOptions, wide_dtype
 
 Tensors = tuple[Tensor, ...]

@@ -13,7 +13,7 @@ Source: Milakov and Gimelshein, Online normalizer calculation for softmax,
 https://arxiv.org/abs/1805.02867.
 """
 
-from liger_kernels.ops.launch import fp32, tl, triton
+from liger_kernels.ops.backend import fp32, tl, triton
 
 
 @triton.jit
