@@ -27,6 +27,26 @@ FLOOR = {
 INTERPRETER_FLOOR = {**FLOOR, torch.bfloat16: 1.6e-2}
 
 
+def error_floor(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the error that is always allowed: one rounding of dtype on the device's backend."""
+    is_interpreted = backend(device) == "triton-interpreter"
+    return (INTERPRETER_FLOOR if is_interpreted else FLOOR)[dtype]
+
+
+def allowed_error(
+    eager: float, dtype: torch.dtype, device: torch.device, times: float = 2.0
+) -> float:
+    """Return the largest error that counts as no worse than eager.
+
+    Args:
+        eager: Error of plain torch in dtype, against fp64.
+        dtype: Dtype that both computed in.
+        device: Device that both ran on.
+        times: How many of eager's errors are allowed.
+    """
+    return times * eager + error_floor(dtype, device)
+
+
 @dataclass(frozen=True)
 class TensorError:
     """Error of one output or gradient, relative to the largest element of the truth."""
@@ -157,8 +177,6 @@ def compare(
     truth = run(op.reference, sample, torch.float64, seed)
     eager = run(op.reference, sample, None, seed)
     ours = run(op.function, sample, None, seed)
-    name = backend(device)
-    floor = (INTERPRETER_FLOOR if name == "triton-interpreter" else FLOOR)[dtype]
     if ours.keys() != eager.keys():
         raise AssertionError(f"{op.name} returns {sorted(ours)}, its reference {sorted(eager)}")
     errors = []
@@ -170,10 +188,9 @@ def compare(
                 f"eager gives {wanted.dtype} {tuple(wanted.shape)}"
             )
         by_eager = error(wanted, truth[key])
-        errors.append(
-            TensorError(key, error(value, truth[key]), by_eager, limit=2 * by_eager + floor)
-        )
-    return Comparison(op.name, case.id, dtype, name, tuple(errors))
+        limit = allowed_error(by_eager, dtype, device)
+        errors.append(TensorError(key, error(value, truth[key]), by_eager, limit))
+    return Comparison(op.name, case.id, dtype, backend(device), tuple(errors))
 
 
 def check_op(

@@ -259,7 +259,7 @@ def _token_sums(logits: Any, target: torch.Tensor) -> torch.Tensor:
 
 def _materialize(logits: Any, rows: torch.Tensor) -> torch.Tensor:
     """Return some rows of logits, which are computed first where they are deferred."""
-    pending = getattr(logits, "_pending", None)
+    pending = getattr(logits, "_deferred", None)
     if pending is None:
         return logits[rows]
     if pending.has_been_made():

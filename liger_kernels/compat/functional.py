@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from liger_kernels import ops
-from liger_kernels.ops.losses.options import inverse_of_mean, wide_dtype
+from liger_kernels.ops.losses.options import IGNORE_INDEX, inverse_of_mean, wide_dtype
 
 __all__ = [
     "liger_cross_entropy",
@@ -121,7 +121,7 @@ def liger_cross_entropy(
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
@@ -182,7 +182,7 @@ def liger_fused_linear_cross_entropy(
     target: Tensor,
     bias: Tensor | None = None,
     ce_weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     lse_square_scale: float = 0.0,
     label_smoothing: float = 0.0,
     reduction: str = "mean",

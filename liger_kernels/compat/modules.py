@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from liger_kernels import ops
 from liger_kernels.compat import functional
 from liger_kernels.compat.functional import cast_of, refuse
+from liger_kernels.ops.losses.options import IGNORE_INDEX
 
 __all__ = [
     "LigerCrossEntropyLoss",
@@ -149,7 +150,7 @@ class _Loss(nn.Module):
     def __init__(
         self,
         *,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORE_INDEX,
         lse_square_scale: float = 0.0,
         label_smoothing: float = 0.0,
         reduction: str = "mean",

@@ -22,8 +22,14 @@ from torch import Tensor
 
 from liger_kernels.ops.arguments import TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
-from liger_kernels.ops.losses.grads_in_forward import early_factor, handed_over, late_factor, scaled
+from liger_kernels.ops.losses.grads_in_forward import (
+    backward_grad_scale,
+    forward_grad_scale,
+    scaled,
+    second_backward_error,
+)
 from liger_kernels.ops.losses.options import (
+    IGNORE_INDEX,
     LOSS_OPTIONS,
     REDUCTION,
     LossOptions,
@@ -46,7 +52,7 @@ _TENSORS = (
 
 
 def cross_entropy_ref(
-    logits, target, *, weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
+    logits, target, *, weight=None, ignore_index=IGNORE_INDEX, label_smoothing=0.0, z_loss=0.0,
     softcap=None, scale=1.0, reduction="mean", normalizer=None,
 ):  # fmt: skip
     """The definition, in plain torch; F.cross_entropy for what torch has."""
@@ -78,13 +84,13 @@ class _Call:
 
 
 def _cross_entropy_fwd(x, call):
-    """Return the loss, and the gradient of a sum before late_factor, if it is needed."""
+    """Return the loss, and the gradient of a sum before backward_grad_scale, if it is needed."""
     losses = torch.empty(x.shape[0], dtype=wide_dtype(x.dtype), device=x.device)
     kwargs = {"class_weight": call.class_weight, "loss": losses}
     if call.inverse is None:
         loss_rows(x, call.label, call.options, **kwargs)
         return losses, None
-    coef = early_factor(call.inverse, x.dtype).expand(x.shape[:1])
+    coef = forward_grad_scale(call.inverse, x.dtype).expand(x.shape[:1])
     dx = _empty_rows(x) if call.needs_grad else None
     loss_rows(x, call.label, call.options, coef=coef, dx=dx, **kwargs)
     return losses.sum() * call.inverse, dx
@@ -116,9 +122,9 @@ class _CrossEntropy(torch.autograd.Function):
         if ctx.call.inverse is None:
             return _cross_entropy_bwd(dy, *ctx.saved_tensors, ctx.call), None
         if ctx.dx is None:
-            raise handed_over("cross_entropy")
+            raise second_backward_error("cross_entropy")
         dx, ctx.dx = ctx.dx, None
-        return scaled(dx, late_factor(dy, ctx.call.inverse, ctx.dtype), ctx.dtype), None
+        return scaled(dx, backward_grad_scale(dy, ctx.call.inverse, ctx.dtype), ctx.dtype), None
 
 
 # torch.compile does not look into an operator: inside, the kernels run as in eager code.
@@ -180,7 +186,7 @@ def _backward(ctx, dys):
         dx = _cross_entropy_backward_op(dys[0], *ctx.saved_tensors, *ctx.options)
     else:
         dx, inverse = ctx.saved_tensors
-        dx = (dx * late_factor(dys[0], inverse, dx.dtype)).to(dx.dtype)
+        dx = (dx * backward_grad_scale(dys[0], inverse, dx.dtype)).to(dx.dtype)
     return dx, *[None] * 9
 
 
@@ -192,7 +198,7 @@ def cross_entropy(
     target: torch.Tensor,
     *,
     weight: torch.Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -259,7 +265,7 @@ def random_target(
     """Return labels of which about the share `ignored` is -100."""
     target = torch.randint(0, vocab, shape, generator=generator)
     hidden = torch.rand(shape, generator=generator) < ignored
-    return target.masked_fill(hidden, -100).to(device)
+    return target.masked_fill(hidden, IGNORE_INDEX).to(device)
 
 
 def _sample(case: Case, dtype, device, generator) -> Sample:
@@ -274,8 +280,8 @@ def _sample(case: Case, dtype, device, generator) -> Sample:
         options["weight"] = weight.to(device)
     x = lay_out(randn(case.shape, dtype, device, generator, scale=spread), layout)
     target = random_target(tuple(lead), vocab, device, generator, ignored).to(label_dtype)
-    if options.get("ignore_index", -100) != -100:
-        target = target.masked_fill(target == -100, options["ignore_index"])
+    if options.get("ignore_index", IGNORE_INDEX) != IGNORE_INDEX:
+        target = target.masked_fill(target == IGNORE_INDEX, options["ignore_index"])
     return Sample((x, target), options)
 
 

@@ -31,8 +31,9 @@ from liger_kernels.ops.arguments import (
 from liger_kernels.ops.cross_entropy import cross_entropy_ref, random_target
 from liger_kernels.ops.losses.autograd import PerTokenLoss, TotalLoss, compiled
 from liger_kernels.ops.losses.label_count import LabelCount, count_labels, is_capturing
-from liger_kernels.ops.losses.linear_loss import HeadCall
+from liger_kernels.ops.losses.linear_loss import LinearLossCall
 from liger_kernels.ops.losses.options import (
+    IGNORE_INDEX,
     LOSS_OPTIONS,
     NORMALIZER,
     REDUCTION,
@@ -132,7 +133,7 @@ def fused_linear_cross_entropy(
     *,
     bias: torch.Tensor | None = None,
     class_weight: torch.Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -204,7 +205,7 @@ def fused_linear_cross_entropy(
     if is_counted and label_count is not None:
         is_broken = (label != ignore_index).sum() > label_count.wait()
         inverse = inverse.masked_fill(is_broken, float("nan"))
-    call = HeadCall(
+    call = LinearLossCall(
         label=label,
         options=options,
         compute_dtype=dtype,
@@ -264,7 +265,7 @@ def fused_linear_logprobs(
     _check_linear(hidden, weight, bias)
     temperature = _TEMPERATURE.of(temperature)
     check_target(ids, hidden.shape[:-1], weight.shape[0], None, "ids")
-    call = HeadCall(
+    call = LinearLossCall(
         label=ids.reshape(-1).to(weight.device, non_blocking=True),
         options=LossOptions(scale=1.0 / temperature),
         compute_dtype=_compute_dtype(weight),
@@ -299,8 +300,8 @@ def _sample(case: Case, dtype, device, generator) -> Sample:
         options["class_weight"] = (torch.rand(vocab, generator=generator) + 0.5).to(device)
     hidden, weight = _linear_sample(case, dtype, device, generator, options)
     target = random_target(tuple(lead), vocab, device, generator, ignored)
-    if options.get("ignore_index", -100) != -100:
-        target = target.masked_fill(target == -100, options["ignore_index"])
+    if options.get("ignore_index", IGNORE_INDEX) != IGNORE_INDEX:
+        target = target.masked_fill(target == IGNORE_INDEX, options["ignore_index"])
     return Sample((hidden, weight, target), options)
 
 

@@ -27,7 +27,7 @@ from liger_kernels.ops.gated_rms_norm_kernel import (
     gated_rms_norm_bwd_kernel,
     gated_rms_norm_fwd_kernel,
 )
-from liger_kernels.ops.launcher import Launch, cdiv, lookup, num_sms, remembered
+from liger_kernels.ops.launcher import Launch, cache_by_shape, cdiv, lookup, num_sms
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic, upcast
 from liger_kernels.ops.rms_norm import CAST, WEIGHT, X
 from liger_kernels.ops.rows import row_stages, row_tile, rows_of, sum_partials
@@ -120,7 +120,7 @@ def _gated_rms_norm_fwd(x, gate, weight, options):
     return y, rstd
 
 
-@remembered
+@cache_by_shape
 def _fwd_launch(
     num_rows: int,
     width: int,
@@ -171,7 +171,7 @@ def _gated_rms_norm_bwd(dy, x, gate, weight, rstd, options, needs_dw):
     return dx, dgate, sum_partials(dw, weight.dtype) if needs_dw else None
 
 
-@remembered
+@cache_by_shape
 def _bwd_launch(
     num_rows: int,
     width: int,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from liger_kernels.ops.arguments import Choice, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.backend import is_traced_as_torch, runs_triton, tl, triton
-from liger_kernels.ops.launcher import Launch, cdiv, next_power_of_2, remembered
+from liger_kernels.ops.launcher import Launch, cache_by_shape, cdiv, next_power_of_2
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic
 from liger_kernels.ops.rows import rows_of
 
@@ -175,7 +175,7 @@ def _glu_fwd(gate, up, activation):
     return y
 
 
-@remembered
+@cache_by_shape
 def _fwd_launch(num_rows: int, width: int, strides: tuple[int, int], activation: str) -> Launch:
     grid, width, block_n, strides = _tiling(num_rows, width, strides)
     return Launch(
@@ -209,7 +209,7 @@ def _glu_bwd(dy, gate, up, activation, dgate, dup, *, remakes_y=False):
     launch(dy, gate, up, dgate, dup)
 
 
-@remembered
+@cache_by_shape
 def _bwd_launch(
     num_rows: int,
     width: int,

@@ -13,17 +13,17 @@ from liger_kernels.ops.backend import HAS_TRITON, INTERPRETED, triton
 _INTERPRETER_SMS = 3
 # Whether Launch may start a compiled kernel itself; elsewhere Triton's launchers are others.
 _STARTS_KERNELS = HAS_TRITON and not INTERPRETED and torch.version.cuda is not None
-# Results a pure function of sizes remembers: row counts and widths, in practice a few.
-_MAX_REMEMBERED = 4096
+# Results that cache_by_shape keeps of a function: row counts and widths, in practice a few.
+_MAX_CACHED_SHAPES = 4096
 _T = TypeVar("_T")
 
 
-def remembered(function: Callable[..., _T]) -> Callable[..., _T]:
-    """Decorate a pure function of sizes, which every launch asks anew, to remember its results.
+def cache_by_shape(function: Callable[..., _T]) -> Callable[..., _T]:
+    """Cache the results of a pure function of sizes, which every launch calls.
 
     A table that a caller may replace, to measure another, is an argument and not looked up inside.
     """
-    cached = functools.lru_cache(maxsize=_MAX_REMEMBERED)(function)
+    cached = functools.lru_cache(maxsize=_MAX_CACHED_SHAPES)(function)
 
     @functools.wraps(function)
     def call(*args: Any) -> _T:
@@ -45,14 +45,14 @@ def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 class Launch:
-    """A kernel with all that it takes besides its tensors, to be started with them again and again.
+    """A kernel with all of its arguments except tensors, for cheap repeated launches.
 
-    Triton binds the arguments of every launch, asks the environment for settings, makes a string of
-    what it compiles for, asks the driver for each tensor's address and calls hooks that hardly
-    anybody sets. Made once for sizes, strides and options (see remembered), a Launch remembers the
-    compiled kernel by the device and by dtype and device of each tensor. Triton itself starts what
-    is new, and always where a tensor is off 16 bytes, a launch hook of triton.knobs is set, or the
-    GPU is not NVIDIA's. Tracers see a plain kernel.
+    For every launch Triton binds the arguments, reads settings from the environment, builds the
+    string of a specialization, asks the driver for each tensor's address and calls hooks that few
+    set. A Launch is built once for sizes, strides and options (see cache_by_shape). It caches the
+    compiled kernel by the device and by dtype and device of each tensor. Triton itself starts a
+    kernel that is not cached, and always where a tensor's address is no multiple of 16 bytes, a
+    launch hook of triton.knobs is set, or the GPU is not NVIDIA's. Tracers see a plain kernel.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], **others: Any) -> None:
@@ -110,7 +110,7 @@ def _listens(hook: Any) -> bool:
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
-@remembered
+@cache_by_shape
 def num_sms(device: torch.device) -> int:
     """Return the number of multiprocessors of a device; a small constant in the interpreter."""
     if device.type == "cuda" and not INTERPRETED:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from liger_kernels.ops.backend import fp32, runs_triton_rows, tl, triton
-from liger_kernels.ops.launcher import Launch, lookup, remembered
+from liger_kernels.ops.launcher import Launch, cache_by_shape, lookup
 from liger_kernels.ops.rows import RowShape, persistent_row_plan, row_plan, row_stride, sum_partials
 
 # (width, launch), from docs/results/tune-norms-h100.jsonl. Shares of a copy's rate on an H100, in
@@ -221,7 +221,7 @@ def layer_norm_fwd(x, weight, bias, options):
     return y, stats
 
 
-@remembered
+@cache_by_shape
 def _fwd_launch(shape, width, num_rows, stride_x, has_weight, has_bias, eps) -> Launch:
     plan = row_plan(shape, width, num_rows)
     return Launch(
@@ -280,7 +280,7 @@ def layer_norm_bwd(dy, x, weight, stats, dw_dtype, db_dtype):
     return dx, dw, db
 
 
-@remembered
+@cache_by_shape
 def _bwd_launch(
     shape,
     width,

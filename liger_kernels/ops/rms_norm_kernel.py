@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from liger_kernels.ops.backend import fp32, runs_triton_rows, tl, triton
-from liger_kernels.ops.launcher import Launch, lookup, remembered
+from liger_kernels.ops.launcher import Launch, cache_by_shape, lookup
 from liger_kernels.ops.op import upcast
 from liger_kernels.ops.rows import RowShape, persistent_row_plan, row_plan, row_stride, sum_partials
 
@@ -249,7 +249,7 @@ def rms_norm_fwd(
     return y, rstd, total
 
 
-@remembered
+@cache_by_shape
 def _fwd_launch(
     shape, width, num_rows, stride_x, stride_residual, has_weight, has_rstd, options
 ) -> Launch:
@@ -319,7 +319,7 @@ def rms_norm_bwd(
     return dx, dw
 
 
-@remembered
+@cache_by_shape
 def _bwd_launch(
     shape,
     width,

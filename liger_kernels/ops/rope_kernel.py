@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from liger_kernels.ops.backend import tl, triton
-from liger_kernels.ops.launcher import Launch, cdiv, next_power_of_2, remembered
+from liger_kernels.ops.launcher import Launch, cache_by_shape, cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def launch_rope(q, k, yq, yk, cos, sin, options: RopeOptions, is_backward: bool)
     launch(q, k, yq, yk, cos, sin)
 
 
-@remembered
+@cache_by_shape
 def _launch_of(q_layout, k_layout, table_layout, options, is_backward, tile) -> Launch:
     """Return the launch for such tensors; a layout is a shape and strides."""
     axis, width = options.head_axis, options.rotary_dim

@@ -5,7 +5,14 @@ from typing import NamedTuple
 import torch
 
 from liger_kernels.ops.backend import tl, triton
-from liger_kernels.ops.launcher import Launch, cdiv, lookup, next_power_of_2, num_sms, remembered
+from liger_kernels.ops.launcher import (
+    Launch,
+    cache_by_shape,
+    cdiv,
+    lookup,
+    next_power_of_2,
+    num_sms,
+)
 
 # Elements of a tile of rows where nothing else was measured.
 _ROW_TILE = 2048
@@ -145,7 +152,7 @@ def sum_partials(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-@remembered
+@cache_by_shape
 def _sum_launch(tile: tuple[int, int, int], num_partials: int, width: int) -> Launch:
     block_p, block_n, num_warps = tile
     return Launch(

@@ -247,10 +247,10 @@ def test_a_tensor_of_another_device_is_left_to_triton(driver, num_slow, monkeypa
 
 
 def test_what_a_function_of_sizes_remembers_is_bounded():
-    squares = launcher.remembered(lambda n: n * n)
-    for n in range(launcher._MAX_REMEMBERED + 10):
+    squares = launcher.cache_by_shape(lambda n: n * n)
+    for n in range(launcher._MAX_CACHED_SHAPES + 10):
         squares(n)
-    assert squares.cache_info().currsize == launcher._MAX_REMEMBERED
+    assert squares.cache_info().currsize == launcher._MAX_CACHED_SHAPES
 
 
 @pytest.fixture

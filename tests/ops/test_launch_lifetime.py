@@ -112,8 +112,8 @@ def test_every_form_of_a_launch_is_kept_and_freed_with_it(gpu):
 
 
 def test_a_function_of_sizes_keeps_kernels_until_it_forgets_them(gpu, monkeypatch):
-    monkeypatch.setattr(launcher, "_MAX_REMEMBERED", 2)
-    launch_of = launcher.remembered(lambda size: make(gpu))
+    monkeypatch.setattr(launcher, "_MAX_CACHED_SHAPES", 2)
+    launch_of = launcher.cache_by_shape(lambda size: make(gpu))
     launch_of(0)(*tensors(torch.float32))
     launch_of(1)(*tensors(torch.bfloat16))
     assert len(gpu.loaded) == 2

@@ -15,8 +15,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from liger_cli.report.verify import TensorPart
-from liger_kernels.compare import FLOOR, INTERPRETER_FLOOR
-from liger_kernels.ops.backend import backend
+from liger_kernels.compare import allowed_error, error_floor
 
 __all__ = ["GRADIENT", "Errors", "errors_of", "judge", "largest", "norm"]
 
@@ -85,9 +84,8 @@ def judge(
         dtype: What half an ulp is added of.
         device: Where it ran.
     """
-    floor = (INTERPRETER_FLOOR if backend(device) == "triton-interpreter" else FLOOR)[dtype]
     if eager is None:
-        limit = _ROUNDINGS * floor
+        limit = _ROUNDINGS * error_floor(dtype, device)
         return [
             TensorPart(name=name, ours=error, eager=None, allowed=limit, ok=error <= limit)
             for name, error in ours.items()
@@ -100,7 +98,7 @@ def judge(
         by_kind[_kind(name)] = max(by_kind.get(_kind(name), least), error)
     parts = []
     for name, error in ours.items():
-        limit = times * by_kind[_kind(name)] + floor
+        limit = allowed_error(by_kind[_kind(name)], dtype, device, times)
         parts.append(
             TensorPart(name=name, ours=error, eager=eager[name], allowed=limit, ok=error <= limit)
         )

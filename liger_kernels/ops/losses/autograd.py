@@ -1,4 +1,4 @@
-"""Autograd of a loss on a linear layer's outputs: gradients made in forward, or computed again."""
+"""Autograd of a linear loss: gradients computed in forward, or recomputed in backward."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ import torch
 from torch import Tensor
 
 from liger_kernels.ops.autograd import differentiable_once
-from liger_kernels.ops.losses.grads_in_forward import early_factor, handed_over, late_factor
+from liger_kernels.ops.losses.grads_in_forward import (
+    backward_grad_scale,
+    forward_grad_scale,
+    second_backward_error,
+)
 from liger_kernels.ops.losses.label_count import count_labels, is_capturing
-from liger_kernels.ops.losses.linear_loss import HeadCall, HeadGradients, sweep
+from liger_kernels.ops.losses.linear_loss import LinearGradients, LinearLossCall, sweep
 from liger_kernels.ops.losses.options import LossOptions, wide_dtype
 
 Tensors = tuple[Tensor, ...]
 
 
 def total_fwd(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: HeadCall, inverse: Tensor
-) -> tuple[Tensors, HeadGradients]:
-    """Return call.outputs, the losses summed times inverse, and gradients before late_factor."""
-    coef = early_factor(inverse, call.compute_dtype).expand(call.label.shape)
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearLossCall, inverse: Tensor
+) -> tuple[Tensors, LinearGradients]:
+    """Return call.outputs, the losses summed times inverse, and unscaled gradients."""
+    coef = forward_grad_scale(inverse, call.compute_dtype).expand(call.label.shape)
     found, grads = sweep(
         hidden, weight, bias, call, outputs=call.outputs, coef=coef, needs=call.needs
     )
@@ -32,7 +36,7 @@ def per_token_bwd(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    call: HeadCall,
+    call: LinearLossCall,
     coef: Tensor | None,
     entropy_coef: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
@@ -59,7 +63,7 @@ def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
 
 @differentiable_once("fused_linear_cross_entropy")
 class TotalLoss(torch.autograd.Function):
-    """A sum or a mean: the gradients are made in forward and handed over in backward."""
+    """A sum or a mean: gradients are computed in forward, and backward returns them scaled."""
 
     @staticmethod
     def forward(
@@ -67,7 +71,7 @@ class TotalLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        call: HeadCall,
+        call: LinearLossCall,
         inverse: Tensor,
     ) -> Tensors:
         outputs, ctx.grads = total_fwd(hidden, weight, bias, call, inverse)
@@ -82,15 +86,15 @@ class TotalLoss(torch.autograd.Function):
         if dy is None:
             return None, None, None, None, None
         if ctx.grads is None:
-            raise handed_over("fused_linear_cross_entropy")
+            raise second_backward_error("fused_linear_cross_entropy")
         grads, ctx.grads = ctx.grads, None
-        factor = late_factor(dy, ctx.inverse, ctx.compute_dtype)
+        factor = backward_grad_scale(dy, ctx.inverse, ctx.compute_dtype)
         return *grads.times(factor, ctx.dtypes), None, None
 
 
 @differentiable_once("a loss per token")
 class PerTokenLoss(torch.autograd.Function):
-    """Values of each token: backward computes the logits again, as often as it is asked to."""
+    """Values of each token: backward recomputes the logits, as often as it runs."""
 
     @staticmethod
     def forward(
@@ -98,7 +102,7 @@ class PerTokenLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        call: HeadCall,
+        call: LinearLossCall,
     ) -> Tensors:
         found, _ = sweep(hidden, weight, bias, call, outputs=call.outputs)
         ctx.save_for_backward(hidden, weight, bias)
@@ -119,17 +123,17 @@ class PerTokenLoss(torch.autograd.Function):
 
 
 def _rebuilt(label, class_weight, options, compute_dtype, outputs, needs):
-    """Return the call an operator stands for; the labels are counted inside, and waited for."""
+    """Rebuild the call from an operator's arguments; the host waits for the label count here."""
     count = None
     if options.ignore_index is not None and not is_capturing(label):
         count = count_labels(label, options.ignore_index)
-    return HeadCall(
+    return LinearLossCall(
         label, options, compute_dtype, tuple(outputs.split()), (), tuple(needs), class_weight, count
     )
 
 
 def _grad_dtypes(weight, compute_dtype):
-    """Return dtypes that hold gradients before late_factor, whatever the labels."""
+    """Return dtypes that hold gradients before backward_grad_scale, whatever the labels."""
     wide = wide_dtype(compute_dtype)
     is_final = weight.dtype == compute_dtype != torch.float16
     return compute_dtype, compute_dtype if is_final else wide, wide
@@ -232,7 +236,7 @@ def _backward(ctx, dys):
         made = _head_loss_backward_op(*ctx.saved_tensors, *coefs, *ctx.options, ctx.needs)
     else:
         inverse, *made = ctx.saved_tensors
-        factor = late_factor(given["loss"], inverse, ctx.options[-1])
+        factor = backward_grad_scale(given["loss"], inverse, ctx.options[-1])
         made = [grad * factor for grad in made]
     made = iter(made)
     grads = [next(made) if is_needed else None for is_needed in ctx.needs]

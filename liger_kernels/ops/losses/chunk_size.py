@@ -2,7 +2,7 @@
 
 import torch
 
-from liger_kernels.ops.launcher import cdiv, lookup, num_sms, remembered
+from liger_kernels.ops.launcher import cache_by_shape, cdiv, lookup, num_sms
 from liger_kernels.ops.losses.options import wide_dtype
 
 # Tiles of a GPU's matrix products: of the logits, and of the gradient of hidden.
@@ -70,7 +70,7 @@ def chunk_tokens(
     return _TILE_TOKENS * _chunk_tiles(num_tiles, most, width, sms, needs_weight)
 
 
-@remembered
+@cache_by_shape
 def _chunk_tiles(num_tiles: int, most: int, width: int, sms: int, needs_weight: bool) -> int:
     # With fewer tiles there are so many chunks that the weight gradient's sum is fp32.
     narrow = cdiv(num_tiles, _MAX_BF16_CHUNKS) if needs_weight else 1

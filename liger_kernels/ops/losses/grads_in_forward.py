@@ -1,9 +1,9 @@
-"""Gradients that a loss makes in forward and hands over in backward."""
+"""Gradients that a loss computes in forward: their scale there, and in backward."""
 
 import torch
 
 from liger_kernels.ops.backend import runs_triton, tl, triton
-from liger_kernels.ops.launcher import Launch, cdiv, num_sms, remembered
+from liger_kernels.ops.launcher import Launch, cache_by_shape, cdiv, num_sms
 
 # Elements a program takes at a time.
 _BLOCK = 4096
@@ -32,7 +32,7 @@ def _scale_kernel(
 
 
 def scaled(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return contiguous x * factor in dtype, using up x: in its memory, untouched by a factor of 1.
+    """Scale contiguous x in-place where its dtype is dtype; a factor of 1 reads and writes nothing.
 
     factor is a 0-dim tensor on x's device, which the host reads on a CPU only.
     """
@@ -45,7 +45,7 @@ def scaled(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.T
     return out
 
 
-@remembered
+@cache_by_shape
 def _scale_launch(size: int, in_place: bool, device: torch.device) -> Launch:
     return Launch(
         _scale_kernel,
@@ -57,8 +57,8 @@ def _scale_launch(size: int, in_place: bool, device: torch.device) -> Launch:
     )
 
 
-def early_factor(inverse: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return what the gradients of a sum of losses times inverse are multiplied by in forward.
+def forward_grad_scale(inverse: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the scale of gradients computed in forward, of a sum of losses times inverse.
 
     fp16 would lose a gradient divided by many labels; it is divided in backward, where the loss
     scale of mixed precision multiplies it again.
@@ -66,13 +66,15 @@ def early_factor(inverse: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.ones_like(inverse) if dtype == torch.float16 else inverse
 
 
-def late_factor(dy: torch.Tensor, inverse: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return what they are multiplied by in backward."""
+def backward_grad_scale(
+    dy: torch.Tensor, inverse: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the scale that backward applies to gradients computed in forward."""
     return dy * inverse if dtype == torch.float16 else dy
 
 
-def handed_over(name: str) -> RuntimeError:
-    """Return the error of a second backward, whose gradients the first one gave away."""
+def second_backward_error(name: str) -> RuntimeError:
+    """Return the error of a second backward: the first one used up the gradients."""
     return RuntimeError(
         f"{name} makes its gradients in forward and gave them away in the first backward; a second "
         "backward over the retained graph needs another forward, reduction='none', or in a "

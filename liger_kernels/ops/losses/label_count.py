@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from liger_kernels.ops.losses.options import label_argument
+from liger_kernels.ops.losses.options import IGNORE_INDEX, label_argument
 
 # Above this share of the tokens it does not pay to gather those that take part.
 _GATHER_BELOW = 0.95
@@ -29,7 +29,7 @@ class LabelCount:
         return int(self._count)
 
 
-def count_labels(target: torch.Tensor, ignore_index: int = -100) -> LabelCount:
+def count_labels(target: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> LabelCount:
     """Return the number of labels in target that are not ignore_index, without waiting for it.
 
     Call it as soon as the labels are on their device: the copy to the host then runs beside the

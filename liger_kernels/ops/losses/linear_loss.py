@@ -30,7 +30,7 @@ def _of_rows(x: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
 
 
 @dataclass(frozen=True)
-class HeadCall:
+class LinearLossCall:
     """What is to be computed, besides hidden, weight and bias."""
 
     label: torch.Tensor  # (N,)
@@ -47,7 +47,7 @@ class HeadCall:
 
 
 @dataclass
-class HeadGradients:
+class LinearGradients:
     """Gradients of hidden, weight and bias before a last factor; None where not asked for."""
 
     hidden: torch.Tensor | None = None
@@ -97,13 +97,13 @@ def sweep(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    call: HeadCall,
+    call: LinearLossCall,
     *,
     outputs: tuple[str, ...] = (),
     coef: torch.Tensor | None = None,
     entropy_coef: torch.Tensor | None = None,
     needs: tuple[bool, bool, bool] = (False, False, False),
-) -> tuple[dict[str, torch.Tensor], HeadGradients]:
+) -> tuple[dict[str, torch.Tensor], LinearGradients]:
     """Return the named outputs of loss_rows for each token, and the gradients asked for.
 
     hidden (N, H), weight (V, H) and bias (V,) have any floating dtypes. coef and entropy_coef (N,),
@@ -133,7 +133,7 @@ def _sweep(hidden, weight, bias, call, outputs, coef, entropy_coef, needs):
         name: torch.empty(num_rows, dtype=torch.int64 if name == "best" else wide, device=device)
         for name in outputs
     }
-    grads = HeadGradients()
+    grads = LinearGradients()
     if needs_hidden:
         allocate = torch.empty if rows is None else torch.zeros
         grads.hidden = allocate((num_tokens, width), dtype=dtype, device=device)

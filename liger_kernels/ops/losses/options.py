@@ -22,6 +22,9 @@ from liger_kernels.ops.arguments import (
     describe,
 )
 
+# The label of tokens without a loss: the default of F.cross_entropy and of every transformers loss.
+IGNORE_INDEX = -100
+
 REDUCTIONS = ("mean", "sum", "none")
 REDUCTION = Choice("reduction", REDUCTIONS)
 # In the order of LossOptions.of and of the public functions.

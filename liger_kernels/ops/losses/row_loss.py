@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from liger_kernels.ops.backend import runs_triton
-from liger_kernels.ops.launcher import Launch, cdiv, lookup, next_power_of_2, remembered
+from liger_kernels.ops.launcher import Launch, cache_by_shape, cdiv, lookup, next_power_of_2
 from liger_kernels.ops.losses.options import LossOptions, wide_dtype, without_autocast
 from liger_kernels.ops.losses.row_loss_kernel import loss_rows_kernel
 
@@ -106,7 +106,7 @@ def loss_rows(
     launch(x, label, class_weight, coef, entropy_coef, dx, loss, nll, entropy, best)
 
 
-@remembered
+@cache_by_shape
 def _launch_of(
     shape: _Shape,
     num_rows: int,

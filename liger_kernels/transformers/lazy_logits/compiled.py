@@ -1,11 +1,11 @@
-"""Pending logits under torch.compile, where a tensor without storage cannot be traced.
+"""Deferred logits under torch.compile, where a tensor without storage cannot be traced.
 
-The head answers with a stub: one zero, expanded to the logits' shape. A torch function mode that is
-on during the model's forward, and is traced with it, knows the stubs by identity and does to them
-what LazyLogits does in eager code. It meets every function of a stub, so none gets into arithmetic:
-what is not recorded gets the real logits. `out.logits` is None.
+The head returns a stub: one zero, expanded to the logits' shape. A torch function mode, active
+during the model's forward and traced with it, recognizes stubs by identity and handles them as
+LazyLogits does in eager code. It sees every function of a stub, so none enters arithmetic: a
+function that is not recorded gets the real logits. `out.logits` is None.
 
-The loss is fused_linear_cross_entropy, which is an operator of its own in a graph.
+The loss is fused_linear_cross_entropy, one operator in the graph.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from liger_kernels.transformers.lazy_logits.deferred import HeadOp, Pending
-from liger_kernels.transformers.lazy_logits.loss import is_metadata, respond
+from liger_kernels.transformers.lazy_logits.deferred import DeferredLogits, HeadOp
+from liger_kernels.transformers.lazy_logits.ops import is_metadata, respond
 
 
 class StubCall(TorchFunctionMode):
-    """One traced forward of a model whose head's logits are pending."""
+    """One traced forward of a model whose head's logits are deferred."""
 
     def __init__(self, op: HeadOp) -> None:
         super().__init__()
@@ -32,20 +32,20 @@ class StubCall(TorchFunctionMode):
         self.num_targets = 0
         self.has_loss = False
         self.stubs: list[Tensor] = []
-        self.pendings: list[Pending] = []
+        self.deferred: list[DeferredLogits] = []
 
-    def show(self, pending: Pending) -> Tensor:
-        """Return a stub for pending logits."""
-        stub = pending.rows.new_zeros((), dtype=pending.dtype).expand(pending.shape)
+    def show(self, deferred: DeferredLogits) -> Tensor:
+        """Return a stub for deferred logits."""
+        stub = deferred.rows.new_zeros((), dtype=deferred.dtype).expand(deferred.shape)
         self.stubs.append(stub)
-        self.pendings.append(pending)
+        self.deferred.append(deferred)
         return stub
 
-    def find(self, value: Any) -> Pending | None:
-        """Return the pending logits that a value stands for."""
-        for stub, pending in zip(self.stubs, self.pendings, strict=True):
+    def find(self, value: Any) -> DeferredLogits | None:
+        """Return the deferred logits behind a stub, or None for any other value."""
+        for stub, deferred in zip(self.stubs, self.deferred, strict=True):
             if value is stub:
-                return pending
+                return deferred
         return None
 
     def __torch_function__(
@@ -56,25 +56,25 @@ class StubCall(TorchFunctionMode):
         if not self.stubs or is_metadata(function):
             return function(*args, **kwargs)
         for value in args[:2]:
-            pending = self.find(value)
-            if pending is not None:
-                answer = respond(pending, value, function, args, kwargs)
-                if isinstance(answer, Pending):
-                    return value if answer is pending else self.show(answer)
+            deferred = self.find(value)
+            if deferred is not None:
+                answer = respond(deferred, value, function, args, kwargs)
+                if isinstance(answer, DeferredLogits):
+                    return value if answer is deferred else self.show(answer)
                 if answer is not None:
                     return answer
         args, kwargs = tree_map(self._real, (args, kwargs))
         return function(*args, **kwargs)
 
     def _real(self, value: Any) -> Any:
-        pending = self.find(value)
-        return value if pending is None else pending.real()
+        deferred = self.find(value)
+        return value if deferred is None else deferred.real()
 
 
 def call_traced(
     head: Any, op: HeadOp, forward: Callable[..., Any], args: Any, kwargs: Any
 ) -> tuple[Any, StubCall]:
-    """Return what the model's forward returns, and the call that knows the stubs in it."""
+    """Run the model's forward with stubs; return its output and the call that resolves them."""
     call = StubCall(op)
     head._lazy_call = call
     try:

@@ -1,8 +1,4 @@
-"""How to make some logits: a head, its input, and the operations recorded since.
-
-The tensors that stand for pending logits are in lazy_logits.py (eager) and stub_logits.py
-(compiled); what torch functions do to them is in head_loss.py.
-"""
+"""DeferredLogits: a head, its input, and the operations recorded since, in place of the logits."""
 
 from __future__ import annotations
 
@@ -31,12 +27,9 @@ Weights = list[tuple[bool, torch.Size, torch.dtype, int, int]]
 # Of each of a head's modules: dropout, and which adapters are on.
 Switches = list[tuple[Any, ...]]
 
-# F.cross_entropy's default, and that of every loss in transformers.
-IGNORE_INDEX = -100
-
 
 class HeadCall(Protocol):
-    """One forward of a model during which its head's logits are pending."""
+    """One forward of a model during which its head's logits are deferred."""
 
     op: HeadOp
     # An upper bound of the labels among `num_targets` targets, on its way to the host.
@@ -45,12 +38,12 @@ class HeadCall(Protocol):
     # Whether a loss was computed from the logits without making them.
     has_loss: bool
 
-    def show(self, pending: Pending) -> Tensor:
-        """Return a tensor that stands for the pending logits."""
+    def show(self, deferred: DeferredLogits) -> Tensor:
+        """Return a placeholder tensor for the deferred logits."""
 
 
 @dataclass(frozen=True)
-class Step:
+class RecordedOp:
     """One recorded operation: function(logits, *args)."""
 
     kind: Literal["scale", "tanh", "cast", "view", "rows", "detach"]
@@ -63,8 +56,8 @@ class Step:
         return self.function(logits, *self.args)
 
 
-class Pending:
-    """How to make some logits: a head, its input, and the operations recorded since."""
+class DeferredLogits:
+    """Logits as a recipe: a head, its input, and the operations recorded since."""
 
     def __init__(
         self,
@@ -77,8 +70,8 @@ class Pending:
         needs_grad: bool,
         autocast: torch.dtype | None,
         weights: Weights,
-        parent: Pending | None = None,
-        step: Step | None = None,
+        parent: DeferredLogits | None = None,
+        last_op: RecordedOp | None = None,
     ) -> None:
         self.head = head
         self.call = call
@@ -92,7 +85,8 @@ class Pending:
         self.autocast = autocast
         self.weights = weights
         self.parent = parent
-        self.step = step
+        # The operation that made these logits of the parent.
+        self.last_op = last_op
         if parent is None:
             self.source_version = _version(source)
             self.switches = _switches_of(head)
@@ -107,38 +101,38 @@ class Pending:
         return (*self.rows.shape[:-1], self.width)
 
     def then(
-        self, step: Step, *, rows: Tensor | None = None, dtype: torch.dtype | None = None
-    ) -> Pending:
-        """Return these logits after one more operation."""
-        return Pending(
+        self, op: RecordedOp, *, rows: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> DeferredLogits:
+        """Record one more operation and return the result."""
+        return DeferredLogits(
             head=self.head,
             call=self.call,
             source=self.source,
             rows=self.rows if rows is None else rows,
             width=self.width,
             dtype=self.dtype if dtype is None else dtype,
-            needs_grad=self.needs_grad and torch.is_grad_enabled() and step.kind != "detach",
+            needs_grad=self.needs_grad and torch.is_grad_enabled() and op.kind != "detach",
             autocast=self.autocast,
             weights=self.weights,
             parent=self,
-            step=step,
+            last_op=op,
         )
 
-    def lineage(self) -> list[Pending]:
+    def lineage(self) -> list[DeferredLogits]:
         """Return these logits and those they came from, oldest first."""
         return [self] if self.parent is None else [*self.parent.lineage(), self]
 
-    def arithmetic(self) -> list[Step]:
+    def arithmetic(self) -> list[RecordedOp]:
         """Return the recorded operations on values, oldest first; views are in `rows`."""
-        steps = [pending.step for pending in self.lineage() if pending.step is not None]
-        return [step for step in steps if step.kind in ("scale", "tanh", "cast")]
+        ops = [x.last_op for x in self.lineage() if x.last_op is not None]
+        return [op for op in ops if op.kind in ("scale", "tanh", "cast")]
 
     def has_been_made(self) -> bool:
-        # Whoever has the real logits may have changed them in place, so they are the truth now.
-        return any(pending.made is not None for pending in self.lineage())
+        # A reader of the real logits may have changed them in-place, so they are the truth now.
+        return any(deferred.made is not None for deferred in self.lineage())
 
     def real(self) -> Tensor:
-        """Return the logits as the stock model makes them, with their graph; made once."""
+        """Materialize the logits as the stock model does, with their graph; cached."""
         if self.made is None and torch.compiler.is_compiling():
             self.made = self._make()
         elif self.made is None:
@@ -158,14 +152,14 @@ class Pending:
         _count_loss(self.head)
         if torch.compiler.is_compiling():
             return
-        for pending in self.lineage():
-            _register(pending.backward_hooks, loss)
+        for deferred in self.lineage():
+            _register(deferred.backward_hooks, loss)
         if not loss.requires_grad:
             reshard_if_left(self.head)
 
     def _make(self) -> Tensor:
-        if self.parent is not None and self.step is not None:
-            return self.step.apply(self.parent.real())
+        if self.parent is not None and self.last_op is not None:
+            return self.last_op.apply(self.parent.real())
         changed = self.what_changed()
         if changed is not None:
             raise RuntimeError(
@@ -190,13 +184,13 @@ class Pending:
                 else:
                     torch.get_device_module(of).set_rng_state(state, of)
             logits = root.head_output(source)
-        for pending in rest:
-            if pending.step is not None:
-                logits = pending.step.apply(logits)
+        for deferred in rest:
+            if deferred.last_op is not None:
+                logits = deferred.last_op.apply(logits)
         return logits
 
     def head_output(self, x: Tensor) -> Tensor:
-        """Return what the stock head makes of x.
+        """Run the stock head on x.
 
         The head's hooks have run by then: those before its forward on the input that was recorded,
         those after it on the lazy logits. They run again only where they hold the weights.
@@ -219,7 +213,7 @@ class Pending:
             head._lazy_call = call
 
     def what_changed(self) -> str | None:
-        """Return what would make other logits now than in the forward, or None."""
+        """Return the reason why logits computed now would differ from the forward's, or None."""
         if torch.compiler.is_compiling():
             return None
         now = weights_of(self.head)
@@ -233,7 +227,7 @@ class Pending:
 
     @contextlib.contextmanager
     def as_recorded(self, needs_grad: bool) -> Iterator[None]:
-        """Autocast as it was when the head was called, gradients as told."""
+        """Restore autocast of the head's call, and enable gradients only if needs_grad."""
         kind = self.source.device.type
         is_on = self.autocast is not None
         with torch.set_grad_enabled(needs_grad), torch.autocast(kind, self.autocast, enabled=is_on):
@@ -261,7 +255,7 @@ def _rng_states(device: torch.device) -> list[Tensor]:
 
 
 def weights_of(head: nn.Module) -> Weights:
-    """Return what tells whether the head's weights have been taken away or changed."""
+    """Return a fingerprint of the head's weights: it changes when they are resharded or written."""
     if torch.compiler.is_compiling():
         return []
     # FSDP2 may gather the same weights at another address.
@@ -285,7 +279,7 @@ def _address(x: Tensor) -> int:
 
 
 def _switches_of(head: nn.Module) -> Switches:
-    """Return what of a head's modules decides its output besides weights and input."""
+    """Return the state of a head's modules, other than weights, that its output depends on."""
     if torch.compiler.is_compiling():
         return []
     found: Switches = []
@@ -306,8 +300,8 @@ def same_layout(before: Weights, now: Weights) -> bool:
     return [entry[:2] for entry in before] == [entry[:2] for entry in now]
 
 
-# The head. Its class is swapped by head_patch.py; `_lazy_call` is the HeadCall of a forward whose
-# logits are pending, else None.
+# The head. Its class is swapped by head.py; `_lazy_call` is the HeadCall of a forward whose
+# logits are deferred, else None.
 
 
 def class_of(module: nn.Module) -> Any:
@@ -316,7 +310,7 @@ def class_of(module: nn.Module) -> Any:
 
 
 def is_lazy_head(module: nn.Module) -> bool:
-    """Return whether a module's class was swapped for one that can answer with pending logits."""
+    """Return whether a module's class was swapped for one that can answer with deferred logits."""
     return hasattr(type(module), "_lazy_call")
 
 
@@ -332,7 +326,7 @@ def _count_loss(head: nn.Module) -> None:
 
 
 def stock_output(head: nn.Module, x: Tensor) -> Tensor:
-    """Return what the head's own forward makes of x, hooks left out."""
+    """Run the head's original forward on x, without hooks."""
     forward = class_of(head).forward
     if runs_stock_linear(head):
         x = as_weight(x, head.weight)
@@ -351,7 +345,7 @@ def as_weight(x: Tensor, weight: Any) -> Tensor:
 
 
 def active_layer(head: nn.Module) -> nn.Module:
-    """Return the layer a PEFT modules_to_save wrapper hands its input to; else the head itself."""
+    """Return the layer that a PEFT modules_to_save wrapper calls; else the head itself."""
     copies = head._modules.get("modules_to_save")
     original = head._modules.get("original_module")
     if not isinstance(copies, nn.ModuleDict) or original is None:
@@ -361,8 +355,8 @@ def active_layer(head: nn.Module) -> nn.Module:
     return copies[names[0]] if is_on else original
 
 
-def begin(head: nn.Module, call: HeadCall, x: Tensor) -> Pending | None:
-    """Return the pending logits of one call of the head, or None where it has to be stock."""
+def begin(head: nn.Module, call: HeadCall, x: Tensor) -> DeferredLogits | None:
+    """Return the deferred logits of one call of the head, or None where it has to be stock."""
     leaf = active_layer(head)
     width: Any = getattr(leaf, "out_features", None)
     if type(x) is not Tensor or x.is_meta or is_transformed() or not isinstance(width, int):
@@ -379,7 +373,7 @@ def begin(head: nn.Module, call: HeadCall, x: Tensor) -> Pending | None:
     if autocast is not None and x.dtype != torch.float64:
         dtype = autocast
     is_trained = x.requires_grad or any(p.requires_grad for p in head.parameters())
-    return Pending(
+    return DeferredLogits(
         head=head,
         call=call,
         source=x,

@@ -1,4 +1,4 @@
-"""Making a model's head answer with lazy logits, and its forward say when.
+"""The patch of a model: its head returns lazy logits, and its forward decides when.
 
 The head's class is swapped for a subclass of the same name. The model's forward is wrapped by a
 bound method in its __dict__, as PEFT calls `model.forward` and would miss a hook. Nothing closes
@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from liger_kernels.ops.losses.options import IGNORE_INDEX
 from liger_kernels.transformers.lazy_logits.compiled import call_traced
 from liger_kernels.transformers.lazy_logits.deferred import (
-    IGNORE_INDEX,
+    DeferredLogits,
     HeadOp,
-    Pending,
     active_layer,
     begin,
     class_of,
@@ -46,8 +46,8 @@ def _head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
         return class_of(self).forward(self, *args, **kwargs)
     call = self._lazy_call
-    pending = None if call is None else begin(self, call, args[0])
-    return stock_output(self, args[0]) if pending is None else call.show(pending)
+    deferred = None if call is None else begin(self, call, args[0])
+    return stock_output(self, args[0]) if deferred is None else call.show(deferred)
 
 
 def _state_of(self: Any) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _swap(head: Any) -> None:
 def _restore(head: nn.Module) -> None:
     for name in _STATE:
         head.__dict__.pop(name, None)
-    # FSDP2 may have put a class of its own on top; beneath it the head answers as the stock one.
+    # FSDP2 may have put its class on top; beneath it the head behaves as the stock one.
     if "_lazy_call" in type(head).__dict__:
         swap(head, class_of(head))
 
@@ -110,7 +110,7 @@ def head_problem(model: nn.Module) -> str | None:
 
 
 class HeadPatch:
-    """The patch of one model's head: `install` does it, `undo` takes it back."""
+    """The patch of one model's head: install() applies it, undo() reverts it."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -177,8 +177,9 @@ def install_head(model: nn.Module, op: HeadOp) -> HeadPatch:
 
     Args:
         model: As prepare_head takes it.
-        op: "fused_linear_cross_entropy" makes no logits unless they are read; "cross_entropy" makes
-            them and runs the cross_entropy op on them (under torch.compile: leaves it to that).
+        op: "fused_linear_cross_entropy" materializes logits only if they are read;
+            "cross_entropy" always does, and runs the cross_entropy op on them, except under
+            torch.compile, which generates the kernel.
 
     Raises:
         ValueError: op is unknown, or as prepare_head.
@@ -214,11 +215,11 @@ def prepare_head(model: nn.Module) -> HeadPatch:
 
 @functools.cache
 def _keep_from_dynamo() -> None:
-    """Tell torch.compile which of these functions not to compile by themselves.
+    """Exclude functions of this package from being compiled on their own.
 
     Where a model cannot be traced as a whole, dynamo compiles it in pieces. Then its head and loss
-    are to be the eager ones, not stubs that go from one piece to the next. What is traced as part
-    of a caller's graph is not concerned.
+    must be the eager ones, not stubs that pass from one piece to the next. A function traced as
+    part of a caller's graph is unaffected.
     """
     # Not at import: it takes a second, which transformers has spent by the time there is a model.
     frames: Any = importlib.import_module("torch._dynamo.eval_frame")
@@ -286,7 +287,7 @@ def _call_model(model: Any, args: Any, kwargs: dict[str, Any], skip_logits: bool
         # A head that came after the patch, and cannot or must not be patched now.
         or ((is_traced or "forward" in head.__dict__) and not is_lazy_head(head))
         or is_transformed()
-        # The compiler makes a kernel of its own for the loss of logits that are there.
+        # Inductor generates a kernel for the loss of materialized logits.
         or (is_traced and patch.op == "cross_entropy")
     ):
         out = previous(*args, **kwargs)
@@ -326,7 +327,7 @@ def _with_labels(
 
 def _without_logits(
     out: Any,
-    find: Callable[[Any], Pending | None] = lambda value: getattr(value, "_pending", None),
+    find: Callable[[Any], DeferredLogits | None] = lambda value: getattr(value, "_deferred", None),
     is_named_kept: bool = False,
 ) -> Any:
     """A model's output with None for logits; in a tuple, as transformers does it, without them."""

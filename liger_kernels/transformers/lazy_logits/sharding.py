@@ -1,9 +1,10 @@
 """Heads whose weights FSDP2 shards: whether they are sharded now, and how they are gathered.
 
 FSDP2 gathers a group of modules before their forward, may reshard it after, and gathers it again in
-backward by a hook on the group's output. The loss of pending logits reads the head's weights after
-the head's forward, and its backward brings the logits no gradient. So the loss gathers the group
-itself, once, leaves it gathered for backward, and takes over the hook (Pending.backward_hooks).
+backward by a hook on the group's output. The loss of deferred logits reads the head's weights after
+the head's forward, and its backward brings the logits no gradient. So the
+loss gathers the group itself, once, leaves it gathered for backward, and takes over the hook
+(DeferredLogits.backward_hooks).
 """
 
 from __future__ import annotations

@@ -1,17 +1,4 @@
-"""Logits that nobody reads are never made.
-
-While a patched model computes a loss, its head returns LazyLogits: a tensor without storage that
-records the few operations models apply between head and loss. F.cross_entropy on it is one fused
-linear cross-entropy, and the (tokens, vocabulary) matrix never exists. Any other use makes the real
-logits, through the stock head and the recorded operations, so the result is always what the stock
-model computes; an unknown use costs memory, not correctness.
-
-Lazy is on in a forward that has labels or shift_labels, in training with gradients on, or that is
-given skip_logits=True. skip_logits=False makes real logits. In training `out.logits` is LazyLogits,
-made when read; after skip_logits=True, and under torch.compile, it is None.
-
-head_patch.py makes a model's head answer so.
-"""
+"""LazyLogits: deferred logits as an eager tensor, and one eager forward of a lazy model."""
 
 from __future__ import annotations
 
@@ -26,45 +13,46 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map
 
 from liger_kernels.ops.fused_linear_cross_entropy import LabelCount, count_labels
-from liger_kernels.transformers.lazy_logits.deferred import IGNORE_INDEX, HeadOp, Pending
-from liger_kernels.transformers.lazy_logits.loss import is_metadata, respond
+from liger_kernels.ops.losses.options import IGNORE_INDEX
+from liger_kernels.transformers.lazy_logits.deferred import DeferredLogits, HeadOp
+from liger_kernels.transformers.lazy_logits.ops import is_metadata, respond
 
 __all__ = ["LazyCall", "LazyLogits"]
 
 
 class LazyLogits(Tensor):
-    """Logits that have not been made: shape, dtype, device and graph, but no numbers."""
+    """Logits that are not materialized: shape, dtype, device and graph, but no values."""
 
-    _pending: Pending
+    _deferred: DeferredLogits
 
     @staticmethod
-    def __new__(cls, pending: Pending) -> LazyLogits:
+    def __new__(cls, deferred: DeferredLogits) -> LazyLogits:
         lazy: LazyLogits = Tensor._make_wrapper_subclass(
-            cls, pending.shape, dtype=pending.dtype, device=pending.rows.device
+            cls, deferred.shape, dtype=deferred.dtype, device=deferred.rows.device
         )
-        lazy._pending = pending
+        lazy._deferred = deferred
         return lazy
 
     def materialize(self) -> Tensor:
-        """Return the logits as a plain tensor; made at the first call."""
-        pending = self._pending
-        is_new = pending.made is None
-        real = pending.real()
+        """Return the logits as a plain tensor; the first call computes them."""
+        deferred = self._deferred
+        is_new = deferred.made is None
+        real = deferred.real()
         if is_new and real.requires_grad:
             with torch._C.DisableTorchFunctionSubclass():
                 hooks = list((self._backward_hooks or {}).values())
             for hook in hooks:
                 # FSDP's are on the real logits already.
-                if hook not in pending.backward_hooks:
+                if hook not in deferred.backward_hooks:
                     real.register_hook(hook)
         return real
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        pending = self._pending
-        state = "made when read" if pending.made is None else "made"
+        deferred = self._deferred
+        state = "made when read" if deferred.made is None else "made"
         return (
-            f"LazyLogits(shape={tuple(pending.shape)}, dtype={pending.dtype}, "
-            f"device='{pending.rows.device}', {state})"
+            f"LazyLogits(shape={tuple(deferred.shape)}, dtype={deferred.dtype}, "
+            f"device='{deferred.rows.device}', {state})"
         )
 
     @classmethod
@@ -72,23 +60,23 @@ class LazyLogits(Tensor):
         cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if torch.compiler.is_compiling():
-            # A compiled loss: its graph ends here and takes up again with the result.
+            # A compiled loss: its graph breaks here and resumes with the result.
             torch._dynamo.graph_break()
         kwargs = kwargs or {}
         face = next((arg for arg in args[:2] if isinstance(arg, LazyLogits)), None)
         # FSDP hooks every output that has a gradient; that must not cost the memory of the logits.
         is_hook = function is Tensor.register_hook
-        if face is not None and face._pending.call.has_loss:
+        if face is not None and face._deferred.call.has_loss:
             _warn_of_no_gradient(function, args[1:])
-        if is_metadata(function) or (is_hook and face is not None and face._pending.made is None):
+        if is_metadata(function) or (is_hook and face is not None and face._deferred.made is None):
             if is_hook and face is not None and _home_of(args[1:]).startswith("torch.distributed"):
-                face._pending.backward_hooks.append(args[1])
+                face._deferred.backward_hooks.append(args[1])
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
         if face is not None:
-            answer = respond(face._pending, face, function, args, kwargs)
-            if isinstance(answer, Pending):
-                return face if answer is face._pending else answer.call.show(answer)
+            answer = respond(face._deferred, face, function, args, kwargs)
+            if isinstance(answer, DeferredLogits):
+                return face if answer is face._deferred else answer.call.show(answer)
             if answer is not None:
                 return answer
         args, kwargs = tree_map(_read, (args, kwargs))
@@ -105,9 +93,9 @@ class LazyLogits(Tensor):
 
 
 def _warn_of_no_gradient(function: Callable[..., Any], args: Any) -> None:
-    """Warns who asks for a gradient that the loss, which needed no logits, will not bring."""
+    """Warn the caller who asks for a gradient: a loss without logits brings them none."""
     is_hook = function is Tensor.register_hook
-    # Those of torch only wait for the backward to come by.
+    # Hooks of torch itself only wait for backward.
     if function is Tensor.retain_grad or (is_hook and not _home_of(args).startswith("torch.")):
         warnings.warn(
             "out.loss was computed without making these logits, so its backward brings them no "
@@ -133,17 +121,17 @@ def _read_numbers(value: Any) -> Any:
 
 
 class _Attach(torch.autograd.Function):
-    """Gives lazy logits their place in the graph, behind the head's input and weights.
+    """Place lazy logits in the autograd graph, behind the head's input and weights.
 
-    Python code gets real logits with a graph of their own and does not come through here. Autograd
+    Python code gets real logits with a separate graph and does not come through here. Autograd
     functions that take logits as an input do: DDP's, and the losses of other packages.
     """
 
     @staticmethod
-    def forward(ctx: Any, pending: Pending, *sources: Tensor) -> Tensor:
-        ctx.pending = pending
+    def forward(ctx: Any, deferred: DeferredLogits, *sources: Tensor) -> Tensor:
+        ctx.deferred = deferred
         ctx.sources = sources
-        return LazyLogits(pending)
+        return LazyLogits(deferred)
 
     @staticmethod
     @once_differentiable
@@ -152,8 +140,8 @@ class _Attach(torch.autograd.Function):
         # The real logits' own graph goes on to embeddings, which may be tied to the head: it would
         # count them twice.
         cut = source.detach().requires_grad_(source.requires_grad)
-        with ctx.pending.as_recorded(True):
-            logits = ctx.pending.again(cut)
+        with ctx.deferred.as_recorded(True):
+            logits = ctx.deferred.again(cut)
             wanted = [x for x in (cut, *weights) if x.requires_grad]
             grads = iter(torch.autograd.grad(logits, wanted, grad, allow_unused=True))
         return (None, *(next(grads) if x.requires_grad else None for x in ctx.sources))
@@ -172,16 +160,16 @@ class LazyCall:
             self.label_count = count_labels(labels, IGNORE_INDEX)
             self.num_targets = labels.numel()
 
-    def show(self, pending: Pending) -> Tensor:
-        """Return LazyLogits for pending logits, with a place in the graph if they have one."""
+    def show(self, deferred: DeferredLogits) -> Tensor:
+        """Return LazyLogits for deferred logits, with a place in the graph if they have one."""
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break()
-        if not pending.needs_grad:
-            return LazyLogits(pending)
-        weights = [p for p in pending.head.parameters() if p.requires_grad]
-        lazy: Tensor = _Attach.apply(pending, pending.source, *weights)
+        if not deferred.needs_grad:
+            return LazyLogits(deferred)
+        weights = [p for p in deferred.head.parameters() if p.requires_grad]
+        lazy: Tensor = _Attach.apply(deferred, deferred.source, *weights)
         return lazy
 
     def end(self) -> None:
-        """Forget the labels: a loss computed after the forward may be of others."""
+        """Drop the label count: a loss after the forward may have other labels."""
         self.label_count = None

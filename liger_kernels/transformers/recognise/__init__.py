@@ -54,7 +54,6 @@ from liger_kernels.transformers.recognise.specs import (
     Refusal,
     RopeSpec,
     Spec,
-    Tail,
     unserved,
 )
 
@@ -75,7 +74,6 @@ __all__ = [
     "Refusal",
     "RopeSpec",
     "Spec",
-    "Tail",
     "global_names",
     "is_linear",
     "is_sin_first",

@@ -126,14 +126,6 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
-class Tail:
-    """What happens to logits before a loss: times scale, then softcap * tanh(logits / softcap)."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-
-@dataclass(frozen=True)
 class HeadSpec:
     """The language-model head: whatever makes its logits is resolved when it is called."""
 

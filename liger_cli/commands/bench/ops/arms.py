@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from liger_cli.commands.bench.ops.tables import OURS, CheckPart, ErrorPart
 from liger_cli.commands.bench.targets import Workload
 from liger_cli.commands.bench.timing import Arm, Stopwatch
-from liger_kernels.compare import FLOOR, INTERPRETER_FLOOR, check_op, error
-from liger_kernels.ops.backend import backend
+from liger_kernels.compare import allowed_error, check_op, error
+from liger_kernels.ops.losses.options import IGNORE_INDEX
 from liger_kernels.ops.op import Sample
 
 __all__ = ["check", "local_arms"]
@@ -36,9 +36,9 @@ _TORCH: dict[str, Callable[..., torch.Tensor]] = {
     "cross_entropy": F.cross_entropy,
 }
 if hasattr(F, "linear_cross_entropy"):
-    # From torch 2.13 on; without an ignore_index it refuses labels that are -100.
+    # From torch 2.13 on; without an ignore_index it refuses labels that are IGNORE_INDEX.
     _TORCH["fused_linear_cross_entropy"] = functools.partial(
-        F.linear_cross_entropy, ignore_index=-100
+        F.linear_cross_entropy, ignore_index=IGNORE_INDEX
     )
 
 
@@ -89,11 +89,10 @@ def check(
         precision, truth = _truth(workload, sample, stopwatch, dtype)
         eager = _outcome(op.reference, sample, stopwatch, dtype)
         ours = _outcome(op.function, sample, stopwatch, dtype)
-        floors = INTERPRETER_FLOOR if backend(device) == "triton-interpreter" else FLOOR
         errors = []
         for key, value in ours.items():
             by_eager = error(eager[key], truth[key])
-            limit = 2 * by_eager + floors[dtype]
+            limit = allowed_error(by_eager, dtype, device)
             name = names.get(key, key)
             errors.append((name, error(value, truth.pop(key)), by_eager, limit))
     except Exception as problem:
