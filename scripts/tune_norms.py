@@ -125,7 +125,7 @@ def make_norm(op: str, rows: int, width: int) -> Norm:
         def backward() -> tuple[Tensor, ...]:
             return module.layer_norm_bwd(dy, x, weight, stats, BF16, BF16)
     else:
-        options = module.NormOptions(1e-6, 0.0, "mid", BF16)
+        options = module.NormOptions(1e-6, 0.0, "before_weight", BF16)
         is_sum = op == "fused_add_rms_norm"
         given = (x, residual, weight) if is_sum else (x, weight)
         gradients = (dy, dtotal) if is_sum else (dy,)

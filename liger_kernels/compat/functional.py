@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 # What each casting mode is called here.
-_CASTS = {"llama": "mid", "gemma": "end"}
+_CASTS = {"llama": "before_weight", "gemma": "after_weight"}
 
 
 def cast_of(casting_mode: str) -> str:

@@ -7,8 +7,8 @@ the property tests go through, so that a new op is tested by its row alone.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -194,14 +194,18 @@ class Choice:
 
     name: str
     choices: Collection[str]
+    # Other spellings that are accepted, and the choice each one means.
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, value: Any) -> Any:
-        """Return the value.
+        """Return the choice.
 
         Raises:
-            ValueError: It is none of the choices.
+            ValueError: It is none of the choices or aliases.
         """
         if not isinstance(value, str) or value not in self.choices:
+            if isinstance(value, str) and value in self.aliases:
+                return self.aliases[value]
             allowed = ", ".join(self.choices)
             raise ValueError(f"{self.name} must be one of {allowed}, got {describe(value)}")
         return value

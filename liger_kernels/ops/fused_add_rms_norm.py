@@ -25,7 +25,7 @@ from liger_kernels.ops.rows import in_rows
 _TENSORS = (X, TensorArgument("residual", "(..., N)"), WEIGHT)
 
 
-def fused_add_rms_norm_ref(x, residual, weight=None, eps=1e-6, *, offset=0.0, cast="mid"):
+def fused_add_rms_norm_ref(x, residual, weight=None, eps=1e-6, *, offset=0.0, cast="before_weight"):
     """The definition, in plain torch."""
     total = x + residual
     return rms_norm_ref(total, weight, eps, offset=offset, cast=cast), total
@@ -83,7 +83,7 @@ def fused_add_rms_norm(
     eps: float = 1e-6,
     *,
     offset: float = 0.0,
-    cast: str = "mid",
+    cast: str = "before_weight",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the RMS norm of x + residual over the last dimension, and x + residual itself.
 
@@ -152,8 +152,8 @@ OP = Op(
     cases=(
         Case("tiny", (2, 8)),
         Case("odd", (3, 127)),
-        Case("gemma-odd", (5, 257), {"offset": 1.0, "cast": "end"}),
-        Case("olmo", (2, 3, 96), {"cast": "end"}),
+        Case("gemma-odd", (5, 257), {"offset": 1.0, "cast": "after_weight"}),
+        Case("olmo", (2, 3, 96), {"cast": "after_weight"}),
         Case("no-weight", (7, 40), {"has_weight": False}),
         Case("rank-1", (33,)),
         Case("rank-4", (2, 3, 5, 64), {"eps": 1e-5}),
@@ -161,12 +161,12 @@ OP = Op(
         Case("strided", (9, 65), {"layouts": ("strided", "contiguous")}),
         Case("one-wide", (4, 1)),
         Case("fp32-residual", (4, 72), {"residual_dtype": torch.float32}),
-        Case("fp16-residual", (4, 72), {"residual_dtype": torch.float16, "cast": "end"}),
+        Case("fp16-residual", (4, 72), {"residual_dtype": torch.float16, "cast": "after_weight"}),
         Case("fp32-weight", (4, 64), {"weight_dtype": torch.float32}),
         Case("many-rows", (5000, 16)),
         Case("two-parts", (2000, 40)),
         Case("real", (4096, 2048), needs_gpu=True),
-        Case("real-wide", (512, 8192), {"offset": 1.0, "cast": "end"}, needs_gpu=True),
+        Case("real-wide", (512, 8192), {"offset": 1.0, "cast": "after_weight"}, needs_gpu=True),
         Case("real-not-power", (512, 5120), needs_gpu=True),
         Case("widest", (300, 65536), needs_gpu=True),
     ),

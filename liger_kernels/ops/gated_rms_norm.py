@@ -4,10 +4,10 @@ x_hat = u * rstd, rstd = 1 / sqrt(mean(u^2) + eps), each group of the last dimen
 u = x * act(gate) when the gate comes first (Mamba 2), else x (Gated DeltaNet); act is silu or
 sigmoid.
 Legend: M rows, N width, G groups, W = N / G, P persistent programs a group of the backward.
-Rounding: act(gate), u and x_hat are computed in fp32. cast="mid" (Qwen3-Next, Mamba 2) rounds x_hat
-to x's dtype and its product with the weight to the promoted dtype of the two; a gate that comes
-after multiplies that in fp32, rounded to x's dtype. cast="end" (Kimi Linear, Falcon H1) multiplies
-everything in fp32 and rounds once, to x's dtype.
+Rounding: act(gate), u and x_hat are computed in fp32. cast="before_weight" (Qwen3-Next, Mamba 2)
+rounds x_hat to x's dtype and its product with the weight to the promoted dtype of the two; a gate
+that comes after multiplies that in fp32, rounded to x's dtype. cast="after_weight" (Kimi Linear,
+Falcon H1) multiplies everything in fp32 and rounds once, to x's dtype.
 Memory: saves x, gate, weight and one fp32 number a group; eager code also keeps up to five fp32
 copies of x.
 Source: Dao and Gu, Transformers are SSMs, section 7, https://arxiv.org/abs/2405.21060; Zhang and
@@ -39,20 +39,29 @@ _NUM_GROUPS = Integer("num_groups", "an int that divides x's width")
 
 
 def gated_rms_norm_ref(
-    x, gate, weight=None, eps=1e-6, *, gate_first=False, activation="silu", cast="mid", num_groups=1
+    x,
+    gate,
+    weight=None,
+    eps=1e-6,
+    *,
+    gate_first=False,
+    activation="silu",
+    cast="before_weight",
+    num_groups=1,
 ):
     """The definition, in plain torch."""
     opened = ACTIVATIONS[activation](upcast(gate))
     u = upcast(x) * opened if gate_first else upcast(x)
     u = u.unflatten(-1, (num_groups, u.shape[-1] // num_groups))
     y = (u * torch.rsqrt(u.pow(2).mean(-1, keepdim=True) + eps)).flatten(-2)
-    if cast == "mid":
+    cast = CAST.of(cast)
+    if cast == "before_weight":
         y = y.to(x.dtype) if weight is None else weight * y.to(x.dtype)
     elif weight is not None:
         y = upcast(weight) * y
     if not gate_first:
         y = y * opened
-    return y if gate_first and cast == "mid" else y.to(x.dtype)
+    return y if gate_first and cast == "before_weight" else y.to(x.dtype)
 
 
 # (width, warps): elements a lane stays at 8 to 32. First guess, to be replaced by measurements.
@@ -80,9 +89,9 @@ def _flags(dtype: torch.dtype, has_weight: bool, options: _Options) -> dict[str,
         "GATE_FIRST": options.gate_first,
         "ACTIVATION": options.activation,
         "HAS_WEIGHT": has_weight,
-        "ROUND_MID": options.cast == "mid",
+        "ROUND_BEFORE_WEIGHT": options.cast == "before_weight",
         # Two dtypes promote to x's or to fp32, in which the product is computed anyway.
-        "ROUND_PRODUCT": options.cast == "mid" and options.product_dtype == dtype,
+        "ROUND_PRODUCT": options.cast == "before_weight" and options.product_dtype == dtype,
     }
 
 
@@ -92,9 +101,9 @@ def _groups(x, options: _Options):
 
 def _product(x_hat, x, weight, options: _Options):
     """Return x_hat, rounded, and its product with the weight, rounded, both in fp32 at least."""
-    rounded = upcast(x_hat.to(x.dtype)) if options.cast == "mid" else x_hat
+    rounded = upcast(x_hat.to(x.dtype)) if options.cast == "before_weight" else x_hat
     product = rounded if weight is None else rounded * upcast(weight)
-    if options.cast == "mid":
+    if options.cast == "before_weight":
         product = upcast(product.to(options.product_dtype))
     return rounded, product
 
@@ -255,7 +264,7 @@ def gated_rms_norm(
     *,
     gate_first: bool = False,
     activation: str = "silu",
-    cast: str = "mid",
+    cast: str = "before_weight",
     num_groups: int = 1,
 ) -> torch.Tensor:
     """Return x over its root mean square, times weight and act(gate), over the last dimension.
@@ -267,14 +276,15 @@ def gated_rms_norm(
         eps: Added to the mean of squares.
         gate_first: True multiplies x with act(gate) before the norm, as Mamba 2 does.
         activation: "silu" or "sigmoid".
-        cast: "mid" rounds x / rms to x.dtype before the product with the weight, and the product to
-            the promoted dtype of x and weight, as Qwen3NextRMSNormGated and MambaRMSNormGated do;
-            "end" multiplies in fp32 and rounds once, as the norms of Kimi Linear and Falcon H1 do.
+        cast: "before_weight" rounds x / rms to x.dtype before the product with the weight, and the
+            product to the promoted dtype of x and weight, as Qwen3NextRMSNormGated and
+            MambaRMSNormGated do; "after_weight" multiplies in fp32 and rounds once, as the norms of
+            Kimi Linear and Falcon H1 do. "mid" and "end" are older spellings of the two.
         num_groups: Equal parts of the last dimension, each with a root mean square of its own.
 
     Returns:
-        (..., N) in x.dtype; in the promoted dtype of x and weight for gate_first with cast="mid".
-        Differentiable once; a second differentiation raises RuntimeError.
+        (..., N) in x.dtype; in the promoted dtype of x and weight for gate_first with
+        cast="before_weight". Differentiable once; a second differentiation raises RuntimeError.
 
     Raises:
         ValueError: x, gate or weight is no tensor, on another device, or of another dtype or shape;
@@ -284,9 +294,9 @@ def gated_rms_norm(
     Source: https://arxiv.org/abs/2405.21060, section 7.
     """
     _check(x, gate, weight, activation, cast, num_groups)
-    is_mid = cast == "mid"
+    cast = CAST.of(cast)
     product_dtype = x.dtype
-    if weight is not None and is_mid:
+    if weight is not None and cast == "before_weight":
         product_dtype = torch.promote_types(x.dtype, weight.dtype)
     options = _Options(
         EPS.of(eps),
@@ -361,12 +371,12 @@ OP = Op(
         Case("odd", (3, 127)),
         Case("mamba", (5, 65), _FIRST),
         Case("mamba-groups", (2, 3, 51), _GROUPS),
-        Case("kimi", (3, 40), {"cast": "end", "activation": "sigmoid"}),
-        Case("falcon-h1", (4, 96), {"cast": "end", **_GROUPS}),
-        Case("falcon-h1-after", (4, 96), {"cast": "end", "num_groups": 2}),
+        Case("kimi", (3, 40), {"cast": "after_weight", "activation": "sigmoid"}),
+        Case("falcon-h1", (4, 96), {"cast": "after_weight", **_GROUPS}),
+        Case("falcon-h1-after", (4, 96), {"cast": "after_weight", "num_groups": 2}),
         Case("sigmoid-first", (4, 33), {"activation": "sigmoid", **_FIRST}),
         Case("no-weight", (7, 40), {"has_weight": False}),
-        Case("no-weight-first", (7, 40), {"has_weight": False, "cast": "end", **_FIRST}),
+        Case("no-weight-first", (7, 40), {"has_weight": False, "cast": "after_weight", **_FIRST}),
         Case("rank-1", (33,)),
         Case("rank-4", (2, 3, 5, 64), {"eps": 1e-5}),
         Case("transposed", (6, 48), {"layout": "transposed"}),

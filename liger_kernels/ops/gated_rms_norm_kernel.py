@@ -32,7 +32,7 @@ def gated_rms_norm_fwd_kernel(
     GATE_FIRST: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
-    ROUND_MID: tl.constexpr,
+    ROUND_BEFORE_WEIGHT: tl.constexpr,
     ROUND_PRODUCT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -53,7 +53,7 @@ def gated_rms_norm_fwd_kernel(
     rstd = tl.rsqrt(tl.sum(y * y, 1) / W + fp32(eps))
     tl.store(rstd_ptr + rows * tl.num_programs(1) + group, rstd, mask=mask_m)
     y *= rstd[:, None]
-    if ROUND_MID:
+    if ROUND_BEFORE_WEIGHT:
         y = y.to(x_ptr.dtype.element_ty).to(tl.float32)
     if HAS_WEIGHT:
         y *= tl.load(weight_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)[None, :]
@@ -84,7 +84,7 @@ def gated_rms_norm_bwd_kernel(
     ACTIVATION: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_DW: tl.constexpr,
-    ROUND_MID: tl.constexpr,
+    ROUND_BEFORE_WEIGHT: tl.constexpr,
     ROUND_PRODUCT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -118,7 +118,7 @@ def gated_rms_norm_bwd_kernel(
         if GATE_FIRST:
             x_hat *= act
         rounded = x_hat
-        if ROUND_MID:
+        if ROUND_BEFORE_WEIGHT:
             rounded = x_hat.to(x_ptr.dtype.element_ty).to(tl.float32)
         dgate = dy * slope
         if not GATE_FIRST:

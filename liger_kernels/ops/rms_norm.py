@@ -1,9 +1,10 @@
 """RMS norm: y = (weight + offset) * x_hat, x_hat = x * rstd, rstd = 1 / sqrt(mean(x^2) + eps).
 
 Legend: M rows, N width, P persistent programs of the backward.
-Rounding: the mean and x_hat are computed in fp32. cast="mid" (Llama, Mistral, Qwen) rounds x_hat to
-x's dtype before the product with the weight, and the result has the promoted dtype of x and weight;
-cast="end" (Gemma, OLMo 2) multiplies in fp32 and rounds once, to x's dtype.
+Rounding: the mean and x_hat are computed in fp32. cast="before_weight" (Llama, Mistral, Qwen)
+rounds x_hat to x's dtype before the product with the weight, and the result has the promoted dtype
+of x and weight; cast="after_weight" (Gemma, OLMo 2) multiplies in fp32 and rounds once, to x's
+dtype.
 Memory: saves x, weight and one fp32 number a row; eager code also keeps two fp32 copies of x.
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization, eq. 4,
 https://arxiv.org/abs/1910.07467
@@ -20,19 +21,21 @@ from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic, upca
 from liger_kernels.ops.rms_norm_kernel import NormOptions, rms_norm_bwd, rms_norm_fwd
 from liger_kernels.ops.rows import in_rows
 
-CASTS = ("mid", "end")
+CASTS = ("before_weight", "after_weight")
+# The spellings of earlier versions.
+_CAST_ALIASES = {"mid": "before_weight", "end": "after_weight"}
 X = TensorArgument("x", "(..., N)", "be a floating tensor (..., N)")
 WEIGHT = TensorArgument("weight", "(N,)", is_optional=True)
-OFFSET, CAST = Number("offset"), Choice("cast", CASTS)
+OFFSET, CAST = Number("offset"), Choice("cast", CASTS, _CAST_ALIASES)
 
 
-def rms_norm_ref(x, weight=None, eps=1e-6, *, offset=0.0, cast="mid"):
+def rms_norm_ref(x, weight=None, eps=1e-6, *, offset=0.0, cast="before_weight"):
     """The definition, in plain torch."""
     wide = upcast(x)
     x_hat = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if weight is None:
         return x_hat.to(x.dtype)
-    if cast == "mid":
+    if CAST.of(cast) == "before_weight":
         return (weight + offset if offset else weight) * x_hat.to(x.dtype)
     return ((upcast(weight) + offset) * x_hat).to(x.dtype)
 
@@ -86,8 +89,8 @@ def norm_options(
         raise ValueError(f"x must be a floating tensor (..., N), got {x.dtype} {tuple(x.shape)}")
     if weight is not None and weight.shape != (x.shape[-1],):
         raise ValueError(f"weight must be ({x.shape[-1]},) as x's width, got {tuple(weight.shape)}")
-    CAST.of(cast)
-    if weight is not None and cast == "mid" and weight.dtype != dtype:
+    cast = CAST.of(cast)
+    if weight is not None and cast == "before_weight" and weight.dtype != dtype:
         dtype = torch.promote_types(dtype, weight.dtype)
     return NormOptions(EPS.of(eps), OFFSET.of(offset), cast, dtype)
 
@@ -98,7 +101,7 @@ def rms_norm(
     eps: float = 1e-6,
     *,
     offset: float = 0.0,
-    cast: str = "mid",
+    cast: str = "before_weight",
 ) -> torch.Tensor:
     """Return x divided by its root mean square over the last dimension, times (weight + offset).
 
@@ -107,9 +110,10 @@ def rms_norm(
         weight: (N,) of any floating dtype, or None for no product.
         eps: Added to the mean of squares.
         offset: Added to the weight in fp32; 1.0 for Gemma.
-        cast: "mid" rounds x / rms to x.dtype before the product and returns the promoted dtype of x
-            and weight, as LlamaRMSNorm does; "end" multiplies in fp32 and rounds once to x.dtype,
-            as GemmaRMSNorm and Olmo2RMSNorm do.
+        cast: "before_weight" rounds x / rms to x.dtype before the product and returns the promoted
+            dtype of x and weight, as LlamaRMSNorm does; "after_weight" multiplies in fp32 and
+            rounds once to x.dtype, as GemmaRMSNorm and Olmo2RMSNorm do. "mid" and "end" are older
+            spellings of the two.
 
     Returns:
         (..., N). Differentiable once; a second differentiation raises RuntimeError.
@@ -149,8 +153,8 @@ OP = Op(
     cases=(
         Case("tiny", (2, 8)),
         Case("odd", (3, 127)),
-        Case("gemma-odd", (5, 257), {"offset": 1.0, "cast": "end"}),
-        Case("olmo", (2, 3, 96), {"cast": "end"}),
+        Case("gemma-odd", (5, 257), {"offset": 1.0, "cast": "after_weight"}),
+        Case("olmo", (2, 3, 96), {"cast": "after_weight"}),
         Case("no-weight", (7, 40), {"has_weight": False}),
         Case("rank-1", (33,)),
         Case("rank-4", (2, 3, 5, 64), {"eps": 1e-5}),
@@ -158,12 +162,12 @@ OP = Op(
         Case("strided", (9, 65), {"layout": "strided"}),
         Case("one-wide", (4, 1)),
         Case("fp32-weight", (4, 64), {"weight_dtype": torch.float32}),
-        Case("fp32-weight-end", (4, 64), {"weight_dtype": torch.float32, "cast": "end"}),
+        Case("fp32-weight-end", (4, 64), {"weight_dtype": torch.float32, "cast": "after_weight"}),
         Case("many-rows", (5000, 16)),
         Case("two-parts", (2000, 40)),
         Case("real", (4096, 2048), needs_gpu=True),
         Case("real-qk-norm", (65536, 128), needs_gpu=True),
-        Case("real-wide", (512, 8192), {"offset": 1.0, "cast": "end"}, needs_gpu=True),
+        Case("real-wide", (512, 8192), {"offset": 1.0, "cast": "after_weight"}, needs_gpu=True),
         Case("widest", (300, 65536), needs_gpu=True),
         Case("real-not-power", (512, 5120), needs_gpu=True),
     ),

@@ -51,7 +51,8 @@ class NormOptions(NamedTuple):
 
     eps: float
     offset: float
-    # "mid" rounds x_hat to x's dtype before the product with the weight, "end" does not.
+    # "before_weight" rounds x_hat to x's dtype before the product with the weight; "after_weight"
+    # rounds the product alone.
     cast: str
     out_dtype: torch.dtype
 
@@ -73,7 +74,7 @@ def rms_norm_fwd_kernel(
     HAS_RESIDUAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_RSTD: tl.constexpr,
-    ROUND_MID: tl.constexpr,
+    ROUND_BEFORE_WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -100,7 +101,7 @@ def rms_norm_fwd_kernel(
         tl.store(rstd_ptr + rows, rstd, mask=mask_m)
     y = x * rstd[:, None]
     if HAS_WEIGHT:
-        if ROUND_MID:
+        if ROUND_BEFORE_WEIGHT:
             y = y.to(total.dtype).to(tl.float32)
         w = tl.load(weight_ptr + cols, mask=mask_n, other=0.0).to(tl.float32)
         y = y * (w + fp32(offset))[None, :]
@@ -117,12 +118,12 @@ def _load_weight(weight_ptr, cols, N, offset, HAS_WEIGHT: tl.constexpr):
 
 
 @triton.jit
-def _terms(x, dy, w, rstd, ROUND_MID: tl.constexpr):
+def _terms(x, dy, w, rstd, ROUND_BEFORE_WEIGHT: tl.constexpr):
     """Return x_hat, its gradient before the mean is taken off, and what is to be added to dw."""
     x_hat = x.to(tl.float32) * rstd
     dy = dy.to(tl.float32)
     rounded = x_hat
-    if ROUND_MID:
+    if ROUND_BEFORE_WEIGHT:
         rounded = x_hat.to(x.dtype).to(tl.float32)
     return x_hat, dy * w, dy * rounded
 
@@ -152,7 +153,7 @@ def rms_norm_bwd_kernel(
     HAS_DTOTAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_DW: tl.constexpr,
-    ROUND_MID: tl.constexpr,
+    ROUND_BEFORE_WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_REST: tl.constexpr,
@@ -178,7 +179,7 @@ def rms_norm_bwd_kernel(
         mask = mask_m & (cols < N)[None, :]
         x = tl.load(x_ptr + rows * stride_xm + cols[None, :], mask=mask, other=0.0)
         dy = tl.load(dy_ptr + rows * stride_dym + cols[None, :], mask=mask, other=0.0)
-        x_hat, dx_hat, dw_rows = _terms(x, dy, w, rstd, ROUND_MID)
+        x_hat, dx_hat, dw_rows = _terms(x, dy, w, rstd, ROUND_BEFORE_WEIGHT)
         if HAS_DW:
             dw += dw_rows
         mean = tl.sum(dx_hat * x_hat, 1) / N
@@ -186,7 +187,7 @@ def rms_norm_bwd_kernel(
             mask_r = mask_m & (cols_r < N)[None, :]
             x = tl.load(x_ptr + rows * stride_xm + cols_r[None, :], mask=mask_r, other=0.0)
             dy = tl.load(dy_ptr + rows * stride_dym + cols_r[None, :], mask=mask_r, other=0.0)
-            x_hat_r, dx_hat_r, dw_rows_r = _terms(x, dy, w_r, rstd, ROUND_MID)
+            x_hat_r, dx_hat_r, dw_rows_r = _terms(x, dy, w_r, rstd, ROUND_BEFORE_WEIGHT)
             if HAS_DW:
                 dw_r += dw_rows_r
             mean += tl.sum(dx_hat_r * x_hat_r, 1) / N
@@ -266,7 +267,7 @@ def _fwd_launch(
         HAS_RESIDUAL=stride_residual is not None,
         HAS_WEIGHT=has_weight,
         HAS_RSTD=has_rstd,
-        ROUND_MID=options.cast == "mid",
+        ROUND_BEFORE_WEIGHT=options.cast == "before_weight",
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
         num_warps=plan.num_warps,
@@ -346,7 +347,7 @@ def _bwd_launch(
         HAS_DTOTAL=stride_dtotal is not None,
         HAS_WEIGHT=has_weight,
         HAS_DW=has_dw,
-        ROUND_MID=options.cast == "mid",
+        ROUND_BEFORE_WEIGHT=options.cast == "before_weight",
         BLOCK_M=plan.block_m,
         BLOCK_N=plan.block_n,
         BLOCK_REST=plan.block_rest,
@@ -364,7 +365,7 @@ def _torch_fwd(x, weight, options, residual, rstd):
         norm = torch.linalg.vector_norm(x, dim=-1, dtype=wide)
         rstd = (norm.square() / x.shape[-1] + options.eps).rsqrt()
     y = upcast(x) * rstd[..., None]
-    if weight is not None and options.cast == "mid":
+    if weight is not None and options.cast == "before_weight":
         y = y.to(x.dtype) * (weight + options.offset if options.offset else weight)
     elif weight is not None:
         y = y * (upcast(weight) + options.offset)
@@ -377,7 +378,7 @@ def _torch_bwd(dy, x, weight, rstd, options, needs_dw, dtotal):
     dy = upcast(dy).reshape(x.shape)
     dw = None
     if needs_dw:
-        rounded = upcast(x_hat.to(x.dtype)) if options.cast == "mid" else x_hat
+        rounded = upcast(x_hat.to(x.dtype)) if options.cast == "before_weight" else x_hat
         dw = (dy * rounded).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
     if weight is not None:
         dy = dy * (upcast(weight) + options.offset)

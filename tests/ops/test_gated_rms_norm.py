@@ -18,9 +18,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The four places of gate and rounding that transformers has, named after a model.
 FORMS = {
     "qwen3_next": {},
-    "kimi": {"cast": "end", "activation": "sigmoid"},
+    "kimi": {"cast": "after_weight", "activation": "sigmoid"},
     "mamba2": {"gate_first": True, "num_groups": 2},
-    "falcon_h1": {"gate_first": True, "cast": "end"},
+    "falcon_h1": {"gate_first": True, "cast": "after_weight"},
 }
 each_form = pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 
@@ -281,7 +281,9 @@ def test_wrong_arguments_are_named(device):
             gated_rms_norm(x, gate, num_groups=wrong)
     with pytest.raises(ValueError, match="activation must be one of silu, sigmoid, got 'relu'"):
         gated_rms_norm(x, gate, activation="relu")
-    with pytest.raises(ValueError, match="cast must be one of mid, end, got 'llama'"):
+    with pytest.raises(
+        ValueError, match="cast must be one of before_weight, after_weight, got 'llama'"
+    ):
         gated_rms_norm(x, gate, cast="llama")
 
 

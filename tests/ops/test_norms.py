@@ -87,7 +87,7 @@ def test_case_16_gemma_adds_one_to_the_weight_in_fp32(device):
     weight = torch.full((64,), 2.0**-8, dtype=torch.bfloat16, device=device)
     assert (1.0 + weight).float().eq(1.0).all()
     x = make(3, 64, seed=0, device=device).detach()
-    ratio = rms_norm(x, weight, offset=1.0, cast="end") / rms_norm(x)
+    ratio = rms_norm(x, weight, offset=1.0, cast="after_weight") / rms_norm(x)
     torch.testing.assert_close(ratio, torch.full_like(ratio, 1.00390625), rtol=1e-6, atol=0)
 
 
@@ -105,8 +105,8 @@ def test_case_16_casting_points_of_llama_and_gemma(device):
         return (a == b).double().mean().item()
 
     assert share_of_equals(rms_norm(x, weight), llama) > 0.995
-    assert share_of_equals(rms_norm(x, weight, cast="end"), olmo) > 0.995
-    assert share_of_equals(rms_norm(x, weight, offset=1.0, cast="end"), gemma) > 0.995
+    assert share_of_equals(rms_norm(x, weight, cast="after_weight"), olmo) > 0.995
+    assert share_of_equals(rms_norm(x, weight, offset=1.0, cast="after_weight"), gemma) > 0.995
     # The two castings are told apart by this data.
     assert share_of_equals(llama, olmo) < 0.9
 
@@ -375,7 +375,7 @@ def test_few_elements_are_the_work_of_one_program():
 
 
 @pytest.mark.parametrize("layout", ["packed", "strided", "transposed"])
-@pytest.mark.parametrize("cast", ["mid", "end"])
+@pytest.mark.parametrize("cast", ["before_weight", "after_weight"])
 def test_recompute_gives_the_same_bits(cast, layout, device):
     x, weight = arguments("rms_norm", 3, 5, 72, device=device, dtype=torch.half)
     if layout == "strided":
@@ -494,7 +494,9 @@ def test_add_norm_names_wrong_arguments(device):
         fused_add_rms_norm(x, residual.long(), weight)
     with pytest.raises(ValueError, match=r"weight must be \(8,\) as x's width, got \(7,\)"):
         fused_add_rms_norm(x, residual, weight[:7])
-    with pytest.raises(ValueError, match="cast must be one of mid, end, got 'llama'"):
+    with pytest.raises(
+        ValueError, match="cast must be one of before_weight, after_weight, got 'llama'"
+    ):
         fused_add_rms_norm(x, residual, weight, cast="llama")
 
 
@@ -527,7 +529,9 @@ def test_options_are_checked_by_name(device):
     x, weight, bias = arguments("layer_norm", 2, 8, device=device)
     with pytest.raises(ValueError, match=r"bias must be \(8,\) as x's width, got \(1, 8\)"):
         layer_norm(x, weight, bias[None])
-    with pytest.raises(ValueError, match="cast must be one of mid, end, got 'llama'"):
+    with pytest.raises(
+        ValueError, match="cast must be one of before_weight, after_weight, got 'llama'"
+    ):
         rms_norm(x, weight, cast="llama")
 
 
@@ -566,7 +570,7 @@ def test_case_14_case_28_inside_torch_compile(norm, device, true_allocators):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cast", ["mid", "end"])
+@pytest.mark.parametrize("cast", ["before_weight", "after_weight"])
 def test_case_15_weight_gradient_of_many_narrow_rows(cast, device):
     # In fp32, so that only what is rounded on the way to the sum is seen.
     rows, width = 32768, 128
@@ -577,7 +581,7 @@ def test_case_15_weight_gradient_of_many_narrow_rows(cast, device):
     (dw,) = torch.autograd.grad(y, weight, dy.to(y.dtype))
     wide = x.detach().double()
     x_hat = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
-    if cast == "mid":
+    if cast == "before_weight":
         x_hat = x_hat.bfloat16().double()
     wanted = (dy.to(y.dtype).double() * x_hat).sum(0)
     assert dw.dtype == torch.float32

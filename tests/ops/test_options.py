@@ -15,14 +15,18 @@ from liger_kernels.compare import FLOOR, compare
 from liger_kernels.ops import (
     count_labels,
     cross_entropy,
+    fused_add_rms_norm,
     fused_linear_cross_entropy,
     fused_linear_logprobs,
+    gated_rms_norm,
     rms_norm,
 )
 from liger_kernels.ops.arguments import Cap, Choice, Flag, Instance, Integer, Number
+from liger_kernels.ops.gated_rms_norm import gated_rms_norm_ref
 from liger_kernels.ops.losses.options import Normalizer
 from liger_kernels.ops.op import Case, Op
 from liger_kernels.ops.registry import OPS
+from liger_kernels.ops.rms_norm import rms_norm_ref
 
 NAN, INF = float("nan"), float("inf")
 NO_NUMBERS = ("1", [1.0], {}, 1j, torch.ones(2), torch.tensor(1.0, requires_grad=True))
@@ -232,3 +236,19 @@ def test_case_203_logprobs_and_entropy_of_finite_logits_of_any_size(kind, device
     assert_close(logprob, true_logprob)
     assert_close(entropy, true_entropy)
     assert_close(dweight, wanted.t())
+
+
+@pytest.mark.parametrize(("old", "new"), [("mid", "before_weight"), ("end", "after_weight")])
+def test_older_spellings_of_cast_compute_the_same(old, new):
+    x, weight = torch.randn(2, 3, 16).bfloat16(), torch.randn(16)
+    functions = {
+        rms_norm: (x, weight),
+        rms_norm_ref: (x, weight),
+        gated_rms_norm: (x, x, weight),
+        gated_rms_norm_ref: (x, x, weight),
+        lambda *args, cast: fused_add_rms_norm(*args, cast=cast)[0]: (x, x, weight),
+    }
+    for function, arguments in functions.items():
+        y, wanted = (function(*arguments, cast=cast) for cast in (old, new))
+        assert y.dtype == wanted.dtype
+        assert torch.equal(y, wanted)

@@ -222,11 +222,11 @@ class OddNorm(Norm):
         return self.weight * x / (x.abs().mean(-1, keepdim=True) + self.eps)
 
 
-MID = NormSpec(0.0, "mid", True, "eps")
-GATED = GatedNormSpec(True, "silu", "mid", 1, True, ("x", "gate"), "eps")
+MID = NormSpec(0.0, "before_weight", True, "eps")
+GATED = GatedNormSpec(True, "silu", "before_weight", 1, True, ("x", "gate"), "eps")
 NORMS = {
     "mid": (Norm, MID),
-    "end": (NormEnd, NormSpec(0.0, "end", True, "eps")),
+    "end": (NormEnd, NormSpec(0.0, "after_weight", True, "eps")),
     "torch-layer-norm": (lambda: nn.LayerNorm(12), LayerNormSpec(True, True, "eps")),
     "no-bias": (lambda: nn.LayerNorm(12, bias=False), LayerNormSpec(True, False, "eps")),
     "no-weight": (
@@ -240,18 +240,18 @@ NORMS = {
     "gated-last": (GatedLastNorm, replace(GATED, gate_first=False)),
     "gated-end": (
         GatedEndNorm,
-        GatedNormSpec(False, "sigmoid", "end", 1, True, ("hidden", "z"), "eps"),
+        GatedNormSpec(False, "sigmoid", "after_weight", 1, True, ("hidden", "z"), "eps"),
     ),
     "gated-narrow": (GatedNarrowNorm, "rounds at a point"),
     "gated-tanh": (GatedTanhNorm, "norm of 2 inputs (x, gate) of another form"),
     "two-inputs": (TwoInputNorm, "norm of 2 inputs (q, k) of another form"),
-    "l2": (L2Norm, NormSpec(0.0, "end", False, "eps", is_l2=True)),
-    "idle-buffer": (IdleBufferNorm, NormSpec(0.0, "mid", False, "eps")),
+    "l2": (L2Norm, NormSpec(0.0, "after_weight", False, "eps", is_l2=True)),
+    "idle-buffer": (IdleBufferNorm, NormSpec(0.0, "before_weight", False, "eps")),
     "buffer": (BufferNorm, "no kernel"),
     "scale": (ScaleNorm, "gives the scale of a norm"),
     "stored": (StoredNorm, "stored numbers"),
     "rounded-scale": (RoundedScaleNorm, "rounds its scale before the product"),
-    "fixed-eps": (FixedEpsNorm, NormSpec(0.0, "mid", True, "", 1e-5)),
+    "fixed-eps": (FixedEpsNorm, NormSpec(0.0, "before_weight", True, "", 1e-5)),
     "odd-eps": (OddEpsNorm, "no kernel"),
     "dtype-eps": (lambda: nn.RMSNorm(12), "eps is its dtype's"),
     "fixed-layer-norm": (FixedLayerNorm, LayerNormSpec(False, False, "", 1e-5)),

@@ -35,7 +35,7 @@ class AnyRMSNorm(nn.Module):
         weight, wide = getattr(self, self.names.weight), x.float()
         eps = getattr(self, self.names.eps) if self.names.eps else 1e-5
         x_hat = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        if self.cast == "mid":
+        if self.cast == "before_weight":
             return (weight + self.offset if self.offset else weight) * x_hat.to(x.dtype)
         return ((weight.float() + self.offset) * x_hat).to(x.dtype)
 
@@ -74,7 +74,7 @@ def _check(norm):
 
 @pytest.mark.parametrize(("weight", "eps"), [*itertools.product(WEIGHTS, EPSILONS)])
 def test_case_216_an_rms_norm_of_any_names(weight, eps):
-    for offset, cast in ((0.0, "mid"), (0.0, "end"), (1.0, "end")):
+    for offset, cast in ((0.0, "before_weight"), (0.0, "after_weight"), (1.0, "after_weight")):
         norm = AnyRMSNorm(weight, eps, offset, cast)
         found = recognise_norm(norm)
         assert isinstance(found, NormSpec), found

@@ -83,7 +83,7 @@ def test_trials_take_the_widths_forms_and_dtype_of_the_model(tried):
     cases = {op: (shape, options) for op, shape, options, _ in tried}
     assert {dtype for *_, dtype in tried} == {torch.bfloat16}
     assert cases["rms_norm"][0][-1] == config.hidden_size
-    assert cases["rms_norm"][1] == {"offset": 1.0, "cast": "end", "has_weight": True}
+    assert cases["rms_norm"][1] == {"offset": 1.0, "cast": "after_weight", "has_weight": True}
     assert cases["geglu"] == ((33, config.intermediate_size), {"approximate": "tanh"})
     assert cases["rope"][0][-1] == config.head_dim
     assert cases["fused_linear_cross_entropy"][0][-1] == config.vocab_size

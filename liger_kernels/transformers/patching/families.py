@@ -115,9 +115,9 @@ def _difference(expected: Spec | Gate, found: Spec) -> str:
     return ", ".join(f"{name} is {b!r}, not {a!r}" for name, a, b in pairs if a != b)
 
 
-LLAMA_NORM = NormSpec(0.0, "mid", has_weight=True, eps_attr="variance_epsilon")
-OLMO_NORM = replace(LLAMA_NORM, cast="end")
-GEMMA_NORM = NormSpec(1.0, "end", has_weight=True, eps_attr="eps")
+LLAMA_NORM = NormSpec(0.0, "before_weight", has_weight=True, eps_attr="variance_epsilon")
+OLMO_NORM = replace(LLAMA_NORM, cast="after_weight")
+GEMMA_NORM = NormSpec(1.0, "after_weight", has_weight=True, eps_attr="eps")
 
 SEPARATE = Gate("separate", "gate_proj", "up_proj", "down_proj")
 FUSED = Gate("gate_first", "gate_up_proj", "gate_up_proj", "down_proj")
@@ -229,7 +229,7 @@ _ROWS = (
         _modeling("llama4"),
         norms={
             "Llama4TextRMSNorm": replace(LLAMA_NORM, eps_attr="eps"),
-            "Llama4TextL2Norm": NormSpec(0.0, "mid", has_weight=False, eps_attr="eps"),
+            "Llama4TextL2Norm": NormSpec(0.0, "before_weight", has_weight=False, eps_attr="eps"),
         },
         gates={"Llama4TextMLP": SEPARATE, "Llama4TextExperts": EXPERTS},
         ropes={"Llama4TextAttention": (COMPLEX,)},
@@ -239,7 +239,7 @@ _ROWS = (
         _modeling("llama4"),
         norms={
             "Llama4TextRMSNorm": replace(LLAMA_NORM, eps_attr="eps"),
-            "Llama4TextL2Norm": NormSpec(0.0, "mid", has_weight=False, eps_attr="eps"),
+            "Llama4TextL2Norm": NormSpec(0.0, "before_weight", has_weight=False, eps_attr="eps"),
         },
         gates={"Llama4TextMLP": SEPARATE, "Llama4TextExperts": EXPERTS},
         ropes={"Llama4TextAttention": (COMPLEX,), "Llama4VisionAttention": (COMPLEX_VISION,)},

@@ -177,7 +177,7 @@ class _Probe:
 
         def agrees(x: Tensor, eps: float, attributes: Mapping[str, Any] | None = None) -> bool:
             y = self(x, attributes=attributes)
-            return is_close(y, form(x, self.weight, eps, "end"))
+            return is_close(y, form(x, self.weight, eps, "after_weight"))
 
         # Inputs this small let eps decide, and another eps in the attribute proves that it is the
         # one read.
@@ -200,7 +200,7 @@ class _Probe:
                 weight = None if self.weight is None else self.weight.to(dtype)
                 agrees.append(_is_same(self(narrow, dtype), form(narrow, weight, eps, cast)))
             # T5's rounds x / rms to the dtype that the weight has.
-            if all(agrees) or (agrees[0] and cast == "mid"):
+            if all(agrees) or (agrees[0] and cast == "before_weight"):
                 return cast, not agrees[1]
         return None
 
@@ -229,10 +229,12 @@ def _plain(probe: _Probe) -> NormSpec | LayerNormSpec | Refusal | None:
                 layer = replace(layer, weight_attr=weight_attr, bias_attr=bias_attr)
                 return _layer_norm(probe, layer)
             if not has_bias and probe.matches(_rms_norm_form(offset), name, eps):
-                norm = NormSpec(offset, "end", has_weight, name, number, weight_attr=weight_attr)
+                norm = NormSpec(
+                    offset, "after_weight", has_weight, name, number, weight_attr=weight_attr
+                )
                 return _rms_norm(probe, norm, eps)
         if not (has_weight or has_bias) and probe.matches(_l2_norm, name, eps):
-            spec = NormSpec(0.0, "end", False, name, number, is_l2=True)
+            spec = NormSpec(0.0, "after_weight", False, name, number, is_l2=True)
             return spec if probe.rounding(_l2_norm, eps) else _ODD_ROUNDING
     return None
 
@@ -296,7 +298,7 @@ def _describe(probe: _Probe) -> Refusal | None:
     image = x.t().reshape(1, width, 4, 4)
     for _, eps in probe.epsilons() if y is None else ():
         form = _layer_norm_form(probe, 0.0)
-        wanted = form(x, probe.weight, eps, "end").t().reshape(image.shape)
+        wanted = form(x, probe.weight, eps, "after_weight").t().reshape(image.shape)
         if is_close(probe(image), wanted):
             return unserved("layer norm over channels that are not the last dimension")
     return None
@@ -313,7 +315,7 @@ def _gated(inputs: tuple[str, ...], probe: _Probe) -> GatedNormSpec | Refusal | 
         GatedNormSpec(
             gate_first,
             activation,
-            "end",
+            "after_weight",
             num_groups,
             has_weight=probe.weight is not None,
             inputs=(inputs[0], inputs[1]),

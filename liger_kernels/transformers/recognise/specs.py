@@ -13,7 +13,7 @@ from torch import Tensor
 
 from liger_kernels.ops.glu_mlp import ACTIVATIONS as GLU_MLP_ACTIVATIONS
 
-Cast = Literal["mid", "end"]
+Cast = Literal["before_weight", "after_weight"]
 Layout = Literal["separate", "gate_first", "up_first", "interleaved"]
 Style = Literal["half", "pairs", "pairs_to_half"]
 # How the function gets its angles: cos and sin as [c, c], [c] or each number twice in a row; or one
