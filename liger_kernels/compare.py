@@ -119,7 +119,7 @@ def _map(value: Any, dtype: torch.dtype | None) -> Any:
     """Copy a tensor argument as a fresh leaf, in dtype if it is floating; strides are kept."""
     if not _is_tensor(value):
         return value
-    # A detached view of its own keeps an unusual layout, which a clone would pack.
+    # A detached separate view keeps an unusual layout, which a clone would pack.
     copy = value.detach()
     if dtype is not None and copy.is_floating_point():
         copy = copy.to(dtype)
@@ -205,7 +205,7 @@ def check_op(
     Args:
         name: The op, or a short name of it.
         device: Where it runs.
-        case: What it runs on; its first case by default.
+        case: The case to run; the op's first case by default.
         dtype: Of its inputs; fp32 and, on a GPU that has it, bf16 by default.
     """
     from liger_kernels.ops.registry import find_op

@@ -55,10 +55,12 @@ def test_inspect_outside_the_checkout(installed):
     assert coverage["fused_linear_cross_entropy"] == {"patched": 1, "candidates": 1}
 
 
-def test_wheel_carries_configs_and_licence(installed):
+def test_wheel_carries_configs_types_and_licence(installed):
     (wheel,) = installed.glob("*.whl")
     names = run(sys.executable, "-m", "zipfile", "-l", wheel, cwd=installed)
     assert "liger_cli/report/templates/report.html" in names
     assert "liger_cli/configs/models/llama-8b.yaml" in names
+    assert "liger_kernels/py.typed" in names
+    assert "liger_cli/py.typed" in names
     assert "licenses/LICENSE" in names
     assert "tests/" not in names

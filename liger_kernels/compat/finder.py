@@ -87,7 +87,7 @@ def _refuse_original() -> None:
 
 
 def _tell_transformers(is_there: bool) -> None:
-    """Correct what transformers remembers of its own look: 5 keeps a cache, 4 a flag."""
+    """Correct the cached answer of transformers: 5 keeps a cache, 4 a flag."""
     checks: Any = sys.modules.get("transformers.utils.import_utils")
     if checks is None:
         return

@@ -70,7 +70,7 @@ class LigerRMSNorm(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Return what print(model) shows."""
+        """Return the options for print(model)."""
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}, offset={self.offset}"
 
 
@@ -97,7 +97,7 @@ class LigerLayerNorm(nn.Module):
         return ops.layer_norm(hidden_states, self.weight, self.bias, self.variance_epsilon)
 
     def extra_repr(self) -> str:
-        """Return what print(model) shows."""
+        """Return the options for print(model)."""
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 

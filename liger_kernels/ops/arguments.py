@@ -9,7 +9,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -248,6 +248,16 @@ class Instance:
         return value
 
 
-Option = Number | Cap | Integer | Choice | Flag | Instance
+class Option(Protocol):
+    """An option of an op: Number, Cap, Integer, Choice, Flag, Instance, or a class like them."""
+
+    @property
+    def name(self) -> str:
+        """Return the name of the parameter."""
+
+    def of(self, value: Any) -> Any:
+        """Validate a value and return it in the type that kernels take."""
+
+
 # The options that several ops share.
 EPS = Number("eps", least=0.0, allowed="a finite number, not negative")

@@ -1,4 +1,4 @@
-"""What the backward of every op has in common."""
+"""The part of backward that every op shares."""
 
 import ctypes
 import functools
@@ -14,7 +14,7 @@ _this_thread = threading.local()
 def _keep_thread_state() -> None:
     """Let Python's state of this thread live as long as the thread does.
 
-    Autograd runs backward on threads of its own, one a device. Python makes a state for such a
+    Autograd runs backward on its own threads, one a device. Python makes a state for such a
     thread whenever it is entered there and destroys it when it is left, memory maps included: for
     every node of the graph, several times, at 10 us and more each. One reference that is never
     given back ends that; for a thread that Python started itself it changes nothing.

@@ -23,6 +23,19 @@ except ImportError:
 
     triton = tl = _Inert()
 
+__all__ = [
+    "HAS_TRITON",
+    "INTERPRETED",
+    "Backend",
+    "backend",
+    "fp32",
+    "is_traced_as_torch",
+    "runs_triton",
+    "runs_triton_rows",
+    "tl",
+    "triton",
+]
+
 Backend = Literal["triton", "triton-interpreter", "torch"]
 # Triton decides this when it decorates a kernel, so it is a property of the process.
 INTERPRETED: bool = HAS_TRITON and bool(triton.knobs.runtime.interpret)
@@ -32,7 +45,7 @@ _MAX_ROW_WIDTH = 65536
 
 
 def backend(device: torch.device) -> Backend:
-    """Return what runs an op on tensors of `device`.
+    """Choose the backend of an op on tensors of `device`.
 
     "triton" on CUDA, ROCm and XPU devices; "triton-interpreter" for every tensor when Triton was
     imported with TRITON_INTERPRET=1; "torch" elsewhere and where Triton is not installed.
@@ -52,7 +65,7 @@ def runs_triton(x: torch.Tensor) -> bool:
 def is_traced_as_torch(x: torch.Tensor) -> bool:
     """Return whether torch.compile is to see plain torch code, differentiated by itself.
 
-    It makes kernels of its own from that; and on a CPU dynamo of torch 2.11 loses the gradients of
+    It generates kernels from that; and on a CPU dynamo of torch 2.11 loses the gradients of
     the autograd functions around torch code.
     """
     return torch.compiler.is_compiling() and not runs_triton(x)

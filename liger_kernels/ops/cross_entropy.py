@@ -6,7 +6,7 @@
 Legend: M rows, V vocabulary, y label, w class weights, s label smoothing.
 Rounding: everything after the logits is fp32, and so is the loss; the gradient is rounded once, to
 the logits' dtype.
-Memory: the gradient, made in forward in a buffer of its own; eager code keeps the logits in fp32
+Memory: the gradient, made in forward in a separate buffer; eager code keeps the logits in fp32
 and their log-softmax too. With reduction="none" the logits are kept instead and read again in
 backward.
 """
@@ -52,23 +52,38 @@ _TENSORS = (
 
 
 def cross_entropy_ref(
-    logits, target, *, weight=None, ignore_index=IGNORE_INDEX, label_smoothing=0.0, z_loss=0.0,
-    softcap=None, scale=1.0, reduction="mean", normalizer=None,
-):  # fmt: skip
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    reduction: str = "mean",
+    normalizer: Any = None,
+) -> Tensor:
     """The definition, in plain torch; F.cross_entropy for what torch has."""
     z = upcast(logits).reshape(-1, logits.shape[-1]) * scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     label = target.flatten().long()
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    loss = F.cross_entropy(z, label, weight, reduction="none", **options)
+    loss = F.cross_entropy(
+        z,
+        label,
+        weight,
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
     valid = label != ignore_index
     loss = loss + valid * z_loss * z.logsumexp(-1).square()
     if reduction == "none":
         return loss.view(target.shape)
     if reduction == "sum":
         return loss.sum()
-    count = valid.sum() if weight is None else weight[label[valid]].sum()
+    count: Any = valid.sum() if weight is None else weight[label[valid]].sum()
     count = count if normalizer is None else normalizer
     return loss.sum() / (count if count else 1)
 
@@ -120,7 +135,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor):
         if ctx.call.inverse is None:
-            return _cross_entropy_bwd(dy, *ctx.saved_tensors, ctx.call), None
+            (x,) = ctx.saved_tensors
+            return _cross_entropy_bwd(dy, x, ctx.call), None
         if ctx.dx is None:
             raise second_backward_error("cross_entropy")
         dx, ctx.dx = ctx.dx, None
@@ -260,7 +276,11 @@ def cross_entropy(
 
 
 def random_target(
-    shape: tuple[int, ...], vocab: int, device: torch.device, generator: torch.Generator, ignored
+    shape: tuple[int, ...],
+    vocab: int,
+    device: torch.device,
+    generator: torch.Generator,
+    ignored: float,
 ) -> torch.Tensor:
     """Return labels of which about the share `ignored` is -100."""
     target = torch.randint(0, vocab, shape, generator=generator)

@@ -25,7 +25,15 @@ from liger_kernels.ops.rows import in_rows
 _TENSORS = (X, TensorArgument("residual", "(..., N)"), WEIGHT)
 
 
-def fused_add_rms_norm_ref(x, residual, weight=None, eps=1e-6, *, offset=0.0, cast="before_weight"):
+def fused_add_rms_norm_ref(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    cast: str = "before_weight",
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition, in plain torch."""
     total = x + residual
     return rms_norm_ref(total, weight, eps, offset=offset, cast=cast), total
@@ -89,7 +97,7 @@ def fused_add_rms_norm(
 
     Args:
         x: (..., N) fp32, bf16 or fp16; the last dimension contiguous after a copy at most.
-        residual: As x, in a dtype of its own.
+        residual: x's shape, in any floating dtype.
         weight: (N,) of any floating dtype, or None for no product.
         eps: Added to the mean of squares.
         offset: Added to the weight in fp32; 1.0 for Gemma.

@@ -15,7 +15,7 @@ log-probabilities keep no logits and compute them again in backward.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ from liger_kernels.ops.losses.options import (
     REDUCTION,
     LossOptions,
     check_class_weight,
+    check_linear,
     check_target,
     class_weight_argument,
     has_autocast,
@@ -76,12 +77,27 @@ def _linear_ref(hidden, weight, bias):
     return F.linear(hidden.to(weight.dtype), weight, bias)
 
 
-def fused_linear_cross_entropy_ref(hidden, weight, target, *, bias=None, class_weight=None, **rest):
+def fused_linear_cross_entropy_ref(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
+    **rest: Any,
+) -> torch.Tensor:
     """The definition, in plain torch."""
     return cross_entropy_ref(_linear_ref(hidden, weight, bias), target, weight=class_weight, **rest)
 
 
-def fused_linear_logprobs_ref(hidden, weight, ids, *, bias=None, temperature=1.0):
+def fused_linear_logprobs_ref(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition, in plain torch."""
     log_p = (upcast(_linear_ref(hidden, weight, bias)) / temperature).log_softmax(-1)
     logprob = log_p.gather(-1, ids.long()[..., None])[..., 0]
@@ -89,7 +105,7 @@ def fused_linear_logprobs_ref(hidden, weight, ids, *, bias=None, temperature=1.0
 
 
 class Stats(NamedTuple):
-    """What is known of each token, in target's shape, 0 where ignored; not differentiable."""
+    """Statistics of each token, in target's shape, 0 where ignored; not differentiable."""
 
     # -log p of the label: without smoothing, class weight or z-loss.
     nll: torch.Tensor
@@ -98,22 +114,6 @@ class Stats(NamedTuple):
     entropy: torch.Tensor
     # Whether the label has the largest logit; of equal logits the first counts.
     correct: torch.Tensor
-
-
-def _check_linear(hidden, weight, bias):
-    if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(
-            "weight must be floating (V, H) with sizes of 1 at least, "
-            f"got {weight.dtype} {tuple(weight.shape)}"
-        )
-    vocab, width = weight.shape
-    if hidden.dim() == 0 or hidden.shape[-1] != width:
-        raise ValueError(
-            f"hidden must be floating (..., {width}) as weight's width, "
-            f"got {hidden.dtype} {tuple(hidden.shape)}"
-        )
-    if bias is not None and bias.shape != (vocab,):
-        raise ValueError(f"bias must be floating ({vocab},), got {bias.dtype} {tuple(bias.shape)}")
 
 
 def _compute_dtype(weight):
@@ -178,32 +178,33 @@ def fused_linear_cross_entropy(
             range.
     """
     check_tensors(_TENSORS, weight, hidden, bias, target, class_weight)
-    _check_linear(hidden, weight, bias)
+    check_linear(hidden, weight, bias)
     vocab = weight.shape[0]
     options = LossOptions.of(ignore_index, label_smoothing, z_loss, softcap, scale)
     REDUCTION.of(reduction)
     normalizer, label_count = NORMALIZER.of(normalizer), _LABEL_COUNT.of(label_count)
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer is for reduction='mean', got reduction={reduction!r}")
-    return_stats, ignore_index = _RETURN_STATS.of(return_stats), options.ignore_index
-    check_target(target, hidden.shape[:-1], vocab, ignore_index, "target")
+    return_stats = _RETURN_STATS.of(return_stats)
+    ignored: Any = options.ignore_index
+    check_target(target, hidden.shape[:-1], vocab, ignored, "target")
     check_class_weight(class_weight, vocab, "class_weight")
     # Compiled code counts the labels inside its operator; while a graph is captured all take part.
     is_counted = not torch.compiler.is_compiling() and not is_capturing(weight)
     count = None
     if is_counted:
         # Begun before all else, so that its wait is short.
-        count = label_count or count_labels(target, ignore_index)
+        count = label_count or count_labels(target, ignored)
     dtype, device = _compute_dtype(weight), weight.device
     label = target.reshape(-1).to(device, non_blocking=True)
     if class_weight is not None:
         class_weight = class_weight.to(device, wide_dtype(dtype)).contiguous()
     if reduction == "mean":
-        inverse = inverse_of_mean(label, ignore_index, class_weight, wide_dtype(dtype), normalizer)
+        inverse = inverse_of_mean(label, ignored, class_weight, wide_dtype(dtype), normalizer)
     else:
         inverse = torch.ones((), dtype=wide_dtype(dtype), device=device)
     if is_counted and label_count is not None:
-        is_broken = (label != ignore_index).sum() > label_count.wait()
+        is_broken = (label != ignored).sum() > label_count.wait()
         inverse = inverse.masked_fill(is_broken, float("nan"))
     call = LinearLossCall(
         label=label,
@@ -262,7 +263,7 @@ def fused_linear_logprobs(
             out of range.
     """
     check_tensors(_LOGPROBS_TENSORS, weight, hidden, bias, ids)
-    _check_linear(hidden, weight, bias)
+    check_linear(hidden, weight, bias)
     temperature = _TEMPERATURE.of(temperature)
     check_target(ids, hidden.shape[:-1], weight.shape[0], None, "ids")
     call = LinearLossCall(
@@ -309,9 +310,8 @@ def _logprobs_sample(case: Case, dtype, device, generator) -> Sample:
     *lead, _, vocab = case.shape
     options = dict(case.options)
     hidden, weight = _linear_sample(case, dtype, device, generator, options)
-    return Sample(
-        (hidden, weight, random_target(tuple(lead), vocab, device, generator, 0.0)), options
-    )
+    ids = random_target(tuple(lead), vocab, device, generator, 0.0)
+    return Sample((hidden, weight, ids), options)
 
 
 def _num_bytes(case: Case, dtype: torch.dtype) -> tuple[int, int]:

@@ -14,6 +14,7 @@ Source: Dao and Gu, Transformers are SSMs, section 7, https://arxiv.org/abs/2405
 Sennrich, Root Mean Square Layer Normalization, eq. 4, https://arxiv.org/abs/1910.07467
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,23 +33,26 @@ from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic, upca
 from liger_kernels.ops.rms_norm import CAST, WEIGHT, X
 from liger_kernels.ops.rows import row_stages, row_tile, rows_of, sum_partials
 
-ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+}
 _TENSORS = (X, TensorArgument("gate", "(..., N)"), WEIGHT)
 _GATE_FIRST, _ACTIVATION = Flag("gate_first"), Choice("activation", ACTIVATIONS)
 _NUM_GROUPS = Integer("num_groups", "an int that divides x's width")
 
 
 def gated_rms_norm_ref(
-    x,
-    gate,
-    weight=None,
-    eps=1e-6,
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
     *,
-    gate_first=False,
-    activation="silu",
-    cast="before_weight",
-    num_groups=1,
-):
+    gate_first: bool = False,
+    activation: str = "silu",
+    cast: str = "before_weight",
+    num_groups: int = 1,
+) -> torch.Tensor:
     """The definition, in plain torch."""
     opened = ACTIVATIONS[activation](upcast(gate))
     u = upcast(x) * opened if gate_first else upcast(x)
@@ -271,7 +275,7 @@ def gated_rms_norm(
 
     Args:
         x: (..., N) fp32, bf16 or fp16; the last dimension contiguous after a copy at most.
-        gate: As x, in a dtype of its own.
+        gate: x's shape, in any floating dtype.
         weight: (N,) of any floating dtype, or None for no product.
         eps: Added to the mean of squares.
         gate_first: True multiplies x with act(gate) before the norm, as Mamba 2 does.
@@ -280,7 +284,7 @@ def gated_rms_norm(
             product to the promoted dtype of x and weight, as Qwen3NextRMSNormGated and
             MambaRMSNormGated do; "after_weight" multiplies in fp32 and rounds once, as the norms of
             Kimi Linear and Falcon H1 do. "mid" and "end" are older spellings of the two.
-        num_groups: Equal parts of the last dimension, each with a root mean square of its own.
+        num_groups: Equal parts of the last dimension, each with its own root mean square.
 
     Returns:
         (..., N) in x.dtype; in the promoted dtype of x and weight for gate_first with
@@ -309,16 +313,8 @@ def gated_rms_norm(
     )
     if x.numel() == 0 or is_traced_as_torch(x):
         # A grid of size zero is no launch; this keeps the graph and gives zero gradients.
-        return gated_rms_norm_ref(
-            x,
-            gate,
-            weight,
-            options.eps,
-            gate_first=gate_first,
-            activation=activation,
-            cast=cast,
-            num_groups=options.num_groups,
-        )
+        rest: Any = {"activation": activation, "cast": cast, "num_groups": options.num_groups}
+        return gated_rms_norm_ref(x, gate, weight, options.eps, gate_first=gate_first, **rest)
     weight = None if weight is None else weight.contiguous()
     return _GatedRmsNorm.apply(rows_of(x), rows_of(gate), weight, options).view(x.shape)
 

@@ -29,12 +29,12 @@ _TENSORS = tuple(
 )
 
 
-def swiglu_ref(gate, up):
+def swiglu_ref(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """The definition, in plain torch."""
     return F.silu(gate) * up
 
 
-def geglu_ref(gate, up, *, approximate="tanh"):
+def geglu_ref(gate: torch.Tensor, up: torch.Tensor, *, approximate: str = "tanh") -> torch.Tensor:
     """The definition, in plain torch."""
     return F.gelu(gate, approximate=approximate) * up
 
@@ -176,7 +176,7 @@ def _glu_fwd(gate, up, activation):
 
 
 @cache_by_shape
-def _fwd_launch(num_rows: int, width: int, strides: tuple[int, int], activation: str) -> Launch:
+def _fwd_launch(num_rows: int, width: int, strides: tuple[int, ...], activation: str) -> Launch:
     grid, width, block_n, strides = _tiling(num_rows, width, strides)
     return Launch(
         _glu_fwd_kernel,

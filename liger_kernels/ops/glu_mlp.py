@@ -3,8 +3,8 @@
 Legend: M rows, H width, I intermediate width, h = act(gate) * up.
 Rounding: as the parts do one after another, except for dx: the product with Wu is added to the one
 with Wg in fp32, before it is rounded, where autograd would round both and add.
-Memory: saves x, gate and up. h is made again in backward, by the kernel that has gate and up at
-hand anyway, into the buffer of its own gradient: one more write, and no memory at all. dgate and
+Memory: saves x, gate and up. h is recomputed in backward, by the kernel that has gate and up at
+hand anyway, into the buffer of its gradient: one more write, and no memory at all. dgate and
 dup lie side by side, so that one product gives the gradients of both weights.
 Source: Shazeer, GLU Variants Improve Transformer, https://arxiv.org/abs/2002.05202, eq. 6.
 """
@@ -30,7 +30,15 @@ _TENSORS = (
 _ACTIVATION, _KEEPS_PRODUCT = Choice("activation", ACTIVATIONS), Flag("keeps_product")
 
 
-def glu_mlp_ref(x, gate_weight, up_weight, down_weight, *, activation="silu", keeps_product=False):
+def glu_mlp_ref(
+    x: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor | None,
+    down_weight: torch.Tensor,
+    *,
+    activation: str = "silu",
+    keeps_product: bool = False,
+) -> torch.Tensor:
     """The definition, in plain torch; what is kept for backward changes no number."""
     if up_weight is None:
         gate, up = F.linear(x, gate_weight).chunk(2, -1)
@@ -121,7 +129,7 @@ def glu_mlp(
         up_weight: (I, H), or None where gate_weight holds both.
         down_weight: (H_out, I).
         activation: "silu", "gelu_tanh" or "gelu", the exact, erf form.
-        keeps_product: Keep act(gate) * up for backward instead of making it again: I numbers a row
+        keeps_product: Keep act(gate) * up for backward instead of recomputing it: I numbers a row
             more, the same gradients bit for bit.
 
     Returns:
@@ -181,7 +189,7 @@ def _sample(case: Case, dtype, device, generator) -> Sample:
 
 
 def _num_bytes(case: Case, dtype: torch.dtype) -> tuple[int, int]:
-    """Forward reads x and the weights and writes gate, up and y; backward reads dy besides those,
+    """Forward reads x and the weights and writes gate, up and y; backward reads dy as well,
     and writes the gradients of x and of the weights."""
     *lead, width, inner = case.shape
     num_rows = torch.Size(lead).numel()

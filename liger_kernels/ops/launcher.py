@@ -30,14 +30,15 @@ def cache_by_shape(function: Callable[..., _T]) -> Callable[..., _T]:
         # A tracer warns of caches; it calls once anyway.
         return function(*args) if torch.compiler.is_compiling() else cached(*args)
 
-    call.cache_clear, call.cache_info = cached.cache_clear, cached.cache_info
+    decorated: Any = call
+    decorated.cache_clear, decorated.cache_info = cached.cache_clear, cached.cache_info
     return call
 
 
 _ALREADY_THERE = contextlib.nullcontext()
 
 
-def device_guard(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+def device_guard(x: Any) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which kernels launch on x's device; free where it is the current one."""
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
@@ -76,15 +77,18 @@ class Launch:
     def _start(self, tensors: tuple[torch.Tensor | None, ...]) -> None:
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
-        key, addresses, all_bits = [device], [], 0
+        key: list[Any] = [device]
+        addresses: list[int | None] = []
+        all_bits = 0
         for tensor in tensors:
             if tensor is None:
                 key.append(None)
                 addresses.append(None)
             else:
                 key += (tensor.dtype, tensor.get_device())
-                addresses.append(tensor.data_ptr())
-                all_bits |= addresses[-1]
+                address = tensor.data_ptr()
+                addresses.append(address)
+                all_bits |= address
         hooks = triton.knobs.runtime
         if all_bits & 15 or _listens(hooks.launch_enter_hook) or _listens(hooks.launch_exit_hook):
             self._kernel[self.grid](*tensors, **self._others)

@@ -25,7 +25,12 @@ _TENSORS = (
 )
 
 
-def layer_norm_ref(x, weight=None, bias=None, eps=1e-5):
+def layer_norm_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
     """The definition, in plain torch."""
     wide = upcast(x)
     centred = wide - wide.mean(-1, keepdim=True)

@@ -53,7 +53,7 @@ class Op:
     num_bytes: Callable[[Case, torch.dtype], tuple[int, int]]
     # case -> floating-point operations of matrix products, forward and backward together.
     num_flops: Callable[[Case], int] = _no_flops
-    # Every parameter of function, in one or the other: what it may be. The function validates by
+    # Every parameter of function, in one or the other: its values. The function validates by
     # the same rows; the property tests go through them.
     tensors: tuple[TensorArgument, ...] = ()
     options: tuple[Option, ...] = ()
@@ -87,7 +87,7 @@ def randn(
 
 
 def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """Return x's values in another memory layout, as a tensor of its own that requires grad.
+    """Return x's values in another memory layout, as a new tensor that requires grad.
 
     "contiguous"; "transposed", whose last dimension is the outermost in memory; or "strided", every
     second row of a wider buffer, in which neither rows nor columns are packed.

@@ -29,7 +29,14 @@ WEIGHT = TensorArgument("weight", "(N,)", is_optional=True)
 OFFSET, CAST = Number("offset"), Choice("cast", CASTS, _CAST_ALIASES)
 
 
-def rms_norm_ref(x, weight=None, eps=1e-6, *, offset=0.0, cast="before_weight"):
+def rms_norm_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    cast: str = "before_weight",
+) -> torch.Tensor:
     """The definition, in plain torch."""
     wide = upcast(x)
     x_hat = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)

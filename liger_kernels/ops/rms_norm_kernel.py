@@ -1,4 +1,4 @@
-"""What rms_norm.py and fused_add_rms_norm.py run: the kernels, their launchers, torch code beside.
+"""Kernels and launchers of rms_norm.py and fused_add_rms_norm.py, and their torch code.
 
 Legend: M rows, N width, P persistent programs of the backward.
 x is the tensor that is normed; the fused op makes it in its forward, out of x and residual, and
@@ -215,7 +215,7 @@ def rms_norm_fwd(
     residual: torch.Tensor | None = None,
     rstd: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return y, rstd and what was normed: x, or x + residual. A given rstd is not computed anew."""
+    """Return y, rstd and what was normed: x, or x + residual. A given rstd is not recomputed."""
     if not runs_triton_rows(x):
         return _torch_fwd(x, weight, options, residual, rstd)
     width = x.shape[-1]

@@ -32,18 +32,27 @@ _ROTARY_DIM = Integer("rotary_dim", "None or an int", is_optional=True)
 _UNSQUEEZE_DIM = Integer("unsqueeze_dim")
 
 
-def rope_ref(q, k, cos, sin, *, style="half", rotary_dim=None, unsqueeze_dim=1):
+def rope_ref(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    style: str = "half",
+    rotary_dim: int | None = None,
+    unsqueeze_dim: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The definition, in plain torch, with the roundings of transformers' apply_rotary_pos_emb."""
     width = rotary_dim or cos.shape[-1]
 
-    def turn(x):
+    def turn(x: torch.Tensor) -> torch.Tensor:
         rank = x.dim()
         c, s = (_broadcast(table, rank, width, unsqueeze_dim % rank - rank) for table in (cos, sin))
         rotary, rest = x[..., :width], x[..., width:]
         first = rotary[..., : width // 2] if style == "half" else rotary[..., 0::2]
         second = rotary[..., width // 2 :] if style == "half" else rotary[..., 1::2]
-        turned = (first * c - second * s, second * c + first * s)
-        turned = torch.stack(turned, -1).flatten(-2) if style == "pairs" else torch.cat(turned, -1)
+        both = (first * c - second * s, second * c + first * s)
+        turned = torch.stack(both, -1).flatten(-2) if style == "pairs" else torch.cat(both, -1)
         return torch.cat((turned.to(x.dtype), rest), -1)
 
     return turn(q), None if k is None else turn(k)
@@ -107,11 +116,11 @@ class _Rope(torch.autograd.Function):
         _rope([(q, yq)] if k is None else [(q, yq), (k, yk)], cos, sin, options)
         ctx.save_for_backward(cos, sin)
         ctx.options = options
-        ctx.strides = yq.stride(), None if k is None else yk.stride()
+        ctx.strides = yq.stride(), None if yk is None else yk.stride()
         return yq, yk
 
     @staticmethod
-    def backward(ctx: Any, *dys: torch.Tensor | None):
+    def backward(ctx: Any, *dys: Any):
         # The gradients lie as q and k do, whatever the order of dy, so that the projections before
         # them need no copy.
         dxs: list[torch.Tensor | None] = [None, None]
@@ -121,7 +130,8 @@ class _Rope(torch.autograd.Function):
                     dy.shape, ctx.strides[i], dtype=dy.dtype, device=dy.device
                 )
         moves = [(dy, dx) for dy, dx in zip(dys, dxs, strict=True) if dx is not None]
-        _rope(moves, *ctx.saved_tensors, ctx.options, is_backward=True)
+        cos, sin = ctx.saved_tensors
+        _rope(moves, cos, sin, ctx.options, is_backward=True)
         return *dxs, None, None, None
 
 
@@ -140,7 +150,7 @@ def rope(
     Args:
         q: (B, H, T, D), (B, T, H, D) or (T, H, D) fp32, bf16 or fp16, read through its strides;
             copied only if the last dimension is not contiguous.
-        k: As q, with a number of heads and a dtype of its own; None to turn q alone.
+        k: As q, with its own number of heads and dtype; None to turn q alone.
         cos: (B, T, W), (1, T, W) or (T, W) of any floating dtype and strides, a constant. W is
             rotary_dim, of which the first half is read (transformers repeats it), or half of that.
             Tables that repeat each value in place (Cohere) are passed as cos[..., ::2] with
@@ -153,7 +163,7 @@ def rope(
             (B, T, H, D), -2 for heads next to last whatever the rank.
 
     Returns:
-        q and k (or None), of their own dtypes, computed in fp32 and rounded once. transformers
+        q and k (or None), each in its dtype, computed in fp32 and rounded once. transformers
         gives the same dtypes wherever cos has q's, and some families there (Llama) fp32 for an fp32
         cos. New tensors in the memory order of q and k, gaps left out: a transposed view gives a
         transposed view. Differentiable once; a second differentiation raises RuntimeError.

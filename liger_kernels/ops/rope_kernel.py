@@ -9,7 +9,7 @@ from liger_kernels.ops.launcher import Launch, cache_by_shape, cdiv, next_power_
 
 @dataclass(frozen=True)
 class RopeOptions:
-    """What rope's arguments say of all heads."""
+    """The options of rope that hold for all heads."""
 
     style: str
     rotary_dim: int
@@ -18,7 +18,7 @@ class RopeOptions:
 
 
 class _Tile(NamedTuple):
-    """What a program turns."""
+    """The part of a tensor that one program rotates."""
 
     # Of q or k, padding included.
     num_elements: int

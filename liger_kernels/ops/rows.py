@@ -28,7 +28,7 @@ _ALONE = 2**16
 class RowShape(NamedTuple):
     """How the programs of a kernel take whole rows of one range of widths."""
 
-    # Of a tile of narrow rows, about; a wider row is a tile of its own.
+    # Of a tile of narrow rows, about; a wider row is one tile.
     num_elements: int
     num_warps: int
     # The others are for persistent programs. Stages are at most so many as memory allows.
@@ -118,7 +118,7 @@ def row_stride(x: torch.Tensor) -> int:
     return x.shape[-1] if x.is_contiguous() else x.stride(0)
 
 
-# (BLOCK_P, BLOCK_N, warps): what it sums is small and read once, so that only latency counts. 5 to
+# (BLOCK_P, BLOCK_N, warps): the input is small and read once, so that only latency counts. 5 to
 # 8 us on an H100 for 132 rows, where (32, 64, 4) took 8 to 10 (docs/results/tune-norms-h100.jsonl).
 _SUM_TILE = (128, 16, 4)
 

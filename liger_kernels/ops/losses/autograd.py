@@ -116,7 +116,8 @@ class PerTokenLoss(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None):
         given = dict(zip(ctx.call.outputs, dys, strict=True))
         coef, entropy_coef = given["loss"], given.get("entropy")
-        return *per_token_bwd(*ctx.saved_tensors, ctx.call, coef, entropy_coef), None
+        hidden, weight, bias = ctx.saved_tensors
+        return *per_token_bwd(hidden, weight, bias, ctx.call, coef, entropy_coef), None
 
 
 # torch.compile does not look into an operator: inside, chunks and kernels run as in eager code.

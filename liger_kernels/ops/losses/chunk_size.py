@@ -16,7 +16,7 @@ _FROZEN_BYTES, _LEAST_FROZEN_BYTES = 300 << 20, 192 << 20
 _LEAST_TILES, _LEAST_FROZEN_TILES = 8, 2
 # More gain nothing, unless they keep the weight gradient's sum in bf16.
 _ENOUGH_TILES = 16
-# H100, bf16: the time of a chunk's products, as a multiple of what it would be at the rate of a
+# H100, bf16: the time of a chunk's products, as a multiple of their time at the rate of a
 # large square product. Means of the heads 4096 x 128256, 2048 x 128256, 2304 x 256000 and
 # 4096 x 32000, which scatter by 0.1 (docs/results/tune-losses-h100.jsonl):
 #   tokens               256  384  512  640  768  896 1024 1152 1408 1664 1792 2048 2816 4096
@@ -24,7 +24,7 @@ _ENOUGH_TILES = 16
 #   gradient of hidden  1.13 1.01 0.94 0.96 1.00 1.07 0.99 1.02 1.07 1.18 1.09 1.01 1.08 1.01
 #   of weight, added    2.96 1.94 1.54 1.42 1.32 1.29 1.24 1.25 1.15 1.17 1.12 1.13 1.10 1.11
 #   the same in fp32    5.69 3.69 2.79 2.30 1.98 1.76 1.65 1.58 1.42 1.36 1.29 1.25 1.18 1.17
-# So in _cost, in tiles of tokens: a chunk costs something besides its tokens, and more where it
+# So in _cost, in tiles of tokens: a chunk has a cost apart from its tokens, and more where it
 # adds to a weight gradient; fewer than four tiles wait for memory; the odd one of seven or more
 # costs half as much again; and the gradient of hidden fills whole waves of the multiprocessors,
 # which the card's clock makes up for in part, unless they would be so empty that the library sums

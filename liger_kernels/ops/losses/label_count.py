@@ -64,7 +64,7 @@ def rows_with_labels(
     """Return the indices of the tokens to compute, or None for all; count is an upper bound.
 
     They are the first in an order that puts labels before ignored tokens. So the host need not know
-    the exact number, and every index is a token of its own.
+    the exact number, and no token is there twice.
     """
     most = _GATHER_BELOW * label.numel()
     if count.is_here() and count.wait() > most:

@@ -31,7 +31,7 @@ def _of_rows(x: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
 
 @dataclass(frozen=True)
 class LinearLossCall:
-    """What is to be computed, besides hidden, weight and bias."""
+    """The arguments of a linear loss, except hidden, weight and bias."""
 
     label: torch.Tensor  # (N,)
     options: LossOptions
@@ -60,7 +60,7 @@ class LinearGradients:
         """Return the three times factor, each in its dtype; the buffers are used up."""
         buffers = (self.hidden, self.weight, self.bias)
         return tuple(
-            None if buffer is None else scaled(buffer, factor, dtype)
+            None if buffer is None or dtype is None else scaled(buffer, factor, dtype)
             for buffer, dtype in zip(buffers, dtypes, strict=True)
         )
 

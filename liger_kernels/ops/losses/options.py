@@ -1,4 +1,4 @@
-"""What the losses take besides tensors: checked once, the same words for every loss."""
+"""The options of the losses: validated once, with the same messages for every loss."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LOSS_OPTIONS = (_IGNORE_INDEX, _LABEL_SMOOTHING, _Z_LOSS, _SOFTCAP, _SCALE, REDU
 
 @dataclass(frozen=True)
 class LossOptions:
-    """What is computed of a row; the fields are the public functions' arguments."""
+    """The options of one row's loss; the fields are the public functions' arguments."""
 
     # None: every label counts.
     ignore_index: int | None = None
@@ -101,6 +101,23 @@ def class_weight_argument(name: str) -> TensorArgument:
     return TensorArgument(name, "(V,)", is_optional=True, is_moved=True, is_constant=True)
 
 
+def check_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raise ValueError unless weight is (V, H), hidden (..., H) and bias (V,) or None."""
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(
+            "weight must be floating (V, H) with sizes of 1 at least, "
+            f"got {weight.dtype} {tuple(weight.shape)}"
+        )
+    vocab, width = weight.shape
+    if hidden.dim() == 0 or hidden.shape[-1] != width:
+        raise ValueError(
+            f"hidden must be floating (..., {width}) as weight's width, "
+            f"got {hidden.dtype} {tuple(hidden.shape)}"
+        )
+    if bias is not None and bias.shape != (vocab,):
+        raise ValueError(f"bias must be floating ({vocab},), got {bias.dtype} {tuple(bias.shape)}")
+
+
 def check_class_weight(class_weight: torch.Tensor | None, vocab: int, name: str) -> None:
     """Raise ValueError unless class_weight has a weight for each class and is a constant."""
     if class_weight is None:
@@ -131,7 +148,7 @@ def check_target(
 
 @dataclass(frozen=True)
 class Normalizer:
-    """What divides a sum of losses: a number, a tensor with one, or None for the count."""
+    """The divisor of a sum of losses: a number, a tensor with one, or None for the count."""
 
     name: str = "normalizer"
 
@@ -190,7 +207,7 @@ def inverse_of_mean(
     elif normalizer is not None:
         total = torch.full((), float(normalizer), dtype=dtype, device=label.device)
     else:
-        valid = label != ignore_index
+        valid: Any = label != ignore_index
         if class_weight is None:
             total = valid.sum()
         else:

@@ -24,8 +24,8 @@ class _Shape(NamedTuple):
     num_warps: int
 
 
-# By vocabulary. H100, share of one read and one write at the rate of a copy, gradient in a buffer
-# of its own (docs/results/tune-losses-h100.jsonl):
+# By vocabulary. H100, share of one read and one write at the rate of a copy, gradient in a
+# separate buffer (docs/results/tune-losses-h100.jsonl):
 #                            16384 x 32000   8192 x 128256   4096 x 262144
 #   8192, 8192, 8 warps               0.98            0.73            0.69
 #   32768, 16384, 16 warps            0.79            0.92            0.79
