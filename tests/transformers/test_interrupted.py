@@ -22,7 +22,7 @@ from liger_kernels.transformers.patching import engine
 from liger_kernels.transformers.patching.engine import apply
 from liger_kernels.transformers.replacements import subclasses
 
-_FILES = {str(Path(module.__file__)) for module in (engine, subclasses, head, class_mode)}
+_FILES = {module.__file__ for module in (engine, subclasses, head, class_mode)}
 
 
 class _Interrupt:

@@ -42,7 +42,7 @@ def _l2_norm(x: Tensor, eps: float) -> Tensor:
     # The root of a sum is that of a mean times the root of the width.
     width = x.shape[-1]
     weight = torch.full((width,), width**-0.5, dtype=torch.float32, device=x.device)
-    return rms_norm(x, weight, eps / width, cast="end")
+    return rms_norm(x, weight, eps / width, cast="after_weight")
 
 
 def layer_norm_forward(base: Any, spec: LayerNormSpec) -> Callable[..., Any]:
