@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import zoo
-from liger_kernels.ops.launch import INTERPRETED
+from liger_kernels.ops.backend import INTERPRETED
 
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError
