@@ -33,7 +33,7 @@ WORKLOADS: dict[str, dict[str, Any]] = {
 
 
 def measure(keys: dict[str, Any], ops: str, steps: int) -> ArmResult:
-    """Train `steps` steps of a workload with these ops in a process of their own."""
+    """Train `steps` steps of a workload with these ops in a separate process."""
     defaults = {"dataset": "synthetic", "per_device_train_batch_size": 8, "max_length": 2048}
     config = RunConfig(**{**defaults, **keys})
     return run_arm(config, name=f"{config.model} {ops}", ops=ops, steps=steps)

@@ -5,8 +5,8 @@ python scripts/coverage_corpus.py --types llama,mixtral --output /dev/stdout
 
 A type is patched with ops="all", by its row or by recognition, and a training step in fp32 on text
 and one on images, where the type takes them, are compared with the stock model's: loss and every
-gradient, with dropout and the same random numbers. Each type runs in a process of its own, so that
-a hang or a crash is a line of the result.
+gradient, with dropout and the same random numbers. Each type runs in a separate process, so that a
+hang or a crash is a line of the result.
 Exit code 7 if some patched model differs from stock or fails where stock runs.
 """
 
@@ -58,7 +58,7 @@ HEADINGS = {
 
 @dataclass(frozen=True)
 class Row:
-    """What came out for one model type."""
+    """The result of one model type."""
 
     model_type: str
     verdict: str
@@ -66,7 +66,7 @@ class Row:
     detail: str = ""
     source: str = ""
     coverage: dict[str, dict[str, int]] = field(default_factory=dict)
-    # What it was trained on: "text", "image".
+    # Inputs it was trained on: "text", "image".
     inputs: list[str] = field(default_factory=list)
     # Modules folded: [op or None, class, reason, count], and patched but not reached by a step.
     skips: list[list[Any]] = field(default_factory=list)
@@ -112,11 +112,11 @@ def difference(ours: Step, stock: Step) -> tuple[float, float, str]:
 
 
 def is_noise(model: nn.Module, batch: dict[str, Any], ours: Step, stock: Step) -> bool:
-    """Return whether the stock model in fp64 tells that the two differ by rounding alone."""
+    """Return whether the two differ by rounding alone, judged by the stock model in fp64."""
     try:
         truth = train_step(copy.deepcopy(model).double(), _double(batch))
     except RuntimeError:
-        # Some stock models mix in an fp32 of their own.
+        # Some stock models cast to fp32 inside.
         return False
     error, noise = (max(difference(step, truth)[:2]) for step in (ours, stock))
     return noise <= MOST_NOISE and error <= 2 * noise + TOLERANCE
@@ -196,7 +196,7 @@ def _work(connection: Connection, model_type: str) -> None:
 
 
 def run_type(model_type: str, context: Any, timeout_s: float) -> Row:
-    """Return the row of a type, checked in a process of its own."""
+    """Check a type in a separate process and return its row."""
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(sender, model_type), daemon=True)
     start = time.perf_counter()

@@ -47,7 +47,7 @@ SIDES = {"eager": "none", "patched": "auto"}
 
 
 def liger(command: str, keys: dict[str, Any], *words: str) -> dict[str, Any]:
-    """Runs a command with these keys and returns its report; its progress goes to stderr."""
+    """Run a command with these keys and return its report; its progress goes to stderr."""
     given = [word for key, value in keys.items() for word in ("--set", f"{key}={value}".lower())]
     done = subprocess.run(
         [sys.executable, "-m", "liger_cli", command, *given, *words, "--json"],
@@ -60,7 +60,7 @@ def liger(command: str, keys: dict[str, Any], *words: str) -> dict[str, Any]:
 
 
 def finetune(kind: str, side: str, output: Path, max_steps: int) -> dict[str, Any]:
-    """Trains one run and returns its figures."""
+    """Train one run and return its figures."""
     name = f"{kind}-{side}"
     print(f"{name}:", file=sys.stderr)
     keys = {**COMMON, **PRECISION[kind], **TRAINING, **KINDS[kind]}

@@ -74,7 +74,7 @@ def words_of(folder: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 def content(run_dir: Path) -> tuple[list[tuple[Any, ...]], str, dict[str, torch.Tensor]]:
-    """Return what two runs must share: their steps, evaluations and last weights."""
+    """Return the steps, evaluations and last weights of a run, which two runs must share."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     steps = [tuple(json.loads(line)[key] for key in EXACT) for line in lines]
     last = run_dir / f"checkpoint-{STEPS}"

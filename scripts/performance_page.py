@@ -60,7 +60,7 @@ that are missed:
   and this time is hidden, unless all of its steps are small, as in gemma3-1b below.
 - Norms, GeGLU and the loss of given logits, shares on an H200: its memory is 1.4 times as fast, and
   tiles that keep an H100's memory busy leave a part of that unused. `scripts/tune_norms.py` and
-  `scripts/tune_losses.py` measure the tables anew.
+  `scripts/tune_losses.py` measure the tables again.
 - The fused loss, share of the matrix rate: the card is at its power limit, where the products of a
   chunk alone, without our kernels, stay below the 8192^3 product that is the limit.
 - The fused loss, times of liger-kernel's: as the share. On an H200 faster memory helps the side
@@ -101,7 +101,7 @@ class StepTarget:
     limit: float
 
     def row(self, part: AgainstPart | None) -> tuple[str, ...]:
-        """Returns the line of the table, with whether the target is met."""
+        """Return the line of the table, with whether the target is met."""
         found = None if part is None else getattr(part.ratios, self.figure)
         is_floor = self.figure == "speed"
         bound = f"{'>=' if is_floor else '<='} {self.limit:.2f}x"
@@ -111,7 +111,7 @@ class StepTarget:
         return self.against, self.figure, bound, f"{found:.2f}x", "met" if met else "MISSED"
 
 
-# By model, batch size, sequence length and whether activations are made again in backward.
+# By model, batch size, sequence length and gradient checkpointing.
 STEP_TARGETS = {
     ("llama-1b", 8, 2048, False): (
         StepTarget(PEER, "speed", 1.10),
@@ -188,7 +188,7 @@ def _step(report: RunReport) -> str:
 
 
 def _step_row(cells: tuple[str, ...]) -> tuple[str, ...]:
-    """The cells of an arm that the page shows."""
+    """Return the cells of an arm that the page shows."""
     shown = dict(zip(ARM_COLUMNS, cells, strict=True))
     return tuple(shown["arm" if column == "side" else column] for column in _STEP_COLUMNS)
 

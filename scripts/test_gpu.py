@@ -33,7 +33,7 @@ def versions() -> str:
 
 
 def run_pytest(log: TextIO, *arguments: str) -> int:
-    """Runs pytest, its output here and in the log as it comes: a run cut short keeps its part."""
+    """Run pytest and write its output here and to the log as it comes, so that both keep what ran."""
     # Warnings of the libraries would fill the log with paths of this machine.
     command = [sys.executable, "-m", "pytest", "-q", "--disable-warnings", "-p", "no:benchmark"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

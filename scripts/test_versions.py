@@ -47,7 +47,7 @@ PINS = {
 
 
 def make_environment(version: str) -> Path:
-    """Return the Python of a version's environment, which is made if it is not there as pinned."""
+    """Return the Python of a version's environment; create it unless it is there as pinned."""
     folder = ENVIRONMENTS / version
     python = folder / "bin" / "python"
     stamp = folder / "pins.txt"

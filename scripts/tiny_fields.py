@@ -1,14 +1,14 @@
-"""What the fields of a configuration are set to in a tiny model: by their names, and by type."""
+"""Values of the fields of a tiny model's configuration, by name and by type."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Tokens that stand for images and the like, above those of the text.
+# Placeholder tokens of images, above the ids of the text.
 IMAGE_TOKEN, VISION_START = 100, 102
 VOCAB_SIZE = 128
 
-# What a field is set to, by its name alone.
+# Values by the name of the field alone.
 SIZES: dict[str, Any] = {
     # Vocabulary and positions.
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB_SIZE),

@@ -64,7 +64,7 @@ def _pixels(model: PreTrainedModel, names: set[str]) -> Iterator[dict[str, Any]]
 
 
 def _named(model: PreTrainedModel, pixels: Tensor, size: int) -> dict[str, Any]:
-    """Return what a processor may give beside these pixels, by the name of the argument."""
+    """Return the inputs a processor may add to these pixels, by the name of the argument."""
     pair = torch.tensor([[_GRID, _GRID]] * _BATCH)
     lead = (_BATCH, _GRID * _GRID) if pixels.dim() == 3 else (_BATCH, 1, size, size)
     rows, columns = torch.meshgrid(torch.arange(_GRID), torch.arange(_GRID), indexing="ij")
@@ -97,7 +97,7 @@ def _named(model: PreTrainedModel, pixels: Tensor, size: int) -> dict[str, Any]:
 
 
 def _token_counts(model: PreTrainedModel, pixels: dict[str, Any]) -> list[int]:
-    """Return how many tokens of a sample an image may stand for, the likeliest first."""
+    """Return the numbers of tokens an image may have in a sample, the likeliest first."""
     inner = getattr(model, "model", None)
     features: Any = getattr(model, "get_image_features", getattr(inner, "get_image_features", None))
     # A joint embedding has no place for an image in the text; the others are guesses.
@@ -121,7 +121,7 @@ def _token_counts(model: PreTrainedModel, pixels: dict[str, Any]) -> list[int]:
 def with_text(
     model: PreTrainedModel, pixels: dict[str, Any], text: dict[str, Tensor], count: int
 ) -> dict[str, Any]:
-    """Return a batch of a text and images that stand for `count` of its tokens each."""
+    """Return a batch of text and images, each of which takes `count` of its tokens."""
     names = set(inspect.signature(model.forward).parameters)
     ids, labels = text["input_ids"], text["labels"]
     head = torch.tensor([1, VISION_START] + [IMAGE_TOKEN] * count).expand(_BATCH, -1)

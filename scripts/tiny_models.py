@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
 from liger_kernels.transformers.patching.upstream_fixes import repair_model
 
 # Model type to class. A type with a vision part is its image-text class; the text configuration
-# inside has a type, and a line, of its own.
+# inside is another type, with another line.
 MODEL_CLASSES: dict[str, str] = {
     **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     **MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -93,7 +93,7 @@ def _batches(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     batches: dict[str, dict[str, Any]] = {}
     reached: set[str] = set()
     problem = None
-    # Some want to be told the type of every token, also where all are text.
+    # Some require the type of every token, also where all are text.
     for batch in (text, with_text(model, {}, text, 0)):
         try:
             reached = _reached(model, batch)

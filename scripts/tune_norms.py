@@ -3,7 +3,7 @@
 python3 scripts/tune_norms.py --output runs/tune
 
 A line a measurement. "norm kernel" feeds the tables of rms_norm_kernel.py, where
-fused_add_rms_norm has a backward of its own, and of layer_norm_kernel.py: its variant is a RowShape
+fused_add_rms_norm has another backward, and of layer_norm_kernel.py: its variant is a RowShape
 (elements, warps, programs, stages, splits), its plan the RowPlan that this became. "sum kernel"
 feeds _SUM_TILE of rows.py, and "host" its _ALONE: 64 rows of 1024 are one program's, 65 are not.
 """
@@ -267,7 +267,7 @@ def calls(rows: int, width: int) -> dict[str, Callable[[], Any]]:
 
 
 def host_us(function: Callable[[], Any], num_calls: int = 1000) -> float:
-    """Return what the host takes for a call that it does not wait for."""
+    """Return the host's time for a call that it does not wait for, in microseconds."""
     times = []
     for num in (100, num_calls, num_calls, num_calls):
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""What the tuning scripts share: the limits of this card, timers, and lines of results."""
+"""Helpers of the tuning scripts: the limits of this card, timers, and lines of results."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def rms_error(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 class Results:
-    """Prints each result and appends it to a file of JSON lines."""
+    """Print each result and append it to a file of JSON lines."""
 
     def __init__(self, output: Path, name: str) -> None:
         output.mkdir(parents=True, exist_ok=True)

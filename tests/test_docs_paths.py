@@ -1,0 +1,132 @@
+"""Every path and link of the pages leads somewhere."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+# In backticks: a path that begins with one of these folders, or a Python file by its last parts.
+TOP = ("liger_kernels", "liger_cli", "configs", "docs", "scripts", "tests")
+FOREIGN = ("convert_hf_to_gguf.py",)
+_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+_PATH = re.compile(r"[\w.-]+(?:/[\w.*-]+)*/?")
+_LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+_FENCE = re.compile(r"^```.*?^```[^\n]*$", re.MULTILINE | re.DOTALL)
+_HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.MULTILINE)
+
+
+def prose(page: Path) -> str:
+    """Return the text of a page without its blocks of code."""
+    return _FENCE.sub("", page.read_text())
+
+
+def paths(text: str) -> Iterator[str]:
+    """Yield what names a file or folder of this repository, in backticks."""
+    for code in _CODE.findall(text):
+        for word in code.split():
+            name = word.strip("(),:;")
+            is_below = "/" in name and name.split("/")[0] in TOP
+            is_module = name.endswith(".py") and name not in FOREIGN
+            if (is_below or is_module) and _PATH.fullmatch(name):
+                yield name
+
+
+@functools.cache
+def files() -> tuple[str, ...]:
+    found = (path for folder in TOP for path in (ROOT / folder).rglob("*.py"))
+    return tuple(f"/{path.relative_to(ROOT)}" for path in found)
+
+
+def exists(name: str) -> bool:
+    if "*" in name:
+        return any(ROOT.glob(name))
+    return (ROOT / name).exists() or any(path.endswith(f"/{name}") for path in files())
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    found: set[str] = set()
+    for heading in _HEADING.findall(prose(page)):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        name = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
+        number = 0
+        anchor = name
+        while anchor in found:
+            number += 1
+            anchor = f"{name}-{number}"
+        found.add(anchor)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_paths_exist(page):
+    missing = sorted({name for name in paths(prose(page)) if not exists(name)})
+    assert not missing, f"{page.relative_to(ROOT)} names {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_resolve(page):
+    problems = []
+    for link in _LINK.findall(prose(page)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        if not target.exists():
+            problems.append(f"{link}: no such file")
+        elif anchor and target.suffix == ".md" and anchor not in anchors(target):
+            problems.append(f"{link}: no such heading")
+    assert not problems, "\n".join([str(page.relative_to(ROOT)), *problems])
+
+
+def test_layout_of_architecture_exists():
+    """The tree of docs/architecture.md: folders by their indentation, files in their lines."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    tree = text.split("## Layout")[1].split("```")[1]
+    missing, found, parents = [], 0, [(-1, ROOT)]
+    for line in filter(str.strip, tree.splitlines()):
+        indent = len(line) - len(line.lstrip())
+        # Names come first, two spaces before the words; a line without a name continues the last.
+        names = re.split(r"\s{2,}", line.strip())[0].split()
+        if not all(name.endswith(("/", ".py")) for name in names):
+            continue
+        while parents[-1][0] >= indent:
+            parents.pop()
+        for name in names:
+            path = parents[-1][1] / name
+            found += 1
+            if not path.exists():
+                missing.append(str(path.relative_to(ROOT)))
+        if names[0].endswith("/"):
+            parents.append((indent, parents[-1][1] / names[0]))
+    assert found > 20
+    assert not missing, f"docs/architecture.md names {', '.join(missing)}"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("`docs/results/a.json` and `tests/ops`", ["docs/results/a.json", "tests/ops"]),
+        ("`.venv/bin/python scripts/models_page.py`", ["scripts/models_page.py"]),
+        ("`python/docs`, `docs`, docs/none.md", []),
+        ("`train/none.py` and `none.py`, `convert_hf_to_gguf.py`", ["train/none.py", "none.py"]),
+        ("`liger_cli/commands/<command>/`", []),
+    ],
+)
+def test_paths_are_found(text, found):
+    assert list(paths(text)) == found
+
+
+def test_anchors_are_as_on_github(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# A `code`, and more\n## Same\n## Same\n```\n# no heading\n```\n")
+    assert anchors(page) == {"a-code-and-more", "same", "same-1"}
