@@ -247,25 +247,39 @@ def render(rows: list[Row], facts: dict[str, str], seconds: float, command: str)
     """Return the page in markdown."""
     counts = collections.Counter(row.verdict for row in rows)
     built = [row for row in rows if row.verdict != "not built"]
+    made = (
+        f"Made on {facts['date']} by `{command}` in {seconds:.0f} seconds; do not edit. "
+        f"transformers {facts['transformers']}, torch {facts['torch']}, Python {facts['python']}, "
+        "on a CPU in fp32."
+    )
+    totals = [
+        f"| {len(rows)} | tried | |",
+        f"| {len(built)} | built | |",
+        f"| {sum('image' in row.inputs for row in built)} | trained on images | |",
+        *(f"| {counts[name]} | {name} | {meaning} |" for name, meaning in HEADINGS.items()),
+    ]
+    missing = [
+        f"| {row.model_type} | {_cell(row.detail)} |" for row in rows if row.verdict == "not built"
+    ]
+    return layout(made, totals, list(map(_built_line, built)), missing)
+
+
+def layout(made: str, totals: list[str], built: list[str], missing: list[str]) -> str:
+    """Return the page from its lines: the totals first, each long table folded."""
     lines = [
         "# Model types tried",
         "",
-        f"Made on {facts['date']} by `{command}` in {seconds:.0f} seconds; do not edit. "
-        f"transformers {facts['transformers']}, torch {facts['torch']}, Python {facts['python']}, "
-        "on a CPU in fp32.",
+        "| types | | |",
+        "|---:|---|---|",
+        *totals,
+        "",
+        made,
         "",
         "Each causal-LM and image-text type of transformers is built tiny with random weights and "
         'patched by `apply_liger_kernel(model, ops="all")`; a training step on text, and one on '
         "images where the type takes them, are compared with the stock model's. Equal means within "
         f"{TOLERANCE:.0e} of the largest number of each gradient or, where fp32 itself is no "
         "better, no more than twice as far from fp64.",
-        "",
-        "| types | | |",
-        "|---:|---|---|",
-        f"| {len(rows)} | tried | |",
-        f"| {len(built)} | built | |",
-        f"| {sum('image' in row.inputs for row in built)} | trained on images | |",
-        *(f"| {counts[name]} | {name} | {meaning} |" for name, meaning in HEADINGS.items()),
         "",
         "## Built",
         "",
@@ -274,18 +288,21 @@ def render(rows: list[Row], facts: dict[str, str], seconds: float, command: str)
         "left alone: candidates of an op with the op in brackets, the others of none. "
         "Not run: patched, and reached by none of the steps.",
         "",
-        "| type | found by | trained on | patched | skipped, and why | result |",
-        "|---|---|---|---|---|---|",
-        *map(_built_line, built),
-        "",
+        *_folded(
+            f"{len(built)} types",
+            "| type | found by | trained on | patched | skipped, and why | result |",
+            "|---|---|---|---|---|---|",
+            *built,
+        ),
         "## Not built",
         "",
-        "| type | why |",
-        "|---|---|",
-        *(f"| {r.model_type} | {_cell(r.detail)} |" for r in rows if r.verdict == "not built"),
-        "",
+        *_folded(f"{len(missing)} types", "| type | why |", "|---|---|", *missing),
     ]
     return "\n".join(lines)
+
+
+def _folded(summary: str, *table: str) -> list[str]:
+    return [f"<details><summary>{summary}</summary>", "", *table, "", "</details>", ""]
 
 
 def _built_line(row: Row) -> str:

@@ -9,6 +9,7 @@ ops-*.json are reports of `liger bench ops`, bench-*.json those of `liger bench`
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +27,15 @@ PAGE = ROOT / "docs" / "performance.md"
 _HEAD = """# Performance
 
 Made from the measurements in `docs/results` by `python scripts/performance_page.py`; do not edit.
+"""
 
+_METHOD = """
 `make bench` repeats all of it on the machine it runs on, and on one with a GPU writes the
 measurements and this page. With `PEER_PATH=DIR`, a folder made by
 `pip install --no-deps --target DIR liger-kernel`, or `PEER_PYTHON=FILE`, a Python that has it,
 liger-kernel takes its turn in every round.
 
-How to read the tables:
+## How to read the tables
 
 - An op is compared with its fp64 reference (fp32 where that does not fit the card) on the very
   shape that is timed: every output and every gradient, ours and eager. An op that is worse than
@@ -49,9 +52,11 @@ How to read the tables:
   included. Ours never writes into its inputs; a side that does says so.
 - Cards and hosts differ by 10 to 15 %. Compare figures of one run, and look at ratios.
 
+## Missed targets
+
 The targets are for an H100, and the launch tables were measured on one. The figures of the H100 are
-from 2026-11-25; launches cost the host less since, which the H200's have. What bounds the targets
-that are missed:
+from 2026-11-25; launches cost the host less since, which the H200's have. What bounds the
+targets that are missed:
 
 - Norms and RoPE, times of torch, torch.compile or liger-kernel: the kernels need 0.09 to 0.25 ms,
   the host 0.2 to 0.5 ms to start them (an autograd function in Python, the hop to the thread of
@@ -88,6 +93,8 @@ _NO_OPS = """
 No run of `liger bench ops` on a GPU is recorded yet.
 """
 
+# A table of more than six rows.
+_LONG_TABLE = re.compile(r"(?:^\|[^\n]*\n){9,}", re.MULTILINE)
 _STEP_COLUMNS = ("side", "tokens/s", "step ms", "p20 - p80", "peak", "speed", "memory", "note")
 _TARGET_COLUMNS = ("patched against", "figure", "target (on an H100)", "found", "")
 
@@ -127,18 +134,71 @@ STEP_TARGETS = {
 
 def page(results: Path = RESULTS) -> str:
     """Return the text of docs/performance.md."""
-    parts = [_HEAD]
-    for path in sorted(results.glob("ops-*.json")):
-        report = OpsReport.from_json(path.read_text())
-        parts.append("\n" + markdown(report, heading=f"Ops on {report.device}"))
-    if len(parts) == 1:
+    ops = [OpsReport.from_json(path.read_text()) for path in sorted(results.glob("ops-*.json"))]
+    steps = [RunReport.from_json(path.read_text()) for path in sorted(results.glob("bench-*.json"))]
+    parts = [_HEAD, _summary(ops, steps), _METHOD]
+    for report in ops:
+        parts.append("\n" + fold(markdown(report, heading=f"Ops on {report.device}")))
+    if not ops:
         parts.append(_NO_OPS)
-    steps = sorted(results.glob("bench-*.json"))
     if steps:
         parts.append("\n## Whole training steps\n")
-    for path in steps:
-        parts.append("\n" + _step(RunReport.from_json(path.read_text())))
+    for step in steps:
+        parts.append("\n" + _step(step))
     return "".join(parts).rstrip() + "\n"
+
+
+def _summary(ops: list[OpsReport], steps: list[RunReport]) -> str:
+    """Return the first lines of the page: a line a comparison, and the targets of the ops."""
+    lines = []
+    if steps:
+        lines += [
+            "",
+            "Speed and peak memory of the patched model as multiples of each side's, in whole "
+            "training steps: 1.20x, 0.50x is a fifth faster in half the memory.",
+            "",
+            "| model | card | eager | torch.compile | liger-kernel |",
+            "| --- | --- | --- | --- | --- |",
+            *map(_summary_line, steps),
+        ]
+    lines += [""] * bool(ops)
+    for report in ops:
+        met = [target.met for row in report.rows for target in row.targets]
+        lines.append(
+            f"- {report.device}: {met.count(True)} of {len(met)} targets of single ops are met, "
+            f"{met.count(False)} missed."
+        )
+    return "\n".join([*lines, ""])
+
+
+def _summary_line(report: RunReport) -> str:
+    config, where = report.config or {}, report.environment or {}
+    against = report.against or {}
+    cells = []
+    for side in ("eager", "compile", PEER):
+        ratios = against[side].ratios if side in against else None
+        if ratios is None and side == "eager":
+            ratios = report.ratios
+        known = (ratios.speed, ratios.memory) if ratios else ()
+        cells.append(", ".join(f"{ratio:.2f}x" for ratio in known if ratio is not None))
+    batch, length = config["per_device_train_batch_size"], config["max_length"]
+    model = f"{config['model']}, {batch} x {length}"
+    card = where["devices"][0]["name"].removeprefix("NVIDIA ")
+    return f"| {' | '.join([model, card, *cells])} |"
+
+
+def fold(text: str) -> str:
+    """Return markdown in which each long table is folded under a line with its number of rows."""
+    return _LONG_TABLE.sub(_folded, text)
+
+
+def _folded(table: re.Match[str]) -> str:
+    rows = table[0].rstrip("\n").split("\n")[2:]
+    words = f"{len(rows)} rows"
+    met, missed = (sum(row.endswith(f"| {word} |") for row in rows) for word in ("met", "MISSED"))
+    if met or missed:
+        words += f": {met} met, {missed} missed"
+    return f"<details><summary>{words}</summary>\n\n{table[0]}\n</details>\n"
 
 
 def _step(report: RunReport) -> str:
@@ -184,7 +244,10 @@ def _step(report: RunReport) -> str:
     verdicts = [part.verdict for part in against.values()]
     if not verdicts and report.ratios is not None and report.parity is not None:
         verdicts = [verdict(report.ratios, report.parity)]
-    return text + "".join(f"\n{words}.\n" for words in verdicts)
+    if verdicts:
+        text += "\n<details><summary>in words, with the losses</summary>\n"
+        text += "".join(f"\n{words}.\n" for words in verdicts) + "\n</details>\n"
+    return text
 
 
 def _step_row(cells: tuple[str, ...]) -> tuple[str, ...]:

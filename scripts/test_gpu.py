@@ -33,7 +33,7 @@ def versions() -> str:
 
 
 def run_pytest(log: TextIO, *arguments: str) -> int:
-    """Run pytest and write its output here and to the log as it comes, so that both keep what ran."""
+    """Run pytest and write its output here and to the log as it comes."""
     # Warnings of the libraries would fill the log with paths of this machine.
     command = [sys.executable, "-m", "pytest", "-q", "--disable-warnings", "-p", "no:benchmark"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
