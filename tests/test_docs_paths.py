@@ -89,27 +89,36 @@ def test_links_resolve(page):
 
 
 def test_layout_of_architecture_exists():
-    """The tree of docs/architecture.md: folders by their indentation, files in their lines."""
+    """Folders of the tree in docs/architecture.md by their indentation, files by their folder."""
     text = (ROOT / "docs" / "architecture.md").read_text()
     tree = text.split("## Layout")[1].split("```")[1]
     missing, found, parents = [], 0, [(-1, ROOT)]
     for line in filter(str.strip, tree.splitlines()):
         indent = len(line) - len(line.lstrip())
-        # Names come first, two spaces before the words; a line without a name continues the last.
-        names = re.split(r"\s{2,}", line.strip())[0].split()
-        if not all(name.endswith(("/", ".py")) for name in names):
-            continue
         while parents[-1][0] >= indent:
             parents.pop()
-        for name in names:
-            path = parents[-1][1] / name
-            found += 1
-            if not path.exists():
-                missing.append(str(path.relative_to(ROOT)))
-        if names[0].endswith("/"):
-            parents.append((indent, parents[-1][1] / names[0]))
-    assert found > 20
+        first = line.split()[0]
+        folder = parents[-1][1]
+        if first.endswith("/"):
+            folder /= first
+            parents.append((indent, folder))
+        names = re.findall(r"[\w*]+\.py\b", line)
+        found += 1 + len(names)
+        missing += [str(folder)] * (not folder.is_dir())
+        missing += [f"{folder}/{name}" for name in names if not any(folder.glob(name))]
+    assert found > 50
     assert not missing, f"docs/architecture.md names {', '.join(missing)}"
+
+
+def test_diff_of_contributing_is_the_code():
+    """Each added line of the example is a line of the file it names, in the same order."""
+    (example,) = re.findall(r"```diff\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    files = re.split(r"^\+\+\+ b/(.*)\n", example, flags=re.MULTILINE)[1:]
+    assert len(files) == 4
+    for name, text in zip(files[::2], files[1::2], strict=True):
+        rest = iter((ROOT / name).read_text().splitlines())
+        for line in text.splitlines():
+            assert line == "..." or line[1:] in rest, f"{name} has no line {line[1:]!r} there"
 
 
 @pytest.mark.parametrize(
