@@ -1,13 +1,17 @@
-"""Every path and link of the pages leads somewhere."""
+"""Paths, links, flags and imports of the pages exist."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
+
+from liger_cli.app import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -108,6 +112,66 @@ def test_layout_of_architecture_exists():
         missing += [f"{folder}/{name}" for name in names if not any(folder.glob(name))]
     assert found > 50
     assert not missing, f"docs/architecture.md names {', '.join(missing)}"
+
+
+@functools.cache
+def flags(command: str) -> frozenset[str]:
+    """Return the flags of a command and of the commands below it, in kebab case."""
+    found = importlib.import_module(f"liger_cli.commands.{command}.cli").command
+    if not isinstance(found, typer.Typer):
+        app = typer.Typer(add_completion=False)
+        app.command()(found)
+        found = app
+    waiting, names = [typer.main.get_command(found)], {"--help", "-h"}
+    while waiting:
+        one = waiting.pop()
+        waiting += getattr(one, "commands", {}).values()
+        for parameter in one.params:
+            names |= {
+                name.replace("_", "-") for name in (*parameter.opts, *parameter.secondary_opts)
+            }
+    return frozenset(names)
+
+
+def unknown_flags(text: str) -> Iterator[str]:
+    """Yield the flags behind `liger COMMAND` that the command does not take."""
+    for command, rest in re.findall(r"\bliger (\w+)([^\n`#]*)", text):
+        if command in COMMANDS:
+            for flag in re.findall(r"(?<=[\s\[(])--?[a-z][\w-]*", rest):
+                if flag not in flags(command):
+                    yield f"liger {command} {flag}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_flags_exist(page):
+    # An option's line may be continued by a backslash.
+    missing = sorted(set(unknown_flags(page.read_text().replace("\\\n", ""))))
+    assert not missing, f"{page.relative_to(ROOT)} has {', '.join(missing)}"
+
+
+def test_unknown_flags_are_found():
+    assert list(
+        unknown_flags("`liger train -c a --ops auto,-rope --nope -z`, liger is --fast")
+    ) == [
+        "liger train --nope",
+        "liger train -z",
+    ]
+    assert list(unknown_flags("liger bench ops --quick --nope")) == ["liger bench --nope"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_imports_of_examples_exist(page):
+    missing = []
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        for module, names in re.findall(
+            r"^from (liger_\w+\.[\w.]+|liger_cli) import (.+)$", block, re.M
+        ):
+            if module.startswith("liger_kernel."):
+                # The drop-in's name, which is there after compat.install().
+                continue
+            found = importlib.import_module(module)
+            missing += [f"{module}.{n}" for n in re.findall(r"\w+", names) if not hasattr(found, n)]
+    assert not missing, f"{page.relative_to(ROOT)} imports {', '.join(missing)}"
 
 
 def test_diff_of_contributing_is_the_code():
