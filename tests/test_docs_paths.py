@@ -114,6 +114,17 @@ def test_layout_of_architecture_exists():
     assert not missing, f"docs/architecture.md names {', '.join(missing)}"
 
 
+def test_classes_of_architecture_exist():
+    """Each name in backticks that is written as a class is one."""
+    names = set(
+        re.findall(r"`([A-Z][a-z]+[A-Z]\w*)", (ROOT / "docs" / "architecture.md").read_text())
+    )
+    sources = (path.read_text() for tree in TOP[:2] for path in (ROOT / tree).rglob("*.py"))
+    defined = {name for text in sources for name in re.findall(r"^class (\w+)", text, re.M)}
+    assert len(names) >= 8
+    assert names <= defined, f"no class of this name: {', '.join(sorted(names - defined))}"
+
+
 @functools.cache
 def flags(command: str) -> frozenset[str]:
     """Return the flags of a command and of the commands below it, in kebab case."""
