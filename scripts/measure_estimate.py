@@ -31,8 +31,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from liger_cli.commands.train import run as runs
+from liger_cli.commands.train.prepare import RunOptions
 from liger_cli.config import RunConfig
-from liger_cli.training import loop
+from liger_cli.training import session
 from liger_cli.training.memory import Batch, MemoryEstimate, meta_model_of, step_memory
 from liger_cli.training.model.source import resolve_model
 
@@ -166,7 +167,7 @@ class Phases:
         self._begin()
 
     def end(self, phase: str) -> None:
-        """End a phase of the last step."""
+        """Ends a phase of the last step."""
         values = self.steps[-1]
         values[f"{phase} end"], peak = self._read()
         # Of several micro-batches the largest counts.
@@ -193,8 +194,8 @@ class Phases:
 
 @contextlib.contextmanager
 def watching(case: Case, phases: Phases) -> Iterator[None]:
-    """Record the phases of every step that the training loop runs inside."""
-    load, ask, make = runs.load_patched, loop.LossOf.__call__, loop.make_optimizer
+    """Notes the phases of every step that the launcher's own loop runs inside."""
+    load, ask, make = runs.load_patched, session.LossOf.__call__, session.make_optimizer
     is_cuda = torch.cuda.is_available()
 
     def load_patched(*args: Any, **kwargs: Any) -> Any:
@@ -228,14 +229,14 @@ def watching(case: Case, phases: Phases) -> Iterator[None]:
 
     with (
         mock.patch.object(runs, "load_patched", load_patched),
-        mock.patch.object(loop.LossOf, "__call__", loss_of),
-        mock.patch.object(loop, "make_optimizer", make_optimizer),
+        mock.patch.object(session.LossOf, "__call__", loss_of),
+        mock.patch.object(session, "make_optimizer", make_optimizer),
     ):
         yield
 
 
 def live_at_peak() -> list[dict[str, Any]]:
-    """Return the blocks allocated during the last step at its peak, by size and origin."""
+    """Returns what the last step had allocated beyond its begin at its peak, by size and origin."""
     if not torch.cuda.is_available():
         return []
     events = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
@@ -265,7 +266,7 @@ def live_at_peak() -> list[dict[str, Any]]:
 
 
 def origin(frames: list[dict[str, Any]]) -> str:
-    """Return the innermost lines that say which part of a model allocated a block."""
+    """The innermost lines that say which part of a model allocated a block."""
     known = [f for f in frames if any(name in f["filename"] for name in FRAMES)]
     lines = [f"{Path(f['filename']).name}:{f['line']} {f['name']}" for f in known[:3]]
     return " < ".join(lines) or "autograd"
@@ -290,11 +291,11 @@ def run_config(case: Case, folder: Path) -> RunConfig:
 
 
 def measure(case: Case, device: torch.device) -> dict[str, Any]:
-    """Train the steps of a case and return its record."""
+    """Trains the steps of a case and returns its record."""
     phases = Phases(device)
     with tempfile.TemporaryDirectory() as name, watching(case, phases):
         config = run_config(case, Path(name))
-        report = runs.run_train(config, measure_only=True)
+        report = runs.run_train(config, RunOptions(measure_only=True))
         found = {
             "coverage": report.coverage if report else None,
             "peak": phases.peak,
@@ -309,7 +310,7 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def release(device: torch.device) -> int:
-    """Free the memory of a case and return the bytes still allocated: the libraries' workspaces."""
+    """Frees what a case left and returns what stays allocated: the libraries' workspaces."""
     # accelerate keeps one precision for a process, and the cases differ in it.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -344,7 +345,7 @@ def measure_all(cases: tuple[Case, ...], output: Path) -> None:
 
 
 def compare(path: Path) -> None:
-    """Add the estimates to the records of a file and print both."""
+    """Adds the estimates to the records of a file and prints both."""
     document = json.loads(path.read_text(encoding="utf-8"))
     on_gpu = document["card"] != "cpu"
     print("| case | rows | measured | estimated | error |\n| --- | --- | --- | --- | --- |")

@@ -6,11 +6,11 @@ import logging
 
 import pytest
 import zoo
-from liger_kernels.ops.backend import INTERPRETED
 
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError
 from liger_cli.report.required_ops import parse_ops
+from liger_kernels.ops.backend import INTERPRETED
 from liger_kernels.transformers import AutoLigerKernelForCausalLM, apply_liger_kernel, inspect_model
 from liger_kernels.transformers.patching import selection
 from liger_kernels.transformers.patching.selection import resolve_ops
