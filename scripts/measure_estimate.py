@@ -167,7 +167,7 @@ class Phases:
         self._begin()
 
     def end(self, phase: str) -> None:
-        """Ends a phase of the last step."""
+        """End a phase of the last step."""
         values = self.steps[-1]
         values[f"{phase} end"], peak = self._read()
         # Of several micro-batches the largest counts.
@@ -194,7 +194,7 @@ class Phases:
 
 @contextlib.contextmanager
 def watching(case: Case, phases: Phases) -> Iterator[None]:
-    """Notes the phases of every step that the launcher's own loop runs inside."""
+    """Record the phases of every step that the launcher's own loop runs inside."""
     load, ask, make = runs.load_patched, session.LossOf.__call__, session.make_optimizer
     is_cuda = torch.cuda.is_available()
 
@@ -236,7 +236,7 @@ def watching(case: Case, phases: Phases) -> Iterator[None]:
 
 
 def live_at_peak() -> list[dict[str, Any]]:
-    """Returns what the last step had allocated beyond its begin at its peak, by size and origin."""
+    """List the storages that the last step had allocated at its peak, by size and origin."""
     if not torch.cuda.is_available():
         return []
     events = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
@@ -291,7 +291,7 @@ def run_config(case: Case, folder: Path) -> RunConfig:
 
 
 def measure(case: Case, device: torch.device) -> dict[str, Any]:
-    """Trains the steps of a case and returns its record."""
+    """Train the steps of a case and return its record."""
     phases = Phases(device)
     with tempfile.TemporaryDirectory() as name, watching(case, phases):
         config = run_config(case, Path(name))
@@ -310,7 +310,7 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def release(device: torch.device) -> int:
-    """Frees what a case left and returns what stays allocated: the libraries' workspaces."""
+    """Free what a case left and return the bytes that stay allocated: the libraries' workspaces."""
     # accelerate keeps one precision for a process, and the cases differ in it.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -345,7 +345,7 @@ def measure_all(cases: tuple[Case, ...], output: Path) -> None:
 
 
 def compare(path: Path) -> None:
-    """Adds the estimates to the records of a file and prints both."""
+    """Add the estimates to the records of a file and print both."""
     document = json.loads(path.read_text(encoding="utf-8"))
     on_gpu = document["card"] != "cpu"
     print("| case | rows | measured | estimated | error |\n| --- | --- | --- | --- | --- |")

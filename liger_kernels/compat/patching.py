@@ -21,7 +21,7 @@ from liger_kernels.transformers.loading import AutoLigerKernelForCausalLM
 from liger_kernels.transformers.patching.engine import PatchRecord, restore
 from liger_kernels.transformers.patching.families import FAMILIES
 
-# Functions that stand for more than one model type.
+# Functions that serve more than one model type.
 _ALSO = {"llama4": ("llama4_text",)}
 # Options of ours that choose no op: they are taken, and not shown.
 _NO_OPS = {"save_memory"}
@@ -55,7 +55,7 @@ class Patching:
         function = self.names["MODEL_TYPE_TO_APPLY_LIGER_FN"].get(model_type)
         if function is None:
             warnings.warn(
-                f"model type {model_type!r} has no function of its own: nothing is patched. Once a "
+                f"model type {model_type!r} has no function: nothing is patched. Once a "
                 "model is built, liger_kernels.transformers.apply_liger_kernel(model) patches what "
                 "it recognises",
                 stacklevel=2,

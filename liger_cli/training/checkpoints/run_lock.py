@@ -28,7 +28,7 @@ LOCK = "run.lock"
 
 @dataclass(frozen=True)
 class _Holder:
-    """A process on a host; `started` tells it from a later one with the same id."""
+    """A process on a host; `started` distinguishes it from a later one with the same id."""
 
     host: str
     pid: int

@@ -101,7 +101,7 @@ def head_problem(model: nn.Module) -> str | None:
     """Return why a model's head cannot be patched, or None if it can."""
     head = output_head(inner_model(model))
     if head is None:
-        return "the model has no output head of its own: pass the model that has"
+        return "the model has no output head: pass the model that has"
     if "forward" in head.__dict__:
         return "the head's forward is wrapped (accelerate hooks do that); patch before wrapping"
     if not isinstance(getattr(active_layer(head), "out_features", None), int):
