@@ -374,8 +374,8 @@ def test_an_arm_fails_as_the_program_does(measure, capsys):
     with pytest.raises(SystemExit) as stop:
         measure(dataset="nowhere.jsonl")
     output = capsys.readouterr()
-    assert (stop.value.code, output.out) == (2, "")
-    assert output.err.startswith("error: dataset: nowhere.jsonl")
+    assert (stop.value.code, output.out) == (4, "")
+    assert output.err == "error: dataset: there is no data file nowhere.jsonl\n"
 
 
 def test_baseline_is_plain_eager(train, monkeypatch):
