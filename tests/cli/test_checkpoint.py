@@ -15,8 +15,8 @@ import torch
 from accelerate import DistributedType
 from run_files import assert_same, metrics, names, stopped_copy
 
-from liger_cli.commands.train import run as runs
 from liger_cli.report import TrainProgress
+from liger_cli.training import evaluate as evaluation
 from liger_cli.training.checkpoints import files as checkpoint_files
 from liger_cli.training.checkpoints import saver
 from liger_cli.training.checkpoints.files import find_checkpoints, find_damage, written_aside
@@ -50,7 +50,9 @@ def eval_losses(monkeypatch):
     def use(*losses):
         results = iter(losses)
         monkeypatch.setattr(
-            runs, "evaluate", lambda *args, **options: EvalResult(next(results), 2, 0.5, 1, 10)
+            evaluation,
+            "evaluate",
+            lambda *args, **options: EvalResult(next(results), 2, 0.5, 1, 10),
         )
 
     return use
