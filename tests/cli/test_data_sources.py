@@ -298,9 +298,9 @@ def kept(monkeypatch, tmp_path):
     made = []
     make = data_module.RowMaker.__call__
 
-    def noted(self, records, limit=None):
+    def noted(self, records):
         made.append(len(records))
-        return make(self, records, limit)
+        return make(self, records)
 
     monkeypatch.setattr(data_module.RowMaker, "__call__", noted)
     return made

@@ -105,7 +105,7 @@ def test_case_66_patched_evaluation_makes_no_logits(evaluate, head_shapes):
 @pytest.mark.parametrize("ops", ["auto", "none"])
 def test_case_66_statistics_are_taken_a_few_rows_at_a_time(evaluate, monkeypatch, ops):
     whole = evaluate("--ops", ops)["eval"]
-    num_rows, made, stock = 5, [], evaluation._make
+    num_rows, made, stock = 5, [], evaluation._materialize
 
     def spy(logits, rows):
         made.append(len(rows))
@@ -113,7 +113,7 @@ def test_case_66_statistics_are_taken_a_few_rows_at_a_time(evaluate, monkeypatch
 
     vocab = resolve_model("gemma2").config["vocab_size"]
     monkeypatch.setattr(evaluation, "_CHUNK_ELEMENTS", num_rows * vocab)
-    monkeypatch.setattr(evaluation, "_make", spy)
+    monkeypatch.setattr(evaluation, "_materialize", spy)
     assert evaluate("--ops", ops)["eval"] == pytest.approx(whole, rel=1e-6)
     assert max(made) == num_rows
 

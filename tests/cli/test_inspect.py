@@ -218,7 +218,13 @@ def test_require_says_that_cross_entropy_must_be_named(liger: Callable[..., Any]
 def test_a_place_left_out_or_unused_does_not_meet_a_requirement() -> None:
     rows: list[dict[str, str | None]] = [
         {"name": "a", "op": "rope", "status": "patched", "reason": None, "backend": "torch"},
-        {"name": "b", "op": "rope", "status": "unused", "reason": "no call reached it"},
+        {
+            "name": "b",
+            "op": "rope",
+            "status": "unused",
+            "reason": "no call reached it",
+            "backend": "torch",
+        },
     ]
     report = RunReport(
         command="train", coverage={"rope": {"patched": 1, "candidates": 2}}, modules=rows

@@ -72,7 +72,7 @@ def test_refused_before_the_work(liger, nowhere, monkeypatch, words, flag):
     for name in (
         "commands.bench.models.comparison.run_bench",
         "commands.bench.ops.rounds.run_ops",
-        "commands.train.run.load_inputs",
+        "commands.train.prepare.load_inputs",
     ):
         monkeypatch.setattr(f"liger_cli.{name}", no_work)
     done = liger(*words, nowhere)

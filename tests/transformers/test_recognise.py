@@ -242,7 +242,7 @@ NORMS = {
         GatedEndNorm,
         GatedNormSpec(False, "sigmoid", "after_weight", 1, True, ("hidden", "z"), "eps"),
     ),
-    "gated-narrow": (GatedNarrowNorm, "rounds at a point"),
+    "gated-narrow": (GatedNarrowNorm, "rounds at another point"),
     "gated-tanh": (GatedTanhNorm, "norm of 2 inputs (x, gate) of another form"),
     "two-inputs": (TwoInputNorm, "norm of 2 inputs (q, k) of another form"),
     "l2": (L2Norm, NormSpec(0.0, "after_weight", False, "eps", is_l2=True)),

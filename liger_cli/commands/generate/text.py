@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,13 @@ class Sampling:
     temperature: float
     top_p: float
     seed: int
+
+    def __post_init__(self) -> None:
+        # A flag's limits do not catch NaN in every version of typer.
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(f"--temperature is {self.temperature}; allowed: 0 and above")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p is {self.top_p}; allowed: above 0, at most 1")
 
 
 @dataclass(frozen=True)
