@@ -20,6 +20,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import liger_cli.commands.bench.models.comparison as comparison
+import liger_cli.training.runtime.arms as arms_module
 from liger_cli.commands.bench.models.figures import compare_arms
 from liger_cli.commands.bench.models.plan import BenchRequest, parse_bounds, parse_sizes, plan_bench
 from liger_cli.commands.bench.models.reasons import Facts, no_gain
@@ -27,7 +28,6 @@ from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError, LigerError, OutOfMemory, RequirementFailed
 from liger_cli.report import AgainstPart, Arm, RatiosPart, RunReport, verdict
 from liger_cli.training.model.source import build_meta_model, resolve_model
-from liger_cli.training.runtime import arms
 from liger_cli.training.runtime.arms import ArmResult
 from liger_kernels.transformers.api import inspect_model
 
@@ -634,7 +634,7 @@ def test_a_signal_ends_the_run_in_progress_too(number: int) -> None:
         while not children and time.monotonic() < deadline:
             time.sleep(0.1)
             found = psutil.Process(process.pid).children(recursive=True)
-            children = [child for child in found if arms._PROCESS in child.cmdline()]
+            children = [child for child in found if arms_module._PROCESS in child.cmdline()]
         assert children
         os.kill(process.pid, number)
         _, errors = process.communicate(timeout=30)
