@@ -128,7 +128,9 @@ def test_environment_imports_no_torch_before_it_is_asked() -> None:
 
 
 def test_commit_of_a_checkout_and_of_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "liger_cli" / "common" / "environment.py"))
+    monkeypatch.setattr(
+        environment, "__file__", str(tmp_path / "liger_cli" / "common" / "environment.py")
+    )
     assert environment.commit() is None
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-C", str(tmp_path)]
     subprocess.run([*git, "init", "--quiet"], check=True)
