@@ -60,7 +60,7 @@ def main() -> int:
         log.write(f"{datetime.date.today()}  {versions()}\n$ make test-gpu\n")
         codes = [
             run_pytest(log, *shared, "not whole_card", "tests/ops"),
-            run_pytest(log, *shared, "gpu", "tests/transformers", "tests/cli"),
+            run_pytest(log, *shared, "gpu", "tests/transformers", "tests/compat", "tests/cli"),
             run_pytest(log, "-m", "gpu and whole_card", "tests/ops"),
         ]
     return max(codes)

@@ -102,7 +102,7 @@ def main() -> int:
     parser.add_argument("--versions", default=",".join(PINS), help="of transformers, with commas")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--workers", default="2", help="processes that run the tests of a version")
-    parser.add_argument("tests", nargs="*", default=["tests/transformers"])
+    parser.add_argument("tests", nargs="*", default=["tests/transformers", "tests/compat"])
     options = parser.parse_args()
     versions = options.versions.split(",")
     for version in versions:

@@ -392,7 +392,7 @@ def test_baseline_is_plain_eager(train, monkeypatch):
 
 
 def test_small_configuration_runs_as_it_is(liger, run_dir):
-    path = Path(__file__).parents[2] / "configs" / "train" / "pretrain.yaml"
+    path = Path(__file__).parents[3] / "configs" / "train" / "pretrain.yaml"
     done = liger("train", "-c", path, "-o", run_dir, "--use-cpu", "--max-steps", 2, "--json")
     assert done.code == 0, done.err
     assert done.json()["train"]["tokens"] == 2 * 8 * 256

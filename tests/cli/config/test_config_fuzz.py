@@ -20,7 +20,7 @@ from liger_cli.errors import ConfigError
 
 KEY_OF_EACH_TYPE = sorted({allowed(key): key for key in RunConfig.model_fields}.values())
 KEYS = [*RunConfig.model_fields, *ALIASES]
-CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "train").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[3] / "configs" / "train").glob("*.yaml"))
 
 SCALARS = [
     *("null", "~", "", "true", "no", "On", "0", "-1", "1", "7", "010", "0x1f", "1_000", "1:30"),

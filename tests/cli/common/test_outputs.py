@@ -10,7 +10,7 @@ import pytest
 from liger_cli.common.outputs import check_writable
 from liger_cli.errors import ConfigError, EnvironmentProblem
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
+RESULTS = Path(__file__).parents[3] / "docs" / "results"
 BENCH = RESULTS / "bench-llama-1b-h100.json"
 
 

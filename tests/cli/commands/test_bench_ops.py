@@ -40,7 +40,7 @@ from liger_cli.common.measure import transient_bytes
 from liger_cli.errors import ConfigError
 from liger_kernels.ops.registry import OPS
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "performance_page.py"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "performance_page.py"
 CPU = torch.device("cpu")
 TINY = (
     ("rms_norm", (4, 16)),

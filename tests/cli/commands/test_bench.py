@@ -31,7 +31,7 @@ from liger_cli.training.model.source import build_meta_model, resolve_model
 from liger_cli.training.runtime.arms import ArmResult
 from liger_kernels.transformers.api import inspect_model
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "performance_page.py"
+SCRIPT = Path(__file__).parents[3] / "scripts" / "performance_page.py"
 COVERAGE = {"rope": {"patched": 2, "candidates": 2}, "rms_norm": {"patched": 5, "candidates": 5}}
 NOTHING = {"rope": {"patched": 0, "candidates": 2}}
 

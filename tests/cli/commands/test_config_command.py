@@ -11,7 +11,7 @@ import yaml
 from liger_cli.commands.config.templates import template_names
 from liger_cli.config import ALIASES, RunConfig, load_config
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "train"
+CONFIGS = Path(__file__).parents[3] / "configs" / "train"
 
 
 @pytest.fixture(autouse=True)

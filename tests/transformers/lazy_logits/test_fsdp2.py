@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
 ]
 
-RANKS = Path(__file__).with_name("fsdp2_ranks.py")
+RANKS = Path(__file__).parents[1] / "fsdp2_ranks.py"
 # The names are those of groups_of in fsdp2_ranks.py: "/" between groups, "+" inside one.
 GROUPS = (
     "root",
@@ -109,7 +109,7 @@ def run_ranks(cases: dict[str, dict[str, Any]], directory: Path) -> dict[str, An
     """Return what rank 0 found of each case; those after a crash are missing."""
     out, given = directory / "out.json", directory / "cases.json"
     given.write_text(json.dumps([{**CASE, **case, "name": name} for name, case in cases.items()]))
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     path = os.pathsep.join([str(root), str(RANKS.parent), os.environ.get("PYTHONPATH", "")])
     processes = []
     for rank in range(2):

@@ -394,7 +394,7 @@ def test_missing_package_says_what_to_install(fake_package):
 
 
 def test_pinned_versions_agree():
-    constraints = (Path(__file__).parents[2] / "constraints.txt").read_text().split()
+    constraints = (Path(__file__).parents[4] / "constraints.txt").read_text().split()
     assert resolve_model("llama").package.name in constraints
 
 

@@ -159,8 +159,8 @@ def put(document, place, value):
 
 @pytest.mark.parametrize("file", ["tests/cli/old_bench.json", "docs/results/demo-cpu.json"])
 def test_case_239_any_value_anywhere_in_a_report_is_shown_or_refused(tmp_path, capsys, file):
-    document = json.loads((Path(__file__).parents[2] / file).read_text())
-    read_saved(Path(__file__).parents[2] / file)
+    document = json.loads((Path(__file__).parents[3] / file).read_text())
+    read_saved(Path(__file__).parents[3] / file)
     random.seed(239)
     every = list(places(document))
     path, num_shown, refused = tmp_path / "report.json", 0, []
@@ -183,7 +183,7 @@ def test_case_239_any_value_anywhere_in_a_report_is_shown_or_refused(tmp_path, c
 
 
 def test_case_239_names_on_a_page_are_escaped(tmp_path):
-    saved = read_saved(Path(__file__).parents[2] / "docs/results/demo-cpu.json")
+    saved = read_saved(Path(__file__).parents[3] / "docs/results/demo-cpu.json")
     saved.report.model["name"] = "<script>\x1b[31m{x}"
     page = html(saved)
     assert "<script>\x1b" not in page

@@ -21,7 +21,7 @@ from liger_cli.training.model.adapters import attach_adapter, new_adapter
 from liger_cli.training.model.source import load_model, resolve_model
 from liger_kernels.transformers.api import apply_liger_kernel
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results"
+RESULTS = Path(__file__).parents[3] / "docs" / "results"
 MIB = 1 << 20
 # 2 layers, 4 heads of 2, 2 key heads: small enough to follow on paper.
 TINY = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "kill_runs.py"
+SCRIPT = Path(__file__).parents[4] / "scripts" / "kill_runs.py"
 
 
 @pytest.mark.slow  # Nine runs of a small model.

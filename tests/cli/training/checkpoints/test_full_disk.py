@@ -16,7 +16,7 @@ from liger_cli.training.checkpoints.run_log import JsonLines, read_lines
 from liger_cli.training.model.adapters import base_place
 from liger_cli.training.model.presets import list_presets
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 BENCH = ROOT / "docs" / "results" / "bench-llama-1b-h100.json"
 
 
