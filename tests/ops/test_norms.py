@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import mmap
 
 import pytest
 import torch
 import torch.nn.functional as F
+from norm_calls import NORMS, arguments, flags_of, function_of, gradients, make
 from torch.utils.checkpoint import checkpoint
 
 from liger_kernels.compare import FLOOR, error
-from liger_kernels.ops import backend, fused_add_rms_norm, layer_norm, rms_norm
-from liger_kernels.ops.fused_add_rms_norm import fused_add_rms_norm_ref
+from liger_kernels.ops import backend, layer_norm, rms_norm
 from liger_kernels.ops.registry import OPS
 from liger_kernels.ops.rms_norm import recompute
-from liger_kernels.ops.rows import RowShape, persistent_row_plan, sum_partials_kernel
+from liger_kernels.ops.rows import RowShape, persistent_row_plan
 
-NORMS = ("rms_norm", "layer_norm")
 HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
 DTYPES = (torch.float32, *HALF_DTYPES)
-
-
-def make(*shape: int, seed: int, dtype=torch.float32, device="cpu", shift: float = 0.0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator) + shift
-    return x.to(device=device, dtype=dtype).requires_grad_()
-
-
-def arguments(norm: str, *shape: int, device, dtype=torch.float32):
-    """x and all parameters the norm can have, each a leaf that requires grad."""
-    x = make(*shape, seed=1, dtype=dtype, device=device)
-    weight = make(shape[-1], seed=2, dtype=dtype, device=device, shift=1.0)
-    bias = make(shape[-1], seed=3, dtype=dtype, device=device)
-    return [x, weight] if norm == "rms_norm" else [x, weight, bias]
-
-
-def function_of(norm: str):
-    return OPS[norm].function
-
-
-def gradients(function, tensors, dy):
-    """Gradients of function(*tensors) in direction dy, by fresh leaves that keep the flags."""
-    leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
-    y = function(*leaves)
-    y.backward(dy)
-    return y.detach(), [leaf.grad for leaf in leaves]
 
 
 @pytest.mark.parametrize("width", [3, 17, 41, 768, 1536])
@@ -271,13 +245,10 @@ def test_case_1_rows_are_addressed_in_64_bits(norm, device):
     assert all(map(torch.equal, far, near))
 
 
-def _flags(num: int):
-    return [flags for flags in itertools.product((True, False), repeat=num) if any(flags)]
-
-
 @pytest.mark.parametrize(
     ("norm", "flags"),
-    [("rms_norm", flags) for flags in _flags(2)] + [("layer_norm", flags) for flags in _flags(3)],
+    [("rms_norm", flags) for flags in flags_of(2)]
+    + [("layer_norm", flags) for flags in flags_of(3)],
     ids=lambda value: value if isinstance(value, str) else "".join("ft"[flag] for flag in value),
 )
 def test_gradients_exist_exactly_where_asked(norm, flags, device):
@@ -391,115 +362,6 @@ def test_recompute_gives_the_same_bits(cast, layout, device):
     assert torch.equal(recompute(x, weight, 0 * rstd, node.options), torch.zeros_like(again))
 
 
-def add_arguments(*shape: int, device, dtype=torch.float32, residual_dtype=None):
-    return [
-        make(*shape, seed=1, dtype=dtype, device=device),
-        make(*shape, seed=2, dtype=residual_dtype or dtype, device=device),
-        make(shape[-1], seed=3, dtype=dtype, device=device, shift=1.0),
-    ]
-
-
-@pytest.mark.parametrize("unused", ["y", "total"])
-@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.half], ids=["fp32", "fp16"])
-def test_add_norm_whose_output_nobody_reads(unused, residual_dtype, device):
-    tensors = add_arguments(6, 40, device=device, residual_dtype=residual_dtype)
-    dy = make(6, 40, seed=9, device=device).detach()
-    index = ("total", "y").index(unused)
-
-    def used(function):
-        return lambda *args: function(*args)[index]
-
-    _, ours = gradients(used(fused_add_rms_norm), tensors, dy)
-    _, eager = gradients(used(fused_add_rms_norm_ref), tensors, dy)
-    for mine, theirs in zip(ours, eager, strict=True):
-        assert (mine is None) == (theirs is None)
-        if theirs is not None:
-            assert mine.dtype == theirs.dtype
-            assert error(mine, theirs) <= FLOOR[theirs.dtype]
-
-
-@pytest.mark.parametrize("flags", _flags(3), ids=lambda flags: "".join("ft"[f] for f in flags))
-def test_add_norm_gradients_exist_exactly_where_asked(flags, device):
-    tensors = add_arguments(6, 40, device=device)
-    for tensor, flag in zip(tensors, flags, strict=True):
-        tensor.requires_grad_(flag)
-    dy, dtotal = (make(6, 40, seed=seed, device=device).detach() for seed in (8, 9))
-
-    def both(function):
-        leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
-        y, total = function(*leaves)
-        outputs = [(y, dy)] + [(total, dtotal)] * total.requires_grad
-        torch.autograd.backward(*zip(*outputs, strict=True))
-        return [leaf.grad for leaf in leaves]
-
-    ours, eager = both(fused_add_rms_norm), both(fused_add_rms_norm_ref)
-    for mine, theirs in zip(ours, eager, strict=True):
-        assert (mine is None) == (theirs is None)
-        assert mine is None or error(mine, theirs) <= 2e-6
-
-
-def test_case_17_add_norm_leaves_the_gradients_it_is_given_alone(device):
-    tensors = add_arguments(6, 40, device=device)
-    given = [make(6, 40, seed=seed, device=device).detach() for seed in (8, 9)]
-    before = [t.detach().clone() for t in (*tensors, *given)]
-    y, total = fused_add_rms_norm(*tensors)
-    assert torch.equal(total, tensors[0] + tensors[1])
-    first = torch.autograd.grad((y, total), tensors, given, retain_graph=True)
-    # case 19: and again.
-    second = torch.autograd.grad((y, total), tensors, given)
-    assert all(map(torch.equal, first, second))
-    for tensor, old in zip((*tensors, *given), before, strict=True):
-        assert torch.equal(tensor.detach(), old)
-
-
-def test_add_norm_saves_only_the_sum_and_a_number_a_row(device):
-    saved = {}
-
-    def pack(tensor):
-        saved[tensor.data_ptr()] = tensor
-        return tensor
-
-    tensors = add_arguments(50, 40, device=device, dtype=torch.half)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y, total = fused_add_rms_norm(*tensors)
-    assert saved.pop(total.data_ptr()).numel() == 50 * 40
-    assert saved.pop(tensors[2].data_ptr()).numel() == 40
-    (rstd,) = saved.values()
-    assert (rstd.numel(), rstd.dtype) == (50, torch.float32)
-
-
-@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64), (3, 0)])
-def test_case_44_add_norm_of_no_elements(shape, device):
-    x, residual, weight = add_arguments(*shape, device=device)
-    y, total = fused_add_rms_norm(x, residual, weight)
-    assert y.shape == total.shape == shape
-    (y.sum() + total.sum()).backward()
-    assert torch.equal(weight.grad, torch.zeros_like(weight))
-
-
-def test_case_46_a_second_derivative_of_add_norm_is_an_error(device):
-    tensors = add_arguments(6, 40, device=device)
-    y, total = fused_add_rms_norm(*tensors)
-    with pytest.raises(RuntimeError, match="fused_add_rms_norm is not differentiable twice"):
-        torch.autograd.grad((y + total).sum(), tensors[0], create_graph=True)
-
-
-def test_add_norm_names_wrong_arguments(device):
-    x, residual, weight = add_arguments(2, 8, device=device)
-    with pytest.raises(
-        ValueError, match=r"residual must be floating \(2, 8\) as x, got .*\(1, 8\)"
-    ):
-        fused_add_rms_norm(x, residual[:1], weight)
-    with pytest.raises(ValueError, match=r"residual must be floating .* got torch.int64"):
-        fused_add_rms_norm(x, residual.long(), weight)
-    with pytest.raises(ValueError, match=r"weight must be \(8,\) as x's width, got \(7,\)"):
-        fused_add_rms_norm(x, residual, weight[:7])
-    with pytest.raises(
-        ValueError, match="cast must be one of before_weight, after_weight, got 'llama'"
-    ):
-        fused_add_rms_norm(x, residual, weight, cast="llama")
-
-
 def test_fp64_is_computed_in_fp64(device):
     x = make(4, 33, seed=0, device=device).detach().double()
     weight = make(33, seed=1, device=device).detach().double()
@@ -533,101 +395,3 @@ def test_options_are_checked_by_name(device):
         ValueError, match="cast must be one of before_weight, after_weight, got 'llama'"
     ):
         rms_norm(x, weight, cast="llama")
-
-
-@pytest.mark.whole_card
-@pytest.mark.gpu
-@pytest.mark.parametrize("norm", NORMS)
-def test_case_1_more_than_2_31_elements(norm, device):
-    # 4.3 GB a tensor, five of them at the peak.
-    rows, width = 524289, 4096
-    x = torch.empty(1, rows, width, dtype=torch.bfloat16, device=device).normal_()
-    dy = torch.empty_like(x).normal_()
-    _, *parameters = arguments(norm, 1, width, device=device, dtype=torch.bfloat16)
-    leaves = [x.requires_grad_(), *parameters]
-    y = function_of(norm)(*leaves)
-    grads = torch.autograd.grad(y, leaves, dy)
-    for part in (slice(None, 8), slice(-8, None)):
-        few, few_grads = gradients(
-            function_of(norm), (x.detach()[:, part].requires_grad_(), *parameters), dy[:, part]
-        )
-        assert torch.equal(y.detach()[:, part], few)
-        assert torch.equal(grads[0][:, part], few_grads[0])
-    assert all(grad.isfinite().all() for grad in grads[1:])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("norm", NORMS)
-def test_case_14_case_28_inside_torch_compile(norm, device, true_allocators):
-    tensors = arguments(norm, 4, 128, 768, device=device, dtype=torch.bfloat16)
-    dy = make(4, 128, 768, seed=9, device=device, dtype=torch.bfloat16).detach()
-    wanted, eager = gradients(function_of(norm), tensors, dy)
-    compiled = torch.compile(function_of(norm), fullgraph=False)
-    y, ours = gradients(compiled, tensors, dy)
-    torch.testing.assert_close(y, wanted, rtol=1e-2, atol=1e-2)
-    for mine, theirs in zip(ours, eager, strict=True):
-        assert error(mine, theirs) <= 2 * FLOOR[torch.bfloat16]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("cast", ["before_weight", "after_weight"])
-def test_case_15_weight_gradient_of_many_narrow_rows(cast, device):
-    # In fp32, so that only what is rounded on the way to the sum is seen.
-    rows, width = 32768, 128
-    x = make(rows, width, seed=1, device=device, dtype=torch.bfloat16)
-    weight = make(width, seed=2, device=device, shift=1.0)
-    dy = make(rows, width, seed=9, device=device).detach()
-    y = rms_norm(x, weight, cast=cast)
-    (dw,) = torch.autograd.grad(y, weight, dy.to(y.dtype))
-    wide = x.detach().double()
-    x_hat = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
-    if cast == "before_weight":
-        x_hat = x_hat.bfloat16().double()
-    wanted = (dy.to(y.dtype).double() * x_hat).sum(0)
-    assert dw.dtype == torch.float32
-    # Products in bf16 are off by 1.4e-3 here, and sums of 16 rows in bf16 by 5e-3.
-    assert error(dw, wanted) < 2e-4
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("norm", NORMS)
-def test_case_29_no_fp64_inside_torch_compile(norm, device, true_allocators):
-    from triton.testing import do_bench
-
-    tensors = [
-        t.detach() for t in arguments(norm, 65536, 4096, device=device, dtype=torch.bfloat16)
-    ]
-    function = function_of(norm)
-    compiled = torch.compile(function)
-    with torch.no_grad():
-        compiled(*tensors)
-        eager_ms = do_bench(lambda: function(*tensors), return_mode="median")
-        compiled_ms = do_bench(lambda: compiled(*tensors), return_mode="median")
-    # eps and offset arrive as fp64 there, and would pull the whole kernel along.
-    assert compiled_ms <= 1.1 * eager_ms
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("norm", NORMS)
-def test_case_30_compilations_do_not_follow_the_rows(norm, device):
-    module = importlib.import_module(f"liger_kernels.ops.{norm}_kernel")
-    kernels = [
-        getattr(module, f"{norm}_fwd_kernel"),
-        getattr(module, f"{norm}_bwd_kernel"),
-        sum_partials_kernel,
-    ]
-
-    def num_compiled() -> int:
-        return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels)
-
-    def run(rows):
-        for num_rows in rows:
-            tensors = arguments(norm, num_rows, 1024, device=device, dtype=torch.bfloat16)
-            function_of(norm)(*tensors).sum().backward()
-
-    # These lengths meet multiples of 16 and others, both in rows and in programs.
-    run(range(100, 141))
-    before = num_compiled()
-    run(range(141, 201))
-    assert before > 0
-    assert num_compiled() == before

@@ -7,11 +7,22 @@ import time
 import pytest
 import torch
 
+from liger_cli.common import measure
 from liger_cli.common.measure import PeakMemory, StepTimer, median_after_warm_up
 from liger_cli.training.runtime.async_scalars import AsyncScalars
 
 CPU = torch.device("cpu")
 BLOCK_BYTES = 256 * 2**20
+
+
+class Clock:
+    """In place of the module `time`: a clock that moves when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
 
 
 def allocate() -> None:
@@ -46,30 +57,37 @@ def test_peak_of_a_gpu_is_its_allocator():
         assert memory.num_bytes - before < BLOCK_BYTES
 
 
-def test_timer():
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(measure, "time", clock)
+    return clock
+
+
+def test_timer(clock):
     timer = StepTimer(CPU)
     timer.start()
-    time.sleep(0.02)
+    clock.now += 0.02
     step = timer.lap(num_tokens=100)
-    assert step.step_ms >= 20
-    assert step.tokens_per_s == pytest.approx(100 / (step.step_ms / 1e3))
+    assert step.step_ms == pytest.approx(20)
+    assert step.tokens_per_s == pytest.approx(5000)
 
 
-def test_steps_of_a_timer_leave_nothing_out_but_pauses():
+def test_steps_of_a_timer_leave_nothing_out_but_pauses(clock):
     timer = StepTimer(CPU)
     timer.start()
-    begin = time.perf_counter()
     steps = []
-    for _ in range(3):
-        time.sleep(0.01)
+    for seconds in (0.01, 0.02, 0.04):
+        clock.now += seconds
         steps.append(timer.lap(num_tokens=1).step_ms)
         # What a loop does between two steps, its log for example, is time of the run.
-        time.sleep(0.01)
+        clock.now += 0.1
     steps.append(timer.lap(num_tokens=1).step_ms)
-    assert sum(steps) == pytest.approx((time.perf_counter() - begin) * 1e3, abs=2)
-    time.sleep(0.05)
+    assert steps == pytest.approx([10, 120, 140, 100])
+    clock.now += 5
     timer.start()
-    assert timer.lap(num_tokens=1).step_ms < 20
+    clock.now += 0.001
+    assert timer.lap(num_tokens=1).step_ms == pytest.approx(1)
 
 
 def test_values_on_the_way_are_those_of_the_moment(device):

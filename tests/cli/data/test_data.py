@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
 from pathlib import Path
 
 import pytest
-import torch
+from data_rows import CONVERSATION, SAID, check_labels, load, make_tokenizer, write
 
-from liger_cli.data.collate import Collator
 from liger_cli.data.encode import IGNORED
-from liger_cli.data.examples import RowOptions, load_examples
-from liger_cli.data.samples import read_sample
-from liger_cli.errors import ConfigError, DataError, EnvironmentProblem
-from liger_cli.training.model.source import load_tokenizer, resolve_model
+from liger_cli.errors import ConfigError, DataError
 from liger_cli.training.model.tokenizers import byte_tokenizer
-
-SPECIAL = [
-    *("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>"),
-    *("<|start_header_id|>", "<|end_header_id|>", "<|user|>", "<|assistant|>", "<|end|>"),
-]
 
 CHATML = """\
 {% for message in messages %}{% if loop.first and message['role'] != 'system' %}\
 {{ '<|im_start|>system\\nBe kind<|im_end|>\\n' }}{% endif %}\
 {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
 
 GENERATION = """\
 {%- for message in messages -%}\
@@ -36,11 +27,13 @@ GENERATION = """\
 {%- else -%}{{ message['content'] + '<|im_end|>' }}{%- endif -%}{{ '\\n' }}\
 {%- endfor -%}"""
 
+
 LLAMA3 = """\
 {% for message in messages %}{% if loop.first %}{{ '<|begin_of_text|>' }}{% endif %}\
 {{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}\
 {{ message['content'] | trim }}{{ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}\
 {{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
+
 
 # The system message goes into the last user message, as with Mistral: no rendering of the first
 # messages is the beginning of the rendering of all.
@@ -54,11 +47,13 @@ MOVES_SYSTEM = """\
 {{- message['content'] + ' [/INST]' -}}\
 {%- else -%}{{- ' ' + message['content'] | trim + '</s>' -}}{%- endif -%}{%- endfor -%}"""
 
+
 # Drops the system message, and closes the last turn with one more mark, as Phi-3 does.
 DROPS_SYSTEM = """\
 {% for message in messages %}{% if message['role'] != 'system' %}\
 {{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ '</s>' }}{% endif %}"""
+
 
 # Marks that are ordinary text to the tokenizer.
 PLAIN = """\
@@ -66,12 +61,14 @@ PLAIN = """\
 {{ '## ' + message['role'] + '\\n' + message['content'] + '\\n[end]\\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '## assistant\\n' }}{% endif %}"""
 
+
 TOOLS = """\
 {% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}\
 {% for call in message.tool_calls or [] %}\
 {{ '<tool_call>' + call.function.name + '(' + call.function.arguments | tojson + ')</tool_call>' }}\
 {% endfor %}{{ message['content'] + '<|im_end|>\\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
 
 # Lays out thinking, and only of the last turn, as Qwen3 does.
 THINKING = """\
@@ -84,6 +81,7 @@ THINKING = """\
 {% if loop.last %}{{ '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}{% endif %}\
 {{ content }}{% else %}{{ content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
 
 # Descriptions of tools go into a system message, results of tools into one turn of the user, and a
 # call stands behind what is said, as with Qwen2.5 and Hermes.
@@ -106,73 +104,15 @@ HERMES = """\
 {%- endif -%}{%- endfor -%}\
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
 
+
 STRICT = """\
 {% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\
 {{ raise_exception('roles must alternate') }}{% endif %}\
 {{ message['content'] + '</s>' }}{% endfor %}"""
 
 
-def make_tokenizer(template: str | None = None, *, metaspace: bool = False, begin: bool = False):
-    """A small tokenizer with real merges, so that tokens can cross the borders of trained parts."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-    from tokenizers.trainers import BpeTrainer
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE(unk_token="<pad>" if metaspace else None))
-    if metaspace:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-        tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
-        alphabet = []
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-    corpus = [
-        "\n\n hello there, the answer is yes. What is it? assistant\n\nuser\n[end] ## [INST]"
-    ] * 9
-    special = [AddedToken(word, normalized=False, special=True) for word in SPECIAL]
-    trainer = BpeTrainer(
-        vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    if begin:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A",
-            pair="<s> $A $B",
-            special_tokens=[("<s>", tokenizer.token_to_id("<s>"))],
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="</s>",
-        pad_token="</s>",
-        chat_template=template,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def write(path: Path, *rows: object) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def load(path: Path, tokenizer=None, *, max_length=512, vocab_size=10**6, **options):
-    tokenizer = tokenizer or byte_tokenizer()
-    row_options = RowOptions(max_length, vocab_size, **options.pop("row_options", {}))
-    return load_examples(str(path), tokenizer, row_options, **options)
-
-
 def trained(tokenizer, row) -> str:
     return tokenizer.decode([label for label in row["labels"] if label != IGNORED])
-
-
-def check_labels(row) -> None:
-    """A label is the token at its place, and the first token has none."""
-    assert len(row["labels"]) == len(row["input_ids"])
-    assert row["labels"][0] == IGNORED
-    assert all(
-        label in (IGNORED, token)
-        for token, label in zip(row["input_ids"], row["labels"], strict=True)
-    )
 
 
 # Formats.
@@ -252,20 +192,6 @@ def test_json_list_and_lines_are_the_same(tmp_path):
     assert load(path).examples[:] == load(lines).examples[:]
     write(path, *rows)
     assert load(path).examples[:] == load(lines).examples[:]
-
-
-# Conversations.
-
-CONVERSATION = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "What is it?"},
-    {"role": "assistant", "content": "\n\nyes, the answer\n"},
-    {"role": "user", "content": "assistant\n\nyes"},
-    {"role": "assistant", "content": "hello there"},
-    {"role": "user", "content": "the answer is "},
-    {"role": "assistant", "content": "What is it?"},
-]
-SAID = [message["content"] for message in CONVERSATION if message["role"] == "assistant"]
 
 
 # The token of "\n\n" that begins the first answer has the end of the prompt in it, and the space
@@ -557,102 +483,3 @@ def test_token_outside_the_vocabulary(tmp_path):
     path = write(tmp_path / "d.jsonl", {"text": "abc"}, {"text": "\u00e9"})
     with pytest.raises(DataError, match=r"d\.jsonl:2: token \d+ .* vocabulary of 97"):
         load(path, vocab_size=97)
-
-
-# Counts, lengths, order.
-
-
-def test_truncation_is_counted(tmp_path):
-    path = write(
-        tmp_path / "d.jsonl",
-        {"prompt": "abcdef", "completion": "xyz"},
-        {"prompt": "abcdefgh", "completion": "xyz"},
-        {"prompt": "a", "completion": "x"},
-    )
-    examples = load(path, max_length=8)
-    stats = examples.stats
-    assert (stats.rows, stats.dropped_rows, stats.truncated_rows) == (2, 1, 1)
-    assert [len(row["input_ids"]) for row in examples.examples] == [8, 3]
-    assert (stats.tokens, stats.trained_tokens) == (11, 4)
-
-
-def test_synthetic():
-    options = {"options": RowOptions(16, 50)}
-    train = load_examples("synthetic", None, **options)
-    assert [len(row["input_ids"]) for row in train.examples] == [16] * 1024
-    assert train.stats.tokens == 1024 * 16
-    assert train.stats.trained_tokens == 1024 * 15
-    ids = torch.tensor(train.examples["input_ids"][:])
-    assert 0 <= ids.min() <= ids.max() < 50
-    for row in train.examples:
-        check_labels(row)
-    again = load_examples("synthetic", None, **options)
-    assert again.examples[:] == train.examples[:]
-    for other in ({"seed": 1}, {"split": "eval"}):
-        assert load_examples("synthetic", None, **options, **other).examples[:] != train.examples[:]
-
-
-def sample(**options):
-    return load_examples("chitchat", byte_tokenizer(), RowOptions(256, 264), **options)
-
-
-@pytest.mark.skipif(
-    not __import__("importlib.util").util.find_spec("chitchat_dataset"),
-    reason="needs the package chitchat-dataset: make setup",
-)
-def test_sample(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    read = "liger_cli.data.sources.read_sample"
-    monkeypatch.setattr(read, lambda split: islice(read_sample(split), 20))
-    train, evaluation = sample(), sample(split="eval")
-    assert train.licence == "MIT"
-    assert train.stats.rows + train.stats.dropped_rows == 20
-    assert train.stats.columns == ("messages",)
-    assert sample().examples[:] == train.examples[:]
-    texts = [byte_tokenizer().decode(ids) for ids in train.examples["input_ids"]]
-    assert not set(texts) & {byte_tokenizer().decode(x) for x in evaluation.examples["input_ids"]}
-    assert all(text.startswith("<|im_start|>user\n") for text in texts)
-    assert sum(text.count("<|im_start|>assistant") > 1 for text in texts) > 5
-
-
-def test_sample_package_missing(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(EnvironmentProblem, match="not installed") as caught:
-        sample()
-    assert "pip install chitchat-dataset==0.9.0" in caught.value.hint
-
-
-# Batches.
-
-
-def test_case_98_padding_is_a_place_and_not_a_token(tmp_path):
-    tokenizer = make_tokenizer()
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    path = write(tmp_path / "d.jsonl", {"text": "hello"}, {"text": "hello there, yes"})
-    short, long = load(path, tokenizer).examples
-    batch = Collator.for_tokenizer(tokenizer)([short, long])
-    assert {value.dtype for value in batch.values()} == {torch.int64}
-    length = len(short["input_ids"])
-    assert batch["labels"][0, length - 1] == tokenizer.eos_token_id
-    assert batch["input_ids"][0].tolist() == (
-        short["input_ids"] + [tokenizer.eos_token_id] * (len(long["input_ids"]) - length)
-    )
-    assert (batch["labels"][0, length:] == IGNORED).all()
-    assert batch["labels"][1].tolist() == long["labels"]
-    assert batch["attention_mask"].sum(1).tolist() == [length, len(long["input_ids"])]
-
-
-def test_padding_to_a_multiple():
-    row = {"input_ids": [5, 6, 7], "labels": [IGNORED, 6, 7]}
-    batch = Collator(9, 8)([row])
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 9, 9, 9, 9, 9]]
-    assert batch["labels"].tolist() == [[IGNORED, 6, 7, *[IGNORED] * 5]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]]
-    assert Collator.for_tokenizer(None).pad_token_id == 0
-
-
-def test_preset_tokenizer_trains_a_conversation(tmp_path):
-    path = write(tmp_path / "d.jsonl", {"messages": CONVERSATION})
-    source = resolve_model("llama-1b")
-    examples = load(path, load_tokenizer(source), vocab_size=source.config["vocab_size"])
-    assert examples.stats.trained_tokens == sum(len(text) + 1 for text in SAID)

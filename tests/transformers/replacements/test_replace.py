@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from test_recognise import (
+from norm_modules import (
     FixedLayerNorm,
     GatedEndNorm,
     GatedLastNorm,
@@ -18,6 +18,8 @@ from test_recognise import (
     NormEnd,
     ShiftedLayerNorm,
     T5Norm,
+)
+from rotary_functions import (
     apply_rotary_backwards,
     apply_rotary_last,
     apply_rotary_of_two,

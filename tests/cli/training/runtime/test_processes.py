@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from forked_runs import start
 from run_files import assert_same, metrics, stopped_copy, weights
-from test_resume_kill import start
 
 from liger_cli.commands.train import prepare
 
