@@ -6,7 +6,7 @@ import functools
 import importlib
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import transformers
@@ -174,15 +174,7 @@ def _family_function(row: Family) -> Callable[..., PatchRecord]:
         selection = select({**known, **options}, save_memory, name)
         if model is None:
             return FamilyRecord(row, selection)
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if model_type is None:
-            raise ValueError(f"{name}: model must be a transformers model, got {model!r}")
-        is_part = model_type not in FAMILIES and _is_of(model_type, row)
-        if model_type != row.model_type and not is_part:
-            raise ValueError(
-                f"{name} got a model of type {model_type!r}; use apply_liger_kernel(model), or "
-                f"apply_liger_kernel_to_{model_type} if there is one"
-            )
+        _check_type(model, row, name)
         return apply_selection(model, selection)
 
     apply_to_family.__name__ = apply_to_family.__qualname__ = name
@@ -202,22 +194,34 @@ def _family_function(row: Family) -> Callable[..., PatchRecord]:
                 type or patched already.
             ImportError: This transformers version lacks the family (class mode).
         """
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    apply_to_family.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            *(
-                inspect.Parameter(option, keyword, default=default, annotation="bool")
-                for option, default in known.items()
-            ),
-            inspect.Parameter("model", keyword, default=None, annotation="nn.Module | None"),
-            *(
-                inspect.Parameter(option, keyword, default=True, annotation="bool")
-                for option in COMMON_OPTIONS
-            ),
-        ],
-        return_annotation="PatchRecord",
-    )
+    apply_to_family.__signature__ = _signature(known)  # type: ignore[attr-defined]
     return apply_to_family
+
+
+def _check_type(model: Any, row: Family, name: str) -> None:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None:
+        raise ValueError(f"{name}: model must be a transformers model, got {model!r}")
+    is_part = model_type not in FAMILIES and _is_of(model_type, row)
+    if model_type != row.model_type and not is_part:
+        raise ValueError(
+            f"{name} got a model of type {model_type!r}; use apply_liger_kernel(model), or "
+            f"apply_liger_kernel_to_{model_type} if there is one"
+        )
+
+
+def _signature(known: Mapping[str, bool]) -> inspect.Signature:
+    """Return the signature of a family's function, which names its options."""
+    defaults = [
+        *((option, default, "bool") for option, default in known.items()),
+        ("model", None, "nn.Module | None"),
+        *((option, True, "bool") for option in COMMON_OPTIONS),
+    ]
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=kind)
+        for name, value, kind in defaults
+    ]
+    return inspect.Signature(parameters, return_annotation="PatchRecord")
 
 
 FAMILY_FUNCTIONS = {

@@ -50,14 +50,7 @@ def resolve_ops(ops: str | Sequence[str] | OpSelection) -> OpSelection:
     """
     if isinstance(ops, OpSelection):
         return ops
-    items = ops.split(",") if isinstance(ops, str) else ops
-    # A mapping of names to booleans would lose the booleans.
-    is_list = isinstance(items, Collection) and not isinstance(items, Mapping)
-    if not is_list or not all(isinstance(item, str) for item in items):
-        raise ValueError(f"ops must be a string or a sequence of names, got {ops!r}")
-    items = [item.strip() for item in items]
-    if not any(items):
-        raise ValueError(f"ops is empty: {ops!r}; write 'none' to patch nothing")
+    items = _items(ops)
     chosen: set[str] = set()
     named: list[str] = []
     removed: set[str] = set()
@@ -86,6 +79,19 @@ def resolve_ops(ops: str | Sequence[str] | OpSelection) -> OpSelection:
         tuple(op for op in named if op in chosen),
         words == ["auto"],
     )
+
+
+def _items(ops: Any) -> list[str]:
+    """Return the words of a request, without spaces around them."""
+    items = ops.split(",") if isinstance(ops, str) else ops
+    # A mapping of names to booleans would lose the booleans.
+    is_list = isinstance(items, Collection) and not isinstance(items, Mapping)
+    if not is_list or not all(isinstance(item, str) for item in items):
+        raise ValueError(f"ops must be a string or a sequence of names, got {ops!r}")
+    items = [item.strip() for item in items]
+    if not any(items):
+        raise ValueError(f"ops is empty: {ops!r}; write 'none' to patch nothing")
+    return items
 
 
 def _op_name(name: str) -> str:
