@@ -1,4 +1,4 @@
-"""Fixtures of bench: arms that are not run."""
+"""Fixtures of bench: small shapes, and arms that are not run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,23 @@ import pytest
 from bench_results import Run, result
 
 import liger_cli.commands.bench.models.comparison as comparison
+from liger_cli.commands.bench import targets as op_targets
 from liger_cli.config import RunConfig
 from liger_cli.training.runtime.arms import ArmResult
+
+TINY = (
+    ("rms_norm", (4, 16)),
+    ("swiglu", (4, 16)),
+    ("fused_linear_cross_entropy", (8, 8, 32)),
+)
+
+
+@pytest.fixture
+def tiny_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes of milliseconds, and few calls."""
+    monkeypatch.setattr(op_targets, "_SMALL", TINY)
+    monkeypatch.setattr("liger_cli.commands.bench.timing._HOST_CALLS", 2)
+    monkeypatch.setattr("liger_cli.commands.bench.ops.rounds._BUDGET_MS", 0.0)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import pytest
 import torch
 from bench_rows import CPU
 
-from liger_cli.commands.bench import targets as op_targets
 from liger_cli.commands.bench.ops import arms as op_arms
 from liger_cli.commands.bench.ops import rounds as op_bench
 from liger_cli.commands.bench.ops.arms import check
@@ -28,19 +27,7 @@ from liger_cli.commands.bench.timing import Stopwatch, Times
 from liger_cli.common.measure import transient_bytes
 from liger_kernels.ops.registry import OPS
 
-TINY = (
-    ("rms_norm", (4, 16)),
-    ("swiglu", (4, 16)),
-    ("fused_linear_cross_entropy", (8, 8, 32)),
-)
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes of milliseconds, and few calls."""
-    monkeypatch.setattr(op_targets, "_SMALL", TINY)
-    monkeypatch.setattr("liger_cli.commands.bench.timing._HOST_CALLS", 2)
-    monkeypatch.setattr("liger_cli.commands.bench.ops.rounds._BUDGET_MS", 0.0)
+pytestmark = pytest.mark.usefixtures("tiny_bench")
 
 
 def break_op(monkeypatch: pytest.MonkeyPatch, name: str, width: int | None = None) -> None:

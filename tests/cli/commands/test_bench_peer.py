@@ -15,6 +15,9 @@ from bench_rows import CPU
 
 from liger_cli.commands.bench.timing import Arm, Stopwatch
 
+pytestmark = pytest.mark.usefixtures("tiny_bench")
+
+
 # The parts of a peer's public interface that two ops call. It is slow, and it writes the gradient
 # of swiglu over its input, as peers do.
 PEER_CODE = """

@@ -26,6 +26,9 @@ from liger_cli.commands.bench.targets import MIB, Target, Workload, select
 from liger_cli.errors import ConfigError
 from liger_kernels.ops.registry import OPS
 
+pytestmark = pytest.mark.usefixtures("tiny_bench")
+
+
 SCRIPT = Path(__file__).parents[3] / "scripts" / "performance_page.py"
 
 

@@ -157,7 +157,7 @@ def put(document, place, value):
     return changed
 
 
-@pytest.mark.parametrize("file", ["tests/cli/old_bench.json", "docs/results/demo-cpu.json"])
+@pytest.mark.parametrize("file", ["tests/cli/report/old_bench.json", "docs/results/demo-cpu.json"])
 def test_case_239_any_value_anywhere_in_a_report_is_shown_or_refused(tmp_path, capsys, file):
     document = json.loads((Path(__file__).parents[3] / file).read_text())
     read_saved(Path(__file__).parents[3] / file)
