@@ -22,7 +22,7 @@ result is always that of the stock model: an unknown use costs memory, not corre
       RecordedOp   loss.py   DeferredLogits.real(): materialize once, with the stock head
                      fused, chunked, or None (the real logits)
 
-sharding.py gathers the weights of a head that FSDP2 shards.
+sharding.py gathers the weights of a head that FSDP2 shards; callers.py reads the call stack.
 
 Invariants:
   When on   In a forward with labels or shift_labels while training with gradients enabled, or with

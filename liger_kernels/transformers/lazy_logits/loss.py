@@ -24,6 +24,7 @@ from liger_kernels.ops.arguments import LARGEST
 from liger_kernels.ops.cross_entropy import cross_entropy
 from liger_kernels.ops.fused_linear_cross_entropy import fused_linear_cross_entropy
 from liger_kernels.ops.losses.options import IGNORE_INDEX
+from liger_kernels.transformers.lazy_logits.callers import is_stock_loss
 from liger_kernels.transformers.lazy_logits.deferred import (
     DeferredLogits,
     RecordedOp,
@@ -102,8 +103,9 @@ def _loss_without_logits(
         return _chunked_loss(deferred, target, weight, **options)
     call = deferred.call
     is_bounded = target.numel() == call.num_targets and options["ignore_index"] == IGNORE_INDEX
-    if call.label_count is not None and is_bounded:
-        # Shifting and masking only take labels away, so the count of all is an upper bound.
+    if call.label_count is not None and is_bounded and is_stock_loss():
+        # Shifting and masking only take labels away, so the count of all is an upper bound. A loss
+        # of anybody else may have other targets, and is counted by the op, which waits for it.
         options = {**options, "label_count": call.label_count}
     loss: Any = fused_linear_cross_entropy(
         deferred.rows,

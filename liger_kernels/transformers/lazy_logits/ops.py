@@ -65,9 +65,11 @@ def _scale(
 
 
 def _tanh(deferred: DeferredLogits, function: Any, args: Any, kwargs: Any) -> DeferredLogits | None:
-    return None if args or kwargs else deferred.then(RecordedOp("tanh", torch.tanh))
+    return None if args or kwargs else deferred.then(RecordedOp("tanh", function))
 
 
+# As torch has it: a tool may have replaced Tensor.to, and has been called by then.
+_TO: Any = torch._C.TensorBase.to
 _CASTS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -86,7 +88,7 @@ def _cast(deferred: DeferredLogits, function: Any, args: Any, kwargs: Any) -> De
         return deferred
     if not dtype.is_floating_point:
         return None
-    return deferred.then(RecordedOp("cast", Tensor.to, (dtype,)), dtype=dtype)
+    return deferred.then(RecordedOp("cast", _TO, (dtype,)), dtype=dtype)
 
 
 def _contiguous(
@@ -98,7 +100,7 @@ def _contiguous(
 def _detach(
     deferred: DeferredLogits, function: Any, args: Any, kwargs: Any
 ) -> DeferredLogits | None:
-    return deferred.then(RecordedOp("detach", torch.detach), rows=deferred.rows.detach())
+    return deferred.then(RecordedOp("detach", function), rows=deferred.rows.detach())
 
 
 def _view(deferred: DeferredLogits, function: Any, args: Any, kwargs: Any) -> DeferredLogits | None:
@@ -128,7 +130,7 @@ def _flatten(
     if end in (-1, deferred.rows.dim() - 1):
         return None
     rows = deferred.rows.flatten(start, end)
-    return deferred.then(RecordedOp("view", torch.flatten, (start, end)), rows=rows)
+    return deferred.then(RecordedOp("view", function, (start, end)), rows=rows)
 
 
 def _select(

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from liger_kernels.ops.fused_linear_cross_entropy import LabelCount, count_labels
 from liger_kernels.ops.losses.options import IGNORE_INDEX
+from liger_kernels.transformers.lazy_logits.callers import running_function
 from liger_kernels.transformers.lazy_logits.deferred import DeferredLogits, HeadOp
 from liger_kernels.transformers.lazy_logits.ops import is_metadata, respond
 
@@ -63,6 +64,7 @@ class LazyLogits(Tensor):
             # A compiled loss: its graph breaks here and resumes with the result.
             torch._dynamo.graph_break()
         kwargs = kwargs or {}
+        function = running_function(function)
         face = next((arg for arg in args[:2] if isinstance(arg, LazyLogits)), None)
         # FSDP hooks every output that has a gradient; that must not cost the memory of the logits.
         is_hook = function is Tensor.register_hook
