@@ -122,7 +122,7 @@ def _load_and_train(run: PreparedRun, options: RunOptions) -> _Trained:
         # The directory stays free for another try until there is something to run.
         write_file(run.run_dir / "config.yaml", config.to_yaml())
     with (
-        tracking(config, run.run_dir, is_main=run.is_main) as track,
+        tracking(config, run.run_dir, is_main=run.is_main, notify=notify) as track,
         TrainProgress(run.num_steps, first_step=run.first_step) as progress,
     ):
         result = train(run, model, record, _callbacks(run, track, progress))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,27 +39,48 @@ def check_trackers(config: RunConfig) -> None:
 
 
 @contextmanager
-def tracking(config: RunConfig, run_dir: Path, *, is_main: bool) -> Iterator[Track]:
+def tracking(
+    config: RunConfig, run_dir: Path, *, is_main: bool, notify: Callable[[str], None]
+) -> Iterator[Track]:
     """Start the trackers of a run, gives them its configuration, and ends them however it ends.
+
+    A tracker that fails later is reported once and left out from then on: its server may be away
+    for a while, and metrics.jsonl has all of it.
+
+    Args:
+        config: Names the trackers.
+        run_dir: Directory of the run.
+        is_main: Whether this process logs; others start none.
+        notify: Shows the user a line about a tracker that fails.
 
     Raises:
         EnvironmentProblem: One does not start.
     """
-    trackers = []
+    trackers: dict[str, Any] = {}
+
+    def call(name: str, method: str, *args: Any, **kwargs: Any) -> None:
+        try:
+            getattr(trackers[name], method)(*args, **kwargs)
+        # Trackers have their own errors, as in _start.
+        except Exception as error:
+            trackers.pop(name)
+            notify(
+                f"warning: report_to {name} fails: {_line_of(error)}; the run continues without "
+                f"it, and metrics.jsonl and eval.jsonl in {run_dir} have every value"
+            )
+
+    def track(values: Mapping[str, float | None], step: int) -> None:
+        known = {key: value for key, value in values.items() if value is not None}
+        for name in list(trackers):
+            call(name, "log", known, step=step)
+
     try:
-        if is_main:
-            for name in config.trackers:
-                trackers.append(_start(name, config, run_dir))
-
-        def track(values: Mapping[str, float | None], step: int) -> None:
-            known = {key: value for key, value in values.items() if value is not None}
-            for tracker in trackers:
-                tracker.log(known, step=step)
-
+        for name in config.trackers if is_main else ():
+            trackers[name] = _start(name, config, run_dir)
         yield track
     finally:
-        for tracker in trackers:
-            tracker.finish()
+        for name in list(trackers):
+            call(name, "finish")
 
 
 def prefixed(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,6 +105,10 @@ def _start(name: str, config: RunConfig, run_dir: Path) -> Any:
         tracker.store_init_configuration(shown)
     # Trackers have their own errors: no account, no server, no network.
     except Exception as error:
-        text = " ".join(str(error).split()) or repr(error)
-        raise EnvironmentProblem(f"report_to {name} does not start: {text}") from error
+        problem = f"report_to {name} does not start: {_line_of(error)}"
+        raise EnvironmentProblem(problem) from error
     return tracker
+
+
+def _line_of(error: Exception) -> str:
+    return " ".join(str(error).split()) or repr(error)
