@@ -12,7 +12,7 @@ result is always that of the stock model: an unknown use costs memory, not corre
       DeferredLogits               deferred.py  head, input, and one RecordedOp an operation
         | shown to the model as
         +-- LazyLogits             tensor.py    eager: a tensor without storage
-        +-- a stub                 compiled.py  torch.compile: one zero, expanded to the shape
+        +-- a stub                 compiled.py  torch.compile: one NaN, expanded to the shape
         |
         | every torch function on it
         v
@@ -37,6 +37,6 @@ Invariants:
             or dropout was switched, or after FSDP2 resharded the head with a module around it.
   Gradient  A loss computed without the logits brings them none: hooks and retain_grad on them warn.
   Compiled  Dynamo cannot trace a tensor without storage, so a torch function mode recognizes stubs
-            by identity. It sees every function of a stub, so no stub enters arithmetic. The mode
-            does not check versions of weights, and labels are not counted on the host.
+            by identity. It sees the public functions of torch; others give NaN. The mode does not
+            check versions of weights, and labels are not counted on the host.
 """

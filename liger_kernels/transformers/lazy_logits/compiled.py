@@ -1,9 +1,11 @@
 """Deferred logits under torch.compile, where a tensor without storage cannot be traced.
 
-The head returns a stub: one zero, expanded to the logits' shape. A torch function mode, active
+The head returns a stub: one NaN, expanded to the logits' shape. A torch function mode, active
 during the model's forward and traced with it, recognizes stubs by identity and handles them as
-LazyLogits does in eager code. It sees every function of a stub, so none enters arithmetic: a
-function that is not recorded gets the real logits. `out.logits` is None.
+LazyLogits does in eager code. It sees the functions of torch's public names, so a stub enters no
+arithmetic: a function that is not recorded gets the real logits. `out.logits` is None. Dynamo
+hides other functions from the mode, such as those of torch._C._nn and the original of one that a
+tool replaced before the first compilation: their result is NaN, not the wrong number.
 
 The loss is fused_linear_cross_entropy, one operator in the graph.
 """
@@ -36,7 +38,9 @@ class StubCall(TorchFunctionMode):
 
     def show(self, deferred: DeferredLogits) -> Tensor:
         """Return a stub for deferred logits."""
-        stub = deferred.rows.new_zeros((), dtype=deferred.dtype).expand(deferred.shape)
+        # NaN, as a number that somebody reads past the mode must not look like a logit.
+        nan = deferred.rows.new_full((), float("nan"), dtype=deferred.dtype)
+        stub = nan.expand(deferred.shape)
         self.stubs.append(stub)
         self.deferred.append(deferred)
         return stub
