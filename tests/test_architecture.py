@@ -42,7 +42,7 @@ def starts(name: str, *prefixes: str) -> bool:
 PROGRAM = ("errors", "common", "config", "data", "training", "report", "commands", "app")
 LIBRARY = ("nearest", "ops", "compare", "transformers", "compat")
 PATCHER = (
-    *("wrappers", "recognise", "replacements", "lazy_logits", "patching"),
+    *("wrappers", "attention", "recognise", "replacements", "lazy_logits", "patching"),
     *("options", "api", "loading", "class_mode"),
 )
 ORDERS = {"liger_cli": PROGRAM, "liger_kernels": LIBRARY, "liger_kernels.transformers": PATCHER}

@@ -10,6 +10,8 @@ from dataclasses import replace
 
 from torch import nn
 
+# Registers liger_varlen with transformers.
+from liger_kernels.transformers.attention import interface as _interface  # noqa: F401
 from liger_kernels.transformers.patching.engine import PatchRecord, apply
 from liger_kernels.transformers.patching.families import FAMILIES
 from liger_kernels.transformers.patching.plan import PatchPlan, build_plan
