@@ -51,6 +51,10 @@ _CONTEXT = {
 }
 
 
+# Flags that may stand without a value, and their values, the first of which is meant then.
+_ALONE = {"--padding-free": ("true", "false", "auto")}
+
+
 class _LazyGroup(TyperGroup):
     """Lists the commands by their line of help, and imports the one that is called."""
 
@@ -65,7 +69,7 @@ class _LazyGroup(TyperGroup):
         if near and args[0] not in self.commands and not ctx.resilient_parsing:
             ctx.fail(f"No such command {args[0]!r}. Did you mean {near!r}?")
         name, command, rest = super().resolve_command(ctx, args)
-        return name, command and _import_command(str(name)), rest
+        return name, command and _import_command(str(name)), _with_values(rest)
 
     def invoke(self, ctx: Any) -> Any:
         with Interruption() as interruption:
@@ -111,6 +115,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             problem = EnvironmentProblem(f"stdout cannot be written: {failure.strerror}")
             show_error(problem)
             raise SystemExit(problem.exit_code) from None
+
+
+def _with_values(words: Sequence[str]) -> list[str]:
+    """Give flags that may stand alone their value, where none follows."""
+    found = list(words)
+    for i in reversed(range(len(found))):
+        flag = found[i].replace("_", "-")
+        values = _ALONE.get(flag)
+        if values and (i + 1 == len(found) or found[i + 1] not in values):
+            found[i] = f"{flag}={values[0]}"
+    return found
 
 
 def _show_as_json(problem: LigerError) -> None:

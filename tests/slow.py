@@ -29,6 +29,10 @@ SLOW = {
     "test_case_93_resume_of_an_adapter_is_exact": ("three trainings a case", "^dropout$"),
     "test_case_93_packed_run_resumes_exactly": ("three trainings a case", "bfd"),
     "test_case_222_finished_run_is_lengthened": ("three trainings a case", "^max_steps$"),
+    "test_runs_by_a_kernel_have_the_steps_of_runs_by_a_mask": (
+        "two trainings a case",
+        "accumulation|packed-dora",
+    ),
     "test_resume_of_another_run_is_refused": ("a training a case", "[0-3]|seed|model"),
     "test_a_signal_ends_the_run_in_progress_too": ("a bench of two processes a case", "SIGKILL|9$"),
     "test_the_peer_patches_our_model_in_our_loop": ("a bench of four processes", NONE),

@@ -31,7 +31,7 @@ def config_flags(command: Callable[..., _Result]) -> Callable[..., _Result]:
     every value. Its other parameters stay as they are.
     """
     keys = {name: _flag_parameter(name) for name in RunConfig.model_fields}
-    switches = [name for name in keys if _is_switch(name)]
+    switches = [name for name in keys if _is_switch(name) or _takes_switch(name)]
     hints = get_type_hints(command, include_extras=True)
     wants_sources = hints["config"] is ResolvedConfig
     own = [
@@ -116,6 +116,11 @@ def _is_switch(name: str) -> bool:
     return value_type(name) is bool
 
 
+def _takes_switch(name: str) -> bool:
+    """Return whether a key with more values can be turned on and off like a switch."""
+    return {"true", "false"} <= set(choices(name))
+
+
 def _off_parameter(name: str) -> inspect.Parameter:
     """Return the flag that turns a switch off; another column would cut the names in the help."""
     option = typer.Option(False, f"--no-{flag_name(name)[2:]}", hidden=True)
@@ -129,7 +134,7 @@ def _help(name: str) -> str:
         notes.insert(0, f"default {default_text(name)}")
     if choices(name):
         notes.append(f"one of {', '.join(choices(name))}")
-    if _is_switch(name):
+    if _is_switch(name) or _takes_switch(name):
         notes.append(f"--no-{flag_name(name)[2:]} turns it off")
     return f"{field.description} ({'; '.join(notes)})" if notes else str(field.description)
 

@@ -115,6 +115,9 @@ class Keys(BaseModel):
 
     per_device_train_batch_size: int = _batch(8, "Rows of a forward pass on each device.", ge=1)
     per_device_eval_batch_size: int = _batch(8, "The same in evaluation.", ge=1)
+    padding_free: Literal["auto", "true", "false"] = _batch(
+        "auto", "Lay rows end to end instead of padding them; auto does where varlen serves."
+    )
     gradient_accumulation_steps: int = _batch(1, "Forward passes of an optimizer step.", ge=1)
     num_train_epochs: float = _batch(3.0, "Passes over the dataset.", gt=0)
     max_steps: int = _batch(-1, "Optimizer steps, not 0; -1 leaves it to num_train_epochs.", ge=-1)
@@ -217,6 +220,12 @@ class Keys(BaseModel):
             if str(value).startswith("~"):
                 return type(value)(os.path.expanduser(value))
         return value
+
+    @field_validator("padding_free", mode="before")
+    @classmethod
+    def _words_of_yaml(cls, value: object) -> object:
+        # YAML reads a bare true or false as a boolean.
+        return str(value).lower() if isinstance(value, bool) else value
 
     @field_validator("optim", mode="before")
     @classmethod

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from liger_cli.data.encode import IGNORED
-from liger_cli.data.packing import join_rows
+from liger_cli.data.packing import document_lengths, join_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,43 +24,47 @@ _OWN_KEYS = ("input_ids", "labels", "position_ids", "num_tokens")
 @dataclass(frozen=True)
 class Collator:
     """Make a batch of rows: input_ids and labels as (B, T) int64, and either attention_mask or,
-    of packed rows, position_ids and num_tokens. num_tokens is also there where a row says it.
+    of rows of documents, position_ids and num_tokens. num_tokens is also there where a row says it.
 
     What else rows have goes along: values a token are padded with 0, images are joined.
 
     Args:
         pad_token_id: Fills input_ids; whether a place is padding never depends on it.
         pad_to_multiple_of: T is rounded up to a multiple of this.
-        flatten: Packed rows become one of (1, T) without padding, which is where flash attention
-            looks for documents.
+        flatten: Packed rows become one of (1, T) without padding.
+        padding_free: So do rows that are not packed, each as a document.
+        has_lengths: One row also says where documents begin in the arguments of transformers:
+            cu_seq_lens_q and _k, (N + 1,) int32, max_length_q and _k, int.
     """
 
     pad_token_id: int = 0
     pad_to_multiple_of: int = 1
     flatten: bool = False
+    padding_free: bool = False
+    has_lengths: bool = False
 
     @classmethod
     def for_tokenizer(
         cls,
         tokenizer: PreTrainedTokenizerBase | None,
         pad_to_multiple_of: int = 1,
-        *,
-        flatten: bool = False,
+        **layout: bool,
     ) -> Collator:
         """Return a collator that pads with the tokenizer's padding token, or its end of text."""
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id) if tokenizer else ()
         pad = next((token for token in candidates if token is not None), 0)
-        return cls(pad, pad_to_multiple_of, flatten)
+        return cls(pad, pad_to_multiple_of, **layout)
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         is_packed = any("position_ids" in row for row in rows)
         lengths = [len(row["input_ids"]) for row in rows]
-        if is_packed and self.flatten:
-            rows = [_flat(rows)]
+        is_flat = self.padding_free or (is_packed and self.flatten)
+        if is_flat:
+            is_packed, rows = True, [_flat(rows)]
         longest = max(len(row["input_ids"]) for row in rows)
         multiple = self.pad_to_multiple_of
         length = -(-longest // multiple) * multiple
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": _pad(rows, "input_ids", length, self.pad_token_id),
             "labels": _pad(rows, "labels", length, IGNORED),
         }
@@ -68,6 +72,8 @@ class Collator:
             # The padding of a row is one more document, so that no document sees it.
             batch["position_ids"] = torch.stack([_positions(row, length) for row in rows])
             batch["num_tokens"] = torch.tensor(sum(lengths))
+            if is_flat and self.has_lengths:
+                batch |= document_lengths(batch["position_ids"])
         else:
             batch["attention_mask"] = (
                 torch.arange(length) < torch.tensor(lengths).unsqueeze(1)
@@ -101,4 +107,6 @@ def _flat(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     flat["position_ids"] = [
         i for row in rows for i in row.get("position_ids", range(len(row["input_ids"])))
     ]
+    if "num_tokens" in rows[0]:
+        flat["num_tokens"] = rows[0]["num_tokens"]
     return flat

@@ -23,7 +23,17 @@ from transformers import masking_utils
 from liger_cli.errors import ConfigError
 from liger_kernels.transformers.wrappers import forward_takes, inner_model
 
-__all__ = ["PackedRows", "check_packed", "join_rows", "pack", "refuse_packing", "row_lengths"]
+__all__ = [
+    "PackedRows",
+    "Strategy",
+    "check_packed",
+    "document_lengths",
+    "join_rows",
+    "pack",
+    "packing_problem",
+    "refuse_packing",
+    "row_lengths",
+]
 
 Strategy = Literal["bfd", "sequential"]
 
@@ -90,6 +100,24 @@ def join_rows(documents: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
     return row
 
 
+def document_lengths(position_ids: torch.Tensor) -> dict[str, Any]:
+    """Return the arguments of transformers that say where the documents of a batch begin.
+
+    Args:
+        position_ids: (B, T), on the host; 0 at the first token of each document.
+    """
+    positions = position_ids.flatten()
+    starts = (positions == 0).nonzero().flatten()
+    ends = torch.cat((starts, torch.tensor([len(positions)]))).to(torch.int32)
+    longest = int(ends.diff().max())
+    return {
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
 def row_lengths(rows: Any) -> np.ndarray[Any, Any]:
     """Return the number of tokens of each row of a datasets.Dataset."""
     import pyarrow.compute
@@ -121,6 +149,10 @@ class PackedRows:
         starts = np.cumsum([0, *map(len, packs)])
         return cls(rows, np.concatenate([np.asarray(p) for p in packs]), starts)
 
+    @property
+    def num_documents(self) -> int:
+        return len(self.order)
+
     def __len__(self) -> int:
         return len(self.starts) - 1
 
@@ -130,15 +162,23 @@ class PackedRows:
 
 
 def refuse_packing(model: Any, max_length: int, *, has_images: bool = False) -> None:
-    """Refuse what the configuration of a model, which may be on the meta device, rules out.
-
-    Args:
-        model: The model, or what wraps it.
-        max_length: Of the packed rows.
-        has_images: Whether rows have more than ids.
+    """Refuse what packing_problem finds, whose arguments it takes.
 
     Raises:
         ConfigError: Documents in one row would see each other; says why.
+    """
+    reason = packing_problem(model, max_length, has_images=has_images)
+    if reason is not None:
+        raise _refused(model, reason)
+
+
+def packing_problem(model: Any, max_length: int, *, has_images: bool = False) -> str | None:
+    """Return why documents in one row would see each other, as far as a configuration says.
+
+    Args:
+        model: The model, or what wraps it; it may be on the meta device.
+        max_length: Of the rows.
+        has_images: Whether rows have more than ids.
     """
     config = inner_model(model).config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -164,16 +204,16 @@ def refuse_packing(model: Any, max_length: int, *, has_images: bool = False) -> 
             f"this release of transformers counts its chunks of {config.attention_chunk_size} "
             f"tokens from the start of a row, and rows have {max_length} (max_length)"
         )
-    if reason is not None:
-        raise _refused(model, reason)
+    return reason
 
 
-def check_packed(model: Any, *, flatten: bool = False) -> None:
+def check_packed(model: Any, *, flatten: bool = False, has_lengths: bool = False) -> None:
     """Check that a model in memory keeps documents apart.
 
     Args:
-        model: On the device and with the attention that it is trained with.
+        model: On the device, with the attention and the autocast that it is trained with.
         flatten: Whether it is given batches of one long row.
+        has_lengths: Whether they say where documents begin.
 
     Raises:
         ConfigError: It does not.
@@ -187,10 +227,13 @@ def check_packed(model: Any, *, flatten: bool = False) -> None:
     was_training = model.training
     try:
         model.eval()
-        logits, gradient = _packed_gradient(model, packed, place, num_rows=1 if flatten else 2)
-        with torch.no_grad():
-            alone = torch.tensor([documents[1]], device=logits.device)
-            wanted = model(input_ids=alone, use_cache=False).logits.float()
+        batch = _repeated(packed, 1 if flatten else 2, has_lengths=has_lengths)
+        # Layers that are compiled would be compiled for these few tokens.
+        with torch.compiler.set_stance("force_eager"):
+            logits, gradient = _packed_gradient(model, batch, place)
+            with torch.no_grad():
+                alone = torch.tensor([documents[1]], device=logits.device)
+                wanted = model(input_ids=alone, use_cache=False).logits.float()
     finally:
         model.train(was_training)
     gradient[:, place] = 0
@@ -205,18 +248,21 @@ def check_packed(model: Any, *, flatten: bool = False) -> None:
         raise _refused(model, "its logits differ from those of the documents one by one")
 
 
-def _packed_gradient(
-    model: Any, packed: dict[str, list[int]], place: slice, *, num_rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the logits at a place of a packed row, and their gradient in all embeddings.
+def _repeated(packed: dict[str, list[int]], num_rows: int, *, has_lengths: bool) -> dict[str, Any]:
+    """Return a batch of one row, so many times."""
+    names = ("input_ids", "position_ids")
+    batch: dict[str, Any] = {name: torch.tensor([packed[name]] * num_rows) for name in names}
+    return batch | (document_lengths(batch["position_ids"]) if has_lengths else {})
 
-    Args:
-        num_rows: How often the row is in the batch.
-    """
+
+def _packed_gradient(
+    model: Any, batch: dict[str, Any], place: slice
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the logits at a place of packed rows, and their gradient in all embeddings."""
     device = next(model.parameters()).device
     inputs = {
-        key: torch.tensor([packed[key]] * num_rows, device=device)
-        for key in ("input_ids", "position_ids")
+        key: value.to(device) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
     }
     embedded: list[torch.Tensor] = []
 
@@ -237,5 +283,5 @@ def _packed_gradient(
 def _refused(model: Any, reason: str) -> ConfigError:
     return ConfigError(
         f"packing: {inner_model(model).config.model_type} cannot train on packed rows: {reason}",
-        hint="--no-packing trains the rows one by one.",
+        hint="--no-packing --no-padding-free trains the rows one by one.",
     )

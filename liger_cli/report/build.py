@@ -11,8 +11,19 @@ from liger_cli.common.environment import environment
 from liger_cli.common.readers import read_file_bytes
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError
-from liger_cli.report import BestPart, DataPart, EvalPart, GainPart, RunReport, StopPart, TrainPart
+from liger_cli.report import (
+    AttentionPart,
+    BestPart,
+    DataPart,
+    EvalPart,
+    GainPart,
+    LayerPart,
+    RunReport,
+    StopPart,
+    TrainPart,
+)
 from liger_cli.report.inspection import describe_model
+from liger_cli.training.attention import AttentionPlan
 from liger_cli.training.evaluate import EvalResult
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.memory.limits import RunMemory
@@ -34,11 +45,23 @@ def report_of(command: str, config: RunConfig, inputs: Inputs, patches: Any) -> 
         coverage=patches.coverage,
         modules=patches.modules,
         missing=list(plan.missing),
+        attention=_attention_part(inputs.attention),
         data=DataPart(
             name=inputs.data.name,
-            eval_rows=sum(map(len, inputs.eval.values())),
+            eval_rows=inputs.num_eval_rows,
             **asdict(inputs.data.stats),
         ),
+    )
+
+
+def _attention_part(plan: AttentionPlan) -> AttentionPart | None:
+    if not plan.has_documents:
+        return None
+    return AttentionPart(
+        implementation=plan.implementation,
+        padding_free=plan.padding_free,
+        layers=[LayerPart(**asdict(layer)) for layer in plan.layers],
+        reason=plan.reason,
     )
 
 

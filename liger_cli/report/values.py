@@ -22,12 +22,14 @@ __all__ = [
     "AgainstPart",
     "Arm",
     "AssertPart",
+    "AttentionPart",
     "BestPart",
     "DataPart",
     "EvalPart",
     "Finite",
     "FitPart",
     "GainPart",
+    "LayerPart",
     "ModuleRow",
     "ParityPart",
     "PeerPart",
@@ -93,6 +95,28 @@ class DataPart(_Part):
     columns: list[str]
     left_out: dict[str, int] = {}
     unused_columns: list[str] = []
+
+
+class LayerPart(_Part):
+    """The attention of all layers of a type: what computes it, and why nothing faster does."""
+
+    layer_type: str
+    num_layers: int
+    backend: Literal["varlen", "flex", "mask"]
+    reason: str | None
+
+
+class AttentionPart(_Part):
+    """The attention of rows of documents, packed or laid end to end (padding_free).
+
+    layers is empty where transformers computes it with a mask, or by the flash attention that was
+    asked for; reason then says why liger_varlen does not.
+    """
+
+    implementation: str | None
+    padding_free: bool
+    layers: list[LayerPart] = []
+    reason: str | None = None
 
 
 class EvalPart(_Part):
@@ -248,6 +272,7 @@ class RunReport(_Part):
         coverage: {op: {"patched": n, "candidates": m}} for every op with a candidate.
         modules: One row a module: name, class, op, status, backend, reason, source.
         missing: Ops asked for by name that have no place in the model.
+        attention: Only where rows hold several documents.
         others: How many modules run the kernels of each other package.
         eval, eval_sets: Of all evaluation data, and of each set where they have names.
         ratios, parity: The patched arm against the first it was to be compared with.
@@ -264,6 +289,7 @@ class RunReport(_Part):
     coverage: Annotated[dict[str, dict[str, int]] | None, AfterValidator(_check_coverage)] = None
     modules: Annotated[list[ModuleRow] | None, AfterValidator(_check_modules)] = None
     missing: list[str] | None = None
+    attention: AttentionPart | None = None
     others: dict[str, int] | None = None
     data: DataPart | None = None
     train: TrainPart | None = None

@@ -43,7 +43,7 @@ class LossOf:
         self._device = device
 
     def __call__(
-        self, model: Any, batch: Mapping[str, torch.Tensor], num_labels: int, **options: Any
+        self, model: Any, batch: Mapping[str, Any], num_labels: int, **options: Any
     ) -> torch.Tensor:
         """Return the sum over the labels of the batch, divided by num_labels.
 
@@ -55,7 +55,8 @@ class LossOf:
         """
         own_labels = count_labels(batch)
         inputs: dict[str, Any] = {
-            key: value.to(self._device, non_blocking=True)
+            # The longest document is a number that the host knows.
+            key: value.to(self._device, non_blocking=True) if hasattr(value, "to") else value
             for key, value in batch.items()
             if key != "num_tokens"
         }

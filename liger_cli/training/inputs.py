@@ -18,11 +18,19 @@ from liger_cli.data.cache import Counts
 from liger_cli.data.collate import Collator
 from liger_cli.data.examples import Examples, RowOptions, join_licences, load_examples
 from liger_cli.data.packing import PackedRows, refuse_packing
+from liger_cli.data.padding import Lengths, padding_share, sampled_lengths
 from liger_cli.data.samples import SAMPLE_NAME
 from liger_cli.data.sources import SYNTHETIC_NAME, Split
 from liger_cli.data.stream import open_stream
 from liger_cli.errors import ConfigError, DataError, LigerError
-from liger_cli.training.model.adapters import attach_adapter, new_adapter
+from liger_cli.training.attention import (
+    AttentionPlan,
+    Rows,
+    check_implementation,
+    plan_attention,
+)
+from liger_cli.training.model.adapters import attach_adapter, is_adapted, new_adapter
+from liger_cli.training.model.dtypes import compute_dtype
 from liger_cli.training.model.source import ModelSource, build_meta_model, resolve_model
 from liger_cli.training.model.tokenizers import Preprocessing
 
@@ -30,6 +38,7 @@ __all__ = ["Inputs", "load_inputs"]
 
 # Rows of the sample's own split that end a run unasked: some seconds on a CPU.
 _UNASKED_EVAL_ROWS = 32
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,8 @@ class Inputs:
         data: As they were read, before a part was kept for evaluation.
         train: Rows to train on, or a Stream; None where only evaluation was asked for.
         eval: Rows to evaluate on by the name of their set, which is "" of one alone.
+        attention: The layout of batches, and what computes their attention.
+        lengths: Tokens of the first rows as they were before packing; None where unknown.
     """
 
     source: ModelSource
@@ -50,12 +61,23 @@ class Inputs:
     data: Examples
     train: Any
     eval: dict[str, Any]
+    attention: AttentionPlan
+    lengths: Lengths | None = None
+
+    @property
+    def num_eval_rows(self) -> int:
+        """Rows of the evaluation data before packing."""
+        return sum(
+            rows.num_documents if isinstance(rows, PackedRows) else len(rows)
+            for rows in self.eval.values()
+        )
 
 
 def load_inputs(
     config: RunConfig,
     *,
     source: ModelSource | None = None,
+    device: torch.device = _CPU,
     trains: bool = True,
     notify: Callable[[str], None] | None = None,
 ) -> Inputs:
@@ -63,6 +85,7 @@ def load_inputs(
 
     Args:
         source: The model, where it was found before.
+        device: Where the run computes.
         trains: False reads the evaluation data alone: eval_dataset, or a part or split of dataset.
         notify: Gets a line about a damaged or unusable cache of the data.
 
@@ -71,8 +94,9 @@ def load_inputs(
     """
     source = source or resolve_model(config.model)
     meta_model = _meta_model(config, source, trains=trains)
-    packs = trains and config.packing
-    if packs:
+    dtype = compute_dtype(config, device, adapts=is_adapted(meta_model))
+    check_implementation(config, meta_model, device, dtype, trains=trains)
+    if config.packing:
         refuse_packing(meta_model, config.max_length)
     preprocessing = Preprocessing.of(source)
     options = RowOptions(
@@ -83,20 +107,41 @@ def load_inputs(
     )
     reader = _Reader(config, preprocessing, options, notify)
     data, train_rows, eval_rows = _read(reader) if trains else _read_evaluation(reader)
-    if packs and not config.streaming:
+    limit = config.max_eval_samples
+    eval_rows = {name: _at_most(limit, rows) for name, rows in eval_rows.items()}
+    lengths = sampled_lengths(train_rows if trains else next(iter(eval_rows.values())))
+    if config.packing:
         refuse_packing(meta_model, config.max_length, has_images=data.has_images)
-        train_rows = PackedRows.of(train_rows, config.max_length, config.packing_strategy)
-    # Where it looks for documents, flash attention wants a batch of one row.
-    flatten = packs and "flash" in (config.attn_implementation or "")
+        if not trains:
+            eval_rows = {name: _packed(config, rows) for name, rows in eval_rows.items()}
+        elif not config.streaming:
+            train_rows = _packed(config, train_rows)
+    rows = Rows(config.packing, data.has_images, _padding(config, lengths, trains=trains))
+    attention = plan_attention(config, meta_model, rows, device, dtype)
     return Inputs(
         source=source,
         meta_model=meta_model,
         preprocessing=preprocessing,
-        collator=Collator.for_tokenizer(preprocessing.tokenizer, flatten=flatten),
+        collator=Collator.for_tokenizer(preprocessing.tokenizer, **attention.layout),
         data=data,
         train=train_rows,
-        eval={name: _at_most(config.max_eval_samples, rows) for name, rows in eval_rows.items()},
+        eval=eval_rows,
+        attention=attention,
+        lengths=lengths,
     )
+
+
+def _packed(config: RunConfig, rows: Any) -> PackedRows:
+    return PackedRows.of(rows, config.max_length, config.packing_strategy)
+
+
+def _padding(config: RunConfig, lengths: Lengths | None, *, trains: bool) -> float | None:
+    """Return the share of padding in the batches of rows that are padded; None where unknown."""
+    if lengths is None:
+        return None
+    if trains:
+        return padding_share(lengths, config.per_device_train_batch_size, config.order_seed)
+    return padding_share(lengths, config.per_device_eval_batch_size, seed=None)
 
 
 def _meta_model(config: RunConfig, source: ModelSource, *, trains: bool) -> Any:

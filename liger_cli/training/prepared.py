@@ -75,4 +75,5 @@ class PreparedRun:
     @functools.cached_property
     def memory(self) -> RunMemory:
         """The memory of a step. It reads many rows: ask for it only where it is needed."""
-        return RunMemory.of(self.config, self.inputs, self.device)
+        config = self.inputs.attention.applied(self.config)
+        return RunMemory.of(config, self.inputs, self.device)

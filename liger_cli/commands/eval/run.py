@@ -9,6 +9,7 @@ from liger_cli.config import RunConfig
 from liger_cli.report import RunReport, TrainProgress, notify
 from liger_cli.report.build import add_evaluation, report_of
 from liger_cli.report.required_ops import parse_ops
+from liger_cli.training.document_check import check_documents
 from liger_cli.training.evaluate import evaluate_inputs
 from liger_cli.training.inputs import load_inputs
 from liger_cli.training.memory.limits import check_memory
@@ -33,11 +34,16 @@ def run_eval(config: RunConfig) -> RunReport | None:
     source = resolve_model(config.model, notify)
     is_adapted = adapts(config, source, trains=False)
     accelerator = make_accelerator(config, adapts=is_adapted)
-    inputs = load_inputs(config, source=source, trains=False, notify=notify)
-    check_memory(config, inputs.meta_model, accelerator.device, trains=False)
-    model, record = load_patched(config, source, accelerator.device, notify, trains=False)
-    model = accelerator.prepare_model(model, evaluation_mode=True)
     is_main = accelerator.is_main_process
+    device = accelerator.device
+    inputs = load_inputs(config, source=source, device=device, trains=False, notify=notify)
+    check_memory(config, inputs.meta_model, device, trains=False)
+    loaded_as = inputs.attention.applied(config)
+    model, record = load_patched(loaded_as, source, device, notify, trains=False)
+    inputs = check_documents(
+        config, inputs, model, accelerator, notify if is_main else lambda line: None
+    )
+    model = accelerator.prepare_model(model, evaluation_mode=True)
     rows_at_once = config.per_device_eval_batch_size * accelerator.num_processes
     num_batches = sum(math.ceil(len(rows) / rows_at_once) for rows in inputs.eval.values())
     done = itertools.count(1)

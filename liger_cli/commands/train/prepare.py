@@ -12,6 +12,7 @@ from liger_cli.errors import ConfigError
 from liger_cli.report import notify
 from liger_cli.report.build import report_of
 from liger_cli.report.required_ops import check_places, check_required, parse_ops
+from liger_cli.training.checkpoints.resume import with_older_values
 from liger_cli.training.checkpoints.run_directory import run_directory
 from liger_cli.training.inputs import load_inputs
 from liger_cli.training.model.adapters import adapts, quantization
@@ -71,8 +72,10 @@ def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]
     writes = not options.dry_run
     with run_directory(config, options.resume, accelerator, notify, writes=writes) as place:
         run_dir, checkpoint = place
+        if checkpoint is not None:
+            config = with_older_values(checkpoint, config)
         config = config.model_copy(update={"output_dir": run_dir})
-        inputs = load_inputs(config, source=source, notify=notify)
+        inputs = load_inputs(config, source=source, device=accelerator.device, notify=notify)
         batches = plan_batches(config, inputs.train, accelerator)
         run = PreparedRun(
             config=config,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from liger_cli.commands.train.announce import announce_data, announce_kernels
@@ -11,7 +12,6 @@ from liger_cli.commands.train.prepare import RunOptions, prepare_run
 from liger_cli.common.failures import is_out_of_memory
 from liger_cli.common.outputs import write_file
 from liger_cli.config import RunConfig
-from liger_cli.data.packing import check_packed
 from liger_cli.errors import ConfigError
 from liger_cli.report import PeerPart, RunReport, TrainProgress, eval_texts, notify
 from liger_cli.report.build import (
@@ -23,7 +23,9 @@ from liger_cli.report.build import (
 )
 from liger_cli.report.required_ops import check_required
 from liger_cli.training.checkpoints.resume import describe_resume
+from liger_cli.training.document_check import check_documents
 from liger_cli.training.evaluate import EvalResult
+from liger_cli.training.inputs import Inputs
 from liger_cli.training.loop import train
 from liger_cli.training.memory.limits import check_memory, out_of_memory
 from liger_cli.training.model.loading import load_patched
@@ -40,11 +42,14 @@ _DEFAULTS = RunOptions()
 
 
 class _Trained(NamedTuple):
-    """The result of training, the PatchRecord of the model, and the `peer` part of the report."""
+    """The result of training, the PatchRecord of the model, the `peer` part of the report, and the
+    inputs as the model in memory takes them.
+    """
 
     result: TrainResult
     record: Any
     peer: dict[str, Any] | None
+    inputs: Inputs
 
 
 def run_train(config: RunConfig, options: RunOptions = _DEFAULTS) -> RunReport | None:
@@ -110,10 +115,11 @@ def _load_and_train(run: PreparedRun, options: RunOptions) -> _Trained:
     """Load the weights and train: everything that takes the device's memory."""
     config = run.config
     keep_base = run.run_dir if run.is_main and not run.measure_only else None
-    model, record = load_patched(config, run.source, run.device, notify, keep_base=keep_base)
+    loaded_as = run.inputs.attention.applied(config)
+    model, record = load_patched(loaded_as, run.source, run.device, notify, keep_base=keep_base)
     peer = apply_peer_patch(model) if options.peer_patch else None
-    if config.packing:
-        check_packed(model, flatten=run.inputs.collator.flatten)
+    inputs = check_documents(config, run.inputs, model, run.accelerator, _notify_of(run))
+    run = replace(run, inputs=inputs)
     # The plan was made on meta tensors; an op that fails its check on this device shows only now.
     if options.require:
         check_required(report_of("train", config, run.inputs, record), options.require)
@@ -126,7 +132,12 @@ def _load_and_train(run: PreparedRun, options: RunOptions) -> _Trained:
         TrainProgress(run.num_steps, first_step=run.first_step) as progress,
     ):
         result = train(run, model, record, _callbacks(run, track, progress))
-    return _Trained(result, record, peer)
+    return _Trained(result, record, peer, run.inputs)
+
+
+def _notify_of(run: PreparedRun) -> Callable[[str], None]:
+    """Return the function that prints lines, which the main process alone does."""
+    return notify if run.is_main else lambda line: None
 
 
 def _callbacks(run: PreparedRun, track: Track, progress: TrainProgress) -> Callbacks:
@@ -162,7 +173,7 @@ def _report(
         "gradient_accumulation_steps": result.plan.accumulation,
     }
     config = run.config.model_copy(update=fitted)
-    report = report_of("train", config, run.inputs, trained.record)
+    report = report_of("train", config, trained.inputs, trained.record)
     add_training(report, result)
     report.peer = PeerPart(**trained.peer) if trained.peer else None
     if not run.measure_only:

@@ -18,7 +18,13 @@ from liger_cli.training.checkpoints.files import (
     step_of,
 )
 
-__all__ = ["check_same_run", "choose_checkpoint", "describe_resume", "find_resumed"]
+__all__ = [
+    "check_same_run",
+    "choose_checkpoint",
+    "describe_resume",
+    "find_resumed",
+    "with_older_values",
+]
 
 # What a resumed run may change: its length, its messages and files, and how it computes the same.
 # Everything else would make step N another one than that of the run it resumes, or is in the
@@ -43,6 +49,7 @@ _FREE_KEYS = frozenset(
         "num_train_epochs",
         "ops",
         "output_dir",
+        "padding_free",
         "per_device_eval_batch_size",
         "profile_steps",
         "report_to",
@@ -55,6 +62,24 @@ _FREE_KEYS = frozenset(
         "use_regional_compilation",
     }
 )
+
+# What a key had the effect of before it existed, where that is not its default.
+_BEFORE_IT_EXISTED = {"padding_free": "false"}
+
+
+def with_older_values(checkpoint: Path, config: RunConfig) -> RunConfig:
+    """Return the configuration of a resumed run: keys left alone as the checkpoint had them.
+
+    Keys that are younger than the checkpoint had no effect in the steps that it has behind it.
+    """
+    known = read_manifest(checkpoint)["config"]
+    fields = RunConfig.model_fields
+    older = {
+        key: value
+        for key, value in _BEFORE_IT_EXISTED.items()
+        if key not in known and getattr(config, key) == fields[key].default
+    }
+    return config.model_copy(update=older)
 
 
 def choose_checkpoint(
@@ -140,6 +165,7 @@ def _changes(manifest: dict[str, Any], config: RunConfig) -> dict[str, tuple[Any
     """Return the keys that have changed, with their value in a manifest and now."""
     # A key that is younger than the checkpoint had the effect of its default.
     defaults = {key: field.default for key, field in RunConfig.model_fields.items()}
+    defaults |= _BEFORE_IT_EXISTED
     return {
         key: (old, new)
         for key, new in config.model_dump(mode="json").items()

@@ -13,7 +13,7 @@ from liger_cli.errors import ConfigError, EnvironmentProblem
 from liger_cli.training.model.demo_model import converted_model
 from liger_cli.training.model.presets import ModelSource
 
-__all__ = ["check_device", "choose_dtype", "parameter_dtype", "stored_dtype"]
+__all__ = ["check_device", "choose_dtype", "compute_dtype", "parameter_dtype", "stored_dtype"]
 
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -48,6 +48,13 @@ def parameter_dtype(
         is_half = config.fp16 and device.type != "cpu"
         return torch.float16 if is_half else choose_dtype("auto", device)
     return torch.float32 if config.bf16 or config.fp16 else choose_dtype("auto", device)
+
+
+def compute_dtype(config: RunConfig, device: torch.device, *, adapts: bool = False) -> torch.dtype:
+    """Return the dtype that products are computed in: that of autocast, or of the parameters."""
+    if config.bf16 or config.fp16:
+        return torch.bfloat16 if config.bf16 else torch.float16
+    return parameter_dtype(config, device, adapts=adapts)
 
 
 def stored_dtype(source: ModelSource) -> torch.dtype:

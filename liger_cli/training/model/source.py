@@ -209,6 +209,9 @@ def load_model(
 def _make_config(source: ModelSource) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING, AutoConfig
 
+    # Registers liger_varlen, which a configuration may name.
+    import liger_kernels.transformers.attention.interface  # noqa: F401
+
     values = dict(source.config or {})
     _check_sizes(values, source.name)
     model_type = values.pop("model_type")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ __all__ = [
     "LayerChoice",
     "LayerForm",
     "choose_backend",
+    "layer_forms",
     "layer_type_of",
     "model_problem",
     "plan_layers",
@@ -148,8 +149,8 @@ def model_problem(model: Any) -> str | None:
     return None
 
 
-def plan_layers(model: Any, device: torch.device, dtype: torch.dtype) -> tuple[LayerChoice, ...]:
-    """Return the backend of each type of layer from the configuration of a model alone.
+def layer_forms(model: Any, device: torch.device, dtype: torch.dtype) -> Mapping[LayerForm, int]:
+    """Return the forms of a model's layers from its configuration, and how many layers each has.
 
     Args:
         model: It may be on the meta device.
@@ -158,10 +159,8 @@ def plan_layers(model: Any, device: torch.device, dtype: torch.dtype) -> tuple[L
     """
     config = inner_model(model).config.get_text_config()
     has_sinks = any(name.endswith(".sinks") for name, _ in inner_model(model).named_parameters())
-    counts = Counter(_layer_types(config))
-    found = []
-    for layer_type, count in counts.items():
-        form = LayerForm(
+    return Counter(
+        LayerForm(
             layer_type,
             _head_size(config),
             dtype,
@@ -170,9 +169,17 @@ def plan_layers(model: Any, device: torch.device, dtype: torch.dtype) -> tuple[L
             is_capped=bool(getattr(config, "attn_logit_softcapping", None)),
             has_sinks=has_sinks,
         )
-        choice = choose_backend(form)
-        found.append(LayerChoice(layer_type, count, choice.backend, choice.reason))
-    return tuple(found)
+        for layer_type in _layer_types(config)
+    )
+
+
+def plan_layers(model: Any, device: torch.device, dtype: torch.dtype) -> tuple[LayerChoice, ...]:
+    """Return the backend of each type of layer in training, with the arguments of layer_forms."""
+    return tuple(
+        LayerChoice(form.layer_type, count, choice.backend, choice.reason)
+        for form, count in layer_forms(model, device, dtype).items()
+        for choice in [choose_backend(form)]
+    )
 
 
 def _layer_types(config: Any) -> Iterable[str]:

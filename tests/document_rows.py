@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-import zoo
 
 from liger_kernels.transformers.attention import choice, kernel
 from liger_kernels.transformers.attention.interface import LIGER_VARLEN
@@ -118,7 +117,9 @@ def padded(rows: list[torch.Tensor]) -> dict[str, Any]:
 
 
 def build(family: str, attention: str = LIGER_VARLEN, **options: Any) -> Any:
-    """Return a tiny model in float32, in training."""
+    """Return a tiny model of tests/transformers in float32, in training."""
+    import zoo
+
     if family == "gpt_oss":
         config = transformers.GptOssConfig(
             vocab_size=zoo.VOCAB_SIZE,
