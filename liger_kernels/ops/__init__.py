@@ -13,6 +13,7 @@ from liger_kernels.ops.gated_rms_norm import gated_rms_norm
 from liger_kernels.ops.glu import geglu, swiglu
 from liger_kernels.ops.glu_mlp import glu_mlp
 from liger_kernels.ops.layer_norm import layer_norm
+from liger_kernels.ops.lora_linear import lora_linear
 from liger_kernels.ops.rms_norm import rms_norm
 from liger_kernels.ops.rope import rope
 
@@ -28,6 +29,7 @@ __all__ = [
     "geglu",
     "glu_mlp",
     "layer_norm",
+    "lora_linear",
     "rms_norm",
     "rope",
     "swiglu",

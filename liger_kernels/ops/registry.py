@@ -13,6 +13,7 @@ from liger_kernels.ops.gated_rms_norm import OP as GATED_RMS_NORM
 from liger_kernels.ops.glu import GEGLU, SWIGLU
 from liger_kernels.ops.glu_mlp import OP as GLU_MLP
 from liger_kernels.ops.layer_norm import OP as LAYER_NORM
+from liger_kernels.ops.lora_linear import OP as LORA_LINEAR
 from liger_kernels.ops.op import Op
 from liger_kernels.ops.rms_norm import OP as RMS_NORM
 from liger_kernels.ops.rope import OP as ROPE
@@ -26,6 +27,7 @@ _ROWS = (
     SWIGLU,
     GEGLU,
     GLU_MLP,
+    LORA_LINEAR,
     CROSS_ENTROPY,
     FUSED_LINEAR_CROSS_ENTROPY,
     LOGPROBS,

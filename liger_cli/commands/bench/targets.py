@@ -177,6 +177,10 @@ _ON_GPU = (
     *(_glu(op, *s) for op in ("swiglu", "geglu") for s in ((16384, 8192), (8192, 14336))),
     Workload("glu_mlp", (8192, 2048, 8192)),
     Workload("glu_mlp", (8192, 4096, 14336)),
+    # Rows, width of x, width of y, rank.
+    Workload("lora_linear", (8192, 4096, 4096, 16), {"scale": 2.0}),
+    Workload("lora_linear", (8192, 4096, 14336, 16), {"scale": 2.0}),
+    Workload("lora_linear", (8192, 14336, 4096, 64), {"scale": 2.0}),
     _loss(16384, 32000, 0.86),
     _loss(8192, 128256, 0.78),
     _loss(4096, 262144, 0.65),
@@ -198,6 +202,7 @@ _SMALL = (
     ("swiglu", (512, 2048)),
     ("geglu", (512, 2048)),
     ("glu_mlp", (256, 256, 1024)),
+    ("lora_linear", (256, 256, 1024, 16)),
     ("cross_entropy", (256, 8192)),
     ("fused_linear_cross_entropy", (256, 256, 8192)),
     ("fused_linear_logprobs", (256, 256, 8192)),

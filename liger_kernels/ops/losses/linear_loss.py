@@ -20,6 +20,7 @@ from liger_kernels.ops.losses.grads_in_forward import scaled
 from liger_kernels.ops.losses.label_count import LabelCount, rows_with_labels
 from liger_kernels.ops.losses.options import LossOptions, wide_dtype, without_autocast
 from liger_kernels.ops.losses.row_loss import loss_rows
+from liger_kernels.ops.products import has_wide_products
 
 
 def _of_rows(x: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
@@ -65,16 +66,9 @@ class LinearGradients:
         )
 
 
-def _has_wide_products(device: torch.device) -> bool:
-    """Return whether mm and addmm of torch take an out_dtype on this device: on sm_80 and newer."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_first: bool) -> None:
     """Set out to a @ b, or add it; out may be wider than a and b."""
-    if out.dtype != a.dtype == torch.float16 and not _has_wide_products(a.device):
+    if out.dtype != a.dtype == torch.float16 and not has_wide_products(a.device):
         # An fp16 product would overflow before it is divided by the number of labels.
         a, b = a.to(out.dtype), b.to(out.dtype)
     if out.dtype == a.dtype:
@@ -82,7 +76,7 @@ def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_first: 
             torch.mm(a, b, out=out)
         else:
             out.addmm_(a, b)
-    elif _has_wide_products(a.device):
+    elif has_wide_products(a.device):
         if is_first:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
         else:

@@ -1,0 +1,290 @@
+"""Frozen linear layers with LoRA adapters: the products that lora_linear and lora_mlp share.
+
+    xa = x (s A)',  y = x W' + bias + xa B'
+    dxa = dy B,  dB = dy' xa,  dA = s dxa' x,  dx = dy W + dxa (s A)
+
+Legend: M rows, K and N the widths of x and y, r the rank, s the scale.
+Layers that read one x are a group: their matrices A lie above one another, so that xa, dA and
+dxa (s A) are one product for all of them, and dx is one buffer that the products add up in.
+Rounding: all products are of the dtype of x; A and B are cast to it once, and the products of the
+adapters are added to those of the weights by the matrix multiplication itself. dA and dB come out
+in fp32 where the device can.
+Memory: saves x once and xa. A weight in 4 bits is dequantised for each product and dropped again.
+Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685, eq. 3.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from liger_kernels.ops.products import wide_product
+from liger_kernels.ops.rows import rows_of
+
+
+class AdaptedLinear(NamedTuple):
+    """One frozen linear layer and the adapter on it.
+
+    Attributes:
+        weight: (N, K), without a gradient; or as bitsandbytes packs it in 4 bits (`quant_state`).
+        bias: (N,) or None.
+        a: (r, K) of any floating dtype; None of a layer without an adapter.
+        b: (N, r); None with a.
+        scale: What the adapter's output is times.
+        dropout: The probability that a number of the adapter's input is dropped; 0 in evaluation.
+        dropout_dtype: What the input is cast to before: a mask follows the dtype on some devices.
+    """
+
+    weight: Any
+    bias: Any
+    a: Any = None
+    b: Any = None
+    scale: float = 1.0
+    dropout: float = 0.0
+    dropout_dtype: torch.dtype | None = None
+
+
+class LayerGradients(NamedTuple):
+    """Which of a layer's bias, a and b get a gradient, or the gradients; None of the others."""
+
+    bias: Any
+    a: Any
+    b: Any
+
+
+class LayerGroup:
+    """Layers that read one x.
+
+    Args:
+        layers: In the order in which they draw their dropout.
+        dtype: Of x and of all products.
+        states: The generator's states before each layer's dropout, of a forward that has run.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[AdaptedLinear],
+        dtype: torch.dtype,
+        states: Sequence[torch.Tensor | None] = (),
+    ) -> None:
+        self.layers = layers
+        self.dtype = dtype
+        self.states = list(states)
+        # The columns of xa that belong to each layer.
+        self.parts: list[slice | None] = []
+        self.rank = 0
+        for layer in layers:
+            rank = 0 if layer.a is None else layer.a.shape[0]
+            self.parts.append(None if layer.a is None else slice(self.rank, self.rank + rank))
+            self.rank += rank
+        self.has_dropout = any(layer.dropout for layer in layers)
+
+    def forward(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        """Return each layer's (M, N), and xa (M, sum of ranks) for backward, of x (M, K)."""
+        xa: Any = self._down(x) if self.rank else None
+        ys = []
+        for layer, part in zip(self.layers, self.parts, strict=True):
+            bias = None if layer.bias is None else layer.bias.to(self.dtype)
+            y = F.linear(x, frozen_weight(layer.weight, self.dtype), bias)
+            if part is not None:
+                y.addmm_(xa[:, part], layer.b.to(self.dtype).t())
+            ys.append(y)
+        return ys, xa
+
+    def _scaled_a(self) -> torch.Tensor:
+        """Return the matrices s A above one another, (sum of ranks, K)."""
+        first = next(layer.a for layer in self.layers if layer.a is not None)
+        stacked = first.new_empty((self.rank, first.shape[1]), dtype=self.dtype)
+        for layer, part in zip(self.layers, self.parts, strict=True):
+            if part is not None:
+                torch.mul(layer.a, layer.scale, out=stacked[part])
+        return stacked
+
+    def _down(self, x: torch.Tensor) -> torch.Tensor:
+        scaled_a = self._scaled_a()
+        if not self.has_dropout:
+            return x @ scaled_a.t()
+        xa = x.new_empty((x.shape[0], self.rank))
+        for layer, part in zip(self.layers, self.parts, strict=True):
+            self.states.append(generator_state(x.device) if layer.dropout else None)
+            if part is not None:
+                torch.mm(self._dropped(x, layer), scaled_a[part].t(), out=xa[:, part])
+        return xa
+
+    def _dropped(self, x: torch.Tensor, layer: AdaptedLinear) -> torch.Tensor:
+        """Return x as the layer's dropout leaves it, with the generator as it is."""
+        if not layer.dropout:
+            return x
+        return F.dropout(x.to(layer.dropout_dtype or x.dtype), layer.dropout).to(self.dtype)
+
+    def backward(
+        self,
+        dys: Sequence[torch.Tensor | None],
+        xa: Any,
+        needs: Sequence[LayerGradients],
+        needs_dx: bool,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[LayerGradients]]:
+        """Return dx (M, K), dxa for a_gradients(), and the gradients of each bias and b.
+
+        dys are (M, N) or None, which counts as zeros; dx is None where it is not needed or zero.
+        """
+        dx = None
+        dxa = None
+        if self.rank and (needs_dx or any(need.a for need in needs)):
+            rows = next(dy for dy in dys if dy is not None)
+            dxa = rows.new_empty((rows.shape[0], self.rank))
+        grads = []
+        for layer, part, dy, need in zip(self.layers, self.parts, dys, needs, strict=True):
+            dbias = db = None
+            if dy is None:
+                if part is not None and dxa is not None:
+                    dxa[:, part] = 0
+                grads.append(LayerGradients(None, None, None))
+                continue
+            if need.bias:
+                dbias = dy.sum(0).to(layer.bias.dtype)
+            if need.b:
+                db = wide_product(dy.t(), xa[:, part]).to(layer.b.dtype)
+            if part is not None and dxa is not None:
+                torch.mm(dy, layer.b.to(self.dtype), out=dxa[:, part])
+            if needs_dx:
+                weight = frozen_weight(layer.weight, self.dtype)
+                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+                # A weight that was dequantised is not kept while the next one is.
+                del weight
+            grads.append(LayerGradients(dbias, None, db))
+        if dx is not None and dxa is not None:
+            self._add_adapters(dx, dxa)
+        return dx, dxa, grads
+
+    def _add_adapters(self, dx: torch.Tensor, dxa: torch.Tensor) -> None:
+        """Add to dx (M, K) what reaches x by way of the adapters."""
+        scaled_a = self._scaled_a()
+        if not self.has_dropout:
+            dx.addmm_(dxa, scaled_a)
+            return
+        for layer, part, state in zip(self.layers, self.parts, self.states, strict=True):
+            if part is None:
+                continue
+            if not layer.dropout:
+                dx.addmm_(dxa[:, part], scaled_a[part])
+                continue
+            with generator_at(state, dx.device):
+                # The same draw as in forward: what was dropped gets nothing, the rest as much more.
+                dx.add_(self._dropped(dxa[:, part] @ scaled_a[part], layer))
+
+    def a_gradients(
+        self, dxa: Any, x: Any, needs: Sequence[LayerGradients]
+    ) -> list[torch.Tensor | None]:
+        """Return the gradient of each layer's a, None where none is needed, of x as forward had."""
+        whole = None if self.has_dropout else wide_product(dxa.t(), x)
+        grads: list[torch.Tensor | None] = []
+        for i, (layer, part, need) in enumerate(zip(self.layers, self.parts, needs, strict=True)):
+            if not need.a:
+                grads.append(None)
+                continue
+            if whole is not None:
+                da = whole[part]
+            elif layer.dropout:
+                with generator_at(self.states[i], x.device):
+                    da = wide_product(dxa[:, part].t(), self._dropped(x, layer))
+            else:
+                da = wide_product(dxa[:, part].t(), x)
+            grads.append(da.mul_(layer.scale).to(layer.a.dtype))
+        return grads
+
+
+def frozen_weight(weight: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return a frozen weight (N, K) in dtype: itself, cast, or dequantised from 4 bits."""
+    if is_packed(weight):
+        # Whoever made the weight has imported it.
+        functional = sys.modules["bitsandbytes"].functional
+        weight = functional.dequantize_4bit(weight.data, weight.quant_state)
+    return weight.to(dtype)
+
+
+def is_packed(weight: Any) -> bool:
+    """Return whether a weight is in 4 bits, as bitsandbytes packs it."""
+    return getattr(weight, "quant_state", None) is not None
+
+
+def generator_state(device: torch.device) -> torch.Tensor:
+    """Return the state of the generator that dropout on a device draws from."""
+    if device.type in ("cpu", "meta"):
+        return torch.get_rng_state()
+    return torch.get_device_module(device).get_rng_state(device)
+
+
+@contextlib.contextmanager
+def generator_at(state: torch.Tensor | None, device: torch.device) -> Iterator[None]:
+    """Draw from an earlier state of the device's generator inside, and leave it as it was."""
+    module = torch if device.type in ("cpu", "meta") else torch.get_device_module(device)
+    where = () if module is torch else (device,)
+    now = module.get_rng_state(*where)
+    module.set_rng_state(state, *where)
+    try:
+        yield
+    finally:
+        module.set_rng_state(now, *where)
+
+
+# Four tensors a layer, in the order of AdaptedLinear.
+_NUM_TENSORS = 4
+
+
+def flatten(layers: Sequence[AdaptedLinear]) -> tuple[tuple[AdaptedLinear, ...], list[Any]]:
+    """Return the layers without their tensors, and the tensors, as an autograd function takes them.
+
+    A packed weight stays: it is a class of its own, which saved tensors do not give back.
+    """
+    tensors: list[Any] = []
+    settings = []
+    for layer in layers:
+        packed = layer.weight if is_packed(layer.weight) else None
+        tensors += [None if packed is not None else layer.weight, *layer[1:_NUM_TENSORS]]
+        settings.append(layer._replace(weight=packed, bias=None, a=None, b=None))
+    return tuple(settings), tensors
+
+
+def unflatten(
+    settings: Sequence[AdaptedLinear], tensors: Sequence[torch.Tensor | None]
+) -> list[AdaptedLinear]:
+    """Return the layers that were flattened."""
+    layers = []
+    for i, layer in enumerate(settings):
+        weight, bias, a, b = tensors[_NUM_TENSORS * i : _NUM_TENSORS * (i + 1)]
+        weight = layer.weight if weight is None else weight
+        layers.append(layer._replace(weight=weight, bias=bias, a=a, b=b))
+    return layers
+
+
+def needs_of(needs_input_grad: Sequence[bool]) -> list[LayerGradients]:
+    """Return which tensors of each layer need a gradient, of the flags of the flat tensors."""
+    flags = needs_input_grad
+    return [LayerGradients(*flags[i + 1 : i + 4]) for i in range(0, len(flags), _NUM_TENSORS)]
+
+
+def flat_gradients(
+    grads: Sequence[LayerGradients], da: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor | None]:
+    """Return the gradients of the flat tensors; those of a are `da`."""
+    flat: list[torch.Tensor | None] = []
+    for grad, one in zip(grads, da, strict=True):
+        flat += [None, grad.bias, one, grad.b]
+    return flat
+
+
+def rows_of_all(dys: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Return gradients as rows; None stays."""
+    return [None if dy is None else rows_of(dy) for dy in dys]
+
+
+def own_dtype(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which products have the dtype of their factors, under autocast too."""
+    # Asked first: entering the context costs the host more than the question.
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
