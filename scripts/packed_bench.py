@@ -4,7 +4,7 @@ python scripts/packed_bench.py --peer-path FOLDER --output packed.json     one C
 python scripts/packed_bench.py --only llama-1b                             some of it
 python scripts/packed_bench.py --toy                                       tiny models on a CPU
 
-Each side of a workload is a process of its own with random weights of one seed, the product's own
+Each side of a workload is a separate process with random weights of one seed, the product's own
 collator and loss, and a median of its steps; their first losses are compared. Floors are the FLOPs
 of the step over the matmul rate of this run, and the time of the varlen kernel alone. A line of
 JSON a side, and a table of ratios at the end. liger-kernel is imported from --peer-path.
@@ -354,7 +354,7 @@ def matmul_tflops() -> float:
 
 
 def child(pipe: Any, task: Callable[[], Any]) -> None:
-    """Run a task in a process of its own and send back its result, or its error."""
+    """Run a task in a separate process and send back its result, or its error."""
     try:
         result = task()
     except BaseException as error:

@@ -200,7 +200,7 @@ class LayerGroup:
 def frozen_weight(weight: Any, dtype: torch.dtype) -> torch.Tensor:
     """Return a frozen weight (N, K) in dtype: itself, cast, or dequantised from 4 bits."""
     if is_packed(weight):
-        # Whoever made the weight has imported it.
+        # The maker of the weight has imported it.
         functional = sys.modules["bitsandbytes"].functional
         weight = functional.dequantize_4bit(weight.data, weight.quant_state)
     return weight.to(dtype)
