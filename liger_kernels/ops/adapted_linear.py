@@ -238,7 +238,7 @@ _NUM_TENSORS = 4
 def flatten(layers: Sequence[AdaptedLinear]) -> tuple[tuple[AdaptedLinear, ...], list[Any]]:
     """Return the layers without their tensors, and the tensors, as an autograd function takes them.
 
-    A packed weight stays: it is a class of its own, which saved tensors do not give back.
+    A packed weight stays: its class is one that saved tensors do not give back.
     """
     tensors: list[Any] = []
     settings = []

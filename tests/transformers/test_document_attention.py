@@ -344,7 +344,8 @@ def gpu(monkeypatch):
         ({"dtype": torch.float16, "head_size": 256}, "varlen", None),
         ({"is_capped": True}, "flex", "does not cap scores"),
         ({"has_sinks": True}, "flex", "no attention sinks"),
-        ({"head_size": 257}, "flex", "heads of at most 256, and these have 257"),
+        ({"head_size": 257}, "mask", "heads of at most 256, and these have 257"),
+        ({"head_size": 8, "is_capped": True}, "mask", "flex: it takes heads of 16 to 256, and"),
         ({"layer_type": "chunked_attention"}, "flex", "more than documents and a window"),
         ({"has_own_mask": True}, "flex", "more than documents and a window"),
         ({"has_bias": True}, "mask", "no bias"),
@@ -390,8 +391,10 @@ def test_torch_without_the_kernel(gpu, monkeypatch):
     ],
 )
 def test_plan_of_a_model(gpu, family, wanted):
+    # Flex attention takes heads of 16 at least.
+    sizes = {} if family == "gpt_oss" else {"hidden_size": 64, "head_dim": 16}
     with torch.device("meta"):
-        model = build(family)
+        model = build(family, **sizes)
     found = plan_layers(model, torch.device("cuda", 0), torch.bfloat16)
     assert {(x.layer_type, x.num_layers, x.backend) for x in found} == wanted
 

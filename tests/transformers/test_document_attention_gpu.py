@@ -86,9 +86,9 @@ def test_case_101_varlen_is_no_worse_than_the_formula(heads, shared, size, windo
 @pytest.mark.parametrize("kind", ["softcap", "sinks", "wide"])
 @pytest.mark.parametrize("window", [None, 64])
 def test_case_101_flex_is_no_worse_than_the_formula(kind, window):
-    size = {"softcap": 128, "sinks": 64, "wide": 512}[kind]
+    size = {"softcap": 128, "sinks": 64, "wide": 256}[kind]
     options: dict[str, Any] = {"sliding_window": window}
-    if kind == "softcap":
+    if kind != "sinks":
         options["softcap"] = 20.0
     if kind == "sinks":
         options["s_aux"] = torch.randn(8, device=DEVICE)
@@ -128,20 +128,19 @@ def test_case_101_no_document_has_a_gradient_in_another(monkeypatch, family, bac
     if backend == "mask":
         monkeypatch.setattr(interface, "choose_backend", _always_mask)
     # Flex attention takes heads of 16 at least.
-    sizes = {"hidden_size": 64, "head_dim": 16} if family != "gpt_oss" else {}
+    sizes = {} if family == "gpt_oss" else {"hidden_size": 64, "head_dim": 16}
     model = build(family, **sizes).cuda().to(BF16).eval()
     batch = on_gpu(laid_end_to_end(documents()))
     del batch["labels"]
     embedded = model.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
-    with recorded_choices() as found:
-        logits = model(inputs_embeds=embedded, **batch, use_cache=False).logits.float()
-    assert found
-    assert ({layer.backend for layer in found} == {"mask"}) == (backend == "mask"), found
     ends = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
     for start, end in zip(ends, ends[1:], strict=False):
         own = slice(start, end)
-        total = logits[:, own].square().sum()
-        (gradient,) = torch.autograd.grad(total, embedded, retain_graph=True)
+        with recorded_choices() as found:
+            logits = model(inputs_embeds=embedded, **batch, use_cache=False).logits.float()
+        assert found
+        assert ({layer.backend for layer in found} == {"mask"}) == (backend == "mask"), found
+        (gradient,) = torch.autograd.grad(logits[:, own].square().sum(), embedded)
         assert gradient[:, own].any()
         gradient[:, own] = 0
         assert not gradient.any()

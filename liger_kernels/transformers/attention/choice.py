@@ -26,6 +26,8 @@ __all__ = [
 
 Backend = Literal["varlen", "flex", "mask"]
 
+# Smaller ones flex attention refuses; larger ones need more shared memory than a H200 has.
+_FLEX_HEAD_SIZES = (16, 256)
 _HALVES = (torch.bfloat16, torch.float16)
 # Layers whose mask is known from the documents and a window alone.
 _PLAIN_LAYERS = ("full_attention", "sliding_attention")
@@ -117,7 +119,12 @@ def _flex_problem(form: LayerForm) -> str | None:
         return f"it computes in bfloat16 or float16, and this is {_name(form.dtype)}"
     if form.dropout:
         return f"it has no dropout, and attention_dropout is {form.dropout}"
-    return "flex: it is given no bias" if form.has_bias else None
+    if form.has_bias:
+        return "flex: it is given no bias"
+    low, high = _FLEX_HEAD_SIZES
+    if not low <= form.head_size <= high:
+        return f"flex: it takes heads of {low} to {high}, and these have {form.head_size}"
+    return None
 
 
 def _name(dtype: torch.dtype) -> str:
