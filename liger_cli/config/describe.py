@@ -104,7 +104,8 @@ def allowed(name: str) -> str:
     if bounds := limits(name):
         text += f" {', '.join(bounds)}"
     if any(isinstance(note, BeforeValidator) for note in _type_and_notes(name)[1]):
-        text += " or a list of names"
+        is_mapping = name in ("columns", "roles", "message_fields")
+        text += " or a mapping of names" if is_mapping else " or a list of names"
     takes_null = type(None) in get_args(RunConfig.model_fields[name].annotation)
     return f"{text} or null" if takes_null else text
 
@@ -148,11 +149,13 @@ def _type_and_notes(name: str) -> tuple[Any, list[Any]]:
     """Return a key's type without null, and its annotations apart: limits and validators."""
     field = RunConfig.model_fields[name]
     kind, notes = field.annotation, list(field.metadata)
-    if get_origin(kind) in (Union, types.UnionType):
-        [kind] = [part for part in get_args(kind) if part is not type(None)]
-    if get_origin(kind) is Annotated:
-        kind, *inner = get_args(kind)
-        notes += inner
+    while get_origin(kind) in (Union, types.UnionType, Annotated):
+        if get_origin(kind) is Annotated:
+            kind, *inner = get_args(kind)
+            notes += inner
+        else:
+            # The first is the one that a flag can spell.
+            kind = next(part for part in get_args(kind) if part is not type(None))
     return kind, notes
 
 

@@ -21,9 +21,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from liger_cli.config.datasets import ColumnNames, Datasets, FieldNames, RoleNames
 from liger_cli.config.eval_sets import EvalSets, join_sets, metric_names, read_sets
 from liger_cli.config.pairs import Pairs, are_pairs, join_pairs, split_names
-from liger_cli.config.value_types import Datasets, Names
+from liger_cli.config.value_types import Names
 
 __all__ = ["ALIASES", "Keys"]
 
@@ -91,8 +92,18 @@ class Keys(BaseModel):
 
     dataset: Datasets = _data(
         "chitchat",
-        "A file, folder, glob or hub name, chitchat or synthetic; several as NAME:WEIGHT,NAME.",
+        "A file, folder, glob or hub name, chitchat or synthetic; several as NAME:WEIGHT,NAME. In "
+        "a file also entries of path, weight, columns and more (docs/data.md).",
         min_length=1,
+    )
+    columns: ColumnNames | None = _data(
+        None, "Our names of columns to those of the data: prompt=question,completion=answer."
+    )
+    roles: RoleNames | None = _data(
+        None, "Our roles to those of the data: assistant=bot,assistant=gpt; user=customer."
+    )
+    message_fields: FieldNames | None = _data(
+        None, "Our fields of a message to those of the data: role=from,content=value."
     )
     eval_dataset: EvalSets | None = _data(
         None, "Evaluation data, named as the dataset is; several sets as NAME=DATA,NAME=DATA."

@@ -8,6 +8,7 @@ from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
 from liger_cli.config.conflicts import CONFLICTS
+from liger_cli.config.datasets import DatasetEntry, Naming, datasets_name, read_datasets
 from liger_cli.config.eval_sets import read_sets
 from liger_cli.config.keys import Keys
 from liger_cli.config.pairs import read_pairs, split_names
@@ -35,6 +36,21 @@ class RunConfig(Keys):
     def order_seed(self) -> int:
         """The seed of the data's order."""
         return self.seed if self.data_seed is None else self.data_seed
+
+    @property
+    def naming(self) -> Naming:
+        """The names of columns, roles and fields in all datasets."""
+        return Naming(self.columns or {}, self.roles or {}, self.message_fields or {})
+
+    @property
+    def datasets(self) -> list[DatasetEntry]:
+        """The datasets to train on."""
+        return read_datasets(self.dataset, self.naming)
+
+    @property
+    def dataset_name(self) -> str:
+        """The names of the datasets to train on."""
+        return datasets_name(self.dataset)
 
     @property
     def eval_sets(self) -> dict[str, str]:

@@ -175,8 +175,23 @@ def read_set(text: str) -> Entry:
 
 def to_yaml(values: Mapping[str, Any]) -> str:
     """Return one line a key, which read_file reads back to equal values."""
+    return "".join(
+        # What is nested is written in brackets.
+        f"{key}: {_dumped(value, flow=True)}"
+        if value and isinstance(value, dict | list)
+        else _dumped({key: value})
+        for key, value in values.items()
+    )
+
+
+def _dumped(value: object, *, flow: bool = False) -> str:
     return yaml.dump(
-        dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf")
+        value,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=float("inf"),
+        default_flow_style=flow,
     )
 
 

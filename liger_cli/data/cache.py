@@ -34,8 +34,8 @@ _ROWS, _COUNTS = "rows.arrow", "counts.json"
 # Determines the ids and labels of a row, together with its content and options.
 _CODE = (
     *("answers", "borders", "cache", "calls", "chat", "clip", "encode", "examples", "files"),
-    *("formats", "instructions", "marks", "rows", "samples", "shown", "sources", "template"),
-    *("turns", "values"),
+    *("formats", "instructions", "marks", "messages", "names", "rows", "samples", "shown"),
+    *("sources", "template", "threads", "token_ids", "turns", "used", "values"),
 )
 
 
@@ -52,6 +52,8 @@ class Counts:
     # What of the rows used is not trained although it was said, by its name.
     left_out: dict[str, int] = field(default_factory=dict)
     unused_columns: list[str] = field(default_factory=list)
+    # The fields of messages that are read, with their names in the data.
+    fields: list[str] = field(default_factory=list)
 
     def set(self, other: Counts) -> None:
         """Add the counts of another source."""
@@ -67,6 +69,7 @@ class Counts:
         for names, more in (
             (self.columns, other.columns),
             (self.unused_columns, other.unused_columns),
+            (self.fields, other.fields),
         ):
             names += [name for name in more if name not in names]
         self.add_left_out(other.left_out)

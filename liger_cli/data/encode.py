@@ -7,7 +7,7 @@ the completion begins between two tokens, as it does when a model writes it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from types import MappingProxyType
@@ -82,16 +82,18 @@ class Encoder:
             ) from error
 
     def _encode(self, rows: Sequence[Row], renderer: ChatRenderer) -> list[Encoded]:
-        is_chat = [self._is_conversation(row) for row in rows]
-        found = [row for row, is_one in zip(rows, is_chat, strict=True) if is_one]
-        chats = iter(self._encode_conversations(found, renderer))
-        segments = [
-            self._clipped(self._segments(row))
-            for row, is_one in zip(rows, is_chat, strict=True)
-            if not is_one
-        ]
-        texts = map(self._label, segments, self._tokenise(segments))
-        return [next(chats) if is_one else next(texts) for is_one in is_chat]
+        kinds = [self._kind(row) for row in rows]
+
+        def of_kind(kind: str) -> list[Row]:
+            return [row for row, one in zip(rows, kinds, strict=True) if one == kind]
+
+        segments = [self._clipped(self._segments(row)) for row in of_kind("text")]
+        made: dict[str, Iterator[Encoded]] = {
+            "conversation": iter(self._encode_conversations(of_kind("conversation"), renderer)),
+            "text": map(self._label, segments, self._tokenise(segments)),
+            "token ids": map(_encoded_ids, of_kind("token ids")),
+        }
+        return [next(made[kind]) for kind in kinds]
 
     def _encode_conversations(self, rows: Sequence[Row], renderer: ChatRenderer) -> list[Encoded]:
         found = [self._clipped_chat(self.conversation(row, renderer)) for row in rows]
@@ -120,7 +122,9 @@ class Encoder:
         chat = rendered(self.assistant_only)
         if not row.is_trained:
             return chat._replace(trained=())
-        if not any(mark is not None for mark in row.marks):
+        has_prompt = self.completion_only and row.num_prompt > 0
+        row = _without_prompt(row) if has_prompt else row
+        if not has_prompt and not any(mark is not None for mark in row.marks):
             return chat
         answers = chat.trained if self.assistant_only else rendered(True).trained
         shown = [chat.text[begin:end] for begin, end in answers]
@@ -130,6 +134,11 @@ class Encoder:
                 trained=tuple(span for span, keeps in zip(answers, kept, strict=True) if keeps)
             )
         dropped = [span for span, keeps in zip(answers, kept, strict=True) if not keeps]
+        if has_prompt:
+            # A completion begins with an answer.
+            first = next((span for span, keeps in zip(answers, kept, strict=True) if keeps), None)
+            begin = len(chat.text) if first is None else first[0]
+            dropped = [(0, begin), *(span for span in dropped if span[0] >= begin)]
         return chat._replace(trained=tuple(_outside(dropped, len(chat.text))))
 
     def _label_conversation(
@@ -205,9 +214,12 @@ class Encoder:
             else:
                 yield text, not marks or marks[i // 2] is not False
 
-    def _is_conversation(self, row: Row) -> bool:
+    def _kind(self, row: Row) -> str:
+        if row.token_ids:
+            return "token ids"
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
-        return bool(row.messages) and (has_template or not row.parts)
+        is_chat = bool(row.messages) and (has_template or not row.parts)
+        return "conversation" if is_chat else "text"
 
     @cached_property
     def _begin(self) -> list[int]:
@@ -276,6 +288,21 @@ class Encoder:
                 start, [ids] = number, self._ids([row[number].text])
                 result.append(ids)
         return result
+
+
+def _encoded_ids(row: Row) -> Encoded:
+    """Return a row that is token ids already."""
+    labels = list(row.labels) if row.is_trained else [IGNORED] * len(row.labels)
+    return Encoded(list(row.token_ids), labels)
+
+
+def _without_prompt(row: Row) -> Row:
+    """Return a row whose answers in the prompt are marked not to be trained."""
+    marks = (
+        False if i < row.num_prompt and message["role"] == "assistant" else mark
+        for i, (message, mark) in enumerate(zip(row.messages, row.marks, strict=True))
+    )
+    return replace(row, marks=tuple(marks))
 
 
 def _outside(spans: Sequence[Span], end: int) -> Iterator[Span]:

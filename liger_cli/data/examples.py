@@ -8,11 +8,12 @@ padding token may be the token that ends a text.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from liger_cli.config.datasets import DatasetEntry, datasets_name
 from liger_cli.data import cache
 from liger_cli.data.cache import Counts, Tokenised
 from liger_cli.data.chat import ChatRenderer
@@ -21,6 +22,7 @@ from liger_cli.data.images import ImageRows, ImagesFound
 from liger_cli.data.mixture import join_sources
 from liger_cli.data.rows import Record, RowFormat
 from liger_cli.data.sources import SYNTHETIC_NAME, Source, Split, find_sources
+from liger_cli.data.used import count_names
 from liger_cli.data.workers import map_in_order
 from liger_cli.errors import ConfigError, DataError
 
@@ -44,6 +46,7 @@ __all__ = [
 BATCH = 1000
 # Fewer where they are long, which are all in memory with their tokens.
 _BATCH_BYTES = 32 * 1024 * 1024
+TOO_SHORT = "rows left out: fewer tokens than min_length"
 _SYNTHETIC_ROWS = {"train": 1024, "eval": 64}
 
 
@@ -61,6 +64,7 @@ class DataStats:
         left_out: What of the rows used is not trained although it was said, by its name: how many
             system messages, thoughts or answers.
         unused_columns: Those that are there and were not.
+        fields: The fields of messages that were read.
     """
 
     rows: int
@@ -71,6 +75,7 @@ class DataStats:
     columns: tuple[str, ...]
     left_out: dict[str, int]
     unused_columns: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class Examples:
     def stats(self) -> DataStats:
         """The counts; of a stream those of the rows so far."""
         values = asdict(self.counts)
-        names = {key: tuple(values[key]) for key in ("columns", "unused_columns")}
+        names = {key: tuple(values[key]) for key in ("columns", "unused_columns", "fields")}
         return DataStats(**{**values, **names})
 
 
@@ -112,12 +117,14 @@ class RowOptions:
         vocab_size: Of the model; a token id beyond it is an error.
         completion_only: Of a prompt and its completion only the completion is trained.
         assistant_only: Of a conversation only what the assistant says is trained.
+        min_length: Rows of fewer tokens are left out.
     """
 
     max_length: int
     vocab_size: int
     completion_only: bool = True
     assistant_only: bool = True
+    min_length: int = 0
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -127,7 +134,7 @@ class RowOptions:
 
 
 def load_examples(
-    name: str,
+    datasets: str | Sequence[DatasetEntry],
     tokenizer: PreTrainedTokenizerBase | None,
     options: RowOptions,
     *,
@@ -144,8 +151,8 @@ def load_examples(
     its turns. An instruction is a conversation where the tokenizer has a chat template.
 
     Args:
-        name: What find_source takes, synthetic (random tokens, each row exactly max_length), or
-            several of these with weights, as split_names reads them.
+        datasets: What find_source takes, synthetic (random tokens, each row exactly max_length), or
+            several of these with weights, as split_names reads them; or entries.
         tokenizer: Of the model; synthetic data need none.
         options: What else decides the ids and labels.
         split: The sample and synthetic data have both; a file is the same for both.
@@ -161,20 +168,24 @@ def load_examples(
     """
     counts, licences = Counts(), list[str]()
     parts: list[tuple[str, Any, float | None]] = []
-    for one, source, weight in find_sources(name, split):
+    for entry, source in find_sources(datasets, split):
+        one = entry.path
         if source is None:
             made = _synthetic(split, options, seed)
         elif tokenizer is None:
             raise ConfigError(f"{one} needs a tokenizer; only {SYNTHETIC_NAME} needs none")
         else:
             licences += [source.licence] if source.licence else []
-            made = _tokenise(source, tokenizer, options, processor, num_proc, notify)
+            maker = open_source(source, tokenizer, options, entry)
+            made = _tokenise(source, maker, processor, num_proc, notify)
+            maker.check_names(made.counts)
         if not len(made.rows):
             raise nothing_to_train(one, made.counts, options.max_length)
         counts.add(made.counts)
-        parts.append((one, made.rows, weight))
+        parts.append((one, made.rows, entry.weight))
     has_images = any(isinstance(rows, ImageRows) for _, rows, _ in parts)
     rows, notes = join_sources(parts)
+    name = datasets_name(datasets)
     return Examples(rows, counts, name, join_licences(licences), notes, has_images)
 
 
@@ -190,6 +201,7 @@ class RowMaker:
     encoder: Encoder
     renderer: ChatRenderer
     options: RowOptions
+    entry: DatasetEntry
 
     def __call__(self, records: Sequence[Record]) -> tuple[pyarrow.Table, Counts]:
         """Return a table of the rows that have a token to train on, and the counts of records."""
@@ -197,15 +209,16 @@ class RowMaker:
         for row in rows:
             if row.images:
                 raise ImagesFound(row.where)
-        counts = Counts(
-            columns=list(dict.fromkeys(name for row in rows for name in row.columns)),
-            unused_columns=list(dict.fromkeys(name for row in rows for name in row.unused)),
-        )
+        counts = Counts()
+        count_names(counts, rows, self.renderer)
         kept: list[tuple[list[int], list[int]]] = []
         max_length = self.options.max_length
         for row, encoded in zip(rows, self.encoder.encode(rows, self.renderer), strict=True):
             ids, labels = encoded.input_ids[:max_length], encoded.labels[:max_length]
             num_trained = sum(label != IGNORED for label in labels)
+            if len(ids) < self.options.min_length:
+                counts.add_left_out({TOO_SHORT: 1})
+                continue
             if not num_trained:
                 counts.dropped_rows += 1
                 continue
@@ -218,9 +231,30 @@ class RowMaker:
             counts.add_left_out(encoded.left_out)
         return _table([ids for ids, _ in kept], [labels for _, labels in kept]), counts
 
+    def check_names(self, counts: Counts) -> None:
+        """Check that each name that was mapped is in the data.
+
+        Raises:
+            DataError: One is in no row.
+        """
+        used = {*counts.columns, *counts.fields}
+        for key, mapped in (
+            ("columns", self.entry.columns),
+            ("message_fields", self.entry.message_fields),
+        ):
+            for ours, theirs in (mapped or {}).items():
+                if not {f"{theirs} as {ours}", ours if ours == theirs else ""} & used:
+                    raise DataError(
+                        f"{self.entry.path}: {key}: {ours} is {theirs}, and no row of "
+                        f"{self.form.name} has a value of it that is used"
+                    )
+
 
 def open_source(
-    source: Source, tokenizer: PreTrainedTokenizerBase, options: RowOptions
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    options: RowOptions,
+    entry: DatasetEntry,
 ) -> RowMaker:
     """Return a RowMaker for the records of a source.
 
@@ -230,24 +264,24 @@ def open_source(
     first = next(source.read(), None)
     if first is None:
         raise DataError(f"{source.name} holds no rows")
+    options = replace(options, min_length=entry.min_length or 0)
     encoder = Encoder(
         tokenizer, options.completion_only, options.assistant_only, options.max_length
     )
-    form = RowFormat.find(first, source.folder)
-    return RowMaker(form, encoder, ChatRenderer(tokenizer), options)
+    form = RowFormat.find(first, source.folder, entry.naming)
+    return RowMaker(form, encoder, ChatRenderer(tokenizer), options, entry)
 
 
 def _tokenise(
     source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    options: RowOptions,
+    maker: RowMaker,
     processor: Any,
     num_proc: int,
     notify: Callable[[str], None] | None,
 ) -> Tokenised:
     """Tokenize a source; with a processor if one of its rows has images."""
     try:
-        return _tokenise_text(source, tokenizer, options, num_proc, notify)
+        return _tokenise_text(source, maker, num_proc, notify)
     except ImagesFound as found:
         if processor is None:
             raise DataError(
@@ -258,37 +292,36 @@ def _tokenise(
             ) from None
     if num_proc > 1 and notify is not None:
         notify(f"{source.name}: rows with images are tokenised by one process")
-    maker = open_source(source, tokenizer, options)
+    if maker.options.min_length:
+        raise DataError(f"{source.name}: min_length is for rows without images")
     return ImageRows.of(
         (maker.form.row(record) for record in source.read()),
         maker.encoder,
         processor,
-        max_length=options.max_length,
-        vocab_size=options.vocab_size,
+        max_length=maker.options.max_length,
+        vocab_size=maker.options.vocab_size,
     )
 
 
 def _tokenise_text(
     source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    options: RowOptions,
+    maker: RowMaker,
     num_proc: int,
     notify: Callable[[str], None] | None,
 ) -> Tokenised:
-    maker = open_source(source, tokenizer, options)
-
     def make() -> Iterator[tuple[pyarrow.Table, Counts]]:
         return map_in_order(maker, _chunks(source.read()), num_proc)
 
     keep = source.num_bytes >= cache.MIN_BYTES
     key: dict[str, Any] = {}
     if keep:
-        # Only now: the hash of the data reads all of them.
+        # Only now: the hash of the data reads all of them. Their name and weight do not matter.
         key = {
             "data": source.fingerprint(),
             "split": source.split,
-            "tokenizer": cache.tokenizer_content(tokenizer),
-            "options": asdict(options),
+            "tokenizer": cache.tokenizer_content(maker.encoder.tokenizer),
+            "options": asdict(maker.options),
+            "entry": asdict(replace(maker.entry, path="", weight=None)),
         }
     return cache.cached(key, make, keep=keep, notify=notify)
 

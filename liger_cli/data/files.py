@@ -1,27 +1,30 @@
 """Readers of data files: each file as records in its order, with the line of each.
 
 A file of another layout (rows under a key, columns, another delimiter or encoding, compressed) is
-refused with the command that converts it.
+refused with the option that reads it, or the command that converts it.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from liger_cli.common.readers import JsonError, parse_json_at
+from liger_cli.common.readers import JsonError, parse_json, parse_json_at
 from liger_cli.data.layouts import (
     decode,
     other_delimiter,
     refuse_other_bytes,
 )
 from liger_cli.data.rows import Record
+from liger_cli.data.values import describe
 from liger_cli.errors import DataError
 
-__all__ = ["READERS", "read_file", "table_rows"]
+__all__ = ["AS_NAMED", "READERS", "FileOptions", "read_file", "table_rows"]
 
 _TABLE_ROWS = 1000
 _BOM = b"\xef\xbb\xbf"
@@ -29,39 +32,103 @@ _BOM = b"\xef\xbb\xbf"
 _ESCAPED = re.compile("[\udc80-\udcff]")
 
 
-def read_file(path: Path) -> Iterator[Record]:
+@dataclass(frozen=True)
+class FileOptions:
+    """How files are read that are not as their ending says.
+
+    Args:
+        delimiter: Between the fields of a CSV or TSV file.
+        encoding: Of text, as Python names it; None is UTF-8.
+        data_key: Where the rows of a JSON file are: a key, or several joined by dots.
+    """
+
+    delimiter: str | None = None
+    encoding: str | None = None
+    data_key: str | None = None
+
+    def check(self, path: Path) -> None:
+        """Raise a DataError for an option that says nothing about a file of this kind."""
+        kinds = {
+            "delimiter": (".csv", ".tsv"),
+            "encoding": tuple(ending for ending in READERS if ending != ".parquet"),
+            "data_key": (".json",),
+        }
+        for name, endings in kinds.items():
+            if getattr(self, name) is not None and path.suffix not in endings:
+                raise DataError(f"{name} is for {', '.join(endings)}, and {path} is none of them")
+
+
+# As their endings say.
+AS_NAMED = FileOptions()
+
+
+def read_file(path: Path, options: FileOptions = AS_NAMED) -> Iterator[Record]:
     """Yield the records of a file whose ending is one of READERS.
 
     Raises:
         DataError: It cannot be read; names the file and the line.
     """
+    options.check(path)
     try:
         if path.suffix != ".parquet":
             with path.open("rb") as stream:
-                refuse_other_bytes(path, stream.read(4096))
-        yield from READERS[path.suffix](path)
+                refuse_other_bytes(path, stream.read(4096), encoding=options.encoding)
+        yield from READERS[path.suffix](path, options)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _read_lines(path: Path) -> Iterator[Record]:
-    with path.open("rb") as stream:
+def _open(path: Path, options: FileOptions) -> BinaryIO:
+    """Open a file of text as UTF-8."""
+    if options.encoding in (None, "utf-8", "utf-8-sig"):
+        return path.open("rb")
+    content = path.read_bytes()
+    try:
+        return io.BytesIO(content.decode(options.encoding).encode())
+    except UnicodeDecodeError as error:
+        line = content[: error.start].decode(options.encoding, "ignore").count("\n") + 1
+        raise DataError(f"{path}:{line}: not {options.encoding}: {error.reason}") from error
+
+
+def _read_lines(path: Path, options: FileOptions) -> Iterator[Record]:
+    with _open(path, options) as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip().removeprefix(_BOM):
                 yield f"{path}:{number}", line
 
 
-def _read_json(path: Path) -> Iterator[Record]:
-    """Read a list, an object a line, or one object over several lines."""
-    with path.open("rb") as stream:
+def _read_json(path: Path, options: FileOptions) -> Iterator[Record]:
+    """Read a list, an object a line, one object over several lines, or the list under a key."""
+    with _open(path, options) as stream:
+        if options.data_key is not None:
+            return _read_key(path, decode(stream.read(), path, 1), options.data_key)
         is_list = stream.read(1024).removeprefix(_BOM).lstrip()[:1] == b"["
         stream.seek(0)
         first = next((line for line in stream if line.strip().removeprefix(_BOM)), b"")
-    if is_list:
-        return _read_list(path, decode(path.read_bytes(), path, 1))
-    if first.strip().removeprefix(_BOM) == b"{":
-        return iter([(f"{path}:1", path.read_bytes())])
-    return _read_lines(path)
+        stream.seek(0)
+        if is_list:
+            return _read_list(path, decode(stream.read(), path, 1))
+        if first.strip().removeprefix(_BOM) == b"{":
+            return iter([(f"{path}:1", stream.read())])
+    return _read_lines(path, options)
+
+
+def _read_key(path: Path, text: str, data_key: str) -> Iterator[Record]:
+    """Return the items of the list under a key, or under several joined by dots."""
+    try:
+        value = parse_json(text, str(path))
+    except JsonError as error:
+        raise DataError(str(error)) from error
+    # A key may have a dot in it.
+    keys = [data_key] if isinstance(value, dict) and data_key in value else data_key.split(".")
+    for key in keys:
+        if not isinstance(value, dict) or key not in value:
+            found = ", ".join(value) if isinstance(value, dict) else describe(value)
+            raise DataError(f"{path}: data_key {data_key}: there is no {key!r}; found {found}")
+        value = value[key]
+    if not isinstance(value, list):
+        raise DataError(f"{path}: data_key {data_key} is {describe(value)}; wanted a list of rows")
+    return iter([(f"{path}:{data_key}[{i}]", item) for i, item in enumerate(value)])
 
 
 def _read_list(path: Path, text: str) -> Iterator[Record]:
@@ -97,25 +164,29 @@ def _read_list(path: Path, text: str) -> Iterator[Record]:
         raise fail("text after the end of the list")
 
 
-def _read_text(path: Path) -> Iterator[Record]:
+def _read_text(path: Path, options: FileOptions) -> Iterator[Record]:
     """Yield every line that is not blank as a row."""
-    with path.open("rb") as stream:
+    with _open(path, options) as stream:
         for number, line in enumerate(stream, start=1):
             text = decode(line, path, number).strip("\r\n")
             if text.strip():
                 yield f"{path}:{number}", {"text": text}
 
 
-def _read_csv(path: Path) -> Iterator[Record]:
+def _read_csv(path: Path, options: FileOptions) -> Iterator[Record]:
     # The limit of the module is 128 KiB a field, and a document is longer.
     csv.field_size_limit(2**31 - 1)
-    delimiter = "\t" if path.suffix == ".tsv" else ","
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+    usual = "\t" if path.suffix == ".tsv" else ","
+    delimiter = "\t" if options.delimiter == "tab" else options.delimiter or usual
+    with io.TextIOWrapper(
+        _open(path, options), encoding="utf-8-sig", errors="surrogateescape", newline=""
+    ) as stream:
         reader = csv.reader(_checked_lines(stream, path), delimiter=delimiter, strict=True)
         start = 1
         try:
             header = next(reader, [])
-            other_delimiter(path, header, delimiter)
+            if options.delimiter is None:
+                other_delimiter(path, header, delimiter)
             start = reader.line_num + 1
             for row in reader:
                 # A field may have several lines: a row stands where it begins.
@@ -139,7 +210,7 @@ def _checked_lines(stream: Iterable[str], path: Path) -> Iterator[str]:
         yield line
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
+def _read_parquet(path: Path, options: FileOptions) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
@@ -166,7 +237,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+READERS: dict[str, Callable[[Path, FileOptions], Iterator[Record]]] = {
     ".jsonl": _read_lines,
     ".json": _read_json,
     ".parquet": _read_parquet,

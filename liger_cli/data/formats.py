@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,9 +14,12 @@ __all__ = [
     "MESSAGE_FIELDS",
     "OPTIONAL",
     "ROW_FIELDS",
+    "SHAPES",
+    "TURNS",
     "WANTED",
     "Marks",
     "find_format",
+    "find_shape",
     "message_mark",
     "row_marks",
 ]
@@ -28,20 +31,37 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "prompt and completion": ("prompt", "completion"),
     "instruction and output": ("instruction", "output"),
     "text": ("text",),
+    "token ids": ("input_ids",),
 }
+# Other names of columns that cannot mean something else: of a format and its optional columns, ours
+# to theirs. They are looked at where the columns make no format by themselves.
+SHAPES: tuple[tuple[str, dict[str, str]], ...] = (
+    # Dolly, and what is made after it.
+    (
+        "instruction and output",
+        {"instruction": "instruction", "output": "response", "input": "context"},
+    ),
+    ("instruction and output", {"instruction": "input", "output": "output"}),
+)
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "messages": ("system", "tools", "images"),
     "conversations": ("system", "tools", "images"),
+    "prompt and completion": ("system", "tools", "images"),
     "instruction and output": ("input", "system", "history"),
+    "token ids": ("labels", "loss_mask"),
 }
 WANTED = (
     "text; or prompt and completion; or instruction, output and perhaps input, system and history; "
-    "or messages (a list of role and content); or conversations (a list of from and value)"
+    "or messages (a list of role and content); or conversations (a list of from and value); or "
+    "input_ids and perhaps labels or loss_mask"
 )
 
+# The formats whose rows have a list of messages.
+TURNS = ("messages", "conversations", "prompt and completion")
 _TURNS = ("messages", "conversations", "instruction and output")
 _ANSWERS = (*_TURNS, "prompt and completion")
 _ALL = tuple(FORMATS)
+_TEXTS = tuple(name for name in FORMATS if name != "token ids")
 
 # How a field is read:
 #   weight  1: trained, 0: not; between them there is nothing
@@ -50,8 +70,9 @@ _ALL = tuple(FORMATS)
 #   masked  true: not trained, false: trained
 #   good    true: a good answer, false: an example of a bad one, which cannot be trained on here
 #   last    true: of several answers only the last is trained
+#   list    of a row with messages: for each of them whether it is trained
 #   refuse  says something about training that has no meaning here
-Kind = Literal["weight", "train", "train?", "masked", "good", "last", "refuse"]
+Kind = Literal["weight", "train", "train?", "masked", "good", "last", "list", "refuse"]
 
 # Fields of a message or turn, in the formats messages and conversations. Who writes them: OpenAI
 # (weight), axolotl (train, training, train_detail), LLaMA-Factory and ms-swift (loss, learn,
@@ -88,9 +109,9 @@ ROW_FIELDS: dict[str, tuple[Kind, tuple[str, ...]]] = {
     "loss_weight": ("weight", _ALL),
     "sample_weight": ("weight", _ALL),
     "mask_history": ("last", _TURNS),
-    "loss_mask": ("refuse", _ALL),
-    "mask": ("refuse", _ALL),
-    "labels": ("refuse", _ALL),
+    "loss_mask": ("list", _TEXTS),
+    "mask": ("list", _ALL),
+    "labels": ("refuse", _TEXTS),
 }
 
 _WORDS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
@@ -104,16 +125,36 @@ class Marks:
         fields: Those that were read.
         is_trained: Whether anything of the row is trained.
         only_last: Whether of several answers only the last is trained.
+        mask: Of each message whether it is trained, by the column of that name.
     """
 
     fields: tuple[str, ...] = ()
     is_trained: bool = True
     only_last: bool = False
+    mask: tuple[str, tuple[bool, ...]] | None = None
 
 
-def find_format(columns: Sequence[str] | Mapping[str, Any]) -> str | None:
-    """Return the format that columns make, or None."""
-    return next((name for name, wanted in FORMATS.items() if set(wanted) <= set(columns)), None)
+def find_format(
+    columns: Sequence[str] | Mapping[str, Any], wanted: Collection[str] = ()
+) -> str | None:
+    """Return the format that columns make, or None.
+
+    Args:
+        wanted: Columns that the format has to use.
+    """
+    for name, needed in FORMATS.items():
+        known = {*needed, *OPTIONAL.get(name, ()), *ROW_FIELDS}
+        if set(needed) <= set(columns) and set(wanted) <= known:
+            return name
+    return None
+
+
+def find_shape(columns: Collection[str]) -> dict[str, str]:
+    """Return the names of the columns of one of SHAPES, ours to theirs; empty for none."""
+    for form, names in SHAPES:
+        if {names[ours] for ours in FORMATS[form]} <= set(columns):
+            return {ours: theirs for ours, theirs in names.items() if theirs in columns}
+    return {}
 
 
 def row_marks(content: Mapping[str, Any], form: str, where: str) -> Marks:
@@ -123,14 +164,32 @@ def row_marks(content: Mapping[str, Any], form: str, where: str) -> Marks:
         DataError: A field asks for what is not done here, or its value is not allowed.
     """
     kinds = {name: kind for name, (kind, forms) in ROW_FIELDS.items() if form in forms}
+    masks = [(name, _mask(content, name, where)) for name in ("loss_mask", "mask") if name in kinds]
+    given = [(name, mask) for name, mask in masks if mask is not None] if form in TURNS else []
+    if len(given) > 1:
+        raise DataError(f"{where}: loss_mask and mask are both there; keep one of them")
+    kinds = {name: kind for name, kind in kinds.items() if name not in dict(given)}
     found = {name: (kind, truth) for name, kind, truth in _read(content, kinds, "", where)}
     trained = {name: truth for name, (kind, truth) in found.items() if kind in _TRAINED}
     _check_agreement(trained, "", where)
     return Marks(
-        tuple(found),
+        (*found, *dict(given)),
         is_trained=all(trained.values()),
         only_last=any(truth for kind, truth in found.values() if kind == "last"),
+        mask=given[0] if given else None,
     )
+
+
+def _mask(content: Mapping[str, Any], name: str, where: str) -> tuple[bool, ...] | None:
+    """Return a column of one mark for each message; None where it is something else."""
+    value = content.get(name)
+    if not isinstance(value, list) or not value:
+        return None
+    marks = [_truth(entry) for entry in value]
+    for i, mark in enumerate(marks):
+        if mark is None:
+            raise _not_allowed(f"{name}[{i}]", "weight", value[i], where)
+    return tuple(mark is True for mark in marks)
 
 
 def message_mark(message: Mapping[str, Any], name: str, where: str) -> bool | None:
@@ -160,10 +219,11 @@ def _read(
         if value is None or value == "":
             continue
         truth, label = _truth(value), f"{prefix}{name}"
-        if kind == "refuse":
+        if kind in ("refuse", "list"):
             raise DataError(
                 f"{where}: {label} marks what is trained in a way that is not read here",
-                hint="train: false on a message leaves it out, and on a row the row; a column that "
+                hint="train: false on a message leaves it out, and on a row the row; a mask is a "
+                "list of 0 and 1, one for each message, or for each of input_ids; a column that "
                 "means something else takes another name",
             )
         if truth is None:

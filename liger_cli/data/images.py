@@ -19,6 +19,7 @@ from liger_cli.data.chat import ChatRenderer
 from liger_cli.data.collate import TOKEN_KEYS
 from liger_cli.data.encode import IGNORED, Encoder, labels_of
 from liger_cli.data.rows import Row
+from liger_cli.data.used import count_names
 from liger_cli.errors import DataError, EnvironmentProblem
 
 __all__ = ["ImageRows", "ImagesFound"]
@@ -66,7 +67,7 @@ class ImageRows:
         counts = Counts()
         found = cls(kept, encoder, processor, max_length)
         for row in rows:
-            counts.add(Counts(columns=list(row.columns), unused_columns=list(row.unused)))
+            count_names(counts, [row], found._renderer)
             encoded = found.encode(row)
             ids, labels = encoded["input_ids"], encoded["labels"][:max_length]
             num_trained = sum(label != IGNORED for label in labels)

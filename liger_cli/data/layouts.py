@@ -1,4 +1,4 @@
-"""Files and records of a layout that is not read, refused with the way to one that is."""
+"""Files and records of a layout that is not read, refused with the way to read them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from liger_cli.data.formats import FORMATS, find_format
+from liger_cli.data.formats import FORMATS, find_format, find_shape
 from liger_cli.errors import DataError
 
 __all__ = [
@@ -63,13 +63,17 @@ def not_utf8(where: str, error: UnicodeDecodeError) -> DataError:
     encoding = "UTF-16" if error.object.startswith(_UTF16) else "CP1252"
     return DataError(
         f"{where}: not UTF-8: {error.reason} 0x{error.object[error.start]:02x}",
-        hint=f"convert it: iconv -f ENCODING -t UTF-8 OLD > NEW, where ENCODING is {encoding} "
+        hint=f"the entry {{path: FILE, encoding: ENCODING}} of dataset reads it, or convert it: "
+        f"iconv -f ENCODING -t UTF-8 OLD > NEW, where ENCODING is {encoding} "
         + ("" if encoding == "UTF-16" else "for most files written on Windows"),
     )
 
 
-def refuse_other_bytes(path: Path, head: bytes) -> None:
+def refuse_other_bytes(path: Path, head: bytes, *, encoding: str | None = None) -> None:
     """Refuse the first bytes of a file of text that is compressed, a table or UTF-16.
+
+    Args:
+        encoding: That the user gave; such a text may hold zero bytes.
 
     Raises:
         DataError: Says how to convert it.
@@ -79,10 +83,11 @@ def refuse_other_bytes(path: Path, head: bytes) -> None:
             raise DataError(f"{path} is compressed by {name}", hint=f"unpack it first: {program}")
     if head.startswith(b"PAR1"):
         raise DataError(f"{path} is a Parquet file", hint="name it .parquet")
-    if head.startswith(_UTF16) or b"\0" in head:
+    if encoding is None and (head.startswith(_UTF16) or b"\0" in head):
         raise DataError(
             f"{path} is not UTF-8 but UTF-16 or no text: it holds zero bytes",
-            hint="convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW",
+            hint="the entry {path: FILE, encoding: utf-16} of dataset reads it, or convert it: "
+            "iconv -f UTF-16 -t UTF-8 OLD > NEW",
         )
 
 
@@ -110,7 +115,8 @@ def other_delimiter(path: Path, header: Sequence[str], delimiter: str) -> None:
             way = (
                 f"name it {path.with_suffix('.tsv' if other == chr(9) else '.csv').name}"
                 if other in "\t,"
-                else 'convert it: python -c "import csv, sys; csv.writer(sys.stdout).writerows('
+                else f"the entry {{path: {path.name}, delimiter: '{other}'}} of dataset reads it, "
+                'or convert it: python -c "import csv, sys; csv.writer(sys.stdout).writerows('
                 f"csv.reader(sys.stdin, delimiter='{other}'))\" < OLD > NEW"
             )
             raise DataError(
@@ -142,12 +148,24 @@ def layout_hint(content: Mapping[str, Any]) -> str | None:
                 "[{k: v[i] for k, v in d.items()} for i in next(iter(d.values()))]",
             )
         return None
+    if find_shape(content):
+        return None
     if content and all(isinstance(row, dict) and find_format(row) for row in content.values()):
         return _way("the rows are the values of an object", "list(d.values())")
     keys = next(_row_lists(content), None)
     if keys is not None:
         place = "".join(f"[{json.dumps(key)}]".replace('"', "'") for key in keys)
-        return _way(f"the rows are the list under {'.'.join(keys)}", f"d{place}")
+        name = ".".join(keys)
+        rows: Any = content
+        for key in keys:
+            rows = rows[key]
+        if len(keys) == 1 and not (find_format(rows[0]) or find_shape(rows[0])):
+            return (
+                f"columns: {{messages: {name}}} reads the list as messages, whose fields "
+                f"message_fields names; data_key: {name} in its entry reads it as rows"
+            )
+        what = f"the rows are the list under {name}; data_key: {name} in its entry reads them"
+        return _way(what, f"d{place}")
     return None
 
 
@@ -163,6 +181,7 @@ def _row_lists(content: Mapping[str, Any], depth: int = 1) -> Iterator[list[str]
 
 def _way(what: str, rows: str) -> str:
     return (
-        f'{what}; a list of rows is read: python -c "import json, sys; d = json.load(sys.stdin); '
+        f"{what}; a file that is a list of rows is made by: "
+        f'python -c "import json, sys; d = json.load(sys.stdin); '
         f'json.dump({rows}, sys.stdout)" < OLD.json > NEW.json'
     )

@@ -9,18 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from liger_cli.common.readers import JsonError, expand_path, parse_json
-from liger_cli.data.calls import check_calls, check_role
-from liger_cli.data.formats import (
-    FORMATS,
-    MESSAGE_FIELDS,
-    OPTIONAL,
-    WANTED,
-    find_format,
-    message_mark,
-    row_marks,
-)
+from liger_cli.config.datasets import Naming
+from liger_cli.data.formats import FORMATS, OPTIONAL, TURNS, WANTED, find_format, row_marks
 from liger_cli.data.instructions import instruction_messages, instruction_parts
 from liger_cli.data.layouts import layout_hint, not_utf8
+from liger_cli.data.messages import Messages, read_messages
+from liger_cli.data.names import RowNames, join_names
+from liger_cli.data.threads import Thread
+from liger_cli.data.token_ids import read_token_ids
 from liger_cli.data.values import check_list, check_text, describe
 from liger_cli.errors import DataError
 
@@ -29,16 +25,7 @@ __all__ = ["Record", "Row", "RowFormat", "make_row"]
 # Where a record stands, and what is there: an object, or a line of JSON that is yet to be parsed.
 Record = tuple[str, Any]
 
-# The speakers of the conversations format, as roles of the messages format.
-SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-}
+_OUR_NAMES = RowNames()
 
 
 @dataclass(frozen=True)
@@ -47,14 +34,19 @@ class Row:
 
     Args:
         where: File and line, for errors.
-        columns: The columns that are used.
-        unused: The columns that are there and are not used.
+        columns: The columns that are used, with their names in the data: question as prompt.
+        unused: The columns and fields that are there and are not used.
+        fields: The fields of messages that are used, likewise.
+        others: Fields of messages that a chat template may use.
         parts: The text; or the prompt and the completion, of an instruction with a history those of
             each turn; or nothing in a conversation.
         messages: Of a conversation, with role and content at least. An instruction has both: it
             is a conversation where the tokenizer has a chat template.
         marks: Of each message, whether it says that it is trained; None where it says nothing.
         is_trained: Whether anything of the row is trained.
+        num_prompt: Messages that are the prompt, where a row has prompt and completion.
+        token_ids: The ids, where a row has them and no text.
+        labels: Of the ids.
         tools: Descriptions of tools, for the chat template.
         images: Of the messages' image parts in their order: a path, the bytes or a PIL image.
     """
@@ -68,6 +60,11 @@ class Row:
     images: tuple[Any, ...] = ()
     marks: tuple[bool | None, ...] = ()
     is_trained: bool = True
+    num_prompt: int = 0
+    fields: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    labels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,25 +75,34 @@ class RowFormat:
         name: One of FORMATS.
         first: Where the record stands that decided it.
         folder: Where relative paths of images start.
+        names: Of its columns, roles and fields.
     """
 
     name: str
     first: str
     folder: Path | None = None
+    names: RowNames = _OUR_NAMES
 
     @classmethod
-    def find(cls, record: Record, folder: Path | None = None) -> RowFormat:
+    def find(
+        cls, record: Record, folder: Path | None = None, naming: Naming | None = None
+    ) -> RowFormat:
         """Return the format of a source by its first record.
+
+        Args:
+            folder: Where relative paths of images start.
+            naming: The names of columns, roles and fields in the source.
 
         Raises:
             DataError: Its columns are of no format; names those found and those wanted.
         """
         where, content = record[0], _as_object(record)
-        name, hint = find_format(content), layout_hint(content)
-        if name is None or hint is not None:
-            found = f"found the columns {_join(content)}"
+        naming = naming or Naming()
+        if (hint := layout_hint(RowNames(naming.columns).row(content)[0])) is not None:
+            found = f"found the columns {join_names(content)}"
             raise DataError(f"{where}: {found}; wanted {WANTED}", hint=hint)
-        return cls(name, where, folder)
+        name, names = RowNames.find(content, naming, where)
+        return cls(name, where, folder, names)
 
     def row(self, record: Record) -> Row:
         """Return the row of a record. Columns that the format does not use are noted.
@@ -104,54 +110,132 @@ class RowFormat:
         Raises:
             DataError: The record cannot be used; names its place and the reason.
         """
-        where, content = record[0], _as_object(record)
+        where, raw = record[0], _as_object(record)
+        content, hidden = self.names.row(raw)
         if not set(FORMATS[self.name]) <= set(content):
-            raise self._other_format(content, where)
-        return make_row(self.name, content, where, self.folder)
+            raise self._other_format(raw, where)
+        try:
+            row = make_row(self.name, content, where, self.folder, self.names)
+        except DataError as error:
+            raise self._with_names(error) from error
+        if isinstance(raw, Thread):
+            return replace(row, columns=raw.used, unused=raw.unused, fields=())
+        return replace(row, unused=(*row.unused, *hidden))
+
+    def _with_names(self, error: DataError) -> DataError:
+        """Return an error about a row with the names that its columns have in the data."""
+        renamed = {ours: name for ours, name in self.names.columns.items() if ours != name}
+        if not renamed:
+            return error
+        said = ", ".join(f"{ours} is the column {name}" for ours, name in renamed.items())
+        return DataError(error.message, hint=f"{said}; {error.hint}" if error.hint else said)
 
     def _other_format(self, content: Mapping[str, Any], where: str) -> DataError:
-        if find_format(content) is not None:
+        if not self.names.columns and find_format(content) is not None:
             return DataError(
-                f"{where}: found the columns {_join(content)}, but the data start with {self.name} "
-                f"({self.first}); a source has one format"
+                f"{where}: found the columns {join_names(content)}, but the data start with "
+                f"{self.name} ({self.first}); a source has one format"
             )
-        missing = [column for column in FORMATS[self.name] if column not in content]
+        columns = (self.names.columns.get(column, column) for column in FORMATS[self.name])
+        missing = [column for column in columns if column not in content]
         return DataError(
-            f"{where}: the column {missing[0]} is missing; found {_join(content)}, "
+            f"{where}: the column {missing[0]} is missing; found {join_names(content)}, "
             f"wanted {self.name} as in {self.first}"
         )
 
 
-def make_row(form: str, content: Mapping[str, Any], where: str, folder: Path | None = None) -> Row:
-    """Return a checked row of one of the FORMATS."""
+def make_row(
+    form: str,
+    content: Mapping[str, Any],
+    where: str,
+    folder: Path | None = None,
+    names: RowNames = _OUR_NAMES,
+) -> Row:
+    """Return a checked row of one of the FORMATS, whose columns have our names."""
+    content, functions = _with_tools(form, content)
     given = {key for key, value in content.items() if value not in (None, "", [])}
-    optional = [name for name in OPTIONAL.get(form, ()) if name in given]
+    optional = [name for name in _optional(form, content) if name in given]
     columns = (*FORMATS[form], *optional)
     fields = row_marks(content, form, where)
     used = {*columns, *fields.fields}
-    row = _make_row(form, {name: content[name] for name in columns}, where, folder)
+    row = _make_row(form, {name: content[name] for name in columns}, (where, folder, names))
+    marks = row.marks if fields.mask is None else _with_mask(row, fields.mask)
+    if fields.only_last:
+        marks = _only_last(replace(row, marks=marks))
+    shown = (functions.get(name) or names.shown(name) for name in (*columns, *fields.fields))
     return replace(
         row,
-        columns=(*columns, *fields.fields),
-        unused=(*(name for name in content if name in given - used), *row.unused),
-        marks=_only_last(row) if fields.only_last else row.marks,
+        columns=tuple(shown),
+        unused=(*(names.shown(name) for name in content if name in given - used), *row.unused),
+        marks=marks,
         is_trained=fields.is_trained,
     )
 
 
-def _make_row(form: str, content: dict[str, Any], where: str, folder: Path | None) -> Row:
+def _with_tools(form: str, content: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, str]]:
+    """Return a row with OpenAI's older column functions as tools, and what to show for it."""
+    functions = content.get("functions")
+    if form not in TURNS or not isinstance(functions, list) or content.get("tools"):
+        return content, {}
+    tools = [{"type": "function", "function": function} for function in functions]
+    rest = {key: value for key, value in content.items() if key not in ("functions", "tools")}
+    return {**rest, "tools": tools}, {"tools": "functions as tools"}
+
+
+def _optional(form: str, content: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the columns that a row of a format may have in addition."""
+    if form == "prompt and completion" and not _has_messages(content):
+        return ()
+    return OPTIONAL.get(form, ())
+
+
+def _has_messages(content: Mapping[str, Any]) -> bool:
+    """Return whether prompt or completion is a list of messages, as in TRL."""
+    return isinstance(content["prompt"], list) or isinstance(content["completion"], list)
+
+
+# Where a row is, where relative paths of images start, and the names of its source.
+_Place = tuple[str, Path | None, RowNames]
+
+
+def _make_row(form: str, content: dict[str, Any], place: _Place) -> Row:
+    where, _, names = place
     columns = tuple(content)
     if form == "instruction and output":
         messages = instruction_messages(content, where)
         parts = instruction_parts(messages, content["instruction"], content.get("input", ""))
         return Row(where, columns, parts=parts, messages=messages)
-    if form not in ("messages", "conversations"):
+    if form == "token ids":
+        ids, labels = read_token_ids(content, where)
+        return Row(where, columns, token_ids=ids, labels=labels)
+    if form == "text" or (form == "prompt and completion" and not _has_messages(content)):
         parts = tuple(check_text(value, key, where) for key, value in content.items())
         return Row(where, columns, parts=parts)
-    turns = content[form]
-    check = _check_messages if form == "messages" else _check_conversation
-    messages = check(turns, where)
-    marks = tuple(message_mark(turn, f"{form}[{i}]", where) for i, turn in enumerate(turns))
+    if form != "prompt and completion":
+        return _chat_row(content, read_messages(content[form], form, where, names), place)
+    prompt, completion = (_part(content, name, where, names) for name in FORMATS[form])
+    if completion.messages[0]["role"] != "assistant":
+        raise DataError(
+            f"{where}: completion[0].role is {completion.messages[0]['role']!r}; a completion "
+            "begins with a message of the assistant"
+        )
+    row = _chat_row(content, prompt + completion, place)
+    return replace(row, num_prompt=len(row.messages) - len(completion.messages))
+
+
+def _part(content: Mapping[str, Any], name: str, where: str, names: RowNames) -> Messages:
+    if not isinstance(content[name], list):
+        raise DataError(
+            f"{where}: prompt and completion are both text or both lists of messages; {name} is "
+            f"{describe(content[name])}"
+        )
+    return read_messages(content[name], name, where, names)
+
+
+def _chat_row(content: Mapping[str, Any], read: Messages, place: _Place) -> Row:
+    """Return the row of messages and of the columns beside them."""
+    where, folder, _ = place
+    messages, marks = read.messages, read.marks
     if "system" in content:
         messages, marks = _with_system(messages, marks, content["system"], where)
     given = content.get("images", [])
@@ -159,8 +243,41 @@ def _make_row(form: str, content: dict[str, Any], where: str, folder: Path | Non
     if given or any(isinstance(message["content"], list) for message in messages):
         messages, images = _place_images(messages, given, where, folder)
     tools = _check_tools(content["tools"], where) if "tools" in content else ()
-    unused = _unused_keys(turns) if form == "conversations" else ()
-    return Row(where, columns, unused, (), messages, tools, tuple(images), marks)
+    return Row(
+        where,
+        tuple(content),
+        read.unused,
+        (),
+        messages,
+        tools,
+        tuple(images),
+        marks,
+        fields=read.fields,
+        others=read.others,
+    )
+
+
+def _with_mask(row: Row, mask: tuple[str, tuple[bool, ...]]) -> tuple[bool | None, ...]:
+    """Return the marks of messages that the column of a mask gives.
+
+    Raises:
+        DataError: It has another length, or a message says the contrary.
+    """
+    name, values = mask
+    # The text of the column system is the first message, which the mask does not count.
+    added = len(row.messages) - len(values)
+    if added not in (0, 1) or (added and row.messages[0]["role"] != "system"):
+        raise DataError(
+            f"{row.where}: {name} has {len(values)} marks for {len(row.messages)} messages"
+        )
+    marks: list[bool | None] = [None] * added
+    for i, value in enumerate(values, start=added):
+        if row.marks[i] not in (None, value):
+            raise DataError(
+                f"{row.where}: {name}[{i - added}] and its message contradict each other"
+            )
+        marks.append(value)
+    return tuple(marks)
 
 
 def _only_last(row: Row) -> tuple[bool | None, ...]:
@@ -184,12 +301,6 @@ def _with_system(
     return messages, marks
 
 
-def _unused_keys(turns: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    known = {"from", "value", *MESSAGE_FIELDS}
-    keys = dict.fromkeys(key for turn in turns for key, value in turn.items() if value is not None)
-    return tuple(f"conversations.{key}" for key in keys if key not in known)
-
-
 def _as_object(record: Record) -> Mapping[str, Any]:
     where, content = record
     if isinstance(content, bytes):
@@ -204,65 +315,6 @@ def _as_object(record: Record) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{where}: a row must be an object, found {describe(content)}")
     return content
-
-
-def _check_messages(messages: Any, where: str) -> tuple[Mapping[str, Any], ...]:
-    return tuple(
-        _check_message(message, f"messages[{number}]", where)
-        for number, message in check_list(messages, "messages", where)
-    )
-
-
-def _check_message(message: Any, name: str, where: str) -> Mapping[str, Any]:
-    if not isinstance(message, dict):
-        raise DataError(f"{where}: {name} must be an object, found {describe(message)}")
-    # What is null is absent: a table of rows with different keys is written with nulls. What marks
-    # a message as trained is read apart, and is no business of a template.
-    message = {
-        key: value
-        for key, value in message.items()
-        if value is not None and key not in MESSAGE_FIELDS
-    }
-    if "function_call" in message:
-        raise DataError(
-            f"{where}: {name} has function_call, the older form, which chat templates do not show",
-            hint='write it as tool_calls: [{"function": {"name": ..., "arguments": {...}}}]',
-        )
-    if "role" not in message or not ({"content", "tool_calls"} & set(message)):
-        raise DataError(
-            f"{where}: {name} must have role and content, found {_join(message) or 'nothing'}"
-        )
-    role = check_role(check_text(message["role"], f"{name}.role", where), name, where)
-    if "tool_calls" in message:
-        message["tool_calls"] = check_calls(message["tool_calls"], f"{name}.tool_calls", where)
-    content = message.get("content", "")
-    if isinstance(content, list):
-        message["content"] = _check_parts(content, role, f"{name}.content", where)
-    else:
-        message["content"] = check_text(content, f"{name}.content", where)
-    return message
-
-
-def _check_parts(
-    parts: list[Any], role: str, name: str, where: str
-) -> str | list[Mapping[str, Any]]:
-    """Check the parts of a content; without an image they are one text."""
-    checked: list[Mapping[str, Any]] = []
-    for number, part in enumerate(parts):
-        kind = part.get("type") if isinstance(part, dict) else describe(part)
-        if kind in ("image", "image_url") and role != "assistant":
-            checked.append({**part, "type": "image"})
-        elif kind == "text":
-            text = check_text(part.get("text"), f"{name}[{number}].text", where)
-            checked.append({"type": "text", "text": text})
-        else:
-            raise DataError(
-                f"{where}: {name}[{number}] has the type {kind!r}; allowed are text"
-                + ("" if role == "assistant" else " and image")
-            )
-    if any(part["type"] == "image" for part in checked):
-        return checked
-    return "".join(part["text"] for part in checked)
 
 
 def _place_images(
@@ -343,24 +395,3 @@ def _check_tools(tools: Any, where: str) -> tuple[Mapping[str, Any], ...]:
         if not isinstance(tool, dict):
             raise DataError(f"{where}: tools[{number}] must be an object, found {describe(tool)}")
     return tuple(tools)
-
-
-def _check_conversation(turns: Any, where: str) -> tuple[Mapping[str, Any], ...]:
-    messages = []
-    for number, turn in check_list(turns, "conversations", where):
-        name = f"conversations[{number}]"
-        if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
-            found = _join(turn) if isinstance(turn, dict) else describe(turn)
-            raise DataError(f"{where}: {name} must have from and value, found {found}")
-        role = SPEAKERS.get(check_text(turn["from"], f"{name}.from", where))
-        if role is None:
-            raise DataError(
-                f"{where}: {name}.from is {turn['from']!r}; allowed are {', '.join(SPEAKERS)}"
-            )
-        content = check_text(turn["value"], f"{name}.value", where)
-        messages.append({"role": role, "content": content})
-    return tuple(messages)
-
-
-def _join(columns: Mapping[str, Any]) -> str:
-    return ", ".join(map(str, columns)) or "none"

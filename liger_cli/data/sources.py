@@ -9,17 +9,19 @@ import glob
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from liger_cli.common.readers import check_regular_files, expand_path, path_exists, read_json
-from liger_cli.data.files import READERS, read_file, table_rows
+from liger_cli.common.readers import check_regular_files, expand_path, read_json
+from liger_cli.config.datasets import DatasetEntry, datasets_name, read_datasets, split_names
+from liger_cli.data.files import AS_NAMED, READERS, FileOptions, read_file, table_rows
 from liger_cli.data.layouts import refuse_ending
 from liger_cli.data.places import files_below, matching_files
 from liger_cli.data.rows import Record
 from liger_cli.data.samples import SAMPLE_LICENCE, SAMPLE_NAME, find_sample, read_sample
+from liger_cli.data.threads import conversations_of
 from liger_cli.errors import ConfigError, DataError
 from liger_kernels.nearest import nearest_name
 
@@ -77,55 +79,68 @@ class Source:
         return digest.hexdigest()
 
 
-def split_names(text: str) -> list[tuple[str, float | None]]:
-    """Return the datasets that a value of `dataset` names, each with its weight if it has one.
-
-    Several are written NAME:WEIGHT,NAME,...; the path of one that exists is taken as it is.
-    """
-    if path_exists(text):
-        return [(text, None)]
-    found: list[tuple[str, float | None]] = []
-    for part in text.split(","):
-        name, colon, tail = part.strip().rpartition(":")
-        try:
-            weight = float(tail) if colon else None
-        except ValueError:
-            weight = None
-        found.append((part.strip(), None) if weight is None else (name, weight))
-    for name, weight in found:
-        if not name or (weight is not None and not 0 < weight < float("inf")):
-            raise ConfigError(
-                f"{text!r}: each of several is NAME or NAME:WEIGHT, with a weight above 0"
-            )
-    return found
-
-
 def find_sources(
-    text: str, split: Split = "train", *, streaming: bool = False
-) -> list[tuple[str, Source | None, float | None]]:
-    """Return the name, source and weight of each dataset that a value names; synthetic has none.
+    datasets: str | Sequence[DatasetEntry], split: Split = "train", *, streaming: bool = False
+) -> list[tuple[DatasetEntry, Source | None]]:
+    """Return the source of each dataset; synthetic has none.
+
+    Args:
+        datasets: Text, as split_names reads it, or entries.
 
     Raises:
         ConfigError: Two of them have a file in common, whose rows would be used twice.
         LigerError: As split_names and find_source.
     """
-    found: list[tuple[str, Source | None, float | None]] = []
+    entries = read_datasets(datasets) if isinstance(datasets, str) else datasets
+    found: list[tuple[DatasetEntry, Source | None]] = []
     owners: dict[str, str] = {}
-    for name, weight in split_names(text):
-        source = None if name == SYNTHETIC_NAME else find_source(name, split, streaming=streaming)
-        found.append((name, source, weight))
-        for place in source.places if source else ():
+    for entry in entries:
+        source = None
+        if entry.path != SYNTHETIC_NAME:
+            source = _from_entry(entry, split, streaming=streaming)
+        elif idle := [key for key, value in vars(entry).items() if value and key not in _ANY]:
+            raise ConfigError(f"{SYNTHETIC_NAME} data have no {idle[0]}")
+        found.append((entry, source))
+        for file in source.places if source else ():
+            # Two lists of one file are different rows.
+            place = f"{file} {entry.data_key}" if entry.data_key else file
             if place in owners:
                 raise ConfigError(
-                    f"{text!r} names {place} twice, in {owners[place]} and in {name}",
-                    hint=f"{name}:2,OTHER uses the rows of a dataset more often than those of "
-                    "another",
+                    f"{datasets_name(datasets)!r} names {place} twice, in {owners[place]} and in "
+                    f"{entry.path}",
+                    hint=f"{entry.path}:2,OTHER uses the rows of a dataset more often than those "
+                    "of another",
                 )
-            owners[place] = name
+            owners[place] = entry.path
     return found
 
 
-def find_source(name: str, split: Split = "train", *, streaming: bool = False) -> Source:
+# What of an entry may be there for any dataset: names may come from all of them.
+_ANY = ("path", "weight", "columns", "roles", "message_fields")
+
+
+def _from_entry(entry: DatasetEntry, split: Split, *, streaming: bool) -> Source:
+    """Return the source of an entry, of which max_samples rows are read."""
+    options = FileOptions(entry.delimiter, entry.encoding, entry.data_key)
+    source = find_source(entry.path, split, streaming=streaming, options=options, part=entry.split)
+
+    def records() -> Iterator[Record]:
+        found = source.records()
+        # Columns that are named are read as they are.
+        found = found if entry.columns else conversations_of(found)
+        return islice(found, entry.max_samples)
+
+    return replace(source, records=records)
+
+
+def find_source(
+    name: str,
+    split: Split = "train",
+    *,
+    streaming: bool = False,
+    options: FileOptions = AS_NAMED,
+    part: str | None = None,
+) -> Source:
     """Return the source of that name.
 
     Args:
@@ -133,31 +148,32 @@ def find_source(name: str, split: Split = "train", *, streaming: bool = False) -
             the hub, which is organisation/name or organisation/name:configuration.
         split: Of the sample, of saved datasets and of the hub's; a file is the same for both.
         streaming: A hub dataset is read as it arrives and not stored.
+        options: How files are read.
+        part: The name of the split to read, where the data have several.
 
     Raises:
-        ConfigError: The name is none of these.
+        ConfigError: The name is none of these, or an option says nothing about such data.
         DataError: There is no file, or one of a kind that is not read.
         EnvironmentProblem: The sample's package is missing, or the hub is out of reach.
     """
-    if name == SAMPLE_NAME:
+    path = expand_path(name, "dataset", DataError)
+    is_sample = name == SAMPLE_NAME
+    splits = path.is_dir() and (path / "dataset_dict.json").is_file()
+    is_saved = splits or (path.is_dir() and (path / "state.json").is_file())
+    is_files = not is_sample and not is_saved and _is_files(name, path)
+    if (is_sample or is_files or (is_saved and not splits)) and part is not None:
+        raise ConfigError(f"split {part}: {name} has no splits with names")
+    if not is_files and (idle := [key for key, value in vars(options).items() if value]):
+        raise ConfigError(f"{idle[0]} is for files, and {name} is none")
+    if is_sample:
         files = (find_sample(),)
         return Source(name, lambda: read_sample(split), files, licence=SAMPLE_LICENCE, split=split)
-    path = expand_path(name, "dataset", DataError)
-    if path.is_dir() and (path / "dataset_dict.json").is_file():
-        return _saved(name, path / _choose_split(_split_folders(path), split, name))
-    if path.is_dir() and (path / "state.json").is_file():
-        return _saved(name, path)
-    if path.is_dir() and path.suffix not in READERS:
-        return _files(name, _inside(path), path)
-    if not path.exists() and glob.has_magic(name):
-        matches = matching_files(str(path))
-        if not matches:
-            raise DataError(f"no file matches {name}")
-        return _files(name, matches, matches[0].parent)
-    if path.suffix in READERS or path.is_file():
-        return _files(name, [path], path.parent)
+    if is_saved:
+        return _saved(name, path, _Choice(name, split, part) if splits else None)
+    if is_files:
+        return _of_files(name, path, options)
     if _is_hub_name(name):
-        return _from_hub(name, split, streaming)
+        return _from_hub(name, _Choice(name, split, part), streaming)
     if path.suffix or name[:1] in "./~":
         raise DataError(f"there is no data file {path}" + _readable(path))
     known = (SAMPLE_NAME, SYNTHETIC_NAME)
@@ -167,6 +183,22 @@ def find_source(name: str, split: Split = "train", *, streaming: bool = False) -
         + (f"; did you mean {nearest}?" if nearest else ""),
         hint="a dataset of the hub is written organisation/name",
     )
+
+
+def _is_files(name: str, path: Path) -> bool:
+    is_pattern = not path.exists() and glob.has_magic(name)
+    return is_pattern or path.is_dir() or path.is_file() or path.suffix in READERS
+
+
+def _of_files(name: str, path: Path, options: FileOptions) -> Source:
+    if path.is_dir() and path.suffix not in READERS:
+        return _files(name, _inside(path), path, options)
+    if not path.exists() and glob.has_magic(name):
+        matches = matching_files(str(path))
+        if not matches:
+            raise DataError(f"no file matches {name}")
+        return _files(name, matches, matches[0].parent, options)
+    return _files(name, [path], path.parent, options)
 
 
 def _readable(path: Path) -> str:
@@ -183,7 +215,7 @@ def _inside(folder: Path) -> list[Path]:
     return data
 
 
-def _files(name: str, paths: Sequence[Path], folder: Path) -> Source:
+def _files(name: str, paths: Sequence[Path], folder: Path, options: FileOptions) -> Source:
     for path in paths:
         if not path.exists():
             raise DataError(f"there is no data file {path}")
@@ -191,10 +223,11 @@ def _files(name: str, paths: Sequence[Path], folder: Path) -> Source:
             raise refuse_ending(path, READERS)
         if not path.is_file():
             raise DataError(f"{path} cannot be read: it is no file")
+        options.check(path)
 
     def records() -> Iterator[Record]:
         for path in paths:
-            yield from read_file(path)
+            yield from read_file(path, options)
 
     return Source(name, records, tuple(paths), folder)
 
@@ -209,19 +242,41 @@ def _split_folders(path: Path) -> list[str]:
         raise DataError(f"{path}/dataset_dict.json cannot be read: {error!r}") from error
 
 
-def _choose_split(names: Sequence[str], split: Split, name: str) -> str:
-    wanted = ("train",) if split == "train" else _EVAL_SPLITS
-    found = next((one for one in wanted if one in names), None)
-    if found is None:
-        raise DataError(
-            f"{name} has the splits {', '.join(names) or 'none'}; wanted {' or '.join(wanted)}"
-        )
-    return found
+@dataclass(frozen=True)
+class _Choice:
+    """Which split of a dataset is read.
+
+    Args:
+        name: Of the dataset, for errors.
+        part: The name of the split; by default it is the usual one of training or evaluation.
+    """
+
+    name: str
+    split: Split
+    part: str | None
+
+    def of(self, names: Sequence[str]) -> str:
+        """Return the name of the split.
+
+        Raises:
+            DataError: There is none of that name.
+        """
+        usual = ("train",) if self.split == "train" else _EVAL_SPLITS
+        wanted = usual if self.part is None else (self.part,)
+        found = next((one for one in wanted if one in names), None)
+        if found is None:
+            raise DataError(
+                f"{self.name} has the splits {', '.join(names) or 'none'}; wanted "
+                f"{' or '.join(wanted)}"
+            )
+        return found
 
 
-def _saved(name: str, path: Path) -> Source:
+def _saved(name: str, path: Path, choice: _Choice | None) -> Source:
     import datasets
 
+    if choice is not None:
+        path = path / choice.of(_split_folders(path))
     check_regular_files(path)
     try:
         dataset = datasets.load_from_disk(str(path))
@@ -242,11 +297,9 @@ def _is_hub_name(name: str) -> bool:
     return repository.count("/") == 1 and name[0] not in "./~" and not repository.endswith("/")
 
 
-def _from_hub(name: str, split: Split, streaming: bool) -> Source:
+def _from_hub(name: str, choice: _Choice, streaming: bool) -> Source:
     from liger_cli.common.hub import fetch_dataset
 
-    dataset = fetch_dataset(
-        name, lambda names: _choose_split(names, split, name), streaming=streaming
-    )
+    dataset = fetch_dataset(name, choice.of, streaming=streaming)
     files = () if streaming else tuple(Path(file["filename"]) for file in dataset.cache_files)
     return Source(name, lambda: _dataset_rows(name, dataset), files)

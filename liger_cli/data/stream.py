@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from liger_cli.config.datasets import DatasetEntry, datasets_name
 from liger_cli.data.cache import Counts
 from liger_cli.data.examples import (
     BATCH,
@@ -198,7 +199,7 @@ class _Blocks:
 
 
 def open_stream(
-    name: str,
+    datasets: str | Sequence[DatasetEntry],
     tokenizer: PreTrainedTokenizerBase | None,
     options: RowOptions,
     *,
@@ -209,7 +210,7 @@ def open_stream(
     """Return examples whose rows are a Stream.
 
     Args:
-        name: As load_examples takes it; not synthetic.
+        datasets: As load_examples takes them; not synthetic.
         tokenizer: Of the model.
         buffer_size: Records that are shuffled, and packed, at a time.
         seed: Of the order.
@@ -217,14 +218,14 @@ def open_stream(
     Raises:
         LigerError: As load_examples.
     """
-    parts = find_sources(name, streaming=True)
-    sources = [source for _, source, _ in parts if source is not None]
+    parts = find_sources(datasets, streaming=True)
+    sources = [(entry, source) for entry, source in parts if source is not None]
     if tokenizer is None or len(sources) < len(parts):
         raise ConfigError(f"streaming: {SYNTHETIC_NAME} data are made and not read")
-    made = [(source, open_source(source, tokenizer, options)) for source in sources]
-    given = [weight for _, _, weight in parts]
+    made = [(source, open_source(source, tokenizer, options, entry)) for entry, source in sources]
+    given = [entry.weight for entry, _ in parts]
     weights = [] if not any(given) else [1.0 if weight is None else weight for weight in given]
     counts = Counts()
     stream = Stream(made, weights, buffer_size, seed, options.max_length, packing, counts)
-    licences = [source.licence for source in sources if source.licence]
-    return Examples(stream, counts, name, join_licences(licences))
+    licences = [source.licence for _, source in sources if source.licence]
+    return Examples(stream, counts, datasets_name(datasets), join_licences(licences))

@@ -136,6 +136,7 @@ def _figures(preview: DataPreview) -> list[str]:
     read = stats.rows + stats.dropped_rows
     return [
         f"{preview.name}{licence}{part}: columns {', '.join(stats.columns) or 'none'}"
+        + (f"; fields {', '.join(stats.fields)}" if stats.fields else "")
         + (f"; not used: {', '.join(stats.unused_columns)}" if stats.unused_columns else ""),
         f"{format_count(stats.rows)} rows, {format_count(stats.tokens)} tokens, "
         f"{format_count(stats.trained_tokens)} trained on "

@@ -95,6 +95,7 @@ class DataPart(_Part):
     columns: list[str]
     left_out: dict[str, int] = {}
     unused_columns: list[str] = []
+    fields: list[str] = []
 
 
 class LayerPart(_Part):

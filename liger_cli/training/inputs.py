@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from liger_cli.config import RunConfig
+from liger_cli.config.datasets import read_datasets
 from liger_cli.data.cache import Counts
 from liger_cli.data.collate import Collator
 from liger_cli.data.examples import Examples, RowOptions, join_licences, load_examples
@@ -170,11 +171,16 @@ class _Reader:
     options: RowOptions
     notify: Callable[[str], None] | None
 
-    def load(self, name: str, split: Split, key: str = "dataset") -> Examples:
-        """Read a dataset; the key that names it stands before errors."""
+    def load(self, split: Split, name: str | None = None, key: str = "dataset") -> Examples:
+        """Read datasets; the key that names them stands before errors.
+
+        Args:
+            name: Of evaluation data; None reads those to train on.
+        """
+        config = self.config
         with _named(key):
             return load_examples(
-                name,
+                config.datasets if name is None else read_datasets(name, config.naming),
                 self.preprocessing.tokenizer,
                 self.options,
                 split=split,
@@ -189,7 +195,7 @@ class _Reader:
         config = self.config
         with _named("dataset"):
             return open_stream(
-                config.dataset,
+                config.datasets,
                 self.preprocessing.tokenizer,
                 self.options,
                 buffer_size=config.shuffle_buffer_size,
@@ -200,7 +206,7 @@ class _Reader:
     def load_sets(self) -> dict[str, Examples]:
         """Read the sets of eval_dataset, by name."""
         return {
-            name: self.load(place, "eval", f"eval_dataset {name}".rstrip())
+            name: self.load("eval", place, f"eval_dataset {name}".rstrip())
             for name, place in self.config.eval_sets.items()
         }
 
@@ -209,11 +215,11 @@ def _read(reader: _Reader) -> _Rows:
     """Read the data of a training run."""
     config = reader.config
     if config.eval_fraction:
-        data = reader.load(config.dataset, "train")
+        data = reader.load("train")
         train_rows, held_out = _split(data, config)
         eval_rows = {"": held_out}
     else:
-        data = reader.stream() if config.streaming else reader.load(config.dataset, "train")
+        data = reader.stream() if config.streaming else reader.load("train")
         train_rows = data.examples
         eval_rows = _eval_rows(reader)
     return data, train_rows, {} if config.eval_strategy == "no" else eval_rows
@@ -223,10 +229,10 @@ def _read_evaluation(reader: _Reader) -> _Rows:
     """Read the data of a run that only evaluates."""
     config = reader.config
     if config.eval_fraction:
-        data = reader.load(config.dataset, "train")
+        data = reader.load("train")
         train_rows, held_out = _split(data, config)
         return data, train_rows, {"": held_out}
-    loaded = reader.load_sets() or {"": reader.load(config.dataset, "eval")}
+    loaded = reader.load_sets() or {"": reader.load("eval")}
     return _together(loaded), None, {name: part.examples for name, part in loaded.items()}
 
 
@@ -251,7 +257,7 @@ def _eval_rows(reader: _Reader) -> dict[str, Any]:
     }
     key = next((key for key, asks in asking.items() if asks), None)
     if config.dataset == SAMPLE_NAME or (key and config.dataset == SYNTHETIC_NAME):
-        rows = reader.load(config.dataset, "eval").examples
+        rows = reader.load("eval").examples
         return {"": rows if config.max_eval_samples else _at_most(_UNASKED_EVAL_ROWS, rows)}
     if key:
         raise ConfigError(f"{key} needs eval_dataset or eval_fraction")

@@ -529,6 +529,5 @@ def test_case_226_calls_as_json_and_the_older_function_call():
     messages = [user("What?"), called({"at": "it"})]
     as_json = [user("What?"), said("", tool_calls=json.dumps(messages[1]["tool_calls"]))]
     assert encoded(tokenizer, as_json) == encoded(tokenizer, messages)
-    older = said("yes", function_call={"name": "look", "arguments": "{}"})
-    with pytest.raises(DataError, match=r"messages\[1\] has function_call, the older form"):
-        encoded(tokenizer, [user("What?"), older])
+    older = {"role": "assistant", "function_call": messages[1]["tool_calls"][0]["function"]}
+    assert encoded(tokenizer, [user("What?"), older]) == encoded(tokenizer, messages)

@@ -436,7 +436,7 @@ def test_conversation_without_assistant_is_dropped(tmp_path):
             '{"conversations": [{"from": "bing", "value": "a"}]}',
             r"conversations\[0\].from is 'bing'; allowed are human",
         ),
-        ("d.jsonl", '{"conversations": [{"role": "a"}]}', "must have from and value, found role"),
+        ("d.jsonl", '{"conversations": [{"role": "a"}]}', "must have role and content, found role"),
         (
             "d.jsonl",
             '{"messages": [{"role": "assistant", "content": [{"type": "image"}]}]}',

@@ -116,7 +116,8 @@ class BenchPlan:
         batches = self.batch_sizes or (self.config.per_device_train_batch_size,)
         lengths = self.sequence_lengths or (self.config.max_length,)
         sizes = " x ".join(",".join(map(str, values)) for values in (batches, lengths))
-        return f"{self.config.model} on {self.config.dataset}: {self.steps} steps of {sizes} tokens"
+        what = f"{self.config.model} on {self.config.dataset_name}"
+        return f"{what}: {self.steps} steps of {sizes} tokens"
 
     def peer(self) -> AbstractContextManager[PeerInterpreter | None]:
         """Return the interpreter of the peer, if there is one to be compared with.
@@ -215,7 +216,7 @@ def plan_bench(config: RunConfig, request: BenchRequest, *, has_gpu: bool) -> Be
     config = _with_defaults(config, on_gpu)
     if request.seq is not None and config.dataset != "synthetic" and not config.packing:
         raise ConfigError(
-            f"--seq: the rows of {config.dataset} differ in length",
+            f"--seq: the rows of {config.dataset_name} differ in length",
             hint="--packing fills rows of that length; without --dataset they are synthetic.",
         )
     lengths: tuple[int, ...] = ()

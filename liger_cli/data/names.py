@@ -1,0 +1,152 @@
+"""Give the columns, roles and fields of a row the names that are used here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from liger_cli.config.datasets import ROLES, Naming
+from liger_cli.data.calls import check_role
+from liger_cli.data.formats import FORMATS, OPTIONAL, WANTED, find_format, find_shape
+from liger_cli.errors import DataError
+
+__all__ = ["RowNames", "join_names"]
+
+# The speakers of the conversations format, as roles of the messages format.
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_call": "function_call",
+}
+
+
+@dataclass(frozen=True)
+class RowNames:
+    """The names of a source.
+
+    Args:
+        columns: Ours to theirs, those of a recognised shape as well.
+        naming: What the user has mapped.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    naming: Naming = field(default_factory=Naming)
+
+    @classmethod
+    def find(cls, content: Mapping[str, Any], naming: Naming, where: str) -> tuple[str, RowNames]:
+        """Return the format of a source by its first row, and its names.
+
+        Raises:
+            DataError: The columns make no format.
+        """
+        mapped = naming.columns
+        needed = {name for columns in FORMATS.values() for name in columns}
+        for ours, theirs in mapped.items():
+            if ours in needed and theirs not in content:
+                raise DataError(
+                    f"{where}: columns: {ours} is {theirs}, and there is no such column; found "
+                    f"{join_names(content)}"
+                )
+        named = cls(mapped, naming).row(content)[0]
+        form = find_format(named, mapped)
+        if form is not None:
+            return form, cls(mapped, naming)
+        if (shape := find_shape(named)) and not set(shape) & set(mapped):
+            columns = {**mapped, **shape}
+            names = cls(columns, naming)
+            if form := find_format(names.row(content)[0], columns):
+                return form, names
+        read = find_format(named)
+        if read is not None:
+            idle = [
+                name
+                for name in mapped
+                if find_format(named, [name]) is None or name not in _known(read)
+            ]
+            raise DataError(
+                f"{where}: columns: no format uses {', '.join(mapped)} together; the rows are "
+                f"{read}, which does not use {', '.join(idle) or ', '.join(mapped)}"
+            )
+        raise DataError(
+            f"{where}: found the columns {join_names(content)}; wanted {WANTED}",
+            hint=f"columns: {{prompt: {next(iter(content), 'X')}, ...}} gives them these names, "
+            "ours: theirs"
+            if content
+            else None,
+        )
+
+    def row(self, content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Return a row with our names, and the columns whose names are taken by others."""
+        if not self.columns:
+            return dict(content), []
+        theirs = set(self.columns.values())
+        named = {k: v for k, v in content.items() if k not in theirs and k not in self.columns}
+        named |= {ours: content[name] for ours, name in self.columns.items() if name in content}
+        return named, [name for name in content if name in self.columns and name not in theirs]
+
+    def shown(self, column: str) -> str:
+        """Return a column of ours with its name in the data."""
+        theirs = self.columns.get(column, column)
+        return column if theirs == column else f"{theirs} as {column}"
+
+    def turn(self, turn: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a message with our names of its fields."""
+        fields = self.naming.message_fields
+        if not fields:
+            return dict(turn)
+        theirs = set(fields.values())
+        kept = {k: v for k, v in turn.items() if k not in theirs and k not in fields}
+        return kept | {ours: turn[name] for ours, name in fields.items() if name in turn}
+
+    def field(self, name: str) -> str:
+        """Return a field of ours with its name in the data."""
+        theirs = self.naming.message_fields.get(name, name)
+        return name if theirs == name else f"{theirs} as {name}"
+
+    def wanted(self, name: str) -> str:
+        """Return the name that a field of ours should have in the data."""
+        return self.naming.message_fields.get(name, name)
+
+    def role(self, role: str, name: str, where: str, *, is_speaker: bool) -> str:
+        """Return who speaks, as one of our roles.
+
+        Args:
+            name: Of the message, for errors: messages[0].
+            is_speaker: Whether it is the `from` of ShareGPT, which has names by itself.
+
+        Raises:
+            DataError: It is no role, or another spelling of one.
+        """
+        if (ours := self._ours.get(role)) is not None:
+            return ours
+        if is_speaker and role in SPEAKERS:
+            return SPEAKERS[role]
+        if not is_speaker and (not self._ours or role in ROLES):
+            return check_role(role, name, where)
+        allowed = (*self._ours, *(SPEAKERS if is_speaker else ROLES))
+        label = "from" if is_speaker else self.naming.message_fields.get("role", "role")
+        raise DataError(
+            f"{where}: {name}.{label} is {role!r}; allowed are {', '.join(dict.fromkeys(allowed))}",
+            hint=f"roles: {{assistant: [{role}]}} gives it one of our roles "
+            f"({', '.join(ROLES)}), ours: theirs",
+        )
+
+    @cached_property
+    def _ours(self) -> dict[str, str]:
+        return {name: ours for ours, names in self.naming.roles.items() for name in names}
+
+
+def _known(form: str) -> Sequence[str]:
+    return (*FORMATS[form], *OPTIONAL.get(form, ()))
+
+
+def join_names(columns: Mapping[str, Any]) -> str:
+    """Return the columns of a row for an error."""
+    return ", ".join(map(str, columns)) or "none"
