@@ -41,6 +41,10 @@ def _lacks_evaluations(key: str, config: Keys) -> bool:
     return not config.evaluates_during_training and _is_set(key, config)
 
 
+def _doubles_train_on(key: str, config: Keys) -> bool:
+    return config.train_on is not None and getattr(config, key) is not None
+
+
 # Keys, why they do not go together, and when. A conflict is never one of default values alone.
 CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...] = (
     (("bf16", "fp16"), "bf16 and fp16 exclude each other", lambda c: c.bf16 and c.fp16),
@@ -100,6 +104,14 @@ CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...] = (
         ("eval_dataset", "eval_fraction"),
         "eval_dataset and eval_fraction exclude each other",
         lambda c: c.eval_dataset is not None and c.eval_fraction > 0,
+    ),
+    *(
+        (
+            (key, "train_on"),
+            f"train_on says what {key} says; keep one of them",
+            functools.partial(_doubles_train_on, key),
+        )
+        for key in ("completion_only_loss", "assistant_only_loss")
     ),
     *(
         (

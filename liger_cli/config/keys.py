@@ -113,8 +113,17 @@ class Keys(BaseModel):
         None, "Rows evaluated at most (32 of the sample's own split, else all).", ge=1
     )
     max_length: int = _data(1024, "Longest row in tokens; longer ones are cut.", ge=2)
-    completion_only_loss: bool = _data(True, "Of prompt and completion train the completion only.")
-    assistant_only_loss: bool = _data(True, "Of a conversation train what the assistant says only.")
+    completion_only_loss: bool | None = _data(
+        None, "Of prompt and completion train the completion only. null: as train_on, or yes."
+    )
+    assistant_only_loss: bool | None = _data(
+        None, "Of a conversation train what the assistant says only. null: as train_on, or yes."
+    )
+    train_on: Literal["assistant", "last", "all"] | None = _data(
+        None,
+        "assistant: answers and completions, as null; last: of several answers the last alone; "
+        "all: prompts and whole conversations.",
+    )
     packing: bool = _data(False, "Fill rows of max_length with whole documents, kept apart.")
     packing_strategy: Literal["bfd", "sequential"] = _data(
         "bfd", "Best fit, the longest first; or in the order of the data."

@@ -38,6 +38,18 @@ class RunConfig(Keys):
         return self.seed if self.data_seed is None else self.data_seed
 
     @property
+    def trains_completions_only(self) -> bool:
+        """Whether of a prompt and its completion the completion alone is trained."""
+        given = self.completion_only_loss
+        return self.train_on != "all" if given is None else given
+
+    @property
+    def trains_answers_only(self) -> bool:
+        """Whether of a conversation what the assistant says alone is trained."""
+        given = self.assistant_only_loss
+        return self.train_on != "all" if given is None else given
+
+    @property
     def naming(self) -> Naming:
         """The names of columns, roles and fields in all datasets."""
         return Naming(self.columns or {}, self.roles or {}, self.message_fields or {})

@@ -20,7 +20,7 @@ from liger_cli.data.chat import ChatRenderer
 from liger_cli.data.encode import IGNORED, Encoder
 from liger_cli.data.images import ImageRows, ImagesFound
 from liger_cli.data.mixture import join_sources
-from liger_cli.data.rows import Record, RowFormat
+from liger_cli.data.rows import Record, Row, RowFormat, only_last
 from liger_cli.data.sources import SYNTHETIC_NAME, Source, Split, find_sources
 from liger_cli.data.used import count_names
 from liger_cli.data.workers import map_in_order
@@ -118,6 +118,7 @@ class RowOptions:
         completion_only: Of a prompt and its completion only the completion is trained.
         assistant_only: Of a conversation only what the assistant says is trained.
         min_length: Rows of fewer tokens are left out.
+        last_only: Of several answers only the last is trained.
     """
 
     max_length: int
@@ -125,6 +126,7 @@ class RowOptions:
     completion_only: bool = True
     assistant_only: bool = True
     min_length: int = 0
+    last_only: bool = False
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -205,7 +207,7 @@ class RowMaker:
 
     def __call__(self, records: Sequence[Record]) -> tuple[pyarrow.Table, Counts]:
         """Return a table of the rows that have a token to train on, and the counts of records."""
-        rows = [self.form.row(record) for record in records]
+        rows = [self.row(record) for record in records]
         for row in rows:
             if row.images:
                 raise ImagesFound(row.where)
@@ -230,6 +232,15 @@ class RowMaker:
             counts.truncated_rows += len(encoded.input_ids) > max_length
             counts.add_left_out(encoded.left_out)
         return _table([ids for ids, _ in kept], [labels for _, labels in kept]), counts
+
+    def row(self, record: Record) -> Row:
+        """Return the checked row of a record.
+
+        Raises:
+            DataError: As RowFormat.row.
+        """
+        row = self.form.row(record)
+        return only_last(row) if self.options.last_only and row.messages else row
 
     def check_names(self, counts: Counts) -> None:
         """Check that each name that was mapped is in the data.
@@ -295,7 +306,7 @@ def _tokenise(
     if maker.options.min_length:
         raise DataError(f"{source.name}: min_length is for rows without images")
     return ImageRows.of(
-        (maker.form.row(record) for record in source.read()),
+        map(maker.row, source.read()),
         maker.encoder,
         processor,
         max_length=maker.options.max_length,

@@ -20,7 +20,7 @@ from liger_cli.data.token_ids import read_token_ids
 from liger_cli.data.values import check_list, check_text, describe
 from liger_cli.errors import DataError
 
-__all__ = ["Record", "Row", "RowFormat", "make_row"]
+__all__ = ["Record", "Row", "RowFormat", "make_row", "only_last"]
 
 # Where a record stands, and what is there: an object, or a line of JSON that is yet to be parsed.
 Record = tuple[str, Any]
@@ -159,15 +159,13 @@ def make_row(
     fields = row_marks(content, form, where)
     used = {*columns, *fields.fields}
     row = _make_row(form, {name: content[name] for name in columns}, (where, folder, names))
-    marks = row.marks if fields.mask is None else _with_mask(row, fields.mask)
-    if fields.only_last:
-        marks = _only_last(replace(row, marks=marks))
+    row = row if fields.mask is None else replace(row, marks=_with_mask(row, fields.mask))
+    row = only_last(row) if fields.only_last else row
     shown = (functions.get(name) or names.shown(name) for name in (*columns, *fields.fields))
     return replace(
         row,
         columns=tuple(shown),
         unused=(*(names.shown(name) for name in content if name in given - used), *row.unused),
-        marks=marks,
         is_trained=fields.is_trained,
     )
 
@@ -280,13 +278,13 @@ def _with_mask(row: Row, mask: tuple[str, tuple[bool, ...]]) -> tuple[bool | Non
     return tuple(marks)
 
 
-def _only_last(row: Row) -> tuple[bool | None, ...]:
-    """Return the marks of a row of which only the last answer is trained."""
+def only_last(row: Row) -> Row:
+    """Return a row of which only the last answer is trained, if it is."""
     answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
     marks = list(row.marks or [None] * len(row.messages))
     for i in answers[:-1]:
         marks[i] = False
-    return tuple(marks)
+    return replace(row, marks=tuple(marks))
 
 
 def _with_system(

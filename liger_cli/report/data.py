@@ -13,7 +13,7 @@ from liger_cli.common.text import printable
 from liger_cli.data.examples import DataStats
 from liger_cli.report import show_json, show_lines, show_table
 
-__all__ = ["Bar", "DataPreview", "Fill", "Piece", "RowPreview", "show_preview"]
+__all__ = ["Bar", "DataPreview", "Fill", "Piece", "RowPreview", "TokenPreview", "show_preview"]
 
 _BAR_WIDTH = 40
 _TRAINED = "bold green"
@@ -28,12 +28,26 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class TokenPreview:
+    """A token: its id, its piece in the vocabulary, and its label, -100 where it has none."""
+
+    id: int
+    piece: str
+    label: int
+
+
+@dataclass(frozen=True)
 class RowPreview:
-    """A row as the model reads it, the template's marks included."""
+    """A row as the model reads it, the template's marks included.
+
+    Args:
+        listed: Each token, where that was asked for.
+    """
 
     tokens: int
     trained_tokens: int
     pieces: tuple[Piece, ...]
+    listed: tuple[TokenPreview, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,7 @@ class DataPreview:
 
     Args:
         is_part: Whether only the first block of a stream was read.
+        first_row: The number of the first of the rows that are rendered.
         lengths: min, median, mean, p95 and max of the tokens of a row.
     """
 
@@ -77,10 +92,15 @@ class DataPreview:
     histogram: tuple[Bar, ...]
     fill: tuple[Fill, ...]
     rows: tuple[RowPreview, ...]
+    first_row: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
-        return {"command": "data preview", **asdict(self)}
+        content = {"command": "data preview", **asdict(self)}
+        for row in content["rows"]:
+            if row["listed"] is None:
+                del row["listed"]
+        return content
 
 
 def show_preview(preview: DataPreview, *, as_json: bool) -> None:
@@ -92,12 +112,14 @@ def show_preview(preview: DataPreview, *, as_json: bool) -> None:
         show_json(preview.to_dict())
         return
     console = Console(highlight=False, markup=False)
-    for number, row in enumerate(preview.rows, start=1):
+    for number, row in enumerate(preview.rows, start=preview.first_row):
         show_lines(
             f"row {number}: {row.tokens} tokens, {row.trained_tokens} trained on "
             f"({_percent(row.trained_tokens, row.tokens)})"
         )
         console.print(_text(row, in_colour=console.color_system is not None), soft_wrap=True)
+        if row.listed is not None:
+            show_table(("place", "id", "piece", "label"), _token_rows(row.listed))
         show_lines("")
     show_lines(*_figures(preview), "")
     most = max(bar.rows for bar in preview.histogram)
@@ -114,6 +136,13 @@ def show_preview(preview: DataPreview, *, as_json: bool) -> None:
     )
     show_lines("")
     show_table(("how rows are fed", "rows", "not padding"), map(_fill_row, preview.fill))
+
+
+def _token_rows(tokens: tuple[TokenPreview, ...]) -> list[tuple[str, ...]]:
+    return [
+        (str(i), str(token.id), printable(token.piece), str(token.label))
+        for i, token in enumerate(tokens)
+    ]
 
 
 def _text(row: RowPreview, *, in_colour: bool) -> Text:

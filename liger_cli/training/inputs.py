@@ -103,8 +103,9 @@ def load_inputs(
     options = RowOptions(
         max_length=config.max_length,
         vocab_size=meta_model.config.get_text_config().vocab_size,
-        completion_only=config.completion_only_loss,
-        assistant_only=config.assistant_only_loss,
+        completion_only=config.trains_completions_only,
+        assistant_only=config.trains_answers_only,
+        last_only=config.train_on == "last",
     )
     reader = _Reader(config, preprocessing, options, notify)
     data, train_rows, eval_rows = _read(reader) if trains else _read_evaluation(reader)

@@ -26,6 +26,12 @@ def _group() -> None:
 def _preview(
     config: RunConfig,
     num_rows: Annotated[int, typer.Option("-n", "--rows", min=0, help="Rows to render.")] = 3,
+    index: Annotated[
+        int | None, typer.Option("--index", min=1, help="Render this row alone, from 1 on.")
+    ] = None,
+    ids: Annotated[
+        bool, typer.Option("--ids", help="Also list each token: id, piece and label.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Render rows with their trained tokens marked; show lengths, cuts and what packing gains."""
@@ -34,4 +40,4 @@ def _preview(
     from liger_cli.training.runtime.launch import quiet_libraries
 
     quiet_libraries()
-    show_preview(preview_data(config, num_rows), as_json=as_json)
+    show_preview(preview_data(config, num_rows, index=index, with_ids=ids), as_json=as_json)

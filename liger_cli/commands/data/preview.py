@@ -13,7 +13,8 @@ from liger_cli.data.batches import BatchPlan
 from liger_cli.data.encode import IGNORED
 from liger_cli.data.packing import pack, row_lengths
 from liger_cli.data.stream import Stream
-from liger_cli.report.data import Bar, DataPreview, Fill, Piece, RowPreview
+from liger_cli.errors import ConfigError
+from liger_cli.report.data import Bar, DataPreview, Fill, Piece, RowPreview, TokenPreview
 from liger_cli.training.inputs import load_inputs
 
 __all__ = ["preview_data"]
@@ -21,15 +22,19 @@ __all__ = ["preview_data"]
 _BARS = 10
 
 
-def preview_data(config: RunConfig, num_rows: int) -> DataPreview:
+def preview_data(
+    config: RunConfig, num_rows: int, *, index: int | None = None, with_ids: bool = False
+) -> DataPreview:
     """Read and tokenize the data of a run as the run would, without loading weights.
 
     Args:
         config: Of the run; its packing is shown and not applied.
         num_rows: Rows to render, the first.
+        index: The number of a row, from 1 on, to render in place of the first.
+        with_ids: List the tokens of these rows.
 
     Raises:
-        LigerError: The model or the data cannot be loaded.
+        LigerError: The model or the data cannot be loaded, or there is no such row.
     """
     alone = {"packing": False, "eval_fraction": 0.0, "eval_dataset": None, "eval_steps": 0}
     inputs = load_inputs(config.model_copy(update=alone))
@@ -39,7 +44,10 @@ def preview_data(config: RunConfig, num_rows: int) -> DataPreview:
         first = takewhile(lambda row: _is_first_block(row.after), examples.rows(examples.start()))
         examples = [row.row for row in first]
     lengths = _lengths(examples)
-    shown = [examples[i] for i in range(min(num_rows, len(examples)))]
+    if index is not None and index > len(examples):
+        raise ConfigError(f"--index {index}: there are {len(examples)} rows to train on")
+    numbers = range(min(num_rows, len(examples))) if index is None else [index - 1]
+    tokenizer = inputs.preprocessing.tokenizer
     return DataPreview(
         name=inputs.data.name,
         licence=inputs.data.licence,
@@ -49,7 +57,8 @@ def preview_data(config: RunConfig, num_rows: int) -> DataPreview:
         lengths=_summary(lengths),
         histogram=_histogram(lengths),
         fill=_fill(config, lengths),
-        rows=tuple(_render(row, inputs.preprocessing.tokenizer) for row in shown),
+        rows=tuple(_render(examples[i], tokenizer, with_ids=with_ids) for i in numbers),
+        first_row=index or 1,
     )
 
 
@@ -63,14 +72,21 @@ def _lengths(examples: Any) -> np.ndarray[Any, Any]:
     return np.asarray([len(examples[i]["input_ids"]) for i in range(len(examples))])
 
 
-def _render(row: Mapping[str, Any], tokenizer: Any) -> RowPreview:
+def _render(row: Mapping[str, Any], tokenizer: Any, *, with_ids: bool) -> RowPreview:
     pairs = list(zip(row["input_ids"], row["labels"], strict=True))
     pieces = []
     for is_trained, tokens in groupby(pairs, lambda pair: pair[1] != IGNORED):
         ids = [token for token, _ in tokens]
         text = " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
         pieces.append(Piece(text, is_trained))
-    return RowPreview(len(pairs), sum(label != IGNORED for _, label in pairs), tuple(pieces))
+    listed = [TokenPreview(token, _piece(token, tokenizer), label) for token, label in pairs]
+    num_trained = sum(label != IGNORED for _, label in pairs)
+    return RowPreview(len(pairs), num_trained, tuple(pieces), tuple(listed) if with_ids else None)
+
+
+def _piece(token: int, tokenizer: Any) -> str:
+    """Return a token as the vocabulary has it, which decoding may not show alone."""
+    return "" if tokenizer is None else str(tokenizer.convert_ids_to_tokens(token))
 
 
 def _summary(lengths: np.ndarray[Any, Any]) -> dict[str, float]:

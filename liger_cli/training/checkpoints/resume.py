@@ -161,13 +161,19 @@ def describe_resume(checkpoint: Path, config: RunConfig, device: torch.device) -
     return "; ".join([f"resume: {checkpoint}, after step {manifest['step']}", *notes])
 
 
+# Keys that were true before null came to mean it.
+_YES = ("completion_only_loss", "assistant_only_loss")
+
+
 def _changes(manifest: dict[str, Any], config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Return the keys that have changed, with their value in a manifest and now."""
     # A key that is younger than the checkpoint had the effect of its default.
     defaults = {key: field.default for key, field in RunConfig.model_fields.items()}
     defaults |= _BEFORE_IT_EXISTED
-    return {
-        key: (old, new)
-        for key, new in config.model_dump(mode="json").items()
-        if (old := manifest["config"].get(key, defaults[key])) != new
-    }
+    found = {}
+    for key, new in config.model_dump(mode="json").items():
+        old = manifest["config"].get(key, defaults[key])
+        is_same = old == new or (key in _YES and {old, new} == {None, True})
+        if not is_same:
+            found[key] = (old, new)
+    return found
