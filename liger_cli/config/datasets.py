@@ -59,11 +59,17 @@ class Naming:
         columns: Of a row.
         roles: Of who speaks; a role may have several names.
         message_fields: Of a message or a turn.
+        as_llama_factory: Columns that are not named are not used, and an input follows its
+            instruction on the next line.
+        instruction_style: How instructions are written: chat, by the chat template where there is
+            one, or alpaca, in Alpaca's words.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     roles: Mapping[str, Sequence[str]] = field(default_factory=dict)
     message_fields: Mapping[str, str] = field(default_factory=dict)
+    as_llama_factory: bool = False
+    instruction_style: str = "chat"
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,8 @@ class DatasetEntry:
         delimiter: Between the fields of a CSV or TSV file.
         encoding: Of a file of text.
         data_key: Where the rows of a JSON file are: a key, or several joined by dots.
+        instruction_style: As in Naming; None is chat.
+        as_llama_factory: As in Naming; no key says it.
     """
 
     path: str
@@ -93,13 +101,22 @@ class DatasetEntry:
     delimiter: str | None = None
     encoding: str | None = None
     data_key: str | None = None
+    instruction_style: str | None = None
+    as_llama_factory: bool = False
 
     @property
     def naming(self) -> Naming:
-        return Naming(self.columns or {}, self.roles or {}, self.message_fields or {})
+        """The names of its rows."""
+        return Naming(
+            self.columns or {},
+            self.roles or {},
+            self.message_fields or {},
+            self.as_llama_factory,
+            self.instruction_style or "chat",
+        )
 
 
-_ENTRY_KEYS = tuple(part.name for part in fields(DatasetEntry))
+_ENTRY_KEYS = ("path", *(part.name for part in fields(DatasetEntry) if part.default is None))
 
 
 def split_names(text: str) -> list[tuple[str, float | None]]:
@@ -141,7 +158,8 @@ def read_datasets(
         entries = [DatasetEntry(name, weight) for name, weight in split_names(value)]
     else:
         entries = [DatasetEntry(**entry) for entry in value]
-    common = {} if naming is None else {k: v for k, v in vars(naming).items() if v}
+    names = ("columns", "roles", "message_fields")
+    common = {name: getattr(naming, name) for name in names if naming and getattr(naming, name)}
     return [
         DatasetEntry(**{**common, **{k: v for k, v in vars(entry).items() if v is not None}})
         for entry in entries
@@ -227,6 +245,12 @@ def _delimiter(value: object) -> str:
     return "tab" if value == "\t" else value
 
 
+def _style(value: object) -> str:
+    if value not in ("chat", "alpaca"):
+        raise ValueError("should be chat or alpaca")
+    return str(value)
+
+
 def _encoding(value: object) -> str:
     try:
         return codecs.lookup(_text(value)).name
@@ -290,6 +314,7 @@ _ENTRY_VALUES: dict[str, Callable[[object], Any]] = {
     **dict.fromkeys(("max_samples", "min_length"), _count),
     "weight": _weight,
     "delimiter": _delimiter,
+    "instruction_style": _style,
     "encoding": _encoding,
     "columns": _names(COLUMNS),
     "roles": _names(ROLES, many=True),
@@ -309,6 +334,7 @@ _ENTRY_SCHEMA: dict[str, Any] = {
         **dict.fromkeys(("path", "split", "delimiter", "encoding", "data_key"), {"type": "string"}),
         **dict.fromkeys(("columns", "message_fields"), _NAMES),
         "roles": _ROLE_NAMES,
+        "instruction_style": {"enum": ["chat", "alpaca"]},
         "weight": {"type": "number", "exclusiveMinimum": 0},
         **dict.fromkeys(("max_samples", "min_length"), {"type": "integer", "minimum": 1}),
     },

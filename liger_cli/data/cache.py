@@ -33,9 +33,10 @@ MIN_BYTES = 1_000_000
 _ROWS, _COUNTS = "rows.arrow", "counts.json"
 # Determines the ids and labels of a row, together with its content and options.
 _CODE = (
-    *("answers", "borders", "cache", "calls", "chat", "clip", "encode", "examples", "files"),
-    *("formats", "instructions", "marks", "messages", "names", "rows", "samples", "shown"),
-    *("sources", "template", "threads", "token_ids", "turns", "used", "values"),
+    *("answers", "borders", "cache", "calls", "chat", "clip", "encode", "examples", "factory"),
+    *("files", "formats", "image_parts", "instructions", "marks", "messages", "names", "rows"),
+    *("samples", "shown", "sources", "template", "threads", "token_ids", "turns", "used"),
+    "values",
 )
 
 
@@ -54,6 +55,8 @@ class Counts:
     unused_columns: list[str] = field(default_factory=list)
     # The fields of messages that are read, with their names in the data.
     fields: list[str] = field(default_factory=list)
+    # The columns that were mapped and are there.
+    seen: list[str] = field(default_factory=list)
 
     def set(self, other: Counts) -> None:
         """Add the counts of another source."""
@@ -70,6 +73,7 @@ class Counts:
             (self.columns, other.columns),
             (self.unused_columns, other.unused_columns),
             (self.fields, other.fields),
+            (self.seen, other.seen),
         ):
             names += [name for name in more if name not in names]
         self.add_left_out(other.left_out)

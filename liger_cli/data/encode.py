@@ -218,7 +218,7 @@ class Encoder:
         if row.token_ids:
             return "token ids"
         has_template = bool(getattr(self.tokenizer, "chat_template", None))
-        is_chat = bool(row.messages) and (has_template or not row.parts)
+        is_chat = bool(row.messages) and not row.is_text and (has_template or not row.parts)
         return "conversation" if is_chat else "text"
 
     @cached_property

@@ -104,6 +104,7 @@ class Examples:
     def stats(self) -> DataStats:
         """The counts; of a stream those of the rows so far."""
         values = asdict(self.counts)
+        del values["seen"]
         names = {key: tuple(values[key]) for key in ("columns", "unused_columns", "fields")}
         return DataStats(**{**values, **names})
 
@@ -248,7 +249,7 @@ class RowMaker:
         Raises:
             DataError: One is in no row.
         """
-        used = {*counts.columns, *counts.fields}
+        used = {*counts.columns, *counts.fields, *(set(counts.seen) - set(counts.unused_columns))}
         for key, mapped in (
             ("columns", self.entry.columns),
             ("message_fields", self.entry.message_fields),

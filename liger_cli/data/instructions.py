@@ -20,10 +20,13 @@ _TURN = "### Instruction:\n{}\n\n### Response:\n"
 _LAST_TURN = "### Instruction:\n{}\n\n{}### Response:\n"
 
 
-def instruction_messages(content: Mapping[str, Any], where: str) -> tuple[Mapping[str, str], ...]:
+def instruction_messages(
+    content: Mapping[str, Any], where: str, joint: str = "\n\n"
+) -> tuple[Mapping[str, str], ...]:
     """Return an instruction as a conversation.
 
     Args:
+        joint: Between instruction and input.
         content: instruction and output, and perhaps input, which the user says after the
             instruction; system, the first message; history, a list of earlier [question, answer].
 
@@ -32,7 +35,7 @@ def instruction_messages(content: Mapping[str, Any], where: str) -> tuple[Mappin
     """
     names = ("instruction", "input", "output", "system")
     texts = {name: check_text(content.get(name, ""), name, where) for name in names}
-    asked = "\n\n".join(text for text in (texts["instruction"], texts["input"]) if text)
+    asked = joint.join(text for text in (texts["instruction"], texts["input"]) if text)
     turns = [*_history(content.get("history", []), where), (asked, texts["output"])]
     system = [{"role": "system", "content": texts["system"]}] if texts["system"] else []
     spoken = [

@@ -51,19 +51,20 @@ def read_messages(turns: Any, name: str, where: str, names: RowNames) -> Message
     column is called.
 
     Args:
-        name: Of the column, for errors: messages or conversations.
+        name: Our name of the column: messages, conversations, prompt or completion.
 
     Raises:
         DataError: One of them is no message, or a mark of it is not allowed.
     """
     messages, marks = [], []
     fields, unused, others = dict[str, None](), dict[str, None](), dict[str, None]()
+    column, name = name, names.columns.get(name, name)
     for number, raw in check_list(turns, name, where):
         place = f"{name}[{number}]"
         turn = names.turn(raw) if isinstance(raw, dict) else raw
         # What is null is absent: a table of rows with different keys is written with nulls.
         turn = {k: v for k, v in turn.items() if v is not None} if isinstance(turn, dict) else turn
-        if _is_speech(turn, name):
+        if _is_speech(turn, column):
             messages.append(_check_turn(turn, place, where, names))
             used = [key for key in turn if key in ("from", "value", *MESSAGE_FIELDS)]
             unused |= dict.fromkeys(f"{name}.{key}" for key in turn if key not in used)

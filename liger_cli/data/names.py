@@ -88,7 +88,11 @@ class RowNames:
             return dict(content), []
         theirs = set(self.columns.values())
         named = {k: v for k, v in content.items() if k not in theirs and k not in self.columns}
+        if self.naming.as_llama_factory:
+            named = {}
         named |= {ours: content[name] for ours, name in self.columns.items() if name in content}
+        if self.naming.as_llama_factory:
+            return named, [name for name in content if name not in theirs]
         return named, [name for name in content if name in self.columns and name not in theirs]
 
     def shown(self, column: str) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from liger_cli.common.readers import JsonError, expand_path, parse_json
+from liger_cli.common.readers import JsonError, parse_json
 from liger_cli.config.datasets import Naming
 from liger_cli.data.formats import FORMATS, OPTIONAL, TURNS, WANTED, find_format, row_marks
+from liger_cli.data.image_parts import place_images
 from liger_cli.data.instructions import instruction_messages, instruction_parts
 from liger_cli.data.layouts import layout_hint, not_utf8
 from liger_cli.data.messages import Messages, read_messages
@@ -38,12 +38,14 @@ class Row:
         unused: The columns and fields that are there and are not used.
         fields: The fields of messages that are used, likewise.
         others: Fields of messages that a chat template may use.
+        seen: The columns that were mapped and are there, empty ones too.
         parts: The text; or the prompt and the completion, of an instruction with a history those of
             each turn; or nothing in a conversation.
         messages: Of a conversation, with role and content at least. An instruction has both: it
             is a conversation where the tokenizer has a chat template.
         marks: Of each message, whether it says that it is trained; None where it says nothing.
         is_trained: Whether anything of the row is trained.
+        is_text: Whether its parts are what is trained, with a chat template too.
         num_prompt: Messages that are the prompt, where a row has prompt and completion.
         token_ids: The ids, where a row has them and no text.
         labels: Of the ids.
@@ -60,9 +62,11 @@ class Row:
     images: tuple[Any, ...] = ()
     marks: tuple[bool | None, ...] = ()
     is_trained: bool = True
+    is_text: bool = False
     num_prompt: int = 0
     fields: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    seen: tuple[str, ...] = ()
     token_ids: tuple[int, ...] = ()
     labels: tuple[int, ...] = ()
 
@@ -165,6 +169,7 @@ def make_row(
     return replace(
         row,
         columns=tuple(shown),
+        seen=tuple(names.shown(name) for name in names.columns if name in content),
         unused=(*(names.shown(name) for name in content if name in given - used), *row.unused),
         is_trained=fields.is_trained,
     )
@@ -200,9 +205,11 @@ def _make_row(form: str, content: dict[str, Any], place: _Place) -> Row:
     where, _, names = place
     columns = tuple(content)
     if form == "instruction and output":
-        messages = instruction_messages(content, where)
+        joint = "\n" if names.naming.as_llama_factory else "\n\n"
+        messages = instruction_messages(content, where, joint)
         parts = instruction_parts(messages, content["instruction"], content.get("input", ""))
-        return Row(where, columns, parts=parts, messages=messages)
+        is_text = names.naming.instruction_style == "alpaca"
+        return Row(where, columns, parts=parts, messages=messages, is_text=is_text)
     if form == "token ids":
         ids, labels = read_token_ids(content, where)
         return Row(where, columns, token_ids=ids, labels=labels)
@@ -239,7 +246,7 @@ def _chat_row(content: Mapping[str, Any], read: Messages, place: _Place) -> Row:
     given = content.get("images", [])
     images: list[Any] = []
     if given or any(isinstance(message["content"], list) for message in messages):
-        messages, images = _place_images(messages, given, where, folder)
+        messages, images = place_images(messages, given, where, folder)
     tools = _check_tools(content["tools"], where) if "tools" in content else ()
     return Row(
         where,
@@ -313,73 +320,6 @@ def _as_object(record: Record) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{where}: a row must be an object, found {describe(content)}")
     return content
-
-
-def _place_images(
-    messages: Sequence[Mapping[str, Any]], given: Any, where: str, folder: Path | None
-) -> tuple[tuple[Mapping[str, Any], ...], list[Any]]:
-    """Return messages whose image parts hold no image, and the images in their order."""
-    column = [image for _, image in check_list(given, "images", where)] if given else []
-    parts = [
-        part
-        for message in messages
-        if isinstance(message["content"], list)
-        for part in message["content"]
-        if part["type"] == "image"
-    ]
-    if not parts:
-        # A column of images and plain messages: the images are what the user shows first.
-        position = next((i for i, m in enumerate(messages) if m["role"] == "user"), None)
-        if position is None:
-            raise DataError(f"{where}: there are images, and no message of the user to show them")
-        text = {"type": "text", "text": messages[position]["content"]}
-        shown = [{"type": "image"} for _ in column]
-        placed = list(messages)
-        placed[position] = {**messages[position], "content": [*shown, text]}
-        return tuple(placed), [_check_image(image, where, folder) for image in column]
-    rest = iter(column)
-    images = []
-    for part in parts:
-        own = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key)), 0)
-        image = own or next(rest, None)
-        if image is None:
-            raise DataError(f"{where}: {len(parts)} image parts, but {len(column)} images for them")
-        images.append(_check_image(image, where, folder))
-    if (unused := len(list(rest))) and column:
-        raise DataError(f"{where}: {unused} of {len(column)} images have no image part")
-    bare = [
-        {**message, "content": [_without_image(part) for part in message["content"]]}
-        if isinstance(message["content"], list)
-        else message
-        for message in messages
-    ]
-    return tuple(bare), images
-
-
-def _without_image(part: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {"type": "image"} if part["type"] == "image" else part
-
-
-def _check_image(image: Any, where: str, folder: Path | None) -> Any:
-    """Check an image: a path, the bytes of a file or a PIL image; datasets writes {bytes, path}."""
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path") or image.get("url")
-    if not isinstance(image, str):
-        if image is None or isinstance(image, int | float | list):
-            raise DataError(f"{where}: an image must be a path, found {describe(image)}")
-        return image
-    if image.startswith("data:"):
-        try:
-            return base64.b64decode(image.partition(",")[2], validate=True)
-        except ValueError as error:
-            raise DataError(f"{where}: the image {image[:40]}... is not base64") from error
-    if "://" in image:
-        raise DataError(f"{where}: the image {image[:80]} is remote; images are read from files")
-    path = expand_path(image, f"{where}: the image", DataError)
-    path = path if path.is_absolute() or folder is None else folder / path
-    if not path.is_file():
-        raise DataError(f"{where}: there is no image {path}")
-    return str(path)
 
 
 def _check_tools(tools: Any, where: str) -> tuple[Mapping[str, Any], ...]:

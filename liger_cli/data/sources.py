@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from liger_cli.common.readers import check_regular_files, expand_path, read_json
 from liger_cli.config.datasets import DatasetEntry, datasets_name, read_datasets, split_names
+from liger_cli.data.factory import translate_entry
 from liger_cli.data.files import AS_NAMED, READERS, FileOptions, read_file, table_rows
 from liger_cli.data.layouts import refuse_ending
 from liger_cli.data.places import files_below, matching_files
@@ -94,8 +95,8 @@ def find_sources(
     entries = read_datasets(datasets) if isinstance(datasets, str) else datasets
     found: list[tuple[DatasetEntry, Source | None]] = []
     owners: dict[str, str] = {}
-    for entry in entries:
-        source = None
+    for given in entries:
+        entry, source = translate_entry(given), None
         if entry.path != SYNTHETIC_NAME:
             source = _from_entry(entry, split, streaming=streaming)
         elif idle := [key for key, value in vars(entry).items() if value and key not in _ANY]:

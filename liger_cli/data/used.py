@@ -28,6 +28,7 @@ def count_names(counts: Counts, rows: Sequence[Row], renderer: ChatRenderer) -> 
                 columns=list(row.columns),
                 unused_columns=list(row.unused),
                 fields=list(row.fields),
+                seen=list(row.seen),
             )
         )
         for name in row.others:

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from liger_cli.config import ResolvedConfig, config_flags, find_problems
-from liger_cli.errors import ConfigError
+from liger_cli.config import ResolvedConfig, config_flags
 
 __all__ = ["command"]
 
@@ -28,11 +27,20 @@ def _init(
 ) -> None:
     """Write a commented configuration that runs as it is."""
     from liger_cli.commands.config.templates import write_template
-    from liger_cli.report import show_lines
 
     write_template(template, file, overwrite=force)
-    verb = "eval" if template == "eval" else "train"
-    show_lines(f"wrote {file} (template {template}); run it: liger {verb} -c {file}")
+
+
+@command.command("import")
+def _import(
+    file: Annotated[Path, typer.Argument(help="YAML of axolotl or LLaMA-Factory.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """Translate a configuration of axolotl or LLaMA-Factory; name every key that cannot be."""
+    from liger_cli.commands.config.importing import import_to
+
+    import_to(file, output, overwrite=force)
 
 
 @command.command("show")
@@ -57,16 +65,9 @@ def _validate(
     as_json: _AsJson = False,
 ) -> None:
     """Check files and name every problem in them; exit 2 if there is one."""
-    from liger_cli.report import show_json, show_lines
+    from liger_cli.commands.config.validate import validate_files
 
-    problems = {str(file): find_problems(file) for file in files}
-    found = [problem for of_file in problems.values() for problem in of_file]
-    if as_json:
-        show_json({"command": "config validate", "problems": problems})
-    else:
-        show_lines(*(f"{file}: ok" for file, of_file in problems.items() if not of_file))
-    if found:
-        raise ConfigError("\n".join(found), is_reported=True)
+    validate_files(files, as_json=as_json)
 
 
 @command.command("schema")

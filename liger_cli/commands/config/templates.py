@@ -6,6 +6,7 @@ from pathlib import Path
 
 from liger_cli.common.outputs import check_writable, write_file
 from liger_cli.errors import ConfigError
+from liger_cli.report import show_lines
 from liger_cli.training.model.presets import configs_directory
 from liger_kernels.nearest import nearest_name
 
@@ -18,7 +19,7 @@ def template_names() -> list[str]:
 
 
 def write_template(name: str, path: Path, *, overwrite: bool = False) -> None:
-    """Copy a shipped configuration, comments and all.
+    """Copy a shipped configuration, comments and all, and say how to run it.
 
     Raises:
         ConfigError: There is no such template, or the file exists and is not to be overwritten.
@@ -33,6 +34,8 @@ def write_template(name: str, path: Path, *, overwrite: bool = False) -> None:
     if path.exists() and not overwrite:
         raise ConfigError(f"{path} exists", hint="--force overwrites it.")
     write_file(path, (_directory() / f"{name}.yaml").read_bytes())
+    verb = "eval" if name == "eval" else "train"
+    show_lines(f"wrote {path} (template {name}); run it: liger {verb} -c {path}")
 
 
 def _directory() -> Path:
