@@ -60,6 +60,7 @@ def test_wheel_carries_configs_types_and_licence(installed):
     names = run(sys.executable, "-m", "zipfile", "-l", wheel, cwd=installed)
     assert "liger_cli/report/templates/report.html" in names
     assert "liger_cli/configs/models/llama-8b.yaml" in names
+    assert "liger_cli/data/templates/chatml.jinja" in names
     assert "liger_kernels/py.typed" in names
     assert "liger_cli/py.typed" in names
     assert "licenses/LICENSE" in names

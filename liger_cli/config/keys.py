@@ -50,6 +50,7 @@ def _key(group: str, default: Any, description: str, **limits: Any) -> Any:
 _model = functools.partial(_key, "Model and kernels")
 _adapter = functools.partial(_key, "Adapter")
 _data = functools.partial(_key, "Data")
+_template = functools.partial(_key, "Chat template")
 _batch = functools.partial(_key, "Batches")
 _optimizer = functools.partial(_key, "Optimizer and schedule")
 _run = functools.partial(_key, "Run directory")
@@ -132,6 +133,19 @@ class Keys(BaseModel):
     shuffle_buffer_size: int = _data(10_000, "Rows shuffled at a time in streaming.", ge=1)
     dataset_num_proc: int = _data(1, "Processes that tokenise.", ge=1)
     dataloader_num_workers: int = _data(0, "Processes that collate batches.", ge=0)
+
+    chat_template: str | None = _template(
+        None,
+        "Template of conversations: a Jinja file or a name; saved with the model.",
+        min_length=1,
+    )
+    enable_thinking: bool | None = _template(
+        None, "For the template, which decides what it means; null passes nothing."
+    )
+    reasoning: Literal["keep", "last", "drop"] | None = _template(
+        None,
+        "Thoughts of answers: all, those since the last question or none; null: as the template.",
+    )
 
     per_device_train_batch_size: int = _batch(8, "Rows of a forward pass on each device.", ge=1)
     per_device_eval_batch_size: int = _batch(8, "The same in evaluation.", ge=1)

@@ -33,11 +33,10 @@ MIN_BYTES = 1_000_000
 _ROWS, _COUNTS = "rows.arrow", "counts.json"
 # Determines the ids and labels of a row, together with its content and options.
 _CODE = (
-    *("answers", "borders", "cache", "calls", "chat", "clip", "encode", "examples", "factory"),
-    *("files", "formats", "image_parts", "instructions", "marks", "messages", "names", "rows"),
-    *("samples", "shown", "sources", "template", "threads", "token_ids", "turns", "used"),
-    "values",
-)
+    "answers borders cache calls chat clip encode examples factory files formats image_parts "
+    "instructions marks messages names rendering rows samples shown sources template thoughts "
+    "threads token_ids turns used values"
+).split()
 
 
 @dataclass

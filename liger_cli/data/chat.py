@@ -16,8 +16,10 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from liger_cli.data.marks import MarkedText
-from liger_cli.data.shown import ShownTexts
+from liger_cli.data.shipped_templates import template_names
+from liger_cli.data.shown import THOUGHTS, ShownTexts
 from liger_cli.data.template import ChatTemplate, Message, Span
+from liger_cli.data.thoughts import REMOVED, Reasoning, choose_thoughts
 from liger_cli.data.turns import Turns
 from liger_cli.errors import DataError
 
@@ -34,11 +36,13 @@ class Conversation(NamedTuple):
         text: As the template writes it.
         trained: The parts to train on, in their order.
         left_out: What is not trained although it was said, by its name, and how often.
+        messages: Those that were rendered.
     """
 
     text: str
     trained: tuple[Span, ...]
     left_out: Counter[str]
+    messages: tuple[Message, ...]
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,14 @@ class ChatRenderer:
     Args:
         tokenizer: With a chat template.
         template: Instead of the tokenizer's, where a processor has one that shows images.
+        enable_thinking: For the template, where it is not None.
+        reasoning: Which thoughts a conversation keeps; None keeps those that the template shows.
     """
 
     tokenizer: PreTrainedTokenizerBase
     template: str | None = None
+    enable_thinking: bool | None = None
+    reasoning: Reasoning | None = None
 
     def conversation(
         self,
@@ -73,6 +81,7 @@ class ChatRenderer:
             DataError: The template refuses the conversation, or does not show what is said in it.
         """
         template = self._with_tools if tools else self._plain
+        messages, num_removed = choose_thoughts(messages, self.reasoning, where)
         messages, text = _rendered(template, messages, tools, where)
         render = partial(template.render, tools=tools, where=where)
         marked = MarkedText.of(text, messages, render)
@@ -88,7 +97,11 @@ class ChatRenderer:
             answers = Turns(template, marked, messages, tools, where).answers()
             left_out += shown.check_answers(answers)
             spans = [(begin, end) for begin, end in answers.values() if begin < end]
-        return Conversation(text, tuple(spans), left_out)
+        if left_out[THOUGHTS] and self.reasoning in ("keep", "last"):
+            raise _lost_thoughts(self.reasoning, where)
+        if num_removed:
+            left_out[REMOVED] += num_removed
+        return Conversation(text, tuple(spans), left_out, tuple(messages))
 
     def render(self, messages: Sequence[Message]) -> str:
         """Return the text of a conversation."""
@@ -96,12 +109,17 @@ class ChatRenderer:
 
     @cached_property
     def _plain(self) -> ChatTemplate:
-        return ChatTemplate(self.tokenizer, self._source(None))
+        return ChatTemplate(self.tokenizer, self._source(None), self._variables)
 
     @cached_property
     def _with_tools(self) -> ChatTemplate:
         # A tokenizer may have a second template for conversations with tools.
-        return ChatTemplate(self.tokenizer, self._source([{}]))
+        return ChatTemplate(self.tokenizer, self._source([{}]), self._variables)
+
+    @property
+    def _variables(self) -> dict[str, Any]:
+        given = self.enable_thinking
+        return {} if given is None else {"enable_thinking": given}
 
     def _source(self, tools: list[Any] | None) -> str:
         if self.template is not None:
@@ -109,9 +127,20 @@ class ChatRenderer:
         if not getattr(self.tokenizer, "chat_template", None):
             raise DataError(
                 "the data are conversations, and this model's tokenizer has no chat template",
-                hint="take a chat model, or rows of prompt and completion",
+                hint="--chat-template FILE, or one of the names "
+                f"{', '.join(template_names())}; or take a chat model, or rows of prompt and "
+                "completion",
             )
         return self.tokenizer.get_chat_template(tools=tools)
+
+
+def _lost_thoughts(reasoning: str, where: str) -> DataError:
+    return DataError(
+        f"{where}: the chat template does not show the thoughts of an answer, and reasoning is "
+        f"{reasoning}",
+        hint="--chat-template with a name that ends in -keep shows all thoughts; --reasoning last "
+        "or drop leaves those of earlier answers or all of them out of the data",
+    )
 
 
 def _rendered(

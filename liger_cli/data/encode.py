@@ -128,6 +128,7 @@ class Encoder:
             return chat
         answers = chat.trained if self.assistant_only else rendered(True).trained
         shown = [chat.text[begin:end] for begin, end in answers]
+        row = replace(row, messages=chat.messages)
         kept = kept_answers(shown, row, assistant_only=self.assistant_only)
         if self.assistant_only:
             return chat._replace(

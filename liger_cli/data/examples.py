@@ -22,6 +22,7 @@ from liger_cli.data.images import ImageRows, ImagesFound
 from liger_cli.data.mixture import join_sources
 from liger_cli.data.rows import Record, Row, RowFormat, only_last
 from liger_cli.data.sources import SYNTHETIC_NAME, Source, Split, find_sources
+from liger_cli.data.thoughts import Reasoning
 from liger_cli.data.used import count_names
 from liger_cli.data.workers import map_in_order
 from liger_cli.errors import ConfigError, DataError
@@ -120,6 +121,8 @@ class RowOptions:
         assistant_only: Of a conversation only what the assistant says is trained.
         min_length: Rows of fewer tokens are left out.
         last_only: Of several answers only the last is trained.
+        enable_thinking: As ChatRenderer has it.
+        reasoning: The same.
     """
 
     max_length: int
@@ -128,6 +131,8 @@ class RowOptions:
     assistant_only: bool = True
     min_length: int = 0
     last_only: bool = False
+    enable_thinking: bool | None = None
+    reasoning: Reasoning | None = None
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -281,7 +286,10 @@ def open_source(
         tokenizer, options.completion_only, options.assistant_only, options.max_length
     )
     form = RowFormat.find(first, source.folder, entry.naming)
-    return RowMaker(form, encoder, ChatRenderer(tokenizer), options, entry)
+    renderer = ChatRenderer(
+        tokenizer, enable_thinking=options.enable_thinking, reasoning=options.reasoning
+    )
+    return RowMaker(form, encoder, renderer, options, entry)
 
 
 def _tokenise(
@@ -309,6 +317,7 @@ def _tokenise(
     return ImageRows.of(
         map(maker.row, source.read()),
         maker.encoder,
+        maker.renderer,
         processor,
         max_length=maker.options.max_length,
         vocab_size=maker.options.vocab_size,

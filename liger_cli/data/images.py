@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -43,12 +43,14 @@ class ImageRows:
     Args:
         rows: Those that have a token to train on.
         encoder: Of the text.
+        renderer: Of the conversations, whose template is the processor's where it has one.
         processor: Of the model.
         max_length: A row is cut to this many tokens, behind its last image.
     """
 
     rows: Sequence[Row]
     encoder: Encoder
+    renderer: ChatRenderer
     processor: Any
     max_length: int
 
@@ -57,6 +59,7 @@ class ImageRows:
         cls,
         rows: Iterable[Row],
         encoder: Encoder,
+        renderer: ChatRenderer,
         processor: Any,
         *,
         max_length: int,
@@ -65,7 +68,7 @@ class ImageRows:
         """Return the rows that can be trained on; those whose images do not fit are dropped."""
         kept: list[Row] = []
         counts = Counts()
-        found = cls(kept, encoder, processor, max_length)
+        found = cls(kept, encoder, renderer, processor, max_length)
         for row in rows:
             count_names(counts, [row], found._renderer)
             encoded = found.encode(row)
@@ -96,7 +99,7 @@ class ImageRows:
 
     def select(self, numbers: Iterable[int]) -> ImageRows:
         rows = [self.rows[number] for number in numbers]
-        return ImageRows(rows, self.encoder, self.processor, self.max_length)
+        return replace(self, rows=rows)
 
     def encode(self, row: Row) -> dict[str, Any]:
         """Return input_ids, labels, what the processor makes of the images, last_image: the place
@@ -169,7 +172,7 @@ class ImageRows:
     @cached_property
     def _renderer(self) -> ChatRenderer:
         own = getattr(self.processor, "chat_template", None)
-        return ChatRenderer(self.encoder.tokenizer, own)
+        return replace(self.renderer, template=own)
 
     @cached_property
     def _placeholder(self) -> str:

@@ -16,15 +16,17 @@ import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import jinja2.meta
 from jinja2.compiler import CodeGenerator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["RenderLimit", "render_chat", "render_marked"]
+__all__ = ["RenderLimit", "free_names", "render_chat", "render_marked"]
 
 Message = Mapping[str, Any]
 
@@ -98,6 +100,7 @@ def render_chat(
     tools: Sequence[Message] = (),
     *,
     prompt: bool = False,
+    variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """Render a conversation as tokenizer.apply_chat_template does, with limits.
 
@@ -107,12 +110,14 @@ def render_chat(
         template: Another one than the tokenizer's.
         tools: Descriptions of tools.
         prompt: Whether the start of the assistant's next turn follows.
+        variables: More that the template may read, such as enable_thinking.
 
     Raises:
         RenderLimit: The template ran too long, or built too much.
         Exception: What the template raises.
     """
-    return _render(tokenizer, messages, template, tools, add_generation_prompt=prompt)[0][0]
+    options = {**variables, "add_generation_prompt": prompt}
+    return _render(tokenizer, messages, template, tools, **options)[0][0]
 
 
 def render_marked(
@@ -120,10 +125,22 @@ def render_marked(
     messages: Sequence[Message],
     template: str | None = None,
     tools: Sequence[Message] = (),
+    *,
+    variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[str, list[tuple[int, int]]]:
     """Render as render_chat; return the text and where its {% generation %} parts start and end."""
-    texts, spans = _render(tokenizer, messages, template, tools, return_assistant_tokens_mask=True)
+    options = {**variables, "return_assistant_tokens_mask": True}
+    texts, spans = _render(tokenizer, messages, template, tools, **options)
     return texts[0], spans[0]
+
+
+def free_names(template: str) -> set[str]:
+    """Return the variables that a template reads and does not set.
+
+    Raises:
+        jinja2.TemplateSyntaxError: It is not valid Jinja.
+    """
+    return jinja2.meta.find_undeclared_variables(_environment().parse(template))
 
 
 def _render(

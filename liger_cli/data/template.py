@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +33,12 @@ class ChatTemplate:
     Args:
         tokenizer: Gives the template its special tokens.
         source: The template, in Jinja.
+        variables: What it may read beside the conversation, such as enable_thinking.
     """
 
     tokenizer: PreTrainedTokenizerBase
     source: str
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
     def render(
         self,
@@ -58,7 +60,14 @@ class ChatTemplate:
             DataError: The template refuses the conversation.
         """
         with _template_errors(where):
-            return render_chat(self.tokenizer, messages, self.source, tools, prompt=prompt)
+            return render_chat(
+                self.tokenizer,
+                messages,
+                self.source,
+                tools,
+                prompt=prompt,
+                variables=self.variables,
+            )
 
     @cached_property
     def marks_generation(self) -> bool:
@@ -70,7 +79,9 @@ class ChatTemplate:
     ) -> list[Span]:
         """Return where the {% generation %} blocks are in the rendered conversation."""
         with _template_errors(where):
-            _, spans = render_marked(self.tokenizer, messages, self.source, tools)
+            _, spans = render_marked(
+                self.tokenizer, messages, self.source, tools, variables=self.variables
+            )
         return [(start, end) for start, end in spans if start < end]
 
     @cached_property

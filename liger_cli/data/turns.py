@@ -105,16 +105,24 @@ class Turns:
         if first and first[0].kind == "content":
             unit, place = first
             return place - len(unit.lead) if text.endswith(unit.lead, 0, place) else place
-        # Calls and thoughts have marks before them that belong to the answer.
-        mark = self.marked.spare
+        # Calls and thoughts have marks before them that belong to the answer. What follows the
+        # answer may change what is before it, and may not go with a content alone.
+        for later in (self.messages[i + 1 :], ()):
+            if (begin := self._of_spare_content(i, later)) is not None:
+                return begin
+        return None
+
+    def _of_spare_content(self, i: int, later: Sequence[Message]) -> int | None:
+        """Return where a content in place of an answer would begin, before other messages."""
+        mark, text = self.marked.spare, self.marked.text
         try:
-            rendered, places = self._render(i, [{"role": "assistant", "content": mark}])
+            rendered, places = self._render(i, [{"role": "assistant", "content": mark}, *later])
         except DataError:
             return None
         there, here = self.marked.anchor(places, i)
-        header = rendered[there:].partition(mark)[0]
+        header, shown, _ = rendered[there:].partition(mark)
         common = len(os.path.commonprefix([header, text[here:]]))
-        return here + common if not header[common:].strip() else None
+        return here + common if shown and not header[common:].strip() else None
 
     def _end(self, i: int, begin: int) -> int | None:
         last = self.marked.last_of(i)

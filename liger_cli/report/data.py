@@ -12,6 +12,7 @@ from liger_cli.common.numbers import format_count
 from liger_cli.common.text import printable
 from liger_cli.data.examples import DataStats
 from liger_cli.report import show_json, show_lines, show_table
+from liger_cli.training.model.template_facts import TemplateFacts
 
 __all__ = ["Bar", "DataPreview", "Fill", "Piece", "RowPreview", "TokenPreview", "show_preview"]
 
@@ -81,6 +82,7 @@ class DataPreview:
         is_part: Whether only the first block of a stream was read.
         first_row: The number of the first of the rows that are rendered.
         lengths: min, median, mean, p95 and max of the tokens of a row.
+        template: The chat template; None where the tokenizer has none.
     """
 
     name: str
@@ -91,6 +93,7 @@ class DataPreview:
     lengths: dict[str, float]
     histogram: tuple[Bar, ...]
     fill: tuple[Fill, ...]
+    template: TemplateFacts | None
     rows: tuple[RowPreview, ...]
     first_row: int = 1
 
@@ -164,6 +167,7 @@ def _figures(preview: DataPreview) -> list[str]:
     part = ", the first block of the stream" if preview.is_part else ""
     read = stats.rows + stats.dropped_rows
     return [
+        *_template_lines(preview.template),
         f"{preview.name}{licence}{part}: columns {', '.join(stats.columns) or 'none'}"
         + (f"; fields {', '.join(stats.fields)}" if stats.fields else "")
         + (f"; not used: {', '.join(stats.unused_columns)}" if stats.unused_columns else ""),
@@ -178,6 +182,12 @@ def _figures(preview: DataPreview) -> list[str]:
         "tokens of a row: "
         + ", ".join(f"{name} {format_count(value)}" for name, value in lengths.items()),
     ]
+
+
+def _template_lines(template: TemplateFacts | None) -> list[str]:
+    if template is None:
+        return ["chat template: none; rows of conversations need --chat-template"]
+    return [template.line, *(f"warning: {warning}" for warning in template.warnings)]
 
 
 def _fill_row(fill: Fill) -> tuple[str, str, str]:

@@ -99,13 +99,15 @@ def load_inputs(
     check_implementation(config, meta_model, device, dtype, trains=trains)
     if config.packing:
         refuse_packing(meta_model, config.max_length)
-    preprocessing = Preprocessing.of(source)
+    preprocessing = Preprocessing.of(source, config.chat_template)
     options = RowOptions(
         max_length=config.max_length,
         vocab_size=meta_model.config.get_text_config().vocab_size,
         completion_only=config.trains_completions_only,
         assistant_only=config.trains_answers_only,
         last_only=config.train_on == "last",
+        enable_thinking=config.enable_thinking,
+        reasoning=config.reasoning,
     )
     reader = _Reader(config, preprocessing, options, notify)
     data, train_rows, eval_rows = _read(reader) if trains else _read_evaluation(reader)

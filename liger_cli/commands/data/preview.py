@@ -16,6 +16,7 @@ from liger_cli.data.stream import Stream
 from liger_cli.errors import ConfigError
 from liger_cli.report.data import Bar, DataPreview, Fill, Piece, RowPreview, TokenPreview
 from liger_cli.training.inputs import load_inputs
+from liger_cli.training.model.template_facts import template_facts
 
 __all__ = ["preview_data"]
 
@@ -57,6 +58,12 @@ def preview_data(
         lengths=_summary(lengths),
         histogram=_histogram(lengths),
         fill=_fill(config, lengths),
+        template=template_facts(
+            tokenizer,
+            inputs.source,
+            config.chat_template,
+            config.enable_thinking,
+        ),
         rows=tuple(_render(examples[i], tokenizer, with_ids=with_ids) for i in numbers),
         first_row=index or 1,
     )

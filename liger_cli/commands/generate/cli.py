@@ -23,6 +23,16 @@ def command(
     system: Annotated[
         str | None, typer.Option("--system", metavar="TEXT", help="What a chat begins with.")
     ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            "--chat-template", metavar="FILE|NAME", help="Of a chat, instead of the model's."
+        ),
+    ] = None,
+    enable_thinking: Annotated[
+        bool | None,
+        typer.Option("--enable-thinking/--no-enable-thinking", help="For the template, if given."),
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")
     ] = 128,
@@ -48,6 +58,6 @@ def command(
     from liger_cli.commands.generate.conversation import Request, generate
     from liger_cli.commands.generate.text import Sampling
 
-    request = Request(prompt, chat, system)
+    request = Request(prompt, chat, system, chat_template, enable_thinking)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     generate(model, request, sampling, dtype=dtype, use_cpu=use_cpu, as_json=as_json)

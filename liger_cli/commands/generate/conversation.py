@@ -12,6 +12,7 @@ from accelerate import PartialState
 
 from liger_cli.commands.generate.text import Answer, Generator, Sampling
 from liger_cli.common.text import printable
+from liger_cli.data.shipped_templates import read_template, template_names
 from liger_cli.errors import ConfigError
 from liger_cli.report import notify, show_json
 from liger_cli.training.model.source import load_model, load_tokenizer, resolve_model
@@ -28,20 +29,29 @@ class Request:
         prompt: The text to continue; of a chat the user's only turn.
         is_chat: Whether the chat template is used; without a prompt the lines of stdin are turns.
         system: The first message of a chat.
+        chat_template: A file or a name, in place of the model's template.
+        enable_thinking: For the template, where it is not None.
 
     Raises:
-        ConfigError: The prompt is missing, empty or not UTF-8, or system is set without a chat.
+        ConfigError: The prompt is missing, empty or not UTF-8, or what is for a chat is set
+            without one.
     """
 
     prompt: str | None = None
     is_chat: bool = False
     system: str | None = None
+    chat_template: str | None = None
+    enable_thinking: bool | None = None
 
     def __post_init__(self) -> None:
         if self.prompt is None and not self.is_chat:
             raise ConfigError("give --prompt TEXT, or --chat to talk")
         if self.system is not None and not self.is_chat:
             raise ConfigError("--system is the first message of a chat: add --chat")
+        if self.chat_template is not None and not self.is_chat:
+            raise ConfigError("--chat-template writes the turns of a chat: add --chat")
+        if self.enable_thinking is not None and not self.is_chat:
+            raise ConfigError("--enable-thinking is for the template of a chat: add --chat")
         if self.prompt is not None and not self.prompt.strip():
             raise ConfigError("--prompt is empty: there is nothing to continue")
         for text in (self.prompt, self.system):
@@ -66,14 +76,18 @@ def generate(
         LigerError: The model cannot be loaded, or has no chat template for a chat.
     """
     prompt, is_chat, system = request.prompt, request.is_chat, request.system
-    loaded, tokenizer = _load(model, is_chat, sampling.seed, dtype, use_cpu)
+    loaded, tokenizer = _load(model, request, sampling.seed, dtype, use_cpu)
     generator = Generator(loaded, tokenizer, sampling, _ignore if as_json else _write)
     messages = [] if system is None else [{"role": "system", "content": system}]
     answers: list[dict[str, Any]] = []
     for turn in _lines() if prompt is None else [prompt]:
         messages.append({"role": "user", "content": turn})
         try:
-            answer = generator.answer(messages) if is_chat else generator.complete(turn)
+            answer = (
+                generator.answer(messages, request.enable_thinking)
+                if is_chat
+                else generator.complete(turn)
+            )
         except KeyboardInterrupt:
             # What follows is not a part of the text.
             generator.on_text("\n")
@@ -88,15 +102,19 @@ def generate(
         show_json({"command": "generate", **values})
 
 
-def _load(model: str, is_chat: bool, seed: int, dtype: str, use_cpu: bool) -> tuple[Any, Any]:
+def _load(model: str, request: Request, seed: int, dtype: str, use_cpu: bool) -> tuple[Any, Any]:
     """Return the stock model on the device that train takes, and its tokenizer."""
     quiet_libraries()
     source = resolve_model(model, notify)
+    template = None if request.chat_template is None else read_template(request.chat_template)
     tokenizer = load_tokenizer(source)
-    if is_chat and not tokenizer.chat_template:
+    if template is not None:
+        tokenizer.chat_template = template
+    if request.is_chat and not tokenizer.chat_template:
         raise ConfigError(
             f"the tokenizer of {model} has no chat template",
-            hint="--prompt without --chat continues the text as it is.",
+            hint=f"--chat-template FILE, or one of the names {', '.join(template_names())}; "
+            "--prompt without --chat continues the text as it is.",
         )
     if source.kind in ("random", "config") and source.adapter is None:
         notify(f"{model} has random weights: its text means nothing")

@@ -92,14 +92,20 @@ class Generator:
         """
         return self._generate(self._ids(prompt))
 
-    def answer(self, messages: Sequence[dict[str, str]]) -> Answer:
+    def answer(
+        self, messages: Sequence[dict[str, str]], enable_thinking: bool | None = None
+    ) -> Answer:
         """Return the assistant's answer to a conversation; the tokenizer has a chat template.
+
+        Args:
+            enable_thinking: For the template, where it is not None.
 
         Raises:
             ConfigError: The template refuses the conversation, or it is too long.
         """
+        given = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         try:
-            text = render_chat(self._tokenizer, messages, prompt=True)
+            text = render_chat(self._tokenizer, messages, prompt=True, variables=given)
         # A template is a program, which may refuse a system message.
         except Exception as error:
             raise ConfigError(f"the model's chat template: {error}") from error

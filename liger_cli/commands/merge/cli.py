@@ -27,30 +27,27 @@ def command(
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option("--dtype", help="Of the result; auto is what the base model's files hold."),
     ] = "auto",
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            "--chat-template", metavar="FILE|NAME", help="Of the result; the adapter's by default."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Put an adapter into its base model: safetensors, configuration and tokenizer."""
-    import os
-
     import torch
 
-    from liger_cli.commands.merge.merge import merge_adapter
-    from liger_cli.errors import ConfigError
+    from liger_cli.commands.merge.merge import find_adapter, merge_adapter
     from liger_cli.report import notify
-    from liger_cli.training.model.source import resolve_model
     from liger_cli.training.runtime.launch import quiet_libraries
 
-    if not checkpoint.is_dir():
-        raise ConfigError(
-            f"{checkpoint} is not a directory",
-            hint="An adapter of the hub: hf download ID --local-dir DIR.",
-        )
     quiet_libraries()
     merged = merge_adapter(
-        # From the current directory, so that no preset and no hub id is meant.
-        resolve_model(os.path.join(".", checkpoint), notify),
+        find_adapter(checkpoint, notify),
         output,
         dtype=None if dtype == "auto" else getattr(torch, dtype),
+        chat_template=chat_template,
         notify=notify,
     )
     _show(merged, as_json=as_json)

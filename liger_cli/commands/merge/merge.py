@@ -6,6 +6,7 @@ The sum of a weight and its change is made in float32 and rounded once to the dt
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,10 +20,10 @@ from liger_cli.training.checkpoints.files import write_failure, written_aside
 from liger_cli.training.checkpoints.run_lock import locked
 from liger_cli.training.model.adapters import load_adapter
 from liger_cli.training.model.dtypes import stored_dtype
-from liger_cli.training.model.source import ModelSource, load_model
+from liger_cli.training.model.source import ModelSource, load_model, resolve_model
 from liger_cli.training.model.tokenizers import Preprocessing
 
-__all__ = ["Merged", "merge_adapter"]
+__all__ = ["Merged", "find_adapter", "merge_adapter"]
 
 _log = logging.getLogger(__name__)
 
@@ -45,11 +46,27 @@ class Merged:
     rounding: float
 
 
+def find_adapter(checkpoint: Path, notify: Callable[[str], None]) -> ModelSource:
+    """Return the source of an adapter's directory, or of the best or last checkpoint of its run.
+
+    Raises:
+        ConfigError: It is not a directory, or holds no model.
+    """
+    if not checkpoint.is_dir():
+        raise ConfigError(
+            f"{checkpoint} is not a directory",
+            hint="An adapter of the hub: hf download ID --local-dir DIR.",
+        )
+    # From the current directory, so that no preset and no hub id is meant.
+    return resolve_model(os.path.join(".", checkpoint), notify)
+
+
 def merge_adapter(
     source: ModelSource,
     output: Path,
     *,
     dtype: torch.dtype | None = None,
+    chat_template: str | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Merged:
     """Write the base model with the adapter in it: safetensors, configuration and tokenizer.
@@ -58,6 +75,7 @@ def merge_adapter(
         source: The adapter, as resolve_model found it.
         output: A new or empty directory.
         dtype: Of the result; that of the base model's files by default.
+        chat_template: A file or a name, in place of the adapter's own.
         notify: Called with notices on the base model.
 
     Raises:
@@ -74,15 +92,17 @@ def merge_adapter(
             f"the base model of {source.name} is quantized: a merge would round the adapter away",
             hint=f"write a model that is not as base_model_name_or_path in {source.adapter}",
         )
+    preprocessing = Preprocessing.of(source, chat_template)
     place = output.resolve()
     # Two merges into one directory would write aside under one name.
     with locked(place.with_name(f".{place.name}.lock"), f"output {output}", notify or _log.warning):
-        return _merge_into(output, source, dtype, notify)
+        return _merge_into(output, source, preprocessing, dtype, notify)
 
 
 def _merge_into(
     output: Path,
     source: ModelSource,
+    preprocessing: Preprocessing,
     dtype: torch.dtype | None,
     notify: Callable[[str], None] | None,
 ) -> Merged:
@@ -90,7 +110,6 @@ def _merge_into(
         raise ConfigError(f"output {output} exists and is not an empty directory")
     assert source.adapter is not None
     base = replace(source, adapter=None)
-    preprocessing = Preprocessing.of(source)
     model: Any = load_model(base, dtype=dtype or stored_dtype(base), notify=notify)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     adapted = load_adapter(model, source.adapter)

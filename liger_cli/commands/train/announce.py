@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from liger_cli.common.numbers import format_count
+from liger_cli.config import RunConfig
 from liger_cli.data.packing import PackedRows
 from liger_cli.report import notify
+from liger_cli.training.inputs import Inputs
 from liger_cli.training.model.adapters import trained_line
+from liger_cli.training.model.template_facts import template_facts
 from liger_cli.training.prepared import PreparedRun
 from liger_kernels.transformers.patching.engine import PatchRecord
 
@@ -21,6 +24,19 @@ def announce_kernels(record: PatchRecord) -> None:
         if op in counts and not counts[op]["patched"]:
             reason = next(skip.reason for skip in record.skipped if skip.op == op)
             notify(f"warning: {op} is on none of {counts[op]['candidates']} modules: {reason}")
+
+
+def announce_template(config: RunConfig, inputs: Inputs) -> None:
+    """Print the chat template that a run sets, and what is amiss with it."""
+    if config.chat_template is None:
+        return
+    facts = template_facts(
+        inputs.preprocessing.tokenizer, inputs.source, config.chat_template, config.enable_thinking
+    )
+    if facts is not None:
+        notify(facts.line)
+        for warning in facts.warnings:
+            notify(f"warning: {warning}")
 
 
 def announce_data(run: PreparedRun) -> None:
@@ -48,6 +64,7 @@ def announce_data(run: PreparedRun) -> None:
         what = f"evaluation of {name}" if name else "evaluation"
         notes.append(f"{format_count(len(rows))} rows for {what}")
     licence = f" ({data.licence})" if data.licence else ""
+    announce_template(run.config, inputs)
     notify(f"data: {data.name}{licence}: " + "; ".join(notes))
     epoch = f", {batches.steps_per_epoch} an epoch" if batches.num_rows else ""
     notify(f"plan: {run.num_steps} steps{epoch}")

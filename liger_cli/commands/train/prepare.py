@@ -17,6 +17,7 @@ from liger_cli.training.checkpoints.run_directory import run_directory
 from liger_cli.training.inputs import load_inputs
 from liger_cli.training.model.adapters import adapts, quantization
 from liger_cli.training.model.source import resolve_model
+from liger_cli.training.model.tokenizers import check_same_template
 from liger_cli.training.optim.optimizers import check_optimization
 from liger_cli.training.prepared import PreparedRun
 from liger_cli.training.runtime.launch import make_accelerator, quiet_libraries
@@ -76,6 +77,8 @@ def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]
             config = with_older_values(checkpoint, config)
         config = config.model_copy(update={"output_dir": run_dir})
         inputs = load_inputs(config, source=source, device=accelerator.device, notify=notify)
+        if checkpoint is not None:
+            check_same_template(checkpoint, config, inputs.preprocessing)
         batches = plan_batches(config, inputs.train, accelerator)
         run = PreparedRun(
             config=config,

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from liger_cli.config import RunConfig
+from liger_cli.data.shipped_templates import read_template
 from liger_cli.errors import ConfigError, EnvironmentProblem, panics_raised
 from liger_cli.training.model.demo_model import converted_model
 from liger_cli.training.model.presets import ModelSource
@@ -13,7 +15,13 @@ from liger_cli.training.model.presets import ModelSource
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Preprocessing", "byte_tokenizer", "load_processor", "load_tokenizer"]
+__all__ = [
+    "Preprocessing",
+    "byte_tokenizer",
+    "check_same_template",
+    "load_processor",
+    "load_tokenizer",
+]
 
 # The presets with random weights have these as ids 0, 1 and 2, before the 256 bytes.
 PAD, TURN_START, TURN_END = "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -148,17 +156,46 @@ class Preprocessing:
     processor: Any = None
 
     @classmethod
-    def of(cls, source: ModelSource) -> Preprocessing:
+    def of(cls, source: ModelSource, chat_template: str | None = None) -> Preprocessing:
         """Load both.
 
+        Args:
+            chat_template: A file or a name, as read_template takes it, in place of their own.
+
         Raises:
-            ConfigError: As load_tokenizer and load_processor.
+            ConfigError: As load_tokenizer, load_processor and read_template.
             EnvironmentProblem: As load_tokenizer and load_processor.
         """
-        return cls(load_tokenizer(source), load_processor(source))
+        template = None if chat_template is None else read_template(chat_template)
+        tokenizer, processor = load_tokenizer(source), load_processor(source)
+        if template is not None:
+            tokenizer.chat_template = template
+            if processor is not None:
+                processor.chat_template = template
+        return cls(tokenizer, processor)
 
     def save_pretrained(self, directory: Path) -> None:
         if self.processor is not None:
             self.processor.save_pretrained(directory)
         # After the processor, which brings the tokenizer of the base model.
         self.tokenizer.save_pretrained(directory)
+
+
+def check_same_template(checkpoint: Path, config: RunConfig, preprocessing: Preprocessing) -> None:
+    """Check that the chat template of a resumed run is the one in its checkpoint.
+
+    Raises:
+        ConfigError: The file of chat_template has another content than it had.
+    """
+    if config.chat_template is None:
+        return
+    from transformers import AutoTokenizer
+
+    saved = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False).chat_template
+    if saved != preprocessing.tokenizer.chat_template:
+        raise ConfigError(
+            f"chat_template {config.chat_template} has another content than when {checkpoint} was "
+            "written",
+            hint="The template as it was is in the checkpoint: "
+            f"--chat-template {checkpoint / 'chat_template.jinja'} in a new run, or put it back.",
+        )
