@@ -15,6 +15,9 @@ _ADAPTER_KEYS = (
     "lora_dropout",
     "lora_target_modules",
     "lora_modules_to_save",
+    "lora_exclude_modules",
+    "lora_target_parameters",
+    "lora_rank_pattern",
     "use_rslora",
 )
 
@@ -31,6 +34,10 @@ def _is_set(key: str, config: Keys) -> bool:
 
 def _lacks_adapter(key: str, config: Keys) -> bool:
     return config.adapter == "none" and _is_set(key, config)
+
+
+def _lacks_four_bits(key: str, config: Keys) -> bool:
+    return not config.load_in_4bit and _is_set(key, config)
 
 
 def _lacks_moments(key: str, config: Keys) -> bool:
@@ -76,6 +83,30 @@ CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...] = (
             functools.partial(_lacks_adapter, key),
         )
         for key in _ADAPTER_KEYS
+    ),
+    (
+        ("lora_target_parameters", "lora_dropout"),
+        "an adapter of a parameter has no input to drop out: lora_target_parameters needs "
+        "lora_dropout 0",
+        lambda c: c.lora_target_parameters is not None and c.lora_dropout > 0,
+    ),
+    (
+        ("lora_target_parameters", "adapter"),
+        "lora_target_parameters is for adapter lora; peft has no dora of a parameter",
+        lambda c: c.lora_target_parameters is not None and c.adapter == "dora",
+    ),
+    (
+        ("load_in_4bit", "load_in_8bit"),
+        "load_in_4bit and load_in_8bit exclude each other",
+        lambda c: c.load_in_4bit and c.load_in_8bit,
+    ),
+    *(
+        (
+            (key, "load_in_4bit"),
+            f"{key} is for load_in_4bit",
+            functools.partial(_lacks_four_bits, key),
+        )
+        for key in ("bnb_4bit_quant_type", "use_bnb_nested_quant")
     ),
     *(
         (

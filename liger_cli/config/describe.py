@@ -55,7 +55,13 @@ _ELSEWHERE = {
     "lora_target": "lora_target_modules",
     "target_modules": "lora_target_modules",
     "modules_to_save": "lora_modules_to_save",
+    "exclude_modules": "lora_exclude_modules",
+    "target_parameters": "lora_target_parameters",
+    "lora_target_parameter": "lora_target_parameters",
+    "rank_pattern": "lora_rank_pattern",
     "qlora": "load_in_4bit",
+    "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
+    "double_quantization": "use_bnb_nested_quant",
     "compile": "torch_compile",
     "auto_find_batch_size": "auto_fit",
 }

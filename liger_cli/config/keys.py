@@ -23,7 +23,14 @@ from pydantic_core import PydanticCustomError
 
 from liger_cli.config.datasets import ColumnNames, Datasets, FieldNames, RoleNames
 from liger_cli.config.eval_sets import EvalSets, join_sets, metric_names, read_sets
-from liger_cli.config.pairs import Pairs, are_pairs, join_pairs, split_names
+from liger_cli.config.pairs import (
+    Pairs,
+    are_pairs,
+    join_pairs,
+    join_ranks,
+    read_ranks,
+    split_names,
+)
 from liger_cli.config.value_types import Names
 
 __all__ = ["ALIASES", "Keys"]
@@ -86,9 +93,23 @@ class Keys(BaseModel):
     lora_modules_to_save: Names | None = _adapter(
         None, "Names of modules that are trained whole and saved with the adapter."
     )
+    lora_exclude_modules: Names | None = _adapter(
+        None, "Names of modules that lora_target_modules leaves out."
+    )
+    lora_target_parameters: Names | None = _adapter(
+        None, "Names of parameters that get one too, such as experts.down_proj of experts."
+    )
+    lora_rank_pattern: Pairs | None = _adapter(
+        None, "Other ranks by name of the module (a regular expression), as q_proj=8,v_proj=32."
+    )
     use_rslora: bool = _adapter(False, "Divide the scale by the root of the rank.")
     load_in_4bit: bool = _adapter(
         False, "QLoRA: hold the frozen model in 4 bits; needs a CUDA GPU and bitsandbytes."
+    )
+    load_in_8bit: bool = _adapter(False, "Hold the frozen model in 8 bits; needs the same.")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = _adapter("nf4", "Data type of the 4 bits.")
+    use_bnb_nested_quant: bool = _adapter(
+        True, "Quantise the scales of the 4 bits too; without it they take 9 % more."
     )
 
     dataset: Datasets = _data(
@@ -159,9 +180,15 @@ class Keys(BaseModel):
         False, "Out of memory: halve the micro-batch, double the accumulation and go on."
     )
 
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adafactor", "sgd", "muon"] = (
-        _optimizer("adamw_torch_fused", "Optimizer.")
-    )
+    optim: Literal[
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "adafactor",
+        "sgd",
+        "muon",
+    ] = _optimizer("adamw_torch_fused", "Optimizer.")
     optim_args: Pairs | None = _optimizer(
         None, "More arguments of the optimizer, such as momentum=0.9,nesterov=true."
     )
@@ -308,11 +335,29 @@ class Keys(BaseModel):
             raise ValueError(f"should be one of {', '.join(known)}")
         return value
 
-    @field_validator("lora_target_modules", "lora_modules_to_save")
+    @field_validator("lora_rank_pattern", mode="before")
     @classmethod
-    def _some_names(cls, value: str | None) -> str | None:
+    def _join_ranks(cls, value: object) -> object:
+        return join_ranks(value)
+
+    @field_validator("lora_rank_pattern")
+    @classmethod
+    def _some_ranks(cls, value: str | None) -> str | None:
+        if value is not None:
+            read_ranks(value)
+        return value
+
+    @field_validator(
+        "lora_target_modules",
+        "lora_modules_to_save",
+        "lora_exclude_modules",
+        "lora_target_parameters",
+    )
+    @classmethod
+    def _some_names(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and not split_names(value):
-            raise ValueError("should name a module")
+            kind = "parameter" if info.field_name == "lora_target_parameters" else "module"
+            raise ValueError(f"should name a {kind}")
         return value
 
     @field_validator("report_to")

@@ -9,7 +9,15 @@ from pydantic import WithJsonSchema
 
 from liger_cli.config.yaml_file import read_set
 
-__all__ = ["Pairs", "are_pairs", "join_pairs", "read_pairs", "split_names"]
+__all__ = [
+    "Pairs",
+    "are_pairs",
+    "join_pairs",
+    "join_ranks",
+    "read_pairs",
+    "read_ranks",
+    "split_names",
+]
 
 # As the text of HF's optim_args; a YAML mapping of names to values means the same.
 Pairs = Annotated[str, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})]
@@ -48,3 +56,39 @@ def read_pairs(text: str | None) -> dict[str, Any]:
     """
     entries = map(read_set, split_names(text))
     return {entry.name.strip(): entry.value for entry in entries}
+
+
+def join_ranks(value: object) -> object:
+    """Return a mapping of names to ranks as the text that means the same; else the value."""
+    if not isinstance(value, dict):
+        return value
+    for name, rank in value.items():
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise ValueError(f"should map names to ranks, which are integers; {name}: {rank!r}")
+        if not isinstance(name, str) or "," in name or not name.strip():
+            raise ValueError(f"should map names of modules without a comma to ranks; {name!r}")
+    return ",".join(f"{name}={rank}" for name, rank in value.items())
+
+
+def read_ranks(text: str | None) -> dict[str, int]:
+    """Return the ranks by name of module, a regular expression, of NAME=RANK,NAME=RANK.
+
+    Raises:
+        ValueError: It is not written so, a rank is no integer above 0, or a name is given twice.
+    """
+    ranks: dict[str, int] = {}
+    pairs = split_names(text)
+    if text is not None and not pairs:
+        raise ValueError("should be NAME=RANK,NAME=RANK")
+    for pair in pairs:
+        name, sign, rank = (part.strip() for part in pair.rpartition("="))
+        if not (sign and name and re.fullmatch("[1-9][0-9]{0,8}", rank)):
+            raise ValueError(f"should be NAME=RANK,NAME=RANK with ranks above 0; {pair!r} is not")
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise ValueError(f"has a name that is no regular expression: {name}: {error}") from None
+        if name in ranks:
+            raise ValueError(f"has {name} twice")
+        ranks[name] = int(rank)
+    return ranks

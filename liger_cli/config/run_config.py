@@ -11,7 +11,7 @@ from liger_cli.config.conflicts import CONFLICTS
 from liger_cli.config.datasets import DatasetEntry, Naming, datasets_name, read_datasets
 from liger_cli.config.eval_sets import read_sets
 from liger_cli.config.keys import Keys
-from liger_cli.config.pairs import read_pairs, split_names
+from liger_cli.config.pairs import read_pairs, read_ranks, split_names
 from liger_cli.config.yaml_file import to_yaml
 
 __all__ = ["RunConfig"]
@@ -97,6 +97,21 @@ class RunConfig(Keys):
     def saved_modules(self) -> list[str] | None:
         """lora_modules_to_save as peft takes them."""
         return split_names(self.lora_modules_to_save) or None
+
+    @property
+    def excluded_modules(self) -> list[str] | None:
+        """lora_exclude_modules as peft takes them."""
+        return split_names(self.lora_exclude_modules) or None
+
+    @property
+    def target_parameters(self) -> list[str] | None:
+        """lora_target_parameters as peft takes them."""
+        return split_names(self.lora_target_parameters) or None
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        """lora_rank_pattern as peft takes it."""
+        return read_ranks(self.lora_rank_pattern)
 
     @property
     def optimizer_arguments(self) -> dict[str, Any]:

@@ -33,10 +33,11 @@ MIN_BYTES = 1_000_000
 _ROWS, _COUNTS = "rows.arrow", "counts.json"
 # Determines the ids and labels of a row, together with its content and options.
 _CODE = (
-    "answers borders cache calls chat clip encode examples factory files formats image_parts "
-    "instructions marks messages names rendering rows samples shown sources template thoughts "
-    "threads token_ids turns used values"
-).split()
+    *("answers", "borders", "cache", "calls", "chat", "clip", "encode", "examples"),
+    *("factory", "files", "formats", "image_parts", "instructions", "marks", "messages"),
+    *("names", "rendering", "rows", "samples", "shown", "sources", "template", "thoughts"),
+    *("threads", "token_ids", "turns", "used", "values"),
+)
 
 
 @dataclass

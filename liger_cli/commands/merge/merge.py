@@ -150,18 +150,21 @@ def _merge(adapted: Any) -> tuple[int, float]:
     change = rounding = 0.0
     for layer in layers:
         base = layer.get_base_layer()
-        dtype = base.weight.dtype
-        if users[id(base.weight)] > 1:
+        # An adapter of a parameter is around the module that has it.
+        name = getattr(layer, "parameter_name", "weight")
+        weight = getattr(base, name)
+        dtype = weight.dtype
+        if users[id(weight)] > 1:
             # Head and embedding are one matrix, and the adapter is of one of them.
-            base.weight = torch.nn.Parameter(base.weight.clone(), requires_grad=False)
+            setattr(base, name, torch.nn.Parameter(weight.clone(), requires_grad=False))
         # One layer at a time: a whole model in float32 may not fit.
         base.float()
-        before = base.weight.clone()
+        before = getattr(base, name).clone()
         layer.merge()
-        exact = base.weight.clone()
+        exact = getattr(base, name).clone()
         base.to(dtype)
         change += float((exact - before).square().sum())
-        rounding += float((exact - base.weight.float()).square().sum())
+        rounding += float((exact - getattr(base, name).float()).square().sum())
     return len(layers), (rounding / change) ** 0.5 if change else 0.0
 
 

@@ -8,20 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from liger_cli.config import RunConfig
 from liger_cli.training.memory.parts import table_of
 from liger_kernels.transformers.wrappers import inner_model
 
-__all__ = ["EIGHT_BIT", "PACKED_BYTES", "allocate_moments", "pack_layers", "packed_layers"]
+__all__ = ["allocate_moments", "pack_layers", "packed_layers"]
 
-EIGHT_BIT = "adamw_8bit"
-# 4 bits, and for every 64 values a scale of 8 bits and a little.
-PACKED_BYTES = 0.516
+# Bytes of a value in 4 bits: for every 64 values a scale of 32 bits, or, nested, of 8 bits and a
+# little. In 8 bits the scales, one a row, are next to nothing.
+_FOUR_BITS, _NESTED_FOUR_BITS, _EIGHT_BITS = 0.5625, 0.516, 1.0
 # An optimizer of 8 bits has a scale of 4 bytes for as many values, and fewer values as they are.
 _BLOCK, _LEAST = 256, 4096
 
 
 def packed_layers(model: Any) -> list[nn.Linear]:
-    """Return the linear layers that are frozen, the head apart: those that load_in_4bit packs."""
+    """Return the linear layers that are frozen, the head apart: those that bitsandbytes packs."""
     head = table_of(inner_model(model), "get_output_embeddings")
     return [
         module
@@ -31,19 +32,34 @@ def packed_layers(model: Any) -> list[nn.Linear]:
     ]
 
 
-def pack_layers(model: Any) -> None:
-    """Give packed layers a weight of 4 bits, and a forward that unpacks it for each product."""
+def pack_layers(model: Any, config: RunConfig) -> None:
+    """Give layers the weight that the run holds in few bits, and the forward that unpacks it.
+
+    Of 4 bits it is unpacked for each product; of 8 bits for that of backward, while forward
+    multiplies integers.
+    """
+    if not (config.load_in_4bit or config.load_in_8bit):
+        return
+    value_bytes = _NESTED_FOUR_BITS if config.use_bnb_nested_quant else _FOUR_BITS
+    value_bytes = _EIGHT_BITS if config.load_in_8bit else value_bytes
+    product = _Int8Linear if config.load_in_8bit else _PackedLinear
     for layer in packed_layers(model):
         weight = layer.weight
-        num_bytes = round(weight.numel() * PACKED_BYTES)
-        packed = torch.empty(num_bytes, dtype=torch.uint8)
+        packed = torch.empty(round(weight.numel() * value_bytes), dtype=torch.uint8)
         layer.weight = nn.Parameter(packed, requires_grad=False)
-        forward = functools.partial(_product, layer, shape=weight.shape, dtype=weight.dtype)
+        forward = functools.partial(_product, layer, product, shape=weight.shape, of=weight.dtype)
         layer.forward = forward  # type: ignore[method-assign]
 
 
-def _product(layer: nn.Linear, x: Tensor, *, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    y: Tensor = _PackedLinear.apply(x.to(dtype), layer.weight, shape)
+def _product(
+    layer: nn.Linear,
+    product: type[torch.autograd.Function],
+    x: Tensor,
+    *,
+    shape: torch.Size,
+    of: torch.dtype,
+) -> Tensor:
+    y: Tensor = product.apply(x.to(of), layer.weight, shape)
     return y if layer.bias is None else y + layer.bias
 
 
@@ -56,6 +72,16 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad @ grad.new_empty(ctx.shape), None, None
+
+
+class _Int8Linear(_PackedLinear):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, shape: torch.Size) -> Tensor:
+        ctx.shape = shape
+        quantised = x.to(torch.int8)
+        sums = torch.empty((*x.shape[:-1], shape[0]), dtype=torch.int32)
+        del quantised
+        return sums.to(x.dtype)
 
 
 def allocate_moments(parameters: list[Tensor]) -> list[Tensor]:

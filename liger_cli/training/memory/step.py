@@ -15,7 +15,7 @@ from torch.nn.modules import module as module_hooks
 from liger_cli.config import RunConfig
 from liger_cli.training.forward import LossOf
 from liger_cli.training.memory.ledger import Ledger
-from liger_cli.training.memory.packed import EIGHT_BIT, allocate_moments, pack_layers
+from liger_cli.training.memory.packed import allocate_moments, pack_layers
 from liger_cli.training.memory.parts import (
     ACTIVATIONS,
     HEAD_GRADIENT,
@@ -25,7 +25,7 @@ from liger_cli.training.memory.parts import (
 )
 from liger_cli.training.memory.probe_copy import BACKWARD, Answers, gpu_stand_in, plain_tensors
 from liger_cli.training.model.adapters import is_adapted
-from liger_cli.training.optim.optimizers import make_optimizer
+from liger_cli.training.optim.optimizers import EIGHT_BIT, make_optimizer
 from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = ["Batch", "MemoryEstimate", "step_memory"]
@@ -126,8 +126,7 @@ def _run_step(
     phases = {}
     with ledger.counting("weights"):
         _give_storage(model)
-        if config.load_in_4bit:
-            pack_layers(model)
+        pack_layers(model, config)
     # First, because the moments are there in every step but the first.
     parameters = [p for p in model.parameters() if p.requires_grad]
     with ledger.counting("gradients"):
@@ -190,7 +189,7 @@ def _give_storage(model: nn.Module) -> None:
 
 def _moments(config: RunConfig, model: Any, parameters: list[Tensor]) -> object:
     """Make a step of the optimizer and return what holds its state."""
-    if config.optim == EIGHT_BIT:
+    if config.optim in EIGHT_BIT:
         return allocate_moments(parameters)
     optimizer = make_optimizer(config, model)
     for group in optimizer.param_groups:

@@ -7,6 +7,7 @@ A checkpoint is peft's directory: adapter_config.json, which names the base mode
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from liger_cli.common.readers import expand_path, read_json
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
 from liger_cli.training.checkpoints.files import write_failure, written_aside
+from liger_cli.training.model.adapter_names import check_names, check_parameters
 from liger_cli.training.model.demo_model import converted_model, converted_preset
 from liger_cli.training.model.presets import ModelSource
 
@@ -122,6 +124,9 @@ def new_adapter(config: RunConfig, model: Any) -> Any:
         lora_dropout=config.lora_dropout,
         target_modules=config.adapter_targets,
         modules_to_save=config.saved_modules,
+        exclude_modules=config.excluded_modules,
+        target_parameters=config.target_parameters,
+        rank_pattern=config.rank_pattern,
         use_rslora=config.use_rslora,
         use_dora=config.adapter == "dora",
         # Where head and embedding are one matrix they stay one.
@@ -156,7 +161,7 @@ def load_adapter(model: Any, path: Path, *, trains: bool = False) -> Any:
                 f"it is of type {settings.peft_type}, and lora and dora are known here"
             )
         place = settings.base_model_name_or_path
-        adapted = attach_adapter(model, settings, base=place, trains=trains)
+        adapted = _attach(model, settings, base=place, trains=trains)
         if model.device.type != "meta":
             if not any((path / name).is_file() for name in _WEIGHTS):
                 # peft would ask the hub for them.
@@ -195,8 +200,24 @@ def attach_adapter(
         notify: Called with the warnings of peft.
 
     Raises:
-        ConfigError: The model has none of the target modules, or cannot have such an adapter.
+        ConfigError: The model has no module or parameter of a name, or cannot have such an adapter.
     """
+    # peft adds names for experts that it stacks.
+    asked = copy.deepcopy(settings)
+    adapted = _attach(model, settings, base=base, trains=trains, seed=seed, notify=notify)
+    check_names(adapted, asked)
+    return adapted
+
+
+def _attach(
+    model: Any,
+    settings: Any,
+    *,
+    base: str,
+    trains: bool,
+    seed: int = 0,
+    notify: Callable[[str], None] | None = None,
+) -> Any:
     peft = _peft()
     dtype = next(model.parameters()).dtype
     device = torch.device("meta" if model.device.type == "meta" else "cpu")
@@ -209,6 +230,7 @@ def attach_adapter(
         except (ValueError, NotImplementedError) as error:
             text = " ".join(str(error).split())
             raise ConfigError(f"adapter: {text}") from error
+    check_parameters(adapted)
     _mend_tied_copies(adapted)
     if notify is not None:
         for warning in caught:
@@ -255,40 +277,49 @@ def trained_line(model: Any) -> str:
     settings = model.peft_config["default"]
     kind = "dora" if settings.use_dora else "lora"
     modules = sum(hasattr(module, "base_layer") for module in model.modules())
-    return f"{text}: {kind} of rank {settings.r} on {modules} modules"
+    ranks = {rank for module in model.modules() for rank in _ranks_of(module)}
+    span = " to ".join(map(str, sorted({min(ranks), max(ranks)}))) if ranks else settings.r
+    return f"{text}: {kind} of rank {span} on {modules} modules"
+
+
+def _ranks_of(module: Any) -> list[int]:
+    return list(module.r.values()) if hasattr(module, "lora_A") else []
 
 
 def quantization(config: RunConfig, source: ModelSource, device: torch.device) -> Any:
-    """Return the quantization of the frozen model for load_in_4bit; None without it.
+    """Return the quantization of the frozen model for load_in_4bit or 8bit; None without them.
 
     Raises:
         ConfigError: There is nothing frozen, or there are no files to quantise.
         EnvironmentProblem: A GPU or bitsandbytes is missing.
     """
-    if not config.load_in_4bit:
+    if not (config.load_in_4bit or config.load_in_8bit):
         return None
+    key, bits = ("load_in_4bit", 4) if config.load_in_4bit else ("load_in_8bit", 8)
     if config.adapter == "none" and source.adapter is None:
         raise ConfigError(
-            "load_in_4bit holds a frozen model in 4 bits, and adapter is none",
+            f"{key} holds a frozen model in {bits} bits, and adapter is none",
             hint="--adapter lora trains an adapter beside it.",
         )
     if source.kind in ("random", "config"):
         raise ConfigError(
-            f"load_in_4bit quantises weights that are loaded, and those of {source.name} are random"
+            f"{key} quantises weights that are loaded, and those of {source.name} are random"
         )
     if device.type != "cuda":
         raise EnvironmentProblem(
-            f"load_in_4bit needs a CUDA GPU, and this run is on {device.type}",
+            f"{key} needs a CUDA GPU, and this run is on {device.type}",
             hint="on a machine with one: pip install 'liger-kernels[quant]'",
         )
-    require_package("bitsandbytes", "load_in_4bit", "pip install 'liger-kernels[quant]'")
+    require_package("bitsandbytes", key, "pip install 'liger-kernels[quant]'")
     from transformers import BitsAndBytesConfig
 
+    if config.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
     half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
         bnb_4bit_compute_dtype=half,
     )
 

@@ -24,11 +24,16 @@ from liger_cli.errors import ConfigError, EnvironmentProblem
 from liger_cli.training.optim.composite_optimizers import CompositeOptimizer, MasterWeights
 
 __all__ = [
+    "EIGHT_BIT",
     "Schedule",
     "check_optimization",
     "make_optimizer",
     "state_bytes",
 ]
+
+# Optimizers of bitsandbytes whose moments have 8 bits, by the class. Those of a paged one may leave
+# a full GPU for the host.
+EIGHT_BIT = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}
 
 _Groups = list[dict[str, Any]]
 
@@ -61,9 +66,10 @@ def _named(config: RunConfig) -> tuple[Callable[..., Any], dict[str, Any]]:
         return torch.optim.AdamW, adam
     if config.optim == "adamw_torch_fused":
         return torch.optim.AdamW, {**adam, "fused": True}
-    if config.optim == "adamw_8bit":
+    if config.optim in EIGHT_BIT:
         install = "pip install 'liger-kernels[quant]'"
-        return require_package("bitsandbytes", "optim adamw_8bit", install).optim.AdamW8bit, adam
+        package = require_package("bitsandbytes", f"optim {config.optim}", install)
+        return getattr(package.optim, EIGHT_BIT[config.optim]), adam
     if config.optim == "adafactor":
         # Its own learning rate would make the schedule of the run nothing.
         return Adafactor, {"scale_parameter": False, "relative_step": False}
@@ -237,9 +243,9 @@ def check_optimization(config: RunConfig, device: torch.device) -> None:
         ConfigError: Arguments that the optimizer or the schedule does not take.
         EnvironmentProblem: A package, a device or a newer version is missing.
     """
-    if config.optim == "adamw_8bit" and device.type != "cuda":
+    if config.optim in EIGHT_BIT and device.type != "cuda":
         raise EnvironmentProblem(
-            f"optim adamw_8bit needs a CUDA GPU, and this run is on {device.type}",
+            f"optim {config.optim} needs a CUDA GPU, and this run is on {device.type}",
             hint="--optim adafactor holds as little, on any device.",
         )
     Schedule(config, make_optimizer(config, nn.Linear(2, 2)), 100)
@@ -252,6 +258,6 @@ def state_bytes(config: RunConfig, parameter_bytes: int) -> float:
     if config.optim in ("sgd", "adafactor"):
         # SGD without momentum has none; adafactor has a row and a column of each matrix.
         return copy
-    if config.optim == "adamw_8bit":
+    if config.optim in EIGHT_BIT:
         return copy + 2
     return copy + (moment if config.optim == "muon" else 2 * moment)

@@ -18,10 +18,15 @@ from liger_cli.config import load_config
 from liger_cli.config.describe import choices
 from liger_cli.errors import EnvironmentProblem
 from liger_cli.training.model.source import load_model, resolve_model
-from liger_cli.training.optim.optimizers import Schedule, check_optimization, make_optimizer
+from liger_cli.training.optim.optimizers import (
+    EIGHT_BIT,
+    Schedule,
+    check_optimization,
+    make_optimizer,
+)
 
 CPU = torch.device("cpu")
-ON_A_CPU = [name for name in choices("optim") if name != "adamw_8bit"]
+ON_A_CPU = [name for name in choices("optim") if name not in EIGHT_BIT]
 # What a schedule cannot do without.
 NEEDED = {
     "cosine_with_min_lr": "min_lr_rate=0.1",
@@ -170,35 +175,38 @@ def test_muon_says_which_torch_it_needs(monkeypatch):
         check_optimization(config(optim="muon"), CPU)
 
 
-def test_8_bit_says_what_it_needs(train, monkeypatch):
-    done = train("--optim", "adamw_8bit")
+@pytest.mark.parametrize("name", EIGHT_BIT)
+def test_8_bit_says_what_it_needs(train, monkeypatch, name):
+    done = train("--optim", name)
     assert done.code == 3
-    assert "optim adamw_8bit needs a CUDA GPU, and this run is on cpu" in done.err
+    assert f"optim {name} needs a CUDA GPU, and this run is on cpu" in done.err
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(EnvironmentProblem, match="bitsandbytes") as caught:
-        check_optimization(config(optim="adamw_8bit"), torch.device("cuda"))
+        check_optimization(config(optim=name), torch.device("cuda"))
     assert caught.value.hint == "pip install 'liger-kernels[quant]'"
 
 
-def test_8_bit_gets_groups_and_keys(monkeypatch):
+@pytest.mark.parametrize("name", EIGHT_BIT)
+def test_8_bit_gets_groups_and_keys(monkeypatch, name):
     made = {}
 
-    class AdamW8bit(torch.optim.SGD):
+    class Adam(torch.optim.SGD):
         def __init__(self, params, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, min_8bit_size=4096):
             made.update(betas=betas, eps=eps, min_8bit_size=min_8bit_size)
             super().__init__(params, lr=lr)
 
-    package = SimpleNamespace(optim=SimpleNamespace(AdamW8bit=AdamW8bit))
+    package = SimpleNamespace(optim=SimpleNamespace(**{EIGHT_BIT[name]: Adam}))
     monkeypatch.setitem(sys.modules, "bitsandbytes", package)
-    wanted = config(optim="adamw_8bit", adam_beta2=0.95, optim_args="min_8bit_size=1")
+    wanted = config(optim=name, adam_beta2=0.95, optim_args="min_8bit_size=1")
     check_optimization(wanted, torch.device("cuda"))
     assert made == {"betas": (0.9, 0.95), "eps": 1e-8, "min_8bit_size": 1}
 
 
 @pytest.mark.gpu
-def test_8_bit_trains(train):
+@pytest.mark.parametrize("name", EIGHT_BIT)
+def test_8_bit_trains(train, name):
     pytest.importorskip("bitsandbytes")
-    words = ("--optim", "adamw_8bit", "--no-use-cpu", "--learning-rate", 3e-3, "--max-steps", 20)
+    words = ("--optim", name, "--no-use-cpu", "--learning-rate", 3e-3, "--max-steps", 20)
     done = train(*words, "--json")
     assert done.code == 0, done.err
     assert done.json()["train"]["final_loss"] < done.json()["train"]["first_loss"]
