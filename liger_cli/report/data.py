@@ -139,6 +139,7 @@ def show_preview(preview: DataPreview, *, as_json: bool) -> None:
     )
     show_lines("")
     show_table(("how rows are fed", "rows", "not padding"), map(_fill_row, preview.fill))
+    show_lines("", _advice(preview))
 
 
 def _token_rows(tokens: tuple[TokenPreview, ...]) -> list[tuple[str, ...]]:
@@ -188,6 +189,16 @@ def _template_lines(template: TemplateFacts | None) -> list[str]:
     if template is None:
         return ["chat template: none; rows of conversations need --chat-template"]
     return [template.line, *(f"warning: {warning}" for warning in template.warnings)]
+
+
+def _advice(preview: DataPreview) -> str:
+    """Return a line on the padding of batches and what packing brings."""
+    shares = {fill.how: fill.efficiency for fill in preview.fill}
+    padded, best = 1 - shares["unpacked"], max(shares["bfd"], shares["sequential"])
+    line = f"padding: {padded:.0%} of the tokens of a batch"
+    if best <= shares["unpacked"]:
+        return f"{line}; packing would not make it less"
+    return f"{line}; --packing feeds {best / shares['unpacked']:.1f} times fewer tokens"
 
 
 def _fill_row(fill: Fill) -> tuple[str, str, str]:

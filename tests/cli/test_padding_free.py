@@ -338,3 +338,33 @@ def test_attention_that_cannot_serve_is_refused(train, run_dir, name, model, cod
     assert f"attn_implementation {name} cannot compute {message}" in done.err
     assert "These can: liger_varlen" in done.err
     assert not run_dir.exists()
+
+
+# Advice.
+
+
+def test_first_lines_say_what_padding_costs(train, monkeypatch):
+    """23 rows of 13 to 76 tokens, cut at 64."""
+    done = train("--dry-run")
+    assert done.code == 0, done.err
+    [line] = [x for x in done.err.splitlines() if x.startswith("padding: ")]
+    share, times = (float(word.strip("%")) for word in (line.split()[1], line.split()[11]))
+    assert line.startswith(f"padding: {share:.0f}% of the tokens of a batch; --packing would feed ")
+    assert share > 10
+    assert times > 1.0
+    packed = train("--dry-run", "--packing")
+    assert f"padded one by one it would be {share:.0f}% of the tokens of a batch" in packed.err
+    assert "attention: that of the model, with a mask of documents; varlen: it needs" in packed.err
+    use_kernel(monkeypatch)
+    free = train("--dry-run", "--json")
+    assert f"rows are laid end to end; padded it would be {share:.0f}%" in free.err
+    assert "attention: full_attention (2 layers) by varlen" in free.err
+    assert free.json()["first_batch"]["padding"] == 0
+    assert free.json()["first_batch"]["shapes"][0][0] == 1
+
+
+def test_preview_says_what_packing_brings(liger, data):
+    done = liger("data", "preview", "--model", "qwen3", "--dataset", data, "-n", 0)
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1].startswith("padding: ")
+    assert "--packing feeds" in done.out.splitlines()[-1]

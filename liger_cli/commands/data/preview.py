@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby, takewhile
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from liger_cli.config import RunConfig
-from liger_cli.data.batches import BatchPlan
 from liger_cli.data.encode import IGNORED
-from liger_cli.data.packing import pack, row_lengths
+from liger_cli.data.packing import Strategy, row_lengths
+from liger_cli.data.padding import packed_share, padding_share
 from liger_cli.data.stream import Stream
 from liger_cli.errors import ConfigError
 from liger_cli.report.data import Bar, DataPreview, Fill, Piece, RowPreview, TokenPreview
@@ -118,14 +118,10 @@ def _histogram(lengths: np.ndarray[Any, Any]) -> tuple[Bar, ...]:
 
 
 def _fill(config: RunConfig, lengths: np.ndarray[Any, Any]) -> tuple[Fill, ...]:
-    size = config.per_device_train_batch_size
-    plan = BatchPlan(len(lengths), size, 1, config.order_seed)
-    batches = [lengths[batch] for [batch] in plan.windows(1, plan.steps_per_epoch)]
-    fed = sum(int(batch.max()) * len(batch) for batch in batches)
-    found = [Fill("unpacked", len(lengths), float(lengths.sum() / fed))]
-    strategies: Sequence[Literal["bfd", "sequential"]] = ("bfd", "sequential")
+    padded = padding_share(lengths, config.per_device_train_batch_size, config.order_seed)
+    found = [Fill("unpacked", len(lengths), 1 - padded)]
+    strategies: Sequence[Strategy] = ("bfd", "sequential")
     for strategy in strategies:
-        rows = len(pack(lengths.tolist(), config.max_length, strategy))
-        share = float(lengths.sum() / (rows * config.max_length))
-        found.append(Fill(strategy, rows, share))
+        rows, padded = packed_share(lengths, config.max_length, strategy)
+        found.append(Fill(strategy, rows, 1 - padded))
     return tuple(found)

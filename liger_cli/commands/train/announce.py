@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from liger_cli.common.numbers import format_count
 from liger_cli.config import RunConfig
-from liger_cli.data.packing import PackedRows
+from liger_cli.data.packing import PackedRows, packing_problem
+from liger_cli.data.padding import packed_share, padding_share
 from liger_cli.report import notify
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.model.adapters import trained_line
@@ -12,7 +13,10 @@ from liger_cli.training.model.template_facts import template_facts
 from liger_cli.training.prepared import PreparedRun
 from liger_kernels.transformers.patching.engine import PatchRecord
 
-__all__ = ["announce_data", "announce_kernels"]
+__all__ = ["announce_data", "announce_kernels", "padding_lines"]
+
+# A share of padding that is not worth a line.
+_LITTLE = 0.02
 
 
 def announce_kernels(record: PatchRecord) -> None:
@@ -37,6 +41,28 @@ def announce_template(config: RunConfig, inputs: Inputs) -> None:
         notify(facts.line)
         for warning in facts.warnings:
             notify(f"warning: {warning}")
+
+
+def padding_lines(config: RunConfig, inputs: Inputs) -> list[str]:
+    """Return a line on the padding of batches and what packing brings, if it brings anything."""
+    lengths = inputs.lengths
+    if lengths is None:
+        return []
+    padded = padding_share(lengths, config.per_device_train_batch_size, config.order_seed)
+    num_rows, packed = packed_share(lengths, config.max_length, config.packing_strategy)
+    share = f"{padded:.0%} of the tokens of a batch"
+    if config.packing:
+        return [f"padding: {packed:.0%} in packed rows; padded one by one it would be {share}"]
+    if padded < _LITTLE:
+        return []
+    if inputs.attention.padding_free:
+        return [f"padding: none, rows are laid end to end; padded it would be {share}"]
+    line = f"padding: {share}"
+    if packing_problem(inputs.meta_model, config.max_length) is None and packed < padded:
+        times = (1 - packed) / (1 - padded)
+        line += f"; --packing would feed {times:.1f} times fewer, in {num_rows} rows instead of "
+        line += f"{len(lengths)}; --padding-free would feed none"
+    return [line]
 
 
 def announce_data(run: PreparedRun) -> None:
@@ -66,6 +92,8 @@ def announce_data(run: PreparedRun) -> None:
     licence = f" ({data.licence})" if data.licence else ""
     announce_template(run.config, inputs)
     notify(f"data: {data.name}{licence}: " + "; ".join(notes))
+    for line in padding_lines(run.config, inputs):
+        notify(line)
     epoch = f", {batches.steps_per_epoch} an epoch" if batches.num_rows else ""
     notify(f"plan: {run.num_steps} steps{epoch}")
     notify(f"model: {trained_line(inputs.meta_model)}")

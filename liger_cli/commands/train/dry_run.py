@@ -84,6 +84,8 @@ def describe_dry_run(run: PreparedRun) -> DryRunReport:
             f"rows: {lengths.median} tokens in the median, {lengths.p90} in 90 % or less, "
             f"{lengths.p99} in 99 %, the longest {lengths.longest}"
         )
+    for line in run.inputs.attention.lines():
+        notify(line)
     shapes = ", ".join("x".join(map(str, shape)) for shape in first.shapes)
     notify(
         f"first step: {shapes}; {first.tokens} tokens, {first.trained_tokens} trained on, "
