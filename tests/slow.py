@@ -46,6 +46,15 @@ SLOW = {
     "test_pickle_loads_in_another_process_case_50": ("a process that imports everything", NONE),
     "test_case_89_two_processes_evaluate_as_one": ("three processes", NONE),
     "test_ctrl_c_of_a_launcher_stops_all_after_the_same_step": ("three processes", NONE),
+    "test_every_family_trains_as_stock_peft": (
+        "every family, in bf16 four adapters of it",
+        "^(llama|qwen3_moe)-fp32$|^phi3-bf16$",
+    ),
+    "test_compiled_layers_train_as_stock_peft": ("compiles the layers of a model", NONE),
+    "test_settings_train_as_stock_peft": (
+        "eight adapters in four contexts",
+        "^(ranks|dropout)-(plain|autocast|checkpoint)$",
+    ),
     "test_patched_adapter_equals_unpatched": ("two trainings a case", "^rslora$|^head$"),
     "test_plain_transformers_computes_what_the_adapter_did": (
         "a training and a merge a case",

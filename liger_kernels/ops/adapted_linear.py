@@ -82,9 +82,8 @@ class LayerGroup:
             self.rank += rank
         self.has_dropout = any(layer.dropout for layer in layers)
 
-    def forward(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Return each layer's (M, N), and xa (M, sum of ranks) for backward, of x (M, K)."""
-        xa: Any = self._down(x) if self.rank else None
+    def forward(self, x: torch.Tensor, xa: Any) -> list[torch.Tensor]:
+        """Return each layer's (M, N) of x (M, K) and of down(x)."""
         ys = []
         for layer, part in zip(self.layers, self.parts, strict=True):
             bias = None if layer.bias is None else layer.bias.to(self.dtype)
@@ -92,7 +91,7 @@ class LayerGroup:
             if part is not None:
                 y.addmm_(xa[:, part], layer.b.to(self.dtype).t())
             ys.append(y)
-        return ys, xa
+        return ys
 
     def _scaled_a(self) -> torch.Tensor:
         """Return the matrices s A above one another, (sum of ranks, K)."""
@@ -103,7 +102,10 @@ class LayerGroup:
                 torch.mul(layer.a, layer.scale, out=stacked[part])
         return stacked
 
-    def _down(self, x: torch.Tensor) -> torch.Tensor:
+    def down(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Return xa (M, sum of ranks) of x (M, K), None without an adapter; draws the dropout."""
+        if not self.rank:
+            return None
         scaled_a = self._scaled_a()
         if not self.has_dropout:
             return x @ scaled_a.t()
@@ -200,7 +202,7 @@ class LayerGroup:
 def frozen_weight(weight: Any, dtype: torch.dtype) -> torch.Tensor:
     """Return a frozen weight (N, K) in dtype: itself, cast, or dequantised from 4 bits."""
     if is_packed(weight):
-        # The maker of the weight has imported it.
+        # The code that made the weight has imported it.
         functional = sys.modules["bitsandbytes"].functional
         weight = functional.dequantize_4bit(weight.data, weight.quant_state)
     return weight.to(dtype)
@@ -238,7 +240,7 @@ _NUM_TENSORS = 4
 def flatten(layers: Sequence[AdaptedLinear]) -> tuple[tuple[AdaptedLinear, ...], list[Any]]:
     """Return the layers without their tensors, and the tensors, as an autograd function takes them.
 
-    A packed weight stays: its class is one that saved tensors do not give back.
+    A packed weight stays: its class is another, which saved tensors do not give back.
     """
     tensors: list[Any] = []
     settings = []

@@ -57,14 +57,23 @@ def lora_linear_ref(
 @differentiable_once("lora_linear")
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, settings: tuple[AdaptedLinear, ...], *tensors: Any):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        settings: tuple[AdaptedLinear, ...],
+        kept: "_Kept | None",
+        *tensors: Any,
+    ):
         group = LayerGroup(unflatten(settings, tensors), x.dtype)
         with own_dtype(x.device):
-            ys, xa = group.forward(x)
-        needs = needs_of(ctx.needs_input_grad[2:])
-        needs_x, needs_xa = any(n.a for n in needs), any(n.b for n in needs)
-        ctx.save_for_backward(x if needs_x else None, xa if needs_xa else None, *tensors)
+            xa = group.down(x) if kept is None else kept.xa
+            ys = group.forward(x, xa)
         ctx.settings, ctx.states, ctx.dtype = settings, group.states, x.dtype
+        ctx.kept = kept
+        if kept is None:
+            _save(ctx, x, xa, tensors, ctx.needs_input_grad[3:])
+        else:
+            ctx.states, kept.xa = kept.states, None
         # Gradients of outputs that nobody reads stay None.
         ctx.set_materialize_grads(False)
         return tuple(ys)
@@ -73,8 +82,8 @@ class _LoraLinears(torch.autograd.Function):
     def backward(ctx: Any, *dys: torch.Tensor | None):
         if all(dy is None for dy in dys):
             return (None,) * len(ctx.needs_input_grad)
-        x, xa, *tensors = ctx.saved_tensors
-        needs_dx, needs = ctx.needs_input_grad[0], needs_of(ctx.needs_input_grad[2:])
+        x, xa, *tensors = (ctx if ctx.kept is None else ctx.kept.node).saved_tensors
+        needs_dx, needs = ctx.needs_input_grad[0], needs_of(ctx.needs_input_grad[3:])
         group = LayerGroup(unflatten(ctx.settings, tensors), ctx.dtype, ctx.states)
         rows = rows_of_all(dys)
         device = next(dy.device for dy in rows if dy is not None)
@@ -83,11 +92,54 @@ class _LoraLinears(torch.autograd.Function):
             da: list[Any] = [None] * len(needs)
             if x is not None:
                 da = group.a_gradients(dxa, x, needs)
-        return dx, None, *flat_gradients(grads, da)
+        return dx, None, None, *flat_gradients(grads, da)
+
+
+def _save(ctx: Any, x: Any, xa: Any, tensors: Any, flags: Any) -> None:
+    """Save what backward reads, of these flags of needs_input_grad for the flat tensors."""
+    needs = needs_of(flags)
+    needs_x, needs_xa = any(need.a for need in needs), any(need.b for need in needs)
+    ctx.save_for_backward(x if needs_x else None, xa if needs_xa else None, *tensors)
+
+
+class _Kept:
+    """Tensors that a forward in a checkpoint saved before its products, for their backward."""
+
+    def __init__(self) -> None:
+        self.node: Any = None
+        self.xa: torch.Tensor | None = None
+        self.states: Any = ()
+
+
+class _Save(torch.autograd.Function):
+    """Save the tensors of a call that follows.
+
+    A checkpoint that recomputes stops once the last tensor is saved: an autograd function saves
+    its tensors after its forward, and the products with the weights would run for nothing.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, settings: tuple[AdaptedLinear, ...], kept: _Kept, *tensors: Any
+    ):
+        group = LayerGroup(unflatten(settings, tensors), x.dtype)
+        with own_dtype(x.device):
+            kept.xa = group.down(x)
+        _save(ctx, x, kept.xa, tensors, ctx.needs_input_grad[3:])
+        kept.node, kept.states = ctx, group.states
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: torch.Tensor | None):
+        return dx, *(None,) * (len(ctx.needs_input_grad) - 1)
 
 
 def lora_linears(
-    x: torch.Tensor, layers: Sequence[AdaptedLinear], dtype: torch.dtype
+    x: torch.Tensor,
+    layers: Sequence[AdaptedLinear],
+    dtype: torch.dtype,
+    *,
+    is_checkpointed: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """Apply linear layers with adapters to one x.
 
@@ -95,6 +147,8 @@ def lora_linears(
         x: (..., K), cast to dtype once.
         layers: Their weights and biases of any floating dtype; packed weights are dequantised.
         dtype: Of the products.
+        is_checkpointed: Whether a checkpoint's hooks save the tensors: what backward needs is then
+            saved before the products with the weights, which a recomputation need not repeat.
 
     Returns:
         (..., N) in dtype for each layer. Differentiable once in x, biases, a and b.
@@ -104,8 +158,17 @@ def lora_linears(
         with own_dtype(x.device):
             return tuple(_plain(x, layer) for layer in layers)
     settings, tensors = flatten(layers)
-    ys = _LoraLinears.apply(rows_of(x), settings, *tensors)
+    rows, kept = rows_of(x), None
+    if is_checkpointed and torch.is_grad_enabled() and (x.requires_grad or _is_trained(layers)):
+        kept = _Kept()
+        rows = _Save.apply(rows, settings, kept, *tensors)
+    ys = _LoraLinears.apply(rows, settings, kept, *tensors)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+
+def _is_trained(layers: Sequence[AdaptedLinear]) -> bool:
+    tensors = (tensor for layer in layers for tensor in (layer.bias, layer.a, layer.b))
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _plain(x: torch.Tensor, layer: AdaptedLinear) -> torch.Tensor:
@@ -258,7 +321,6 @@ OP = Op(
     sample=_sample,
     num_bytes=_num_bytes,
     num_flops=_num_flops,
-    part_of=(),
     tensors=_TENSORS,
     options=(_SCALE,),
 )

@@ -16,11 +16,14 @@ from liger_kernels.transformers.patching.third_party import (
 )
 from liger_kernels.transformers.recognise import (
     HeadSpec,
+    LoraRefusal,
+    LoraSpec,
     Mismatch,
     Recogniser,
     Refusal,
     RopeSpec,
     Spec,
+    lora_group,
     original_class,
     rope_functions,
     unserved,
@@ -52,7 +55,8 @@ def find_candidates(model: nn.Module, row: Family | None) -> Iterator[Candidate]
     recogniser = Recogniser(model)
     inner = inner_model(model)
     head_name, head = _named_head(model)
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
         third_party = find_third_party(module)
         if third_party is not None:
             # A model's own forward computes the loss, which the candidate of its head reports.
@@ -61,8 +65,12 @@ def find_candidates(model: nn.Module, row: Family | None) -> Iterator[Candidate]
                 yield Candidate(name, module, op, third_party)
             continue
         found = _recognise(name, module, row, recogniser)
+        if isinstance(found, LoraSpec):
+            owner, _, child = name.rpartition(".")
+            group = lora_group(modules[owner], child, recogniser.readers(modules[owner]))
+            found = _LORA_HEAD if module is head else LoraSpec(group)
         if found is not None:
-            op = op_of(found)
+            op = LoraRefusal.op if isinstance(found, LoraRefusal) else op_of(found)
             if row is not None and isinstance(found, Mismatch):
                 op = row.ops[original_class(type(module)).__name__]
             yield Candidate(name, module, op, found)
@@ -72,6 +80,9 @@ def find_candidates(model: nn.Module, row: Family | None) -> Iterator[Candidate]
             yield Candidate(head_name, head, op, other or HeadSpec())
     elif not hasattr(type(inner), "get_output_embeddings"):
         yield from _heads_inside(model)
+
+
+_LORA_HEAD = LoraRefusal("LoRA on the head: the loss calls peft's own code, chunk by chunk")
 
 
 def _recognise(

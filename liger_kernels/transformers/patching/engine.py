@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -12,16 +13,24 @@ from torch import nn
 from liger_kernels.ops.backend import backend
 from liger_kernels.transformers.lazy_logits.head import HeadPatch, num_fused, prepare_head
 from liger_kernels.transformers.patching.plan import (
+    ADAPTER_OP,
     Patch,
     PatchPlan,
     Skip,
+    build_plan,
     coverage_line,
     coverage_of,
     module_row,
     row_order,
 )
 from liger_kernels.transformers.patching.selection import LOSSES
-from liger_kernels.transformers.recognise import BASE_ATTRIBUTE, original_class
+from liger_kernels.transformers.recognise import (
+    BASE_ATTRIBUTE,
+    MlpSpec,
+    RopeSpec,
+    original_class,
+)
+from liger_kernels.transformers.replacements.adapters import is_lora_patched
 from liger_kernels.transformers.replacements.calls import tally_calls
 from liger_kernels.transformers.replacements.subclasses import is_patched, swap
 from liger_kernels.transformers.replacements.table import patched_class
@@ -100,6 +109,49 @@ class PatchRecord:
         modules = {n for n, module in self._swapped.items() if id(module) not in tally.called}
         self.unused = frozenset(heads | modules)
 
+    def refresh(self) -> None:
+        """Bring the rows of LoRA layers up to date with what the model has and does now.
+
+        Those that came after patching are patched and listed, those that are gone are not listed
+        any more, and those that are merged, disabled or changed are left to peft, with the reason.
+
+        Raises:
+            ValueError: A layer cannot be restored, as in undo(); nothing is changed then.
+        """
+        if self.model is None:
+            return
+        request = self.plan.selection
+        ops = tuple(op for op in request.ops if op == ADAPTER_OP)
+        now = build_plan(
+            self.model,
+            replace(request, ops=ops),
+            recognise=self.plan.source == "row" or bool(self.patches),
+        )
+        left = {skip.name for skip in now.skips if skip.op == ADAPTER_OP}
+        patched = _lora_patched(self.model)
+        restored = {name: module for name, module in patched.items() if name in left}
+        _check_restorable(restored)
+        for module in restored.values():
+            swap(module, original_class(type(module)))
+        for patch in self.plan.patches:
+            if patch.op == ADAPTER_OP:
+                self._swapped.pop(patch.name, None)
+        modules = dict(self.model.named_modules())
+        patches = tuple(patch for patch in now.patches if patch.op == ADAPTER_OP)
+        for patch in patches:
+            module = self._swapped[patch.name] = modules[patch.name]
+            swap(module, _class_for(original_class(type(module)), patch, self.plan))
+        self.plan = replace(
+            self.plan,
+            patches=(*(p for p in self.plan.patches if p.op != ADAPTER_OP), *patches),
+            skips=(
+                *filter(_is_other, self.plan.skips),
+                *(s for s in now.skips if not _is_other(s)),
+            ),
+            trials=tuple(dict.fromkeys((*self.plan.trials, *now.trials))),
+        )
+        self.unused &= {patch.name for patch in self.plan.patches}
+
     def undo(self) -> None:
         """Give every module its class and its forward back. A second call does nothing, or
         finishes a first one that was interrupted.
@@ -108,11 +160,12 @@ class PatchRecord:
             ValueError: A module's class was changed again since, for example by fully_shard; what
                 came later must be undone first. Nothing is touched then.
         """
-        _check_restorable(self._swapped)
+        adopted = _lora_patched(self.model)
+        _check_restorable({**self._swapped, **adopted})
         # Each step may have run in an earlier call that was interrupted, or never in apply().
         for _, patch in self._heads.values():
             patch.undo()
-        for module in self._swapped.values():
+        for module in {**self._swapped, **adopted}.values():
             swap(module, original_class(type(module)))
         self._heads.clear()
         self._swapped.clear()
@@ -164,11 +217,28 @@ def apply(model: nn.Module, plan: PatchPlan) -> PatchRecord:
             else:
                 cls: Any = type(module)
                 record._swapped[patch.name] = module
-                swap(module, patched_class(cls, patch.spec, plan.save_memory))
+                swap(module, _class_for(cls, patch, plan))
         return record
     except BaseException:
         record.undo()
         raise
+
+
+def _is_other(skip: Skip) -> bool:
+    """Return whether a skipped module is no LoRA layer of a matrix."""
+    return skip.op != ADAPTER_OP
+
+
+def _class_for(cls: Any, patch: Patch, plan: PatchPlan) -> type[nn.Module]:
+    # Of the modules that hold LoRA layers, and of no other, lest classes be made for nothing.
+    holds = isinstance(patch.spec, RopeSpec | MlpSpec)
+    return patched_class(cls, patch.spec, plan.save_memory, holds and plan.takes_adapters)
+
+
+def _lora_patched(model: nn.Module | None) -> dict[str, nn.Module]:
+    """Return the LoRA layers of a model that run the op, with those patched since."""
+    modules = () if model is None else model.named_modules()
+    return {name: module for name, module in modules if is_lora_patched(module)}
 
 
 def restore(model: nn.Module) -> None:

@@ -25,12 +25,14 @@ from liger_kernels.transformers.patching.selection import (
 )
 from liger_kernels.transformers.patching.self_check import try_op
 from liger_kernels.transformers.patching.third_party import ThirdParty, source_of
-from liger_kernels.transformers.recognise import Refusal, Spec, original_class
+from liger_kernels.transformers.recognise import LoraSpec, Refusal, Spec, original_class
+from liger_kernels.transformers.replacements.adapters import adapter_problem
 from liger_kernels.transformers.replacements.subclasses import can_swap, is_patched
 from liger_kernels.transformers.wrappers import inner_model
 
 # The names of selection.py are a plan's too.
 __all__ = [
+    "ADAPTER_OP",
     "LOSSES",
     "PATCH_OPS",
     "OpSelection",
@@ -44,6 +46,10 @@ __all__ = [
     "resolve_ops",
     "row_order",
 ]
+
+
+# The op of LoRA layers, which a model may get, change and lose after it was patched.
+ADAPTER_OP = "lora_linear"
 
 
 @dataclass(frozen=True)
@@ -93,11 +99,18 @@ class PatchPlan:
     trials: tuple[CheckResult, ...] = ()
     # Modules that run ops of ours already: what the plan says is then of the model restored.
     num_patched: int = 0
+    # The request that the plan answers.
+    selection: OpSelection = OpSelection(())
 
     @property
     def coverage(self) -> dict[str, dict[str, int]]:
         """Modules to patch and candidates, for each op that has a candidate, requested or not."""
         return coverage_of((p.op for p in self.patches), (s.op for s in self.skips))
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Return whether LoRA layers that the model gets later are to run the op."""
+        return ADAPTER_OP in self.ops and all(t.op != ADAPTER_OP for t in self.failures)
 
     @property
     def failures(self) -> list[CheckResult]:
@@ -246,6 +259,7 @@ def build_plan(
         selection.save_memory,
         tuple(trials),
         sum(map(is_patched, model.modules())),
+        selection,
     )
 
 
@@ -265,7 +279,7 @@ def _refusal(model: nn.Module, candidate: Candidate, selection: OpSelection) -> 
         return head_problem(inner_model(model))
     if not can_swap(module):
         return "another forward is set on the module and hides its class's: patch before setting it"
-    return None
+    return adapter_problem(module) if isinstance(found, LoraSpec) else None
 
 
 def _self_check(model: nn.Module, candidate: Candidate) -> CheckResult | None:

@@ -1,4 +1,5 @@
-"""Recognise the form of a module by running it on small numbers: norm, gated MLP, experts, RoPE.
+"""Recognise the form of a module by running it on small numbers: norm, gated MLP, experts, RoPE,
+LoRA.
 
 A probe never touches the module itself. It runs the class's forward on a probe copy that shares the
 module's attributes and holds small random weights on the CPU, so it costs the same for a tiny model
@@ -16,6 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from liger_kernels.transformers.recognise.adapters import (
+    input_readers,
+    is_lora_linear,
+    lora_group,
+    recognise_lora,
+)
 from liger_kernels.transformers.recognise.experts import (
     recognise_experts,
     run_experts,
@@ -48,6 +55,8 @@ from liger_kernels.transformers.recognise.specs import (
     HeadSpec,
     LayerNormSpec,
     Layout,
+    LoraRefusal,
+    LoraSpec,
     Mismatch,
     MlpSpec,
     NormSpec,
@@ -67,6 +76,8 @@ __all__ = [
     "HeadSpec",
     "LayerNormSpec",
     "Layout",
+    "LoraRefusal",
+    "LoraSpec",
     "Mismatch",
     "MlpSpec",
     "NormSpec",
@@ -75,11 +86,15 @@ __all__ = [
     "RopeSpec",
     "Spec",
     "global_names",
+    "input_readers",
     "is_linear",
+    "is_lora_linear",
     "is_sin_first",
+    "lora_group",
     "original_class",
     "reachable_functions",
     "recognise_experts",
+    "recognise_lora",
     "recognise_mlp",
     "recognise_norm",
     "recognise_rope",
@@ -108,6 +123,9 @@ class Recogniser:
         """Return the form of a module, why it is left alone, or None if it is nothing known."""
         if isinstance(module, torch.jit.ScriptModule):
             return None
+        lora = recognise_lora(module)
+        if lora is not None:
+            return lora
         key = _fingerprint(module)
         if key not in self._known:
             self._known[key] = (
@@ -116,6 +134,13 @@ class Recogniser:
                 or recognise_mlp(module)
                 or self._rope(module)
             )
+        return self._known[key]
+
+    def readers(self, owner: nn.Module) -> tuple[str, ...]:
+        """Return input_readers of a module; like ones are asked once."""
+        key = ("readers", _fingerprint(owner))
+        if key not in self._known:
+            self._known[key] = input_readers(owner)
         return self._known[key]
 
     def _rope(self, module: nn.Module) -> RopeSpec | Refusal | None:

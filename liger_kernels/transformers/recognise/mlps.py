@@ -39,7 +39,7 @@ SHIFTS = "gate that is multiplied with up + 1"
 _ROWS, _WIDTH = 32, 16
 
 
-class _ProbeLinear(nn.Linear):
+class ProbeLinear(nn.Linear):
     """A linear layer around a given weight; building it draws no random numbers."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -107,10 +107,10 @@ class _Trial:
         generator = new_generator()
         sizes = {name: linear_sizes(getattr(module, name))[1] for name in heads}
         self.layers: dict[str, nn.Module] = {
-            name: _ProbeLinear(_WIDTH**-0.5 * randn(generator, size, _WIDTH))
+            name: ProbeLinear(_WIDTH**-0.5 * randn(generator, size, _WIDTH))
             for name, size in sizes.items()
         }
-        self.down = self.layers[down] = _ProbeLinear(inner**-0.5 * randn(generator, _WIDTH, inner))
+        self.down = self.layers[down] = ProbeLinear(inner**-0.5 * randn(generator, _WIDTH, inner))
         # Activations, and dropout, which a probe copy turns off.
         others = {n: probe_copy(m) for n, m in module.named_children() if n not in self.layers}
         # An activation that its configuration names may change there, which nobody would see.

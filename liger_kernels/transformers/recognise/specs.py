@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -126,11 +126,28 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
+class LoraSpec:
+    """A linear layer of peft with LoRA adapters, and those beside it that read the same input."""
+
+    # Names in the module that holds them, in the order of their calls; () for a layer alone.
+    group: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class HeadSpec:
     """The language-model head: whatever makes its logits is resolved when it is called."""
 
 
-Spec = NormSpec | LayerNormSpec | GatedNormSpec | MlpSpec | ExpertsSpec | RopeSpec | HeadSpec
+Spec = (
+    NormSpec
+    | LayerNormSpec
+    | GatedNormSpec
+    | MlpSpec
+    | ExpertsSpec
+    | RopeSpec
+    | LoraSpec
+    | HeadSpec
+)
 
 
 @dataclass(frozen=True)
@@ -140,6 +157,13 @@ class Refusal:
     reason: str
     # True: the form is one the ops know, and a setting of this module rules it out.
     is_known_form: bool = False
+
+
+@dataclass(frozen=True)
+class LoraRefusal(Refusal):
+    """A LoRA layer of a matrix that the op does not compute."""
+
+    op: ClassVar[str] = "lora_linear"
 
 
 @dataclass(frozen=True)

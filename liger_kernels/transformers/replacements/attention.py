@@ -22,6 +22,7 @@ from liger_kernels.transformers.recognise import (
     rope_inputs,
     rope_parameters,
 )
+from liger_kernels.transformers.replacements.adapters import sharing
 from liger_kernels.transformers.replacements.calls import is_plain, record_call
 from liger_kernels.transformers.replacements.recompute import recomputing
 from liger_kernels.transformers.replacements.subclasses import is_as_patched
@@ -213,8 +214,9 @@ def attention_forward(base: Any, spec: RopeSpec) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_as_patched(self) or not are_unchanged():
             return base.forward(self, *args, **kwargs)
+        self._adopt_adapters()
         # The projections read a norm's output.
-        with recomputing(*args, *kwargs.values()):
+        with recomputing(*args, *kwargs.values()), sharing(self):
             return rotating(self, *args, **kwargs)
 
     return forward

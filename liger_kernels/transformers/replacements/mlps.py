@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from liger_kernels.ops import geglu, glu_mlp, swiglu
+from liger_kernels.ops.lora_mlp import lora_mlp
 from liger_kernels.transformers.recognise import ACTIVATIONS, MlpSpec, split_gate
+from liger_kernels.transformers.replacements.adapters import is_lora_patched, lora_call, sharing
 from liger_kernels.transformers.replacements.calls import (
     is_bare,
     is_plain,
@@ -20,6 +22,7 @@ from liger_kernels.transformers.replacements.calls import (
 )
 from liger_kernels.transformers.replacements.recompute import (
     hooks_are_free,
+    is_checkpointed,
     recomputing,
     run_recomputable,
 )
@@ -40,13 +43,17 @@ def mlp_forward(base: Any, spec: MlpSpec) -> Callable[..., Any]:
         if not all(child is None or is_bare(child) for child in others):
             return base.forward(self, *args, **kwargs)
         (x,) = args
+        self._adopt_adapters()
+        y = run_adapted(self, spec, x)
+        if y is not None:
+            return y
         weights = _weights_of(self, spec, x)
         if weights is not None:
             record_call(self)
             with recomputing(x):
                 keeps = not self._saves_memory
                 return glu_mlp(x, *weights, activation=spec.activation, keeps_product=keeps)
-        with recomputing(x):
+        with recomputing(x), sharing(self):
             gate = getattr(self, spec.gate)(x)
             if spec.layout == "separate":
                 # After the gate, as the class does it: adapters with dropout draw in this order.
@@ -75,8 +82,7 @@ def _weights_of(
         return None
     if not spec.is_one_function:
         return None
-    names = (spec.gate, spec.up, spec.down) if spec.layout == "separate" else (spec.gate, spec.down)
-    layers = [getattr(module, name) for name in names]
+    layers = _layers_of(module, spec)
     weights = [layer.weight for layer in layers if _is_plain_linear(layer)]
     if len(weights) < len(layers) or not is_plain(*weights):
         return None
@@ -84,6 +90,34 @@ def _weights_of(
         return None
     first, *middle, last = weights
     return first, middle[0] if middle else None, last
+
+
+def _layers_of(module: nn.Module, spec: MlpSpec) -> list[Any]:
+    """Return gate, up and down; gate is both where they are one layer."""
+    names = (spec.gate, spec.up, spec.down) if spec.layout == "separate" else (spec.gate, spec.down)
+    return [getattr(module, name) for name in names]
+
+
+def run_adapted(module: nn.Module, spec: MlpSpec, x: Any) -> Tensor | None:
+    """Run an MLP whose layers have LoRA adapters as one function; None where it must not be one.
+
+    As in _weights_of, inside a checkpoint the layers run one by one.
+    """
+    if torch.compiler.is_compiling() or not spec.is_one_function or is_checkpointed():
+        return None
+    layers = _layers_of(module, spec)
+    if not any(map(is_lora_patched, layers)) or not is_plain(x) or not x.numel():
+        return None
+    # What is not called as a module must not have hooks, on itself or inside.
+    calls = [lora_call(layer, x) if is_bare(layer) else None for layer in layers]
+    if None in calls or len({call[1:] for call in calls if call is not None}) > 1:
+        return None
+    found = [call for call in calls if call is not None]
+    for one in (module, *filter(is_lora_patched, layers)):
+        record_call(one)
+    with recomputing(x):
+        y = lora_mlp(x, [call.layer for call in found], spec.activation, found[0].dtype)
+    return y.to(found[0].out_dtype)
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:

@@ -136,6 +136,15 @@ def hooks_are_free() -> bool:
     )
 
 
+def is_checkpointed() -> bool:
+    """Return whether saved tensors go through hooks that are not ours, as in a checkpoint."""
+    if torch.compiler.is_compiling():
+        return False
+    state: Any = torch._C._autograd
+    hooks = state._top_saved_tensors_default_hooks(False)
+    return hooks is not None and hooks[1] is not _unpack
+
+
 def run_recomputable(module: Any, op: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
     """Return op(*tensors), remembered as an output that is cheap to recompute."""
     y = op(*tensors)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from liger_kernels.transformers.recognise import (
@@ -19,14 +20,20 @@ from liger_kernels.transformers.recognise import (
     GatedNormSpec,
     HeadSpec,
     LayerNormSpec,
+    LoraSpec,
     MlpSpec,
     NormSpec,
     RopeSpec,
     Spec,
     global_names,
+    input_readers,
+    lora_group,
     reachable_functions,
+    recognise_lora,
 )
+from liger_kernels.transformers.replacements.adapters import lora_forward
 from liger_kernels.transformers.replacements.attention import attention_forward, globals_read
+from liger_kernels.transformers.replacements.calls import is_transformed
 from liger_kernels.transformers.replacements.experts import experts_members
 from liger_kernels.transformers.replacements.mlps import mlp_forward
 from liger_kernels.transformers.replacements.norms import (
@@ -35,7 +42,13 @@ from liger_kernels.transformers.replacements.norms import (
     layer_norm_forward,
     rms_norm_forward,
 )
-from liger_kernels.transformers.replacements.subclasses import patch_members, subclass_in_place
+from liger_kernels.transformers.replacements.subclasses import (
+    can_swap,
+    is_patched,
+    patch_members,
+    subclass_in_place,
+    swap,
+)
 
 __all__ = ["TABLE", "TrialCase", "op_of", "patched_class", "trial_cases"]
 
@@ -95,7 +108,9 @@ def trial_cases(op: str, spec: Spec, module: nn.Module, config: Any) -> list[Tri
     return TABLE[type(spec)].cases(op, spec, module, config)
 
 
-def patched_class(base: Any, spec: Spec, saves_memory: bool = True) -> type[nn.Module]:
+def patched_class(
+    base: Any, spec: Spec, saves_memory: bool = True, takes_adapters: bool = False
+) -> type[nn.Module]:
     """Return the subclass of `base` that computes a form through its op.
 
     It adds one forward (or one gate) to `base` and keeps its name, so isinstance, state_dict,
@@ -112,6 +127,8 @@ def patched_class(base: Any, spec: Spec, saves_memory: bool = True) -> type[nn.M
         base: The class it replaces.
         spec: The form that modules of the class have.
         saves_memory: Whether outputs that are cheap to recompute are not kept for backward.
+        takes_adapters: Whether LoRA layers that a module gets after it was patched are patched when
+            it runs.
     """
     row = TABLE[type(spec)]
     make = row.members
@@ -119,11 +136,39 @@ def patched_class(base: Any, spec: Spec, saves_memory: bool = True) -> type[nn.M
 
     def members() -> dict[str, Any]:
         reads = frozenset() if row.live is None else _names_read(base) - row.live(spec)
-        own = {**make(base, spec), "_saves_memory": saves_memory}
+        adopt = _adopt_adapters if takes_adapters else _leave_adapters
+        own = {
+            **make(base, spec),
+            "_saves_memory": saves_memory,
+            "_adopt_adapters": adopt,
+        }
         return {**own, **patch_members(base, spec, reads)}
 
     code = row.code(base, spec)
-    return subclass_in_place(patched_class, base, spec, saves_memory, members=members, code=code)
+    options = (spec, saves_memory, takes_adapters)
+    return subclass_in_place(patched_class, base, *options, members=members, code=code)
+
+
+def _leave_adapters(self: Any) -> None:
+    """Patch no LoRA layers."""
+
+
+def _adopt_adapters(self: Any) -> None:
+    """Patch the LoRA layers that a patched module was given since."""
+    if torch.compiler.is_compiling():
+        return
+    new = [
+        name
+        for name, child in self._modules.items()
+        if child is not None and "lora_A" in child._modules and not is_patched(child)
+    ]
+    # A dictionary that changes size is not walked.
+    for name in () if not new or is_transformed() else new:
+        child = self._modules[name]
+        found = recognise_lora(child)
+        if isinstance(found, LoraSpec) and can_swap(child):
+            spec = replace(found, group=lora_group(self, name, input_readers(self)))
+            swap(child, patched_class(type(child), spec, self._saves_memory))
 
 
 def _names_read(base: Any) -> frozenset[str]:
@@ -193,6 +238,12 @@ def _rope_cases(op: str, spec: RopeSpec, module: Any, config: Any) -> list[Trial
     return [(op, (1, _ROWS, *_HEADS, head_size), options)]
 
 
+def _lora_cases(op: str, spec: LoraSpec, module: Any, config: Any) -> list[TrialCase]:
+    # Its products are cuBLAS's matter: what is tried is the form, in each rank.
+    ranks = sorted({int(rank) for rank in module.r.values()})
+    return [(op, (_ROWS, _INPUT_WIDTH, _WIDTH, rank), {"scale": 2.0}) for rank in ranks]
+
+
 def _loss_cases(op: str, spec: HeadSpec, module: Any, config: Any) -> list[TrialCase]:
     vocab_size = int(getattr(module, "out_features", _WIDTH))
     softcap = getattr(config, "final_logit_softcapping", None)
@@ -256,6 +307,12 @@ TABLE: Mapping[type, Replacement] = {
         members=_forward_by(attention_forward),
         live=None,
         code=_attention_code,
+    ),
+    LoraSpec: Replacement(
+        op=lambda spec: "lora_linear",
+        cases=_lora_cases,
+        members=_forward_by(lora_forward),
+        live=None,
     ),
     HeadSpec: Replacement(
         op=lambda spec: None, cases=_loss_cases, members=None, live=lambda spec: set()
