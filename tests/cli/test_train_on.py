@@ -47,7 +47,8 @@ def test_of_answers(rows, row):
     assert rows(row, "--train-on", "last") == [f"b{END}"]
     [whole] = rows(row, "--train-on", "all")
     assert whole == rows(row, "--no-assistant-only-loss")[0]
-    assert whole.startswith("user\nq") and whole.endswith(f"b{END}\n")
+    assert whole.startswith("user\nq")
+    assert whole.endswith(f"b{END}\n")
 
 
 def test_of_prompts(rows):
