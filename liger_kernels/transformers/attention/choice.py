@@ -137,9 +137,11 @@ def layer_type_of(module: Any, window: int | None) -> str:
     if isinstance(own, str):
         return own
     types = getattr(module.config, "layer_types", None)
-    index = getattr(module, "layer_idx", None)
-    if types and isinstance(index, int) and index < len(types):
-        return str(types[index])
+    if types:
+        # Read here alone: a compiled layer is compiled again for each number that was read.
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and index < len(types):
+            return str(types[index])
     return "sliding_attention" if window else "full_attention"
 
 
