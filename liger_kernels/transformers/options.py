@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from liger_kernels.nearest import nearest_name
-from liger_kernels.transformers.patching.selection import LOSSES, PATCH_OPS, OpSelection
+from liger_kernels.transformers.patching.selection import (
+    ADAPTER_OP,
+    LOSSES,
+    PATCH_OPS,
+    OpSelection,
+)
 
 __all__ = ["COMMON_OPTIONS", "select", "unknown_option"]
 
@@ -14,7 +19,7 @@ COMMON_OPTIONS = ("save_memory",)
 
 
 def select(options: dict[str, bool], save_memory: bool, where: str) -> OpSelection:
-    """Return the ops that keyword options turn on."""
+    """Return the ops that keyword options turn on, and that of adapters the model may get."""
     for name, value in {**options, "save_memory": save_memory}.items():
         if not isinstance(value, bool):
             raise ValueError(f"{where} got {name}={value!r}; it is True or False")
@@ -23,7 +28,8 @@ def select(options: dict[str, bool], save_memory: bool, where: str) -> OpSelecti
             f"{where} got cross_entropy=True and fused_linear_cross_entropy=True, which compute "
             "the same loss: set one of them to False"
         )
-    ops = tuple(op for op in PATCH_OPS if options.get(op))
+    is_on = {**options, ADAPTER_OP: any(options.values())}
+    ops = tuple(op for op in PATCH_OPS if is_on.get(op))
     return OpSelection(ops, is_auto=True, save_memory=save_memory)
 
 

@@ -18,6 +18,7 @@ from liger_kernels.transformers.patching.candidates import Candidate, find_candi
 from liger_kernels.transformers.patching.families import FAMILIES
 from liger_kernels.transformers.patching.render import others_text, tree_text
 from liger_kernels.transformers.patching.selection import (
+    ADAPTER_OP,
     LOSSES,
     PATCH_OPS,
     OpSelection,
@@ -46,10 +47,6 @@ __all__ = [
     "resolve_ops",
     "row_order",
 ]
-
-
-# The op of LoRA layers, which a model may get, change and lose after it was patched.
-ADAPTER_OP = "lora_linear"
 
 
 @dataclass(frozen=True)

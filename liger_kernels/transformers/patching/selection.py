@@ -10,12 +10,14 @@ from typing import Any
 
 from liger_kernels.ops.registry import OPS, PATCH_OPS, find_op
 
-__all__ = ["LOSSES", "PATCH_OPS", "OpSelection", "drop_retired", "resolve_ops"]
+__all__ = ["ADAPTER_OP", "LOSSES", "PATCH_OPS", "OpSelection", "drop_retired", "resolve_ops"]
 
 _logger = logging.getLogger(__name__)
 
 # These two are ways to compute the same loss.
 LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
+# The op of LoRA layers, which a model may get, change and lose after it was patched.
+ADAPTER_OP = "lora_linear"
 _WORDS = ("auto", "all", "none")
 # Configurations and calls may still name it: it was patched once.
 _RETIRED = OPS["fused_add_rms_norm"]
