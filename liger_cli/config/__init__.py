@@ -7,7 +7,7 @@ Importing this package costs pydantic and PyYAML; torch only where a list of ops
 
 from __future__ import annotations
 
-from liger_cli.config.flags import config_flags
+from liger_cli.config.flags import adapter_flags, config_flags
 from liger_cli.config.keys import ALIASES
 from liger_cli.config.resolve import ResolvedConfig, find_problems, load_config, resolve_config
 from liger_cli.config.run_config import RunConfig
@@ -16,6 +16,7 @@ __all__ = [
     "ALIASES",
     "ResolvedConfig",
     "RunConfig",
+    "adapter_flags",
     "config_flags",
     "find_problems",
     "load_config",

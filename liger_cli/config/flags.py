@@ -16,10 +16,12 @@ from liger_cli.config.keys import ALIASES
 from liger_cli.config.resolve import ResolvedConfig, flag_name, load_config, resolve_config
 from liger_cli.config.run_config import RunConfig
 
-__all__ = ["config_flags"]
+__all__ = ["adapter_flags", "config_flags"]
 
 _Result = TypeVar("_Result")
 
+# The heading of the keys of an adapter.
+_ADAPTER = "Adapter"
 _SHORT = {"model": "-m", "dataset": "-d", "output_dir": "-o"}
 
 
@@ -61,6 +63,36 @@ def config_flags(command: Callable[..., _Result]) -> Callable[..., _Result]:
     # typer would otherwise read the hints of the wrapped function, which has a `config`.
     del with_config.__wrapped__
     return with_config
+
+
+def adapter_flags(command: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Give a typer command a flag for every key of an adapter; it receives them as `adapter`.
+
+    They are a RunConfig with the command's `model` and `ops`. Its other parameters stay as they
+    are.
+    """
+    names = [name for name in RunConfig.model_fields if group(name) == _ADAPTER]
+    keys = {name: _flag_parameter(name) for name in names}
+    switches = [name for name in keys if _is_switch(name)]
+    hints = get_type_hints(command, include_extras=True)
+    own = [
+        parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in inspect.signature(command).parameters.items()
+        if name != "adapter"
+    ]
+
+    @functools.wraps(command)
+    def with_adapter(**arguments: Any) -> _Result:
+        flags = {name: arguments.pop(name) for name in keys}
+        flags |= {name: False for name in switches if arguments.pop(f"no_{name}")}
+        flags |= {name: arguments[name] for name in ("model", "ops")}
+        return command(adapter=load_config(None, flags), **arguments)
+
+    parameters = [*own, *keys.values(), *map(_off_parameter, switches)]
+    with_adapter.__annotations__ = {p.name: p.annotation for p in parameters}
+    with_adapter.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    del with_adapter.__wrapped__
+    return with_adapter
 
 
 def _option(name: str, annotation: Any, option: Any) -> inspect.Parameter:

@@ -9,10 +9,12 @@ import torch
 
 from liger_cli.common.environment import environment
 from liger_cli.common.readers import expand_path
+from liger_cli.config import RunConfig
 from liger_cli.config.yaml_file import read_mapping
 from liger_cli.errors import ConfigError
 from liger_cli.report import RunReport
 from liger_cli.training.checkpoints.files import find_checkpoints
+from liger_cli.training.model.adapters import attach_adapter, new_adapter
 from liger_cli.training.model.source import ModelSource, build_meta_model, resolve_model
 from liger_kernels.ops.backend import backend
 from liger_kernels.transformers.api import inspect_model
@@ -49,21 +51,38 @@ def find_model(name: str, notify: Callable[[str], None]) -> ModelSource:
     return resolve_model(model)
 
 
-def inspect_source(source: ModelSource, ops: str) -> RunReport:
+def inspect_source(source: ModelSource, ops: str, adapter: RunConfig | None = None) -> RunReport:
     """Return coverage and one row a module; the backend is the one a run here would use.
 
+    Args:
+        source: The model.
+        ops: As resolve_ops takes them.
+        adapter: The keys of a new adapter to put on it; none by default.
+
     Raises:
-        ConfigError: The configuration builds no model.
+        ConfigError: The configuration builds no model, or it cannot have the adapter.
+        EnvironmentProblem: peft is missing.
         ValueError: ops is not as resolve_ops wants it.
     """
+    whole: Any = build_meta_model(source)
+    asked = {"model": source.name, "ops": ops}
+    if adapter is not None and adapter.adapter != "none":
+        if source.adapter is not None:
+            raise ConfigError(
+                f"{source.name} is an adapter already, and --adapter {adapter.adapter} asks for "
+                "another",
+                hint="leave --adapter out, or give the base model",
+            )
+        whole = attach_adapter(whole, new_adapter(adapter, whole), base="")
+        asked["adapter"] = adapter.adapter
     # Of an adapted model the base with the adapter in it, whose names are those of the model.
-    model = inner_model(build_meta_model(source))
+    model = inner_model(whole)
     plan = inspect_model(model, ops)
     here = backend(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return RunReport(
         command="inspect",
         model=describe_model(source, model, plan),
-        config={"model": source.name, "ops": ops},
+        config=asked,
         environment=environment(),
         coverage=plan.coverage,
         modules=[

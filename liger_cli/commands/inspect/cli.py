@@ -6,10 +6,14 @@ from typing import Annotated
 
 import typer
 
+from liger_cli.config import RunConfig, adapter_flags
+
 __all__ = ["command"]
 
 
+@adapter_flags
 def command(
+    adapter: RunConfig,
     model: Annotated[
         str,
         typer.Option(
@@ -30,7 +34,10 @@ def command(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
-    """Show module by module what would be patched, and why the rest would not. Needs no weights."""
+    """Show module by module what would be patched, and why the rest would not. Needs no weights.
+
+    With --adapter the model has that adapter, as in train.
+    """
     from functools import partial
 
     from liger_cli.report import show_lines, show_report
@@ -39,6 +46,6 @@ def command(
 
     parse_ops(ops, require)
     source = find_model(model, notify=partial(show_lines, stderr=True))
-    report = inspect_source(source, ops)
+    report = inspect_source(source, ops, adapter)
     show_report(report, as_json=as_json, details=True, verbose=verbose)
     check_required(report, require, is_reported=True)

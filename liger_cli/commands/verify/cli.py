@@ -6,10 +6,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from liger_cli.config import RunConfig, adapter_flags
+
 __all__ = ["command"]
 
 
+@adapter_flags
 def command(
+    adapter: RunConfig,
     model: Annotated[
         str, typer.Option("--model", "-m", help="Preset, directory, config.json or hub id.")
     ],
@@ -29,7 +33,8 @@ def command(
     """Check the ops on this device, then your model: loss, logits and every gradient, by module.
 
     Errors are against fp64, beside those of eager torch in the same dtype. Exit 7 where one is
-    larger than eager's can explain, with the module named.
+    larger than eager's can explain, with the module named. With --adapter the model has that
+    adapter, with random matrices, and the gradients are the adapter's.
     """
     import torch
 
@@ -48,6 +53,7 @@ def command(
     report = verify(
         source,
         ops=ops,
+        adapter=adapter,
         dtype=choose_dtype("auto" if dtype == "auto" else getattr(torch, dtype), device),
         device=device,
         seed=seed,

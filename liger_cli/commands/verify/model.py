@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,10 +15,12 @@ from liger_cli.commands.verify.errors import GRADIENT, errors_of, judge, norm
 from liger_cli.commands.verify.modules import compare_modules
 from liger_cli.commands.verify.precision import in_precision
 from liger_cli.common.environment import devices, environment, host_memory
+from liger_cli.config import RunConfig
 from liger_cli.data.encode import IGNORED
-from liger_cli.errors import OutOfMemory, RequirementFailed
+from liger_cli.errors import ConfigError, OutOfMemory, RequirementFailed
 from liger_cli.report.inspection import describe_model
 from liger_cli.report.verify import ModulePart, OpPart, TensorPart, VerifyReport, WorstPart, verdict
+from liger_cli.training.model.adapters import attach_adapter, is_adapted, new_adapter
 from liger_cli.training.model.source import ModelSource, load_model
 from liger_kernels.compare import check_op
 from liger_kernels.ops.backend import backend
@@ -63,6 +66,7 @@ def verify(
     source: ModelSource,
     *,
     ops: str,
+    adapter: RunConfig,
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
@@ -72,6 +76,7 @@ def verify(
 
     Args:
         ops: As `--ops` takes them. An op that auto would leave out on this device fails.
+        adapter: The keys of a new adapter; `adapter` none puts none on.
         seed: Of random weights and of the batch.
         notify: Called with a line before each part.
 
@@ -79,17 +84,18 @@ def verify(
         LigerError: The model cannot be loaded, or does not fit on a CPU.
     """
     began = time.monotonic()
-    model = _load(source, dtype, device, seed, notify)
+    model = _add_adapter(_load(source, dtype, device, seed, notify), source, adapter, seed)
     plan = inspect_model(model, ops)
     used = _used_ops(plan)
     op_parts = _check_ops(model, ops, used, device)
     batch = _batch(model, device, seed)
     notify("the stock model ...")
-    truth = _truth(model, batch, dtype, notify)
-    losses = _losses_alone(model, plan, batch, truth, notify)
-    notify("the patched model ...")
-    record = apply_liger_kernel(model, ops)
-    whole, modules = _judge_patched(model, record, batch, truth, seed)
+    with _as_trained(model, dtype):
+        truth = _truth(model, batch, dtype, notify)
+        losses = _losses_alone(model, plan, batch, truth, notify)
+        notify("the patched model ...")
+        record = apply_liger_kernel(model, ops)
+        whole, modules = _judge_patched(model, record, batch, truth, seed)
     modules += losses
     return VerifyReport(
         model=describe_model(source, model, plan),
@@ -130,6 +136,36 @@ def _load(
     _check_host_memory(model, device)
     _turn_off_dropout(model)
     return model
+
+
+def _add_adapter(model: Any, source: ModelSource, config: RunConfig, seed: int) -> Any:
+    """Return the model with a new adapter, whose matrices are random: a fresh one has zeros.
+
+    Raises:
+        ConfigError: The model is an adapter already, or cannot have this one.
+        EnvironmentProblem: peft is missing.
+    """
+    settings = new_adapter(config, model)
+    if settings is None:
+        return model
+    if source.adapter is not None:
+        raise ConfigError(
+            f"{source.name} is an adapter already, and --adapter {config.adapter} asks for another",
+            hint="leave --adapter out, or give the base model",
+        )
+    settings.init_lora_weights = False
+    device = next(model.parameters()).device
+    adapted = attach_adapter(model, settings, base="", seed=seed).to(device)
+    _turn_off_dropout(adapted)
+    return adapted
+
+
+def _as_trained(model: Any, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Return the context that a run computes the model in: autocast around a half-precision base
+    with an adapter."""
+    if not is_adapted(model) or dtype not in (torch.bfloat16, torch.float16):
+        return contextlib.nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, dtype=dtype)
 
 
 def _used_ops(plan: PatchPlan) -> list[str]:

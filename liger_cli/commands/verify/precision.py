@@ -28,7 +28,9 @@ def in_precision(model: nn.Module, precision: torch.dtype) -> Iterator[None]:
     try:
         for tensor, _ in tensors.values():
             tensor.data = tensor.data.to(precision)
-        with _Widens(precision), _plain_experts(model):
+        kind = next(model.parameters(), torch.empty(0)).device.type
+        # Under autocast a product would be rounded to its dtype, whatever its factors are.
+        with torch.autocast(kind, enabled=False), _Widens(precision), _plain_experts(model):
             yield
     finally:
         for tensor, own in tensors.values():

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from liger_cli.config import RunConfig
 from liger_cli.training.memory.parts import table_of
+from liger_kernels.ops import adapted_linear
+from liger_kernels.transformers.replacements import adapters
 from liger_kernels.transformers.wrappers import inner_model
 
-__all__ = ["allocate_moments", "pack_layers", "packed_layers"]
+__all__ = ["allocate_moments", "pack_layers", "packed_adapters", "packed_layers"]
 
 # Bytes of a value in 4 bits: for every 64 values a scale of 32 bits, or, nested, of 8 bits and a
 # little. In 8 bits the scales, one a row, are next to nothing.
@@ -42,25 +46,57 @@ def pack_layers(model: Any, config: RunConfig) -> None:
         return
     value_bytes = _NESTED_FOUR_BITS if config.use_bnb_nested_quant else _FOUR_BITS
     value_bytes = _EIGHT_BITS if config.load_in_8bit else value_bytes
-    product = _Int8Linear if config.load_in_8bit else _PackedLinear
     for layer in packed_layers(model):
         weight = layer.weight
+        layer.__class__ = _EightBitLayer if config.load_in_8bit else _Layer
         packed = torch.empty(round(weight.numel() * value_bytes), dtype=torch.uint8)
         layer.weight = nn.Parameter(packed, requires_grad=False)
-        forward = functools.partial(_product, layer, product, shape=weight.shape, of=weight.dtype)
-        layer.forward = forward  # type: ignore[method-assign]
+        packed_weight: Any = layer.weight
+        packed_weight.quant_state = _QuantState(weight.shape, weight.dtype)
+        layer.compute_dtype = weight.dtype  # type: ignore[assignment]
 
 
-def _product(
-    layer: nn.Linear,
-    product: type[torch.autograd.Function],
-    x: Tensor,
-    *,
-    shape: torch.Size,
-    of: torch.dtype,
-) -> Tensor:
-    y: Tensor = product.apply(x.to(of), layer.weight, shape)
+class _QuantState(NamedTuple):
+    """The form of a weight before it was packed."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class _Layer(nn.Linear):
+    """A layer with a weight of 4 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _product(_PackedLinear, self, x)
+
+
+class _EightBitLayer(nn.Linear):
+    """A layer with a weight of 8 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _product(_Int8Linear, self, x)
+
+
+def _product(product: type[torch.autograd.Function], layer: nn.Linear, x: Tensor) -> Tensor:
+    weight: Any = layer.weight
+    state = weight.quant_state
+    y: Tensor = product.apply(x.to(state.dtype), weight, state.shape)
     return y if layer.bias is None else y + layer.bias
+
+
+@contextlib.contextmanager
+def packed_adapters() -> Iterator[None]:
+    """Let patched LoRA layers take packed layers for those of bitsandbytes."""
+
+    def unpack(weight: Any, dtype: torch.dtype) -> Tensor:
+        state = getattr(weight, "quant_state", None)
+        return weight.to(dtype) if state is None else weight.new_empty(state.shape, dtype=dtype)
+
+    with (
+        mock.patch.object(adapters, "_is_packed_linear", lambda layer: type(layer) is _Layer),
+        mock.patch.object(adapted_linear, "frozen_weight", unpack),
+    ):
+        yield
 
 
 class _PackedLinear(torch.autograd.Function):
