@@ -120,7 +120,10 @@ def _is_linear(layer: nn.Module) -> bool:
 def _is_packed_linear(layer: Any) -> bool:
     """Return whether a layer is bitsandbytes' of 4 bits, with its weight packed."""
     cls = getattr(getattr(sys.modules.get("bitsandbytes"), "nn", None), "Linear4bit", None)
-    return cls is not None and type(layer) is cls and is_packed(layer.weight)
+    if cls is None or type(layer) is not cls or not is_packed(layer.weight):
+        return False
+    # On some CPUs its forward packs the weight once more, for its own product in evaluation.
+    return not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
 
 
 def lora_call(module: Any, x: Any) -> LoraCall | None:
