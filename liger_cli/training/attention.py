@@ -129,11 +129,12 @@ def plan_attention(
     if named in (None, LIGER_VARLEN) and obstacle is None:
         layers = plan_layers(model, device, dtype)
     backends = {layer.backend for layer in layers}
+    # A mask of rows end to end would be larger than those of the rows.
+    has_lengths = bool(backends - {"mask"}) or (obstacle is None and "flash" in (named or ""))
     serves = named == LIGER_VARLEN or bool(backends - {"mask"})
     is_free = wish == "true" or (may_be_free and backends == {"varlen"})
     if not (rows.is_packed or is_free):
         return AttentionPlan(named)
-    has_lengths = serves or (obstacle is None and "flash" in (named or ""))
     return AttentionPlan(
         LIGER_VARLEN if serves else named,
         layers if serves else (),

@@ -150,11 +150,11 @@ def test_choice_where_varlen_serves(monkeypatch, keys, rows, wanted):
         ({}, Rows(False, padding=0.5), (None, False, False)),
         ({}, Rows(True), (None, False, False)),
         ({"padding_free": "true"}, Rows(False, padding=0.5), (None, True, False)),
-        ({"attn_implementation": LIGER_VARLEN}, Rows(True), (LIGER_VARLEN, False, True)),
+        ({"attn_implementation": LIGER_VARLEN}, Rows(True), (LIGER_VARLEN, False, False)),
         (
             {"attn_implementation": LIGER_VARLEN, "padding_free": "true"},
             Rows(False),
-            (LIGER_VARLEN, True, True),
+            (LIGER_VARLEN, True, False),
         ),
     ],
 )

@@ -11,7 +11,7 @@ from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError, OutOfMemory
 from liger_cli.report.estimate import CardPart, EstimateReport, FitPart, PartRow
 from liger_cli.training.memory.limits import RunMemory, cheapest_remedies
-from liger_cli.training.memory.step import Batch, MemoryEstimate
+from liger_cli.training.memory.step import MemoryEstimate
 from liger_cli.training.model.source import resolve_model
 
 __all__ = ["Fit", "describe_estimate"]
@@ -46,14 +46,8 @@ def describe_estimate(
     """
     if fit is not None and card is None:
         raise ConfigError("fit needs a card to fit into", hint="--gpu H100-80GB, or --gpu 24 (GB)")
-    batch = Batch(
-        size=config.per_device_train_batch_size,
-        length=config.max_length,
-        is_padded=is_padded,
-        is_packed=config.packing,
-    )
     source = resolve_model(config.model)
-    memory = RunMemory(config, source, batch, on_gpu=not config.use_cpu, num_shards=num_shards)
+    memory = RunMemory.assumed(config, source, is_padded=is_padded, num_shards=num_shards)
     fitted = None
     if fit is not None and card is not None:
         memory, fitted = _fitted(memory, card, fit)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from liger_cli.training.memory.build import estimate_memory, meta_model_of
+from liger_cli.training.memory.build import assumed_attention, estimate_memory, meta_model_of
 from liger_cli.training.memory.step import Batch, MemoryEstimate, step_memory
 
-__all__ = ["Batch", "MemoryEstimate", "estimate_memory", "meta_model_of", "step_memory"]
+__all__ = [
+    "Batch",
+    "MemoryEstimate",
+    "assumed_attention",
+    "estimate_memory",
+    "meta_model_of",
+    "step_memory",
+]

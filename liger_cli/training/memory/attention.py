@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["attention_on_gpu"]
+__all__ = ["attention_on_gpu", "flex_on_gpu", "varlen_on_gpu"]
 
 # The widest head that flash attention takes.
 _MAX_FLASH_WIDTH = 256
@@ -42,6 +42,21 @@ def attention_on_gpu(
     if attn_mask is not None:
         attn_mask = attn_mask.to(query.dtype)
     return _Attention.apply(query, key, value, attn_mask)
+
+
+def varlen_on_gpu(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Any, scale: float, left: int
+) -> Tensor:
+    """Allocate as the varlen kernel does: (T, H, D) queries of all rows, keys shared."""
+    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    out: Tensor = _Attention.apply(query, key, value, None)
+    return out.squeeze(0).transpose(0, 1)
+
+
+def flex_on_gpu(query: Tensor, key: Tensor, value: Tensor, mask: Any, options: Any) -> Tensor:
+    """Allocate as flex attention does: no scores, keys shared, and a small mask of blocks."""
+    out: Tensor = _Attention.apply(query, key, value, None)
+    return out.transpose(1, 2)
 
 
 class _Attention(torch.autograd.Function):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
 import torch
 
 from liger_cli.config import RunConfig
+from liger_cli.training.attention import AttentionPlan, Rows, plan_attention
+from liger_cli.training.memory.probe_copy import assumed_gpu
 from liger_cli.training.memory.step import Batch, MemoryEstimate, step_memory
 from liger_cli.training.model.adapters import adapts, attach_adapter, new_adapter
 from liger_cli.training.model.dtypes import parameter_dtype
@@ -17,7 +20,7 @@ from liger_kernels.transformers.api import apply_liger_kernel
 from liger_kernels.transformers.patching.upstream_fixes import repair_model
 from liger_kernels.transformers.wrappers import inner_model
 
-__all__ = ["estimate_memory", "meta_model_of"]
+__all__ = ["assumed_attention", "estimate_memory", "meta_model_of"]
 
 _CPU = torch.device("cpu")
 
@@ -45,6 +48,18 @@ def estimate_memory(
     """
     model = meta_model_of(config, source, on_gpu=on_gpu)
     return step_memory(config, model, batch, on_gpu=on_gpu, num_shards=num_shards)
+
+
+def assumed_attention(
+    config: RunConfig, source: ModelSource, *, is_padded: bool, on_gpu: bool
+) -> AttentionPlan:
+    """Return the attention that a run has on a data center GPU, or on a CPU, whatever is here."""
+    dtype = _dtype(config, is_adapted=adapts(config, source), on_gpu=on_gpu)
+    if config.bf16 or config.fp16:
+        dtype = torch.bfloat16 if config.bf16 else torch.float16
+    rows = Rows(config.packing, padding=float(is_padded))
+    with assumed_gpu() if on_gpu else contextlib.nullcontext():
+        return plan_attention(config, build_meta_model(source), rows, _CPU, dtype)
 
 
 def meta_model_of(config: RunConfig, source: ModelSource, *, on_gpu: bool = True) -> Any:

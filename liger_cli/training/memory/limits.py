@@ -14,7 +14,12 @@ from liger_cli.common.numbers import format_bytes
 from liger_cli.config import RunConfig
 from liger_cli.errors import LigerError, OutOfMemory
 from liger_cli.training.inputs import Inputs
-from liger_cli.training.memory import Batch, MemoryEstimate, estimate_memory
+from liger_cli.training.memory import (
+    Batch,
+    MemoryEstimate,
+    assumed_attention,
+    estimate_memory,
+)
 from liger_cli.training.model.adapters import is_adapted
 from liger_cli.training.model.dtypes import parameter_dtype
 from liger_cli.training.model.presets import ModelSource
@@ -61,14 +66,47 @@ class RunMemory:
     @classmethod
     def of(cls, config: RunConfig, inputs: Inputs, device: torch.device) -> RunMemory:
         """Return the memory of a step of this run."""
-        lengths = _row_lengths(config, inputs)
+        lengths, size = _row_lengths(config, inputs), config.per_device_train_batch_size
+        plan, length = inputs.attention, max(lengths)
+        is_free = plan.padding_free and not config.packing
+        if is_free:
+            # Of the longest rows that can come together, the mean.
+            longest = sorted(lengths)[-size:]
+            length = -(-sum(longest) // len(longest))
         batch = Batch(
-            size=config.per_device_train_batch_size,
-            length=max(lengths),
-            is_padded=len(set(lengths)) > 1 and config.per_device_train_batch_size > 1,
+            size=size,
+            length=length,
+            is_padded=len(set(lengths)) > 1 and size > 1 and not is_free,
             is_packed=config.packing,
+            is_flat=is_free or plan.has_lengths,
+            has_lengths=plan.has_lengths,
         )
         return cls(config, inputs.source, batch, device.type != "cpu")
+
+    @classmethod
+    def assumed(
+        cls, config: RunConfig, source: ModelSource, *, is_padded: bool, num_shards: int
+    ) -> RunMemory:
+        """Return the memory of a step of rows of max_length, on a GPU unless use_cpu says else.
+
+        Args:
+            config: The run.
+            source: Its model.
+            is_padded: Whether rows have several lengths.
+            num_shards: Devices that share weights, gradients and moments.
+        """
+        on_gpu = not config.use_cpu
+        plan = assumed_attention(config, source, is_padded=is_padded, on_gpu=on_gpu)
+        is_free = plan.padding_free and not config.packing
+        batch = Batch(
+            size=config.per_device_train_batch_size,
+            length=config.max_length,
+            is_padded=is_padded and not is_free,
+            is_packed=config.packing,
+            is_flat=is_free or plan.has_lengths,
+            has_lengths=plan.has_lengths,
+        )
+        return cls(plan.applied(config), source, batch, on_gpu, num_shards)
 
     @functools.cached_property
     def found(self) -> MemoryEstimate | None:

@@ -20,12 +20,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.utils import import_utils
 
-from liger_cli.training.memory.attention import attention_on_gpu
+from liger_cli.training.memory.attention import attention_on_gpu, flex_on_gpu, varlen_on_gpu
 from liger_kernels.ops import backend, launcher
 from liger_kernels.ops.losses import chunk_size, label_count, linear_loss
+from liger_kernels.transformers.attention import interface, kernel, masks
 from liger_kernels.transformers.replacements import calls
 
-__all__ = ["BACKWARD", "Answers", "gpu_stand_in", "plain_tensors"]
+__all__ = ["BACKWARD", "Answers", "assumed_gpu", "gpu_stand_in", "plain_tensors"]
 
 # The part of what autograd makes on its own, between the backward of one operation and the next.
 BACKWARD = "backward"
@@ -160,6 +161,10 @@ def gpu_stand_in(num_labels: int) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
+        enter(assumed_gpu())
+        enter(_patch(kernel, "_call", varlen_on_gpu))
+        enter(_patch(interface, "flex_attention", flex_on_gpu))
+        enter(_patch(masks.DeferredMask, "make", _mask_on_gpu(masks.DeferredMask.make)))
         enter(_patch(F, "scaled_dot_product_attention", attention_on_gpu))
         enter(_patch(backend, "backend", lambda device: "triton"))
         enter(_patch(launcher.Launch, "__call__", lambda self, *tensors: None))
@@ -170,6 +175,29 @@ def gpu_stand_in(num_labels: int) -> Iterator[None]:
         # On a GPU it adds in place, whatever the dtypes.
         enter(_patch(linear_loss, "_add_product", lambda *args, **options: None))
         yield
+
+
+@contextlib.contextmanager
+def assumed_gpu() -> Iterator[None]:
+    """Let the choice of attention be that of a data center GPU."""
+
+    def head_problem(device: torch.device, size: int) -> str | None:
+        limit = kernel.MAX_HEAD_SIZE
+        return f"it takes heads of at most {limit}, not {size}" if size > limit else None
+
+    with (
+        _patch(kernel, "device_problem", lambda device: None),
+        _patch(kernel, "head_problem", head_problem),
+    ):
+        yield
+
+
+def _mask_on_gpu(make: Any) -> Any:
+    def make_on_gpu(self: Any, name: str, lengths: Any = None) -> Any:
+        # Blocks that are counted, not scores: nothing to speak of.
+        return None if name == "flex_attention" else make(self, name, lengths)
+
+    return make_on_gpu
 
 
 def _address(x: Tensor) -> int:

@@ -44,6 +44,8 @@ class Batch:
         label_share: Of the tokens those that have a label.
         is_padded: Whether rows have several lengths: transformers then makes a mask of attention.
         is_packed: Whether a row holds several documents, which position_ids separate.
+        is_flat: Whether the rows lie end to end in one.
+        has_lengths: Whether that one says where documents begin.
     """
 
     size: int
@@ -51,6 +53,8 @@ class Batch:
     label_share: float = 1.0
     is_padded: bool = False
     is_packed: bool = False
+    is_flat: bool = False
+    has_lengths: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def step_memory(
     """
     base = inner_model(model)
     num_labels = max(1, round(batch.size * batch.length * batch.label_share))
-    is_masked = batch.is_padded or batch.is_packed
+    is_masked = batch.is_padded or batch.is_packed or batch.is_flat
     answers = Answers(num_labels, _num_experts(base), is_masked=is_masked)
     sort = _by_shape(base)
     ledger = Ledger(answers, sort, num_shards=num_shards, sharded=_SHARDED)
@@ -201,10 +205,17 @@ def _moments(config: RunConfig, model: Any, parameters: list[Tensor]) -> object:
     return optimizer
 
 
-def _inputs(batch: Batch) -> dict[str, Tensor]:
-    names = ["input_ids", "labels", "position_ids" if batch.is_packed else "attention_mask"]
-    shape = (batch.size, batch.length)
-    return {name: torch.zeros(shape, dtype=torch.int64) for name in names}
+def _inputs(batch: Batch) -> dict[str, Any]:
+    has_positions = batch.is_packed or batch.is_flat
+    names = ["input_ids", "labels", "position_ids" if has_positions else "attention_mask"]
+    shape = (1, batch.size * batch.length) if batch.is_flat else (batch.size, batch.length)
+    inputs: dict[str, Any] = {name: torch.zeros(shape, dtype=torch.int64) for name in names}
+    if batch.has_lengths:
+        # A document a row: how many they are costs no memory to speak of.
+        ends = torch.zeros(batch.size + 1, dtype=torch.int32)
+        inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), ends)
+        inputs |= dict.fromkeys(("max_length_q", "max_length_k"), batch.length)
+    return inputs
 
 
 def _make_again(model: Any) -> None:
