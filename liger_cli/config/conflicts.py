@@ -173,6 +173,11 @@ CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...] = (
         lambda c: c.eval_strategy == "no" and c.eval_on_start,
     ),
     (
+        ("packing", "text_mode"),
+        "text_mode stream fills rows by itself; packing keeps documents apart",
+        lambda c: c.packing and c.text_mode == "stream",
+    ),
+    (
         ("streaming", "eval_strategy"),
         "streaming has no epochs to evaluate after; set eval_steps",
         lambda c: c.streaming and c.eval_strategy == "epoch",

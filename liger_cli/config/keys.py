@@ -146,6 +146,10 @@ class Keys(BaseModel):
         "assistant: answers and completions, as null; last: of several answers the last alone; "
         "all: prompts and whole conversations.",
     )
+    text_mode: Literal["document", "stream"] = _data(
+        "document",
+        "Rows of text: each cut to max_length; or all as one stream of rows of max_length.",
+    )
     packing: bool = _data(False, "Fill rows of max_length with whole documents, kept apart.")
     packing_strategy: Literal["bfd", "sequential"] = _data(
         "bfd", "Best fit, the longest first; or in the order of the data."

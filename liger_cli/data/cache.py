@@ -35,8 +35,8 @@ _ROWS, _COUNTS = "rows.arrow", "counts.json"
 _CODE = (
     *("answers", "borders", "cache", "calls", "chat", "clip", "encode", "examples"),
     *("factory", "files", "formats", "image_parts", "instructions", "marks", "messages"),
-    *("names", "rendering", "rows", "samples", "shown", "sources", "template", "thoughts"),
-    *("threads", "token_ids", "turns", "used", "values"),
+    *("names", "rendering", "rows", "samples", "shown", "sources", "template"),
+    *("text_stream", "thoughts", "threads", "token_ids", "turns", "used", "values"),
 )
 
 

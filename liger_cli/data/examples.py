@@ -22,6 +22,7 @@ from liger_cli.data.images import ImageRows, ImagesFound
 from liger_cli.data.mixture import join_sources
 from liger_cli.data.rows import Record, Row, RowFormat, only_last
 from liger_cli.data.sources import SYNTHETIC_NAME, Source, Split, find_sources
+from liger_cli.data.text_stream import join_texts
 from liger_cli.data.thoughts import Reasoning
 from liger_cli.data.used import count_names
 from liger_cli.data.workers import map_in_order
@@ -123,6 +124,7 @@ class RowOptions:
         last_only: Of several answers only the last is trained.
         enable_thinking: As ChatRenderer has it.
         reasoning: The same.
+        as_stream: The texts are one stream of tokens, in rows of max_length.
     """
 
     max_length: int
@@ -133,6 +135,7 @@ class RowOptions:
     last_only: bool = False
     enable_thinking: bool | None = None
     reasoning: Reasoning | None = None
+    as_stream: bool = False
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -176,7 +179,7 @@ def load_examples(
     """
     counts, licences = Counts(), list[str]()
     parts: list[tuple[str, Any, float | None]] = []
-    for entry, source in find_sources(datasets, split):
+    for entry, source in find_sources(datasets, split, as_stream=options.as_stream):
         one = entry.path
         if source is None:
             made = _synthetic(split, options, seed)
@@ -220,7 +223,7 @@ class RowMaker:
         counts = Counts()
         count_names(counts, rows, self.renderer)
         kept: list[tuple[list[int], list[int]]] = []
-        max_length = self.options.max_length
+        max_length = None if self.options.as_stream else self.options.max_length
         for row, encoded in zip(rows, self.encoder.encode(rows, self.renderer), strict=True):
             ids, labels = encoded.input_ids[:max_length], encoded.labels[:max_length]
             num_trained = sum(label != IGNORED for label in labels)
@@ -235,7 +238,7 @@ class RowMaker:
             counts.rows += 1
             counts.tokens += len(ids)
             counts.trained_tokens += num_trained
-            counts.truncated_rows += len(encoded.input_ids) > max_length
+            counts.truncated_rows += len(encoded.input_ids) > len(ids)
             counts.add_left_out(encoded.left_out)
         return _table([ids for ids, _ in kept], [labels for _, labels in kept]), counts
 
@@ -282,10 +285,14 @@ def open_source(
     if first is None:
         raise DataError(f"{source.name} holds no rows")
     options = replace(options, min_length=entry.min_length or 0)
-    encoder = Encoder(
-        tokenizer, options.completion_only, options.assistant_only, options.max_length
-    )
+    max_length = None if options.as_stream else options.max_length
+    encoder = Encoder(tokenizer, options.completion_only, options.assistant_only, max_length)
     form = RowFormat.find(first, source.folder, entry.naming)
+    if options.as_stream and form.name != "text":
+        raise DataError(
+            f"{source.name}: text_mode stream is for rows of text, and these are {form.name}",
+            hint="packing fills rows with whole conversations and prompts",
+        )
     renderer = ChatRenderer(
         tokenizer, enable_thinking=options.enable_thinking, reasoning=options.reasoning
     )
@@ -331,7 +338,9 @@ def _tokenise_text(
     notify: Callable[[str], None] | None,
 ) -> Tokenised:
     def make() -> Iterator[tuple[pyarrow.Table, Counts]]:
-        return map_in_order(maker, _chunks(source.read()), num_proc)
+        tables = map_in_order(maker, _chunks(source.read()), num_proc)
+        options = maker.options
+        return join_texts(tables, options.max_length) if options.as_stream else tables
 
     keep = source.num_bytes >= cache.MIN_BYTES
     key: dict[str, Any] = {}

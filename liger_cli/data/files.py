@@ -28,6 +28,14 @@ __all__ = ["AS_NAMED", "READERS", "FileOptions", "read_file", "table_rows"]
 
 _TABLE_ROWS = 1000
 _BOM = b"\xef\xbb\xbf"
+# A tokenizer takes some 100 bytes of memory for each byte of a text.
+_MAX_TEXT = 256 * 1024 * 1024
+# The endings of files that each option is for.
+_KINDS = {
+    "delimiter": (".csv", ".tsv"),
+    "encoding": (".jsonl", ".json", ".csv", ".tsv", ".txt"),
+    "data_key": (".json",),
+}
 # Bytes that are not UTF-8, as the error handler surrogateescape keeps them.
 _ESCAPED = re.compile("[\udc80-\udcff]")
 
@@ -40,21 +48,24 @@ class FileOptions:
         delimiter: Between the fields of a CSV or TSV file.
         encoding: Of text, as Python names it; None is UTF-8.
         data_key: Where the rows of a JSON file are: a key, or several joined by dots.
+        whole_text: A .txt file is one row, and not a row a line.
     """
 
     delimiter: str | None = None
     encoding: str | None = None
     data_key: str | None = None
+    whole_text: bool = False
+
+    @property
+    def given(self) -> list[str]:
+        """The names of the options that say something about one file."""
+        return [name for name in _KINDS if getattr(self, name) is not None]
 
     def check(self, path: Path) -> None:
         """Raise a DataError for an option that says nothing about a file of this kind."""
-        kinds = {
-            "delimiter": (".csv", ".tsv"),
-            "encoding": tuple(ending for ending in READERS if ending != ".parquet"),
-            "data_key": (".json",),
-        }
-        for name, endings in kinds.items():
-            if getattr(self, name) is not None and path.suffix not in endings:
+        for name in self.given:
+            endings = _KINDS[name]
+            if path.suffix not in endings:
                 raise DataError(f"{name} is for {', '.join(endings)}, and {path} is none of them")
 
 
@@ -165,8 +176,18 @@ def _read_list(path: Path, text: str) -> Iterator[Record]:
 
 
 def _read_text(path: Path, options: FileOptions) -> Iterator[Record]:
-    """Yield every line that is not blank as a row."""
+    """Yield every line that is not blank as a row, or all of the file as one."""
     with _open(path, options) as stream:
+        if options.whole_text:
+            if path.stat().st_size > _MAX_TEXT:
+                raise DataError(
+                    f"{path} has more than {_MAX_TEXT >> 20} MB, which text_mode stream would "
+                    "tokenise at once; split it into files of a folder"
+                )
+            text = decode(stream.read(), path, 1)
+            if text.strip():
+                yield f"{path}:1", {"text": text}
+            return
         for number, line in enumerate(stream, start=1):
             text = decode(line, path, number).strip("\r\n")
             if text.strip():

@@ -81,12 +81,17 @@ class Source:
 
 
 def find_sources(
-    datasets: str | Sequence[DatasetEntry], split: Split = "train", *, streaming: bool = False
+    datasets: str | Sequence[DatasetEntry],
+    split: Split = "train",
+    *,
+    streaming: bool = False,
+    as_stream: bool = False,
 ) -> list[tuple[DatasetEntry, Source | None]]:
     """Return the source of each dataset; synthetic has none.
 
     Args:
         datasets: Text, as split_names reads it, or entries.
+        as_stream: A .txt file is one text, and not a row a line.
 
     Raises:
         ConfigError: Two of them have a file in common, whose rows would be used twice.
@@ -98,7 +103,7 @@ def find_sources(
     for given in entries:
         entry, source = translate_entry(given), None
         if entry.path != SYNTHETIC_NAME:
-            source = _from_entry(entry, split, streaming=streaming)
+            source = _from_entry(entry, split, streaming=streaming, as_stream=as_stream)
         elif idle := [key for key, value in vars(entry).items() if value and key not in _ANY]:
             raise ConfigError(f"{SYNTHETIC_NAME} data have no {idle[0]}")
         found.append((entry, source))
@@ -120,9 +125,9 @@ def find_sources(
 _ANY = ("path", "weight", "columns", "roles", "message_fields")
 
 
-def _from_entry(entry: DatasetEntry, split: Split, *, streaming: bool) -> Source:
+def _from_entry(entry: DatasetEntry, split: Split, *, streaming: bool, as_stream: bool) -> Source:
     """Return the source of an entry, of which max_samples rows are read."""
-    options = FileOptions(entry.delimiter, entry.encoding, entry.data_key)
+    options = FileOptions(entry.delimiter, entry.encoding, entry.data_key, whole_text=as_stream)
     source = find_source(entry.path, split, streaming=streaming, options=options, part=entry.split)
 
     def records() -> Iterator[Record]:
@@ -164,7 +169,7 @@ def find_source(
     is_files = not is_sample and not is_saved and _is_files(name, path)
     if (is_sample or is_files or (is_saved and not splits)) and part is not None:
         raise ConfigError(f"split {part}: {name} has no splits with names")
-    if not is_files and (idle := [key for key, value in vars(options).items() if value]):
+    if not is_files and (idle := options.given):
         raise ConfigError(f"{idle[0]} is for files, and {name} is none")
     if is_sample:
         files = (find_sample(),)

@@ -32,6 +32,7 @@ from liger_cli.data.mixture import next_source
 from liger_cli.data.packing import Strategy, join_rows, pack
 from liger_cli.data.rows import Record
 from liger_cli.data.sources import SYNTHETIC_NAME, Source, find_sources
+from liger_cli.data.text_stream import join_texts
 from liger_cli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -142,13 +143,16 @@ class _Blocks:
         rows: list[dict[str, Any]] = []
         counts = Counts()
         for (_, maker), records in zip(stream.sources, found, strict=True):
-            for i in range(0, len(records), BATCH):
-                try:
-                    table, added = maker(records[i : i + BATCH])
-                except ImagesFound as image:
-                    raise DataError(f"{image.where}: images are not streamed") from None
-                rows += table.to_pylist()
-                counts.add(added)
+            batches = (records[i : i + BATCH] for i in range(0, len(records), BATCH))
+            tables: Iterator[tuple[Any, Counts]] = map(maker, batches)
+            if maker.options.as_stream:
+                tables = join_texts(tables, maker.options.max_length)
+            try:
+                for table, added in tables:
+                    rows += table.to_pylist()
+                    counts.add(added)
+            except ImagesFound as image:
+                raise DataError(f"{image.where}: images are not streamed") from None
         self._counts.add(counts)
         self._place = self._after(begin, reached, is_end)
         if stream.packing is not None:
@@ -218,7 +222,7 @@ def open_stream(
     Raises:
         LigerError: As load_examples.
     """
-    parts = find_sources(datasets, streaming=True)
+    parts = find_sources(datasets, streaming=True, as_stream=options.as_stream)
     sources = [(entry, source) for entry, source in parts if source is not None]
     if tokenizer is None or len(sources) < len(parts):
         raise ConfigError(f"streaming: {SYNTHETIC_NAME} data are made and not read")

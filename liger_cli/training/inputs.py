@@ -108,6 +108,7 @@ def load_inputs(
         last_only=config.train_on == "last",
         enable_thinking=config.enable_thinking,
         reasoning=config.reasoning,
+        as_stream=config.text_mode == "stream",
     )
     reader = _Reader(config, preprocessing, options, notify)
     data, train_rows, eval_rows = _read(reader) if trains else _read_evaluation(reader)
