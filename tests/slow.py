@@ -26,6 +26,7 @@ SLOW = {
     "test_case_93_stopped_and_resumed": ("three trainings a case", "packed-stream|dropout"),
     "test_case_93_resume_is_exact_with_every_optimizer": ("three trainings a case", "muon-master"),
     "test_loss_falls": ("thirty steps an optimizer", "adamw_torch_fused"),
+    "test_run_keeps_its_tokens": ("three trainings and what follows a case", "^lora-qwen3$"),
     "test_case_93_resume_of_an_adapter_is_exact": ("three trainings a case", "^dropout$"),
     "test_case_93_packed_run_resumes_exactly": ("three trainings a case", "bfd"),
     "test_case_222_finished_run_is_lengthened": ("three trainings a case", "^max_steps$"),

@@ -31,7 +31,7 @@ from liger_cli.config.pairs import (
     read_ranks,
     split_names,
 )
-from liger_cli.config.value_types import Names
+from liger_cli.config.value_types import Names, Tokens
 
 __all__ = ["ALIASES", "Keys"]
 
@@ -58,6 +58,7 @@ _model = functools.partial(_key, "Model and kernels")
 _adapter = functools.partial(_key, "Adapter")
 _data = functools.partial(_key, "Data")
 _template = functools.partial(_key, "Chat template")
+_tokens = functools.partial(_key, "Tokens")
 _batch = functools.partial(_key, "Batches")
 _optimizer = functools.partial(_key, "Optimizer and schedule")
 _run = functools.partial(_key, "Run directory")
@@ -172,6 +173,18 @@ class Keys(BaseModel):
         "Thoughts of answers: all, those since the last question or none; null: as the template.",
     )
 
+    add_tokens: Tokens | None = _tokens(
+        None, "New tokens, as A,B: words that are one token each from now on."
+    )
+    add_special_tokens: Tokens | None = _tokens(
+        None, "New special tokens, such as <|im_start|>: marks, left out of generated text."
+    )
+    eos_token: str | None = _tokens(None, "Token that ends a text.", min_length=1)
+    pad_token: str | None = _tokens(None, "Token of padding.", min_length=1)
+    resize_to_multiple_of: int | None = _tokens(
+        None, "Fill the embeddings up to a multiple of as many rows, such as 64.", ge=1, le=65536
+    )
+
     per_device_train_batch_size: int = _batch(8, "Rows of a forward pass on each device.", ge=1)
     per_device_eval_batch_size: int = _batch(8, "The same in evaluation.", ge=1)
     padding_free: Literal["auto", "true", "false"] = _batch(
@@ -202,6 +215,9 @@ class Keys(BaseModel):
     adam_beta2: float = _optimizer(0.999, "Decay of the second moment.", ge=0, lt=1)
     adam_epsilon: float = _optimizer(1e-8, "Added to the root of the second moment.", gt=0)
     max_grad_norm: float = _optimizer(1.0, "Norm the gradient is clipped to; 0 is off.", ge=0)
+    neftune_noise_alpha: float | None = _optimizer(
+        None, "Size of noise on the embeddings in training steps (NEFTune), such as 5.", ge=0
+    )
     lr_scheduler_type: Literal[
         "linear",
         "cosine",
@@ -362,6 +378,13 @@ class Keys(BaseModel):
         if value is not None and not split_names(value):
             kind = "parameter" if info.field_name == "lora_target_parameters" else "module"
             raise ValueError(f"should name a {kind}")
+        return value
+
+    @field_validator("add_tokens", "add_special_tokens")
+    @classmethod
+    def _some_tokens(cls, value: str | None) -> str | None:
+        if value is not None and not all(token.strip() for token in value.split(",")):
+            raise ValueError("should name tokens, separated by single commas")
         return value
 
     @field_validator("report_to")

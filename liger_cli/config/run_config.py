@@ -114,6 +114,16 @@ class RunConfig(Keys):
         return read_ranks(self.lora_rank_pattern)
 
     @property
+    def new_tokens(self) -> list[str]:
+        """The words of add_tokens."""
+        return split_names(self.add_tokens)
+
+    @property
+    def new_special_tokens(self) -> list[str]:
+        """The words of add_special_tokens."""
+        return split_names(self.add_special_tokens)
+
+    @property
     def optimizer_arguments(self) -> dict[str, Any]:
         """The pairs of optim_args."""
         return read_pairs(self.optim_args)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, WithJsonSchema
 
-__all__ = ["Names"]
+__all__ = ["Names", "Tokens"]
 
 
 def _join_names(value: object) -> object:
@@ -19,5 +19,24 @@ def _join_names(value: object) -> object:
 Names = Annotated[
     str,
     BeforeValidator(_join_names),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+
+
+def _join_tokens(value: object) -> object:
+    """Join a YAML list of tokens; one that a comma-separated text cannot have is refused."""
+    if not isinstance(value, list):
+        return value
+    for token in value:
+        if not isinstance(token, str) or not token or token != token.strip() or "," in token:
+            raise ValueError(
+                "should be a list of texts without commas and without white space at their ends"
+            )
+    return ",".join(value)
+
+
+Tokens = Annotated[
+    str,
+    BeforeValidator(_join_tokens),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]

@@ -32,6 +32,7 @@ from liger_cli.training.attention import (
 )
 from liger_cli.training.model.adapters import attach_adapter, is_adapted, new_adapter
 from liger_cli.training.model.dtypes import compute_dtype
+from liger_cli.training.model.extended import load_preprocessing
 from liger_cli.training.model.source import ModelSource, build_meta_model, resolve_model
 from liger_cli.training.model.tokenizers import Preprocessing
 
@@ -94,12 +95,12 @@ def load_inputs(
         LigerError: The model or the data cannot be had.
     """
     source = source or resolve_model(config.model)
+    preprocessing, source = load_preprocessing(config, source, trains=trains, notify=notify)
     meta_model = _meta_model(config, source, trains=trains)
     dtype = compute_dtype(config, device, adapts=is_adapted(meta_model))
     check_implementation(config, meta_model, device, dtype, trains=trains)
     if config.packing:
         refuse_packing(meta_model, config.max_length)
-    preprocessing = Preprocessing.of(source, config.chat_template)
     options = RowOptions(
         max_length=config.max_length,
         vocab_size=meta_model.config.get_text_config().vocab_size,
@@ -159,7 +160,7 @@ def _meta_model(config: RunConfig, source: ModelSource, *, trains: bool) -> Any:
             f"adapter is {config.adapter}, but {config.model} is an adapter already",
             hint="--adapter none continues to train that one.",
         )
-    return attach_adapter(meta_model, new_adapter(config, meta_model), base="")
+    return attach_adapter(meta_model, new_adapter(config, meta_model, source.tokens), base="")
 
 
 # What was read, the rows to train on, and the rows of each evaluation set.

@@ -25,10 +25,12 @@ from liger_cli.data.feed import Feed, identity, make_feed
 from liger_cli.training.checkpoints.run_log import STEP_LOG, JsonLines, copy_logs
 from liger_cli.training.checkpoints.saver import Saver, is_due
 from liger_cli.training.checkpoints.state import ResumePoint, TrainState, load_state
+from liger_cli.training.embedding_noise import add_embedding_noise
 from liger_cli.training.evaluate import EvalResult, evaluate_inputs
 from liger_cli.training.evaluations import EVAL_LOG, EarlyStop, Evaluations, eval_interval
 from liger_cli.training.forward import LossOf
-from liger_cli.training.model.adapters import save_weights
+from liger_cli.training.model.adapters import is_adapted, save_weights
+from liger_cli.training.model.new_tokens import write_tokens
 from liger_cli.training.optim.optimizers import Schedule, make_optimizer
 from liger_cli.training.prepared import PreparedRun
 from liger_cli.training.result import COUNTS, STEP_FIELDS, StepMetrics, TrainResult
@@ -96,6 +98,8 @@ class TrainSession:
         loss_of = LossOf(model, run.device)
         if config.gradient_checkpointing:
             _recompute_activations(model)
+        if config.neftune_noise_alpha:
+            add_embedding_noise(model, config.neftune_noise_alpha)
         optimizer = make_optimizer(config, model)
         self._scheduler = Schedule(config, optimizer, run.num_steps)
         set_seed(config.seed, device_specific=True)
@@ -127,7 +131,10 @@ class TrainSession:
         )
 
     def _save_model(self, directory: Path) -> None:
-        save_weights(self._run.accelerator.unwrap_model(self._model), directory)
+        model = self._run.accelerator.unwrap_model(self._model)
+        save_weights(model, directory)
+        if is_adapted(model) and self._run.inputs.source.tokens is not None:
+            write_tokens(directory, self._run.inputs.source.tokens)
         self._run.inputs.preprocessing.save_pretrained(directory)
 
     def resume(self) -> None:

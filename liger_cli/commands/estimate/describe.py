@@ -12,6 +12,7 @@ from liger_cli.errors import ConfigError, OutOfMemory
 from liger_cli.report.estimate import CardPart, EstimateReport, FitPart, PartRow
 from liger_cli.training.memory.limits import RunMemory, cheapest_remedies
 from liger_cli.training.memory.step import MemoryEstimate
+from liger_cli.training.model.extended import extend_source
 from liger_cli.training.model.source import resolve_model
 
 __all__ = ["Fit", "describe_estimate"]
@@ -46,7 +47,7 @@ def describe_estimate(
     """
     if fit is not None and card is None:
         raise ConfigError("fit needs a card to fit into", hint="--gpu H100-80GB, or --gpu 24 (GB)")
-    source = resolve_model(config.model)
+    source = extend_source(config, resolve_model(config.model))
     memory = RunMemory.assumed(config, source, is_padded=is_padded, num_shards=num_shards)
     fitted = None
     if fit is not None and card is not None:

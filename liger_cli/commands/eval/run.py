@@ -39,7 +39,7 @@ def run_eval(config: RunConfig) -> RunReport | None:
     inputs = load_inputs(config, source=source, device=device, trains=False, notify=notify)
     check_memory(config, inputs.meta_model, device, trains=False)
     loaded_as = inputs.attention.applied(config)
-    model, record = load_patched(loaded_as, source, device, notify, trains=False)
+    model, record = load_patched(loaded_as, inputs.source, device, notify, trains=False)
     inputs = check_documents(
         config, inputs, model, accelerator, notify if is_main else lambda line: None
     )

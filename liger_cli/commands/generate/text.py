@@ -148,13 +148,13 @@ class Generator:
         """Raise a ConfigError for tokens that the model has no place for."""
         if not prompt:
             raise ConfigError("the prompt has no tokens: there is nothing to continue")
-        vocabulary = self._model.get_input_embeddings().num_embeddings
+        config = self._model.config.get_text_config()
+        vocabulary = config.vocab_size
         if max(prompt) >= vocabulary:
             raise ConfigError(
                 f"token {max(prompt)} is outside the model's vocabulary of {vocabulary}: "
                 "the tokenizer is not this model's"
             )
-        config = self._model.config.get_text_config()
         most = getattr(config, "max_position_embeddings", None)
         if most is not None and len(prompt) + self._sampling.max_new_tokens > most:
             raise ConfigError(

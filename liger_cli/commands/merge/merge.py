@@ -114,6 +114,7 @@ def _merge_into(
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     adapted = load_adapter(model, source.adapter)
     num_merged, rounding = _merge(adapted)
+    _merge_tokens(adapted)
     merged = adapted.unload()
     for name, parameter in merged.named_parameters():
         # Modules that were trained whole are float32 whatever the base model is.
@@ -166,6 +167,15 @@ def _merge(adapted: Any) -> tuple[int, float]:
         change += float((exact - before).square().sum())
         rounding += float((exact - getattr(base, name).float()).square().sum())
     return len(layers), (rounding / change) ** 0.5 if change else 0.0
+
+
+def _merge_tokens(adapted: Any) -> None:
+    """Put the trained rows of new tokens into the embeddings."""
+    for module in adapted.modules():
+        tokens = module._modules.get("token_adapter")
+        # Of a head that is tied to the embedding the rows are the embedding's.
+        if tokens is not None and tokens.tied_adapter is None:
+            tokens.merge()
 
 
 def _settle_tie(model: Any) -> None:

@@ -97,3 +97,5 @@ def announce_data(run: PreparedRun) -> None:
     epoch = f", {batches.steps_per_epoch} an epoch" if batches.num_rows else ""
     notify(f"plan: {run.num_steps} steps{epoch}")
     notify(f"model: {trained_line(inputs.meta_model)}")
+    if alpha := run.config.neftune_noise_alpha:
+        notify(f"neftune: noise of alpha {alpha:g} on the embeddings in training steps")

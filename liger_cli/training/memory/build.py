@@ -73,7 +73,7 @@ def meta_model_of(config: RunConfig, source: ModelSource, *, on_gpu: bool = True
     )
     repair_model(inner_model(model))
     if config.adapter != "none" and source.adapter is None:
-        model = attach_adapter(model, new_adapter(config, model), base="")
+        model = attach_adapter(model, new_adapter(config, model, source.tokens), base="")
     with warnings.catch_warnings():
         # Those of the run itself say the same.
         warnings.simplefilter("ignore", UserWarning)

@@ -24,7 +24,8 @@ from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
 from liger_cli.training.checkpoints.files import write_failure, written_aside
 from liger_cli.training.model.adapter_names import check_names, check_parameters
 from liger_cli.training.model.demo_model import converted_model, converted_preset
-from liger_cli.training.model.presets import ModelSource
+from liger_cli.training.model.new_tokens import read_tokens
+from liger_cli.training.model.presets import ModelSource, NewTokens
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -108,30 +109,86 @@ def base_place(source: ModelSource, model: Any, keep: Path | None) -> str:
     return str(place.resolve())
 
 
-def new_adapter(config: RunConfig, model: Any) -> Any:
+def new_adapter(config: RunConfig, model: Any, tokens: NewTokens | None = None) -> Any:
     """Return the peft configuration of a new adapter, or None where there is to be none.
 
+    Args:
+        model: The base model; it may be on the meta device.
+        tokens: New tokens, whose rows are trained too.
+
     Raises:
+        ConfigError: The rows of new tokens would have an adapter as well.
         EnvironmentProblem: peft is missing.
     """
     if config.adapter == "none":
         return None
     is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    saved = config.saved_modules or []
+    rows: dict[str, list[int]] = {}
+    if tokens is not None and tokens.added:
+        rows, whole = _new_rows(config, model, tokens, saved)
+        saved = [*saved, *whole]
     return _peft().LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=config.adapter_targets,
-        modules_to_save=config.saved_modules,
+        modules_to_save=saved or None,
         exclude_modules=config.excluded_modules,
         target_parameters=config.target_parameters,
         rank_pattern=config.rank_pattern,
+        trainable_token_indices=rows or None,
         use_rslora=config.use_rslora,
         use_dora=config.adapter == "dora",
         # Where head and embedding are one matrix they stay one.
-        ensure_weight_tying=bool(is_tied and config.saved_modules),
+        ensure_weight_tying=bool(is_tied and saved),
     )
+
+
+def _new_rows(
+    config: RunConfig, model: Any, tokens: NewTokens, saved: list[str]
+) -> tuple[dict[str, list[int]], list[str]]:
+    """Return how the rows of new tokens are trained beside an adapter.
+
+    Returns:
+        By the name of an embedding or head its rows to train, and the names of those to train
+        whole: peft trains rows of a head without its bias.
+    """
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    parts = [table] if head is None or head.weight is table.weight else [table, head]
+    rows: dict[str, list[int]] = {}
+    whole: list[str] = []
+    for part in parts:
+        name = names[id(part)]
+        last = name.rpartition(".")[2]
+        targets = config.adapter_targets
+        if isinstance(targets, list) and {name, last} & set(targets):
+            raise ConfigError(
+                f"lora_target_modules names {last}, and the rows of the new tokens in it are "
+                "trained by themselves",
+                hint=f"leave {last} out, or train it whole: --lora-modules-to-save {last}",
+            )
+        if {name, last} & set(saved):
+            continue
+        if getattr(part, "bias", None) is not None:
+            whole.append(last)
+        else:
+            rows[name] = tokens.ids
+    return rows, whole
+
+
+def _check_new_rows(adapted: Any, settings: Any) -> None:
+    """Raise a ConfigError where rows of new tokens would not be trained."""
+    if not settings.trainable_token_indices:
+        return
+    for part in (adapted.get_input_embeddings(), adapted.get_base_model().get_output_embeddings()):
+        if part is not None and not any(p.requires_grad for p in part.parameters()):
+            raise ConfigError(
+                f"adapter: rows of the new tokens would not be trained: {type(part).__name__}",
+                hint="--lora-modules-to-save with the names of the embedding and the head",
+            )
 
 
 def _mend_tied_copies(model: Any) -> None:
@@ -232,6 +289,8 @@ def _attach(
             raise ConfigError(f"adapter: {text}") from error
     check_parameters(adapted)
     _mend_tied_copies(adapted)
+    if trains:
+        _check_new_rows(adapted, settings)
     if notify is not None:
         for warning in caught:
             if issubclass(warning.category, UserWarning):
@@ -276,10 +335,12 @@ def trained_line(model: Any) -> str:
         return text
     settings = model.peft_config["default"]
     kind = "dora" if settings.use_dora else "lora"
-    modules = sum(hasattr(module, "base_layer") for module in model.modules())
+    modules = sum(hasattr(module, "lora_A") for module in model.modules())
     ranks = {rank for module in model.modules() for rank in _ranks_of(module)}
     span = " to ".join(map(str, sorted({min(ranks), max(ranks)}))) if ranks else settings.r
-    return f"{text}: {kind} of rank {span} on {modules} modules"
+    text = f"{text}: {kind} of rank {span} on {modules} modules"
+    rows = settings.trainable_token_indices
+    return f"{text}, and the rows of {len(next(iter(rows.values())))} new tokens" if rows else text
 
 
 def _ranks_of(module: Any) -> list[int]:
@@ -330,4 +391,6 @@ def _peft() -> Any:
 
 def with_adapter(base: ModelSource, name: str, path: Path) -> ModelSource:
     """Return the source of an adapter's directory: its base model and what comes on top."""
-    return replace(base, name=name, adapter=path, description=f"an adapter of {base.name}")
+    description = f"an adapter of {base.name}"
+    tokens = read_tokens(path)
+    return replace(base, name=name, adapter=path, description=description, tokens=tokens)

@@ -61,7 +61,7 @@ def load_patched(
     )
     if trains and config.adapter != "none" and source.adapter is None:
         base = base_place(source, model, keep_base)
-        settings = new_adapter(config, model)
+        settings = new_adapter(config, model, source.tokens)
         model = attach_adapter(model, settings, base=base, seed=config.seed, notify=notify)
     with warnings.catch_warnings(record=True) as caught, _notice(device, notify):
         warnings.simplefilter("always", UserWarning)

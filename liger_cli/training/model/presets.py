@@ -10,7 +10,14 @@ import liger_cli
 from liger_cli.config.yaml_file import read_mapping
 from liger_cli.errors import ConfigError
 
-__all__ = ["DemoPackage", "ModelSource", "configs_directory", "list_presets", "preset_names"]
+__all__ = [
+    "DemoPackage",
+    "ModelSource",
+    "NewTokens",
+    "configs_directory",
+    "list_presets",
+    "preset_names",
+]
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,32 @@ class DemoPackage:
 
 
 @dataclass(frozen=True)
+class NewTokens:
+    """A change of a model's vocabulary.
+
+    Attributes:
+        num_rows: Rows of the embeddings, at least as many as there are tokens.
+        num_rows_before: Of the model as it was, which may have more rows than tokens.
+        num_known: Tokens before the change: the mean of their rows is that of a new one.
+        added: New tokens with their ids.
+        eos_token_id: The token that ends a text, where it is set.
+        pad_token_id: The token of padding, where it is set.
+    """
+
+    num_rows: int
+    num_rows_before: int
+    num_known: int
+    added: dict[str, int]
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids of the new tokens, in their order."""
+        return sorted(self.added.values())
+
+
+@dataclass(frozen=True)
 class ModelSource:
     """Where a model comes from, found without loading it.
 
@@ -49,6 +82,7 @@ class ModelSource:
         num_parameters: Only of a preset.
         package: Only of the kind package.
         adapter: The directory of an adapter that comes on top; the rest is its base model's.
+        tokens: Tokens that are added to the model when it is built or loaded.
     """
 
     kind: Literal["package", "random", "directory", "config", "hub"]
@@ -60,6 +94,7 @@ class ModelSource:
     num_parameters: int | None = None
     package: DemoPackage | None = None
     adapter: Path | None = None
+    tokens: NewTokens | None = None
 
     @property
     def is_remote(self) -> bool:

@@ -19,6 +19,7 @@ from liger_cli.errors import ConfigError, LigerError
 from liger_cli.training.model.adapters import ADAPTER_CONFIG, find_base, load_adapter, with_adapter
 from liger_cli.training.model.demo_model import converted_model
 from liger_cli.training.model.dtypes import check_device, choose_dtype
+from liger_cli.training.model.new_tokens import extend_embeddings
 from liger_cli.training.model.presets import ModelSource, list_presets, preset_names, read_preset
 from liger_cli.training.model.run_models import find_run_model
 from liger_cli.training.model.tokenizers import load_tokenizer
@@ -34,6 +35,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "resolve_model",
+    "vocabulary_size",
 ]
 
 _log = logging.getLogger(__name__)
@@ -149,6 +151,8 @@ def build_meta_model(
         options["attn_implementation"] = attn_implementation
     with torch.device("meta"):
         model = _build(source, config, **options)
+    if source.tokens is not None:
+        extend_embeddings(model, source.tokens, source.name)
     if source.adapter is None:
         return model
     return load_adapter(model, source.adapter, trains=trains_adapter)
@@ -201,9 +205,22 @@ def load_model(
     # Whether or not anything is patched later: the stock model could not run.
     if (repair := repair_model(model)) is not None:
         notice(f"{source.name}: {repair}")
+    if source.tokens is not None:
+        extend_embeddings(model, source.tokens, source.name)
     if source.adapter is not None:
         model = load_adapter(model, source.adapter, trains=trains_adapter).eval()
     return model
+
+
+def vocabulary_size(source: ModelSource) -> int:
+    """Return the rows of a model's embeddings, from its configuration alone.
+
+    Raises:
+        ConfigError: The installed transformers does not know the model.
+    """
+    if source.tokens is not None:
+        return source.tokens.num_rows
+    return int(_make_config(source).get_text_config().vocab_size)
 
 
 def _make_config(source: ModelSource) -> PretrainedConfig:

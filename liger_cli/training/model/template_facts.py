@@ -77,13 +77,16 @@ def _warnings(tokenizer: Any, source: ModelSource, prompt: str, end: str) -> Ite
     marks = dict.fromkeys(_MARK.findall(prompt + end))
     split = [mark for mark in marks if len(_ids(tokenizer, mark)) > 1]
     if split:
-        yield f"{', '.join(split)}: several tokens each in this tokenizer"
+        yield (
+            f"{', '.join(split)}: several tokens each in this tokenizer; "
+            f"--add-special-tokens '{','.join(split)}' makes them one each"
+        )
     ids = _ids(tokenizer, end)
     if end and (len(ids) > 1 or ids[0] not in _end_ids(tokenizer, source)):
         has = repr(tokenizer.eos_token) if tokenizer.eos_token else "none"
         yield (
             f"answers end with {end!r}, and generation ends at the eos_token, which is {has}: the "
-            "model would not stop"
+            f"model would not stop; --eos-token '{end}' makes it the eos_token"
         )
     if not end:
         yield "no mark ends an answer, so that the model does not learn to stop"

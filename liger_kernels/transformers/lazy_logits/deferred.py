@@ -345,7 +345,9 @@ def as_weight(x: Tensor, weight: Any) -> Tensor:
 
 
 def active_layer(head: nn.Module) -> nn.Module:
-    """Return the layer that a PEFT modules_to_save wrapper calls; else the head itself."""
+    """Return the layer that PEFT's wrapper of whole modules or of tokens calls, or the head."""
+    if isinstance(tokens := head._modules.get("token_adapter"), nn.Module):
+        return tokens
     copies = head._modules.get("modules_to_save")
     original = head._modules.get("original_module")
     if not isinstance(copies, nn.ModuleDict) or original is None:

@@ -30,6 +30,7 @@ from liger_cli.report import (
 )
 from liger_cli.report.inspection import describe_model
 from liger_cli.report.required_ops import parse_ops
+from liger_cli.training.model.extended import extend_source
 from liger_cli.training.model.source import ModelSource, build_meta_model, resolve_model
 from liger_cli.training.runtime.arms import ArmResult, ArmSpec, run_arm
 from liger_cli.training.runtime.peer_interpreter import PeerInterpreter
@@ -78,7 +79,7 @@ def run_bench(plan: BenchPlan, *, on_run: Callable[[str], None]) -> RunReport:
         KeyboardInterrupt: It was stopped before the patched arm had run.
     """
     parse_ops(plan.config.ops)
-    source = resolve_model(plan.config.model)
+    source = extend_source(plan.config, resolve_model(plan.config.model))
     with plan.peer() as peer:
         if peer is not None:
             peer.require(PEER_PACKAGE)
