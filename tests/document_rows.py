@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention
 import torch.nn.functional as F
 import transformers
 
@@ -70,6 +71,11 @@ def use_kernel(monkeypatch: pytest.MonkeyPatch, function: Any = varlen_2_13) -> 
     monkeypatch.setattr(kernel, "_call", kernel.bind_varlen(function))
     monkeypatch.setattr(kernel, "device_problem", lambda device: None)
     monkeypatch.setattr(choice, "_HALVES", (torch.bfloat16, torch.float16, torch.float32))
+
+
+def use_flex(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let flex attention run on a CPU as it is without being compiled, its backward too."""
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *x: None)
 
 
 def lengths_of(lengths: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from document_rows import (
     loss_and_gradients,
     one_by_one,
     padded,
+    use_flex,
     use_kernel,
     varlen_with_is_causal,
 )
@@ -67,19 +68,37 @@ def test_case_101_the_mask_has_the_loss_and_gradients_of_padded_rows(family):
     torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["mask", "varlen"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("family", MASKED)
+def test_case_101_flex_has_the_loss_and_gradients_of_padded_rows(monkeypatch, family):
+    """Capped scores, sinks and chunks; uncompiled, which is how a CPU can run its backward."""
+    use_kernel(monkeypatch)
+    use_flex(monkeypatch)
+    rows = documents()
+    stock = loss_and_gradients(build(family, "eager"), padded(rows))
+    with recorded_choices() as found, torch.compiler.set_stance("force_eager"):
+        ours = loss_and_gradients(build(family), laid_end_to_end(rows))
+    assert "flex" in {layer.backend for layer in found}
+    assert "mask" not in {layer.backend for layer in found}
+    torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("backend", ["mask", "varlen", "flex"])
 @pytest.mark.parametrize("family", [*FAMILIES, *MASKED])
 def test_case_101_no_document_has_a_gradient_in_another(monkeypatch, family, backend):
     """Zero to the bit: the gradient of one document's logits in the embeddings of the others."""
-    if backend == "varlen":
-        if family in MASKED:
-            pytest.skip("varlen does not serve these")
+    if (backend == "varlen" and family in MASKED) or (backend == "flex" and family in FAMILIES):
+        pytest.skip("another one computes these")
+    if backend != "mask":
         use_kernel(monkeypatch)
+        use_flex(monkeypatch)
     model = build(family).eval()
     batch = laid_end_to_end(documents())
     del batch["labels"]
     embedded = model.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
-    logits = model(inputs_embeds=embedded, **batch, use_cache=False).logits
+    with torch.compiler.set_stance("force_eager"):
+        logits = model(inputs_embeds=embedded, **batch, use_cache=False).logits
     ends = batch["cu_seq_lens_q"].tolist()
     for start, end in zip(ends, ends[1:], strict=False):
         own = slice(start, end)
@@ -334,6 +353,18 @@ def gpu(monkeypatch):
     found = [(9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: found[0])
     return found
+
+
+def test_choice_is_traced(gpu):
+    """In the graph of a layer, without a break; the GPU is asked while it is traced."""
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        return x + (choose_backend(form(head_size=256)).backend == "varlen")
+
+    torch._dynamo.reset()
+    assert compute(torch.zeros(2)).tolist() == [1, 1]
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(
