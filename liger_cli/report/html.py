@@ -35,6 +35,7 @@ from liger_cli.report.evaluation import eval_lines, eval_table
 from liger_cli.report.modules import coverage_table, fold_modules, op_counts, others_lines
 from liger_cli.report.summary import (
     SavedReport,
+    attention_rows,
     data_rows,
     environment_rows,
     settings,
@@ -84,7 +85,7 @@ def html(saved: SavedReport) -> str:
             modules=fold_modules(report.modules or ()),
             evaluation=eval_table(report),
             eval_lines=eval_lines(report),
-            data=data_rows(report.data) if report.data else [],
+            data=[*(data_rows(report.data) if report.data else ()), *attention_rows(report)],
             settings=settings(report.config or {}),
             versions=environment_rows(report.environment or {}),
         )

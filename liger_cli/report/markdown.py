@@ -14,7 +14,13 @@ from liger_cli.report.bench import (
 )
 from liger_cli.report.evaluation import eval_lines, eval_table
 from liger_cli.report.modules import coverage_table
-from liger_cli.report.summary import SavedReport, environment_rows, settings, summarize
+from liger_cli.report.summary import (
+    SavedReport,
+    attention_rows,
+    environment_rows,
+    settings,
+    summarize,
+)
 from liger_cli.report.tables import Table, markdown_text
 
 __all__ = ["markdown"]
@@ -45,6 +51,7 @@ def markdown(saved: SavedReport) -> str:
     head = [f"## {markdown_text(summary.title)}", markdown_text(summary.subtitle)]
     lines = [f"**{markdown_text(summary.headline)}**", *_bullets(verdicts(report))]
     lines += _bullets(eval_lines(report))
+    lines += _bullets(f"{name}: {text}" for name, text in attention_rows(report))
     sections = [table.markdown() for table in tables if table is not None and table.rows]
     details = [
         f"<details><summary>{table.title}</summary>\n\n{table.markdown()}\n</details>\n"

@@ -26,6 +26,7 @@ __all__ = [
     "Setting",
     "Summary",
     "Tile",
+    "attention_rows",
     "data_rows",
     "environment_rows",
     "settings",
@@ -279,6 +280,23 @@ def data_rows(data: DataPart) -> list[tuple[str, str]]:
     if data.unused_columns:
         rows.append(("columns not used", ", ".join(data.unused_columns)))
     return [*rows, *((name, format_count(count)) for name, count in counts.items())]
+
+
+def attention_rows(report: RunReport) -> list[tuple[str, str]]:
+    """Return what computes the attention of each type of layer, where rows hold documents."""
+    found = report.attention
+    if found is None:
+        return []
+    if not found.layers:
+        name = found.implementation or "that of the model, with a mask of documents"
+        return [("attention", name + (f"; {found.reason}" if found.reason else ""))]
+    return [
+        (
+            f"attention, {layer.layer_type} ({layer.num_layers} layers)",
+            layer.backend + (f"; {layer.reason}" if layer.reason else ""),
+        )
+        for layer in found.layers
+    ]
 
 
 def environment_rows(environment: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -368,3 +368,16 @@ def test_preview_says_what_packing_brings(liger, data):
     assert done.code == 0, done.err
     assert done.out.splitlines()[-1].startswith("padding: ")
     assert "--packing feeds" in done.out.splitlines()[-1]
+
+
+# Reports.
+
+
+def test_report_names_the_backends(monkeypatch, liger, train, run_dir, tmp_path):
+    use_kernel(monkeypatch)
+    assert train("--packing", "--max-steps", 1).code == 0
+    page, text = tmp_path / "report.html", tmp_path / "report.md"
+    done = liger("report", run_dir, "--html", page, "--markdown", text)
+    assert done.code == 0, done.err
+    assert "(2 layers): varlen" in text.read_text()
+    assert "attention, full_attention (2 layers)" in page.read_text()
