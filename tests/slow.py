@@ -56,6 +56,8 @@ SLOW = {
         "eight adapters in four contexts",
         "^(ranks|dropout)-(plain|autocast|checkpoint)$",
     ),
+    "test_trainer_with_lora": ("two Trainers a case", "patch-then-peft-checkpointed"),
+    "test_sft_with_a_peft_config": ("two trainers of another library a case", "^rows$"),
     "test_patched_adapter_equals_unpatched": ("two trainings a case", "^rslora$|^head$"),
     "test_plain_transformers_computes_what_the_adapter_did": (
         "a training and a merge a case",
