@@ -6,9 +6,9 @@
 Legend: M rows, K and N the widths of x and y, r the rank, s the scale.
 Layers that read one x are a group: their matrices A lie above one another, so that xa, dA and
 dxa (s A) are one product for all of them, and dx is one buffer that the products add up in.
-Rounding: all products are of the dtype of x; A and B are cast to it once, and the products of the
-adapters are added to those of the weights by the matrix multiplication itself. dA and dB come out
-in fp32 where the device can.
+Rounding: all products are of the dtype of x; A and B are cast to it once a call, in one launch. s
+is a factor of a matrix multiplication, and the products of the adapters are added to those of the
+weights by the multiplication itself. dA and dB come out in fp32 where the device can.
 Memory: saves x once and xa. A weight in 4 bits is dequantised for each product and dropped again.
 Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685, eq. 3.
 """
@@ -23,6 +23,8 @@ import torch.nn.functional as F
 
 from liger_kernels.ops.products import wide_product
 from liger_kernels.ops.rows import rows_of
+
+_NOTHING = contextlib.nullcontext()
 
 
 class AdaptedLinear(NamedTuple):
@@ -81,39 +83,63 @@ class LayerGroup:
             self.parts.append(None if layer.a is None else slice(self.rank, self.rank + rank))
             self.rank += rank
         self.has_dropout = any(layer.dropout for layer in layers)
+        scales = {layer.scale for layer in layers if layer.a is not None}
+        # The factor of all products with A where it is one; else A is cast with its own.
+        self.scale = scales.pop() if len(scales) == 1 else 1.0
+        self._has_own_scales = bool(scales)
+        self._cast: tuple[torch.Tensor, list[torch.Tensor]] | None = None
 
     def forward(self, x: torch.Tensor, xa: Any) -> list[torch.Tensor]:
         """Return each layer's (M, N) of x (M, K) and of down(x)."""
         ys = []
+        matrices = iter(self._matrices()[1])
         for layer, part in zip(self.layers, self.parts, strict=True):
             bias = None if layer.bias is None else layer.bias.to(self.dtype)
             y = F.linear(x, frozen_weight(layer.weight, self.dtype), bias)
             if part is not None:
-                y.addmm_(xa[:, part], layer.b.to(self.dtype).t())
+                y.addmm_(xa[:, part], next(matrices).t())
             ys.append(y)
         return ys
 
-    def _scaled_a(self) -> torch.Tensor:
-        """Return the matrices s A above one another, (sum of ranks, K)."""
-        first = next(layer.a for layer in self.layers if layer.a is not None)
-        stacked = first.new_empty((self.rank, first.shape[1]), dtype=self.dtype)
-        for layer, part in zip(self.layers, self.parts, strict=True):
-            if part is not None:
-                torch.mul(layer.a, layer.scale, out=stacked[part])
-        return stacked
+    def _matrices(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return the matrices A above one another, (sum of ranks, K), and each B, in dtype."""
+        if self._cast is None:
+            adapted = [layer for layer in self.layers if layer.a is not None]
+            if not adapted:
+                return torch.empty(0), []
+            wanted = [layer.b for layer in adapted]
+            matrices = [b if b.dtype == self.dtype else self._like(b) for b in wanted]
+            stacked = adapted[0].a
+            if len(adapted) > 1 or stacked.dtype != self.dtype or self._has_own_scales:
+                stacked = stacked.new_empty((self.rank, stacked.shape[1]), dtype=self.dtype)
+                parts = [stacked[part] for part in self.parts if part is not None]
+                if self._has_own_scales:
+                    for layer, part in zip(adapted, parts, strict=True):
+                        torch.mul(layer.a, layer.scale, out=part)
+                else:
+                    wanted, matrices = wanted + [one.a for one in adapted], matrices + parts
+            pairs = [(x, y) for x, y in zip(wanted, matrices, strict=True) if x is not y]
+            if pairs:
+                # One launch for all of them.
+                torch._foreach_copy_([y for _, y in pairs], [x for x, _ in pairs])
+            self._cast = stacked, matrices[: len(adapted)]
+        return self._cast
+
+    def _like(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x, dtype=self.dtype)
 
     def down(self, x: torch.Tensor) -> torch.Tensor | None:
         """Return xa (M, sum of ranks) of x (M, K), None without an adapter; draws the dropout."""
         if not self.rank:
             return None
-        scaled_a = self._scaled_a()
-        if not self.has_dropout:
-            return x @ scaled_a.t()
+        a, _ = self._matrices()
         xa = x.new_empty((x.shape[0], self.rank))
+        if not self.has_dropout:
+            return _scaled_mm(x, a.t(), self.scale, xa)
         for layer, part in zip(self.layers, self.parts, strict=True):
             self.states.append(generator_state(x.device) if layer.dropout else None)
             if part is not None:
-                torch.mm(self._dropped(x, layer), scaled_a[part].t(), out=xa[:, part])
+                _scaled_mm(self._dropped(x, layer), a[part].t(), self.scale, xa[:, part])
         return xa
 
     def _dropped(self, x: torch.Tensor, layer: AdaptedLinear) -> torch.Tensor:
@@ -139,8 +165,10 @@ class LayerGroup:
             rows = next(dy for dy in dys if dy is not None)
             dxa = rows.new_empty((rows.shape[0], self.rank))
         grads = []
+        matrices = iter(self._matrices()[1])
         for layer, part, dy, need in zip(self.layers, self.parts, dys, needs, strict=True):
             dbias = db = None
+            b = None if part is None else next(matrices)
             if dy is None:
                 if part is not None and dxa is not None:
                     dxa[:, part] = 0
@@ -151,7 +179,7 @@ class LayerGroup:
             if need.b:
                 db = wide_product(dy.t(), xa[:, part]).to(layer.b.dtype)
             if part is not None and dxa is not None:
-                torch.mm(dy, layer.b.to(self.dtype), out=dxa[:, part])
+                torch.mm(dy, b, out=dxa[:, part])
             if needs_dx:
                 weight = frozen_weight(layer.weight, self.dtype)
                 dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
@@ -164,39 +192,47 @@ class LayerGroup:
 
     def _add_adapters(self, dx: torch.Tensor, dxa: torch.Tensor) -> None:
         """Add to dx (M, K) what reaches x by way of the adapters."""
-        scaled_a = self._scaled_a()
+        a, _ = self._matrices()
         if not self.has_dropout:
-            dx.addmm_(dxa, scaled_a)
+            dx.addmm_(dxa, a, alpha=self.scale)
             return
         for layer, part, state in zip(self.layers, self.parts, self.states, strict=True):
             if part is None:
                 continue
             if not layer.dropout:
-                dx.addmm_(dxa[:, part], scaled_a[part])
+                dx.addmm_(dxa[:, part], a[part], alpha=self.scale)
                 continue
+            back = dxa.new_empty(dx.shape)
+            _scaled_mm(dxa[:, part], a[part], self.scale, back)
             with generator_at(state, dx.device):
                 # The same draw as in forward: what was dropped gets nothing, the rest as much more.
-                dx.add_(self._dropped(dxa[:, part] @ scaled_a[part], layer))
+                dx.add_(self._dropped(back, layer))
 
     def a_gradients(
         self, dxa: Any, x: Any, needs: Sequence[LayerGradients]
     ) -> list[torch.Tensor | None]:
         """Return the gradient of each layer's a, None where none is needed, of x as forward had."""
         whole = None if self.has_dropout else wide_product(dxa.t(), x)
+        if whole is not None and not self._has_own_scales:
+            whole.mul_(self.scale)
         grads: list[torch.Tensor | None] = []
         for i, (layer, part, need) in enumerate(zip(self.layers, self.parts, needs, strict=True)):
             if not need.a:
                 grads.append(None)
                 continue
             if whole is not None:
-                da = whole[part]
-            elif layer.dropout:
-                with generator_at(self.states[i], x.device):
-                    da = wide_product(dxa[:, part].t(), self._dropped(x, layer))
-            else:
-                da = wide_product(dxa[:, part].t(), x)
+                da = whole[part].mul_(layer.scale) if self._has_own_scales else whole[part]
+                grads.append(da.to(layer.a.dtype))
+                continue
+            with generator_at(self.states[i], x.device) if layer.dropout else _NOTHING:
+                da = wide_product(dxa[:, part].t(), self._dropped(x, layer))
             grads.append(da.mul_(layer.scale).to(layer.a.dtype))
         return grads
+
+
+def _scaled_mm(a: torch.Tensor, b: torch.Tensor, scale: float, out: torch.Tensor) -> torch.Tensor:
+    """Write scale * a @ b into out, scaled by the multiplication itself."""
+    return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
 
 
 def frozen_weight(weight: Any, dtype: torch.dtype) -> torch.Tensor:

@@ -85,8 +85,13 @@ def test_verify_finds_a_wrong_adapter(
 ) -> None:
     from liger_kernels.ops.adapted_linear import LayerGroup
 
-    right = LayerGroup._scaled_a
-    monkeypatch.setattr(LayerGroup, "_scaled_a", lambda self: 1.1 * right(self))
+    right = LayerGroup._matrices
+
+    def wrong(self: LayerGroup) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        a, b = right(self)
+        return 1.1 * a, b
+
+    monkeypatch.setattr(LayerGroup, "_matrices", wrong)
     words = ["--model", "mistral", "--adapter", "lora", "--dtype", "float32", "--use-cpu"]
     # auto would leave the op out.
     ran = liger("verify", *words, "--ops", "all", "--json")
