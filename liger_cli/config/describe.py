@@ -63,6 +63,14 @@ _ELSEWHERE = {
     "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
     "double_quantization": "use_bnb_nested_quant",
     "compile": "torch_compile",
+    "template": "chat_template",
+    "chat_template_jinja": "chat_template",
+    "tokens": "add_tokens",
+    "new_special_tokens": "add_special_tokens",
+    "additional_special_tokens": "add_special_tokens",
+    "resize_vocab": "resize_to_multiple_of",
+    "resize_token_embeddings_to_32x": "resize_to_multiple_of",
+    "neftune_alpha": "neftune_noise_alpha",
     "auto_find_batch_size": "auto_fit",
 }
 

@@ -227,6 +227,18 @@ def test_modules_that_the_user_names():
     assert "--lora-modules-to-save lm_head" in error.value.hint
 
 
+def test_release_of_peft_that_forgets_a_scale_is_refused(monkeypatch):
+    """Gemma's embedding scales its output; a release that does not know it trains another model."""
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+    adapted("gemma3-text")
+    monkeypatch.setattr(TrainableTokensLayer, "_get_embed_scale", lambda self: None)
+    with pytest.raises(
+        ConfigError, match="this release of peft computes something else than the Gem"
+    ):
+        adapted("gemma3-text")
+
+
 def test_sizes_of_an_estimate_are_those_with_the_new_rows(liger):
     words = [
         "estimate",

@@ -180,7 +180,7 @@ def _new_rows(
 
 
 def _check_new_rows(adapted: Any, settings: Any) -> None:
-    """Raise a ConfigError where rows of new tokens would not be trained."""
+    """Raise a ConfigError where rows of new tokens would not be trained, or change the model."""
     if not settings.trainable_token_indices:
         return
     for part in (adapted.get_input_embeddings(), adapted.get_base_model().get_output_embeddings()):
@@ -189,6 +189,29 @@ def _check_new_rows(adapted: Any, settings: Any) -> None:
                 f"adapter: rows of the new tokens would not be trained: {type(part).__name__}",
                 hint="--lora-modules-to-save with the names of the embedding and the head",
             )
+        if part is not None and not _computes_the_same(part):
+            raise ConfigError(
+                "adapter: this release of peft computes something else than the "
+                f"{type(part.token_adapter.base_layer).__name__} some of whose rows it trains",
+                hint="pip install --upgrade peft, or --lora-modules-to-save with the names of the "
+                "embedding and the head",
+            )
+
+
+@torch.no_grad()
+def _computes_the_same(part: Any) -> bool:
+    """Return whether an embedding or head whose rows of some tokens are trained is as it was.
+
+    Early releases of peft know no embedding that scales its output.
+    """
+    tokens = part._modules.get("token_adapter")
+    if tokens is None or tokens.base_layer.weight.device.type == "meta":
+        return True
+    weight = tokens.base_layer.weight
+    x = torch.arange(2, device=weight.device)
+    if isinstance(tokens.base_layer, torch.nn.Linear):
+        x = torch.ones(1, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    return bool(torch.equal(part(x), tokens.base_layer(x)))
 
 
 def _mend_tied_copies(model: Any) -> None:

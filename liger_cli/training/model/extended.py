@@ -40,6 +40,9 @@ def load_preprocessing(
         return preprocessing, source
     num_rows = vocabulary_size(source)
     tokenizer = preprocessing.tokenizer
+    if hasattr(preprocessing.processor, "tokenizer"):
+        # It loads another one, which would not know the tokens.
+        preprocessing.processor.tokenizer = tokenizer
     tokens = add_tokens(config, tokenizer, source, num_rows, trains=trains, notify=notify)
     if source.tokens is not None:
         # Those of an adapter, to which nothing is added but the parts that tokens play.
