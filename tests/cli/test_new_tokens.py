@@ -70,6 +70,25 @@ def test_ids_lines_and_roles():
     ]
 
 
+def test_rows_that_are_there_are_taken_first(tmp_path):
+    """A special token that takes another part keeps what it does with spaces."""
+    from tokenizers import AddedToken
+
+    from liger_cli.training.model.new_tokens import add_tokens
+    from liger_cli.training.model.tokenizers import byte_tokenizer
+
+    tokenizer, lines = byte_tokenizer(), []
+    tokenizer.add_tokens([AddedToken("<e>", rstrip=True, special=True)], special_tokens=True)
+    config = configuration(add_tokens="look", eos_token="<e>", pad_token="a")
+    tokens = add_tokens(config, tokenizer, resolve_model(TIED), 300, notify=lines.append)
+    assert tokens == NewTokens(300, 300, 265, {"look": 265}, 264, tokenizer.get_vocab()["a"])
+    assert lines[-1].startswith("embeddings: 300 rows, as before; those of new tokens start as")
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert (again.eos_token, again.pad_token) == ("<e>", "a")
+    assert again.decode(again("x<e>   y", add_special_tokens=False)["input_ids"]) == "x<e>y"
+
+
 def test_nothing_is_said_and_done_without_a_key():
     tokenizer, source, lines = loaded()
     assert (len(tokenizer), source.tokens, lines) == (NUM_BYTES, None, [])
@@ -220,6 +239,11 @@ def test_modules_that_the_user_names():
     trained = [n for n, p in found.named_parameters() if p.requires_grad and "lora" not in n]
     assert len(trained) == 2
     assert all("modules_to_save" in name for name in trained)
+    for name in ("embed_tokens", "lm_head"):
+        tied = adapted(TIED, lora_modules_to_save=name).named_parameters()
+        trained = [n for n, p in tied if p.requires_grad and "lora" not in n]
+        assert trained
+        assert all("modules_to_save" in name for name in trained)
     with pytest.raises(
         ConfigError, match="lora_target_modules names lm_head, and the rows"
     ) as error:

@@ -157,20 +157,25 @@ def _new_rows(
     """
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
-    parts = [table] if head is None or head.weight is table.weight else [table, head]
+    parts = [table] if head is None else [table, head]
+    is_tied = head is not None and head.weight is table.weight
+    spelled = [{names[id(part)], names[id(part)].rpartition(".")[2]} for part in parts]
     rows: dict[str, list[int]] = {}
     whole: list[str] = []
-    for part in parts:
+    for part, spellings in zip(parts, spelled, strict=True):
         name = names[id(part)]
         last = name.rpartition(".")[2]
         targets = config.adapter_targets
-        if isinstance(targets, list) and {name, last} & set(targets):
+        if isinstance(targets, list) and spellings & set(targets):
             raise ConfigError(
                 f"lora_target_modules names {last}, and the rows of the new tokens in it are "
                 "trained by themselves",
                 hint=f"leave {last} out, or train it whole: --lora-modules-to-save {last}",
             )
-        if {name, last} & set(saved):
+        # Of two that are one matrix, what is done to one is done to both.
+        if (set().union(*spelled) if is_tied else spellings) & set(saved):
+            continue
+        if is_tied and part is head:
             continue
         if getattr(part, "bias", None) is not None:
             whole.append(last)

@@ -120,7 +120,12 @@ def _set_role(tokenizer: Any, role: str, word: str) -> str:
             hint=f"--add-special-tokens '{word}' adds it.",
         )
     before = getattr(tokenizer, role)
-    tokenizer.add_special_tokens({role: AddedToken(word, normalized=False, special=True)})
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if word in special:
+        # Added again it would lose what it does with the spaces around it.
+        setattr(tokenizer, role, word)
+    else:
+        tokenizer.add_special_tokens({role: AddedToken(word, normalized=False, special=True)})
     number = getattr(tokenizer, f"{role}_id")
     return f"{role}: {word!r}, token {number}; before: {'none' if before is None else repr(before)}"
 
@@ -135,10 +140,12 @@ def _row_lines(tokens: NewTokens) -> list[str]:
     before, after = tokens.num_rows_before, tokens.num_rows
     if after == before and not tokens.added:
         return []
-    size = f"from {before} to {after} rows" if after > before else f"{after} rows, as before"
+    size = f"from {before} to {after} rows; new ones"
+    if after == before:
+        size = f"{after} rows, as before; those of new tokens"
     return [
-        f"embeddings: {size}; new ones start as the mean of the first {tokens.num_known}, in the "
-        "input embedding and in the head"
+        f"embeddings: {size} start as the mean of the first {tokens.num_known}, in the input "
+        "embedding and in the head"
     ]
 
 
