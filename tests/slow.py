@@ -27,6 +27,7 @@ SLOW = {
     "test_case_93_resume_is_exact_with_every_optimizer": ("three trainings a case", "muon-master"),
     "test_loss_falls": ("thirty steps an optimizer", "adamw_torch_fused"),
     "test_run_keeps_its_tokens": ("three trainings and what follows a case", "^lora-qwen3$"),
+    "test_the_commands_of_a_data_tutorial": ("trainings and previews a page", "sharegpt|moving"),
     "test_case_93_resume_of_an_adapter_is_exact": ("three trainings a case", "^dropout$"),
     "test_case_93_packed_run_resumes_exactly": ("three trainings a case", "bfd"),
     "test_case_222_finished_run_is_lengthened": ("three trainings a case", "^max_steps$"),

@@ -27,6 +27,13 @@ SPEAKERS = {
 }
 
 
+# What a question and an answer are usually called.
+_USUAL = (
+    ("question", "query", "prompt", "input", "instruction", "user", "q", "source"),
+    ("answer", "response", "completion", "output", "reply", "assistant", "a", "target", "chosen"),
+)
+
+
 @dataclass(frozen=True)
 class RowNames:
     """The names of a source.
@@ -76,10 +83,7 @@ class RowNames:
             )
         raise DataError(
             f"{where}: found the columns {join_names(content)}; wanted {WANTED}",
-            hint=f"columns: {{prompt: {next(iter(content), 'X')}, ...}} gives them these names, "
-            "ours: theirs"
-            if content
-            else None,
+            hint=_advice(content),
         )
 
     def row(self, content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -149,6 +153,24 @@ class RowNames:
 
 def _known(form: str) -> Sequence[str]:
     return (*FORMATS[form], *OPTIONAL.get(form, ()))
+
+
+def _advice(content: Mapping[str, Any]) -> str | None:
+    """Return how to read columns that make no format."""
+    names = list(content)
+    delimiter = next((mark for mark in ";\t|" if len(names) == 1 and mark in names[0]), None)
+    if delimiter is not None:
+        shown = "tab" if delimiter == "\t" else f"'{delimiter}'"
+        return f"the entry {{path: FILE, delimiter: {shown}}} of dataset separates the columns"
+    texts = [name for name, value in content.items() if isinstance(value, str)]
+    if len(texts) < 2:
+        return None
+    # Where the names do not say it, only the user knows which is which.
+    asked, answer = (next((t for t in texts if t.lower() in known), None) for known in _USUAL)
+    return (
+        f"columns names them, ours to theirs: --columns prompt={asked or 'X'},"
+        f"completion={answer or 'Y'}; instruction and output make a conversation of them"
+    )
 
 
 def join_names(columns: Mapping[str, Any]) -> str:
