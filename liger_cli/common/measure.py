@@ -7,6 +7,7 @@ sampled by a thread; a peak shorter than the sampling interval can be missed.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import threading
 import time
@@ -20,6 +21,7 @@ __all__ = [
     "PeakMemory",
     "StepTime",
     "StepTimer",
+    "free_cached_memory",
     "median_after_warm_up",
     "synchronize",
     "transient_bytes",
@@ -33,6 +35,13 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything it was asked to do."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def free_cached_memory() -> None:
+    """Free what reference cycles hold, as those of a failed graph do, and what allocators cache."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def median_after_warm_up(values: Sequence[float]) -> float:

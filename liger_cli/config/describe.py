@@ -83,7 +83,7 @@ def value_type(name: str) -> Any:
 def choices(name: str) -> tuple[str, ...]:
     """Return the only values of a key, empty where there are more than a list could hold."""
     kind = value_type(name)
-    return get_args(kind) if get_origin(kind) is Literal else ()
+    return tuple(map(_yaml_word, get_args(kind))) if get_origin(kind) is Literal else ()
 
 
 def group(name: str) -> str:

@@ -130,6 +130,8 @@ def _flag_parameter(name: str) -> inspect.Parameter:
     """Return the typer option of a key; the app folds snake_case spellings, so none is here."""
     # The choices stand in the help: as a metavar they would cut the names of other flags.
     kind, metavar = (str, "NAME") if choices(name) else (value_type(name), None)
+    if _is_switch(name):
+        kind, metavar = bool, None
     names = [flag_name(name), *(flag_name(alias) for alias, key in ALIASES.items() if key == name)]
     if name in _SHORT:
         names.append(_SHORT[name])
@@ -145,7 +147,8 @@ def _flag_parameter(name: str) -> inspect.Parameter:
 
 
 def _is_switch(name: str) -> bool:
-    return value_type(name) is bool
+    # A key that takes more than true and false is a switch too; --set gives it the rest.
+    return value_type(name) is bool or {"true", "false"} <= set(choices(name))
 
 
 def _takes_switch(name: str) -> bool:

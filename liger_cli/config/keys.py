@@ -76,7 +76,10 @@ class Keys(BaseModel):
     save_memory: bool = _model(
         True, "Recompute norm outputs and gated products in backward instead of saving them."
     )
-    torch_compile: bool = _model(False, "Compile the patched model with torch.compile.")
+    torch_compile: Literal["auto", True, False] = _model(
+        "auto",
+        "Compile the patched model with torch.compile; auto: on a GPU that waits for the host.",
+    )
     use_regional_compilation: bool | None = _model(
         None,
         "With torch_compile: each layer by itself. null: yes, unless gradient_checkpointing is on.",
@@ -307,6 +310,14 @@ class Keys(BaseModel):
     def _words_of_yaml(cls, value: object) -> object:
         # YAML reads a bare true or false as a boolean.
         return str(value).lower() if isinstance(value, bool) else value
+
+    @field_validator("torch_compile", mode="before")
+    @classmethod
+    def _no_number(cls, value: object) -> object:
+        # 1 equals true, and would be taken for it.
+        if not (isinstance(value, bool) or value == "auto"):
+            raise ValueError("should be auto, true or false")
+        return value
 
     @field_validator("optim", mode="before")
     @classmethod

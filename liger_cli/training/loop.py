@@ -37,6 +37,7 @@ def train(
         Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
     """
     session = TrainSession(run, model, record, callbacks)
+    session.settle()
     session.resume()
     timer = StepTimer(run.device)
     trace = run.run_dir / f"profile-{run.config.profile_steps}.json"

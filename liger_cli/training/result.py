@@ -51,6 +51,7 @@ class TrainResult:
     Attributes:
         eval: Of the model as it is in the end.
         plan: The order of the data, in the micro-batches that fitted in the end.
+        compiles: What torch_compile was.
         best: The best evaluation on the way.
         stop: Why it ended early, if it did.
     """
@@ -58,6 +59,7 @@ class TrainResult:
     history: tuple[StepMetrics, ...]
     eval: EvalResult | None
     plan: BatchPlan
+    compiles: bool = False
     best: Best | None = None
     stop: EarlyStop | None = None
 

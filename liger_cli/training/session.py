@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ import torch
 from accelerate.utils import set_seed
 
 from liger_cli.common.measure import StepTime
+from liger_cli.config import RunConfig
 from liger_cli.data.batches import BatchPlan, count_labels, count_tokens
 from liger_cli.data.feed import Feed, identity, make_feed
+from liger_cli.training.auto_compile import AUTO, decide_measured
 from liger_cli.training.checkpoints.run_log import STEP_LOG, JsonLines, copy_logs
 from liger_cli.training.checkpoints.saver import Saver, is_due
 from liger_cli.training.checkpoints.state import ResumePoint, TrainState, load_state
@@ -51,10 +53,13 @@ class Callbacks:
     """Functions that the main process calls.
 
     Attributes:
+        on_start: Gets the configuration with all that the run has decided, before the first step,
+            and a line about a decision, or None.
         on_step: Gets the metrics of each step.
         on_eval: Gets the result of each evaluation and its step.
     """
 
+    on_start: Callable[[RunConfig, str | None], None] = _ignore
     on_step: Callable[[StepMetrics], None] = _ignore
     on_eval: Callable[[EvalResult, int], None] = _ignore
 
@@ -95,7 +100,7 @@ class TrainSession:
     ) -> None:
         config, accelerator = run.config, run.accelerator
         self._run, self._record, self._callbacks = run, record, callbacks or Callbacks()
-        loss_of = LossOf(model, run.device)
+        self._loss_of = LossOf(model, run.device)
         if config.gradient_checkpointing:
             _recompute_activations(model)
         if config.neftune_noise_alpha:
@@ -107,7 +112,7 @@ class TrainSession:
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._feed = ResizableBatches(run.batches, self._feed_of)
         self._gradients = Gradients(
-            self._model, loss_of, accelerator, self._feed, shrinks=config.auto_fit
+            self._model, self._loss_of, accelerator, self._feed, shrinks=config.auto_fit
         )
         self._state = TrainState(
             accelerator,
@@ -136,6 +141,16 @@ class TrainSession:
         if is_adapted(model) and self._run.inputs.source.tokens is not None:
             write_tokens(directory, self._run.inputs.source.tokens)
         self._run.inputs.preprocessing.save_pretrained(directory)
+
+    def settle(self) -> None:
+        """Decide on torch_compile where it is auto, before anything of the run has begun."""
+        line = None
+        if self._run.config.torch_compile == AUTO:
+            decision = decide_measured(self._run, self._model, self._loss_of)
+            config = self._run.config.model_copy(update={"torch_compile": decision.compiles})
+            self._run, line = replace(self._run, config=config), decision.line
+        if self._run.is_main:
+            self._callbacks.on_start(self._run.config, line)
 
     def resume(self) -> None:
         """Restore the checkpoint of the run, if there is one, and open the logs at its step.
@@ -305,6 +320,7 @@ class TrainSession:
             eval=self._evaluated,
             plan=self._feed.plan,
             best=self._evals.best,
+            compiles=bool(self._run.config.torch_compile),
             stop=EarlyStop(self.num_done, self._evals.num_vain) if is_early else None,
         )
 

@@ -53,7 +53,7 @@ def command(
         num_shards=fsdp,
         is_padded=padded,
     )
-    if config.torch_compile:
+    if config.torch_compile is True:
         show_lines(
             "torch_compile is not in the estimate: it decides by itself what to keep", stderr=True
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from liger_cli.config import RunConfig
 from liger_cli.data.feed import plan_batches, total_steps
@@ -12,14 +14,16 @@ from liger_cli.errors import ConfigError
 from liger_cli.report import notify
 from liger_cli.report.build import report_of
 from liger_cli.report.required_ops import check_places, check_required, parse_ops
-from liger_cli.training.checkpoints.resume import with_older_values
+from liger_cli.training.auto_compile import AUTO, decide_early
+from liger_cli.training.checkpoints.resume import saved_choice, with_older_values
 from liger_cli.training.checkpoints.run_directory import run_directory
 from liger_cli.training.inputs import load_inputs
-from liger_cli.training.model.adapters import adapts, quantization
-from liger_cli.training.model.source import resolve_model
+from liger_cli.training.model.adapters import adapts, is_quantised, quantization
+from liger_cli.training.model.source import ModelSource, resolve_model
 from liger_cli.training.model.tokenizers import check_same_template
 from liger_cli.training.optim.optimizers import check_optimization
 from liger_cli.training.prepared import PreparedRun
+from liger_cli.training.runtime import device_timer
 from liger_cli.training.runtime.launch import make_accelerator, quiet_libraries
 from liger_cli.training.runtime.launch_variables import config_of_launch
 from liger_cli.training.runtime.trackers import check_trackers
@@ -76,6 +80,8 @@ def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]
         if checkpoint is not None:
             config = with_older_values(checkpoint, config)
         config = config.model_copy(update={"output_dir": run_dir})
+        if config.torch_compile == AUTO:
+            config = _settle_compile(config, source, accelerator, checkpoint, options)
         inputs = load_inputs(config, source=source, device=accelerator.device, notify=notify)
         if checkpoint is not None:
             check_same_template(checkpoint, config, inputs.preprocessing)
@@ -93,6 +99,30 @@ def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]
         )
         _check(run, options)
         yield run
+
+
+def _settle_compile(
+    config: RunConfig,
+    source: ModelSource,
+    accelerator: Any,
+    checkpoint: Path | None,
+    options: RunOptions,
+) -> RunConfig:
+    """Return the configuration with torch_compile decided where that needs no measurement."""
+    decision = decide_early(
+        config,
+        accelerator.device,
+        is_quantised=is_quantised(config, source),
+        saved=saved_choice(checkpoint),
+    )
+    # A CPU has no choice: a line in every run would say nothing.
+    shown = options.dry_run or device_timer.device_timer(accelerator.device) is not None
+    if shown and accelerator.is_main_process:
+        if decision is not None:
+            notify(decision.line)
+        elif options.dry_run:
+            notify("torch_compile: auto: measured on the first batch, before the first step")
+    return config.model_copy(update={"torch_compile": decision.compiles}) if decision else config
 
 
 def _check(run: PreparedRun, options: RunOptions) -> None:

@@ -125,8 +125,6 @@ def _load_and_train(run: PreparedRun, options: RunOptions) -> _Trained:
         check_required(report_of("train", config, run.inputs, record), options.require)
     if run.is_main:
         announce_kernels(record)
-        # The directory stays free for another try until there is something to run.
-        write_file(run.run_dir / "config.yaml", config.to_yaml())
     with (
         tracking(config, run.run_dir, is_main=run.is_main, notify=notify) as track,
         TrainProgress(run.num_steps, first_step=run.first_step) as progress,
@@ -142,6 +140,12 @@ def _notify_of(run: PreparedRun) -> Callable[[str], None]:
 
 def _callbacks(run: PreparedRun, track: Track, progress: TrainProgress) -> Callbacks:
     """Return the callbacks that show steps and evaluations and log them to the trackers."""
+
+    def write_config(config: RunConfig, line: str | None) -> None:
+        if line is not None:
+            progress.note(line)
+        # The directory stays free for another try until there is something to run.
+        write_file(run.run_dir / "config.yaml", config.to_yaml())
 
     def show_step(metrics: StepMetrics) -> None:
         track(prefixed("train", asdict(metrics)), metrics.step)
@@ -160,7 +164,7 @@ def _callbacks(run: PreparedRun, track: Track, progress: TrainProgress) -> Callb
         for text in eval_texts(report):
             progress.note(f"eval {step}/{run.num_steps}  {text}")
 
-    return Callbacks(show_step, show_evaluation)
+    return Callbacks(write_config, show_step, show_evaluation)
 
 
 def _report(
@@ -169,6 +173,7 @@ def _report(
     """Return the report of a run that has ended, and write it into its directory."""
     result = trained.result
     fitted = {
+        "torch_compile": result.compiles,
         "per_device_train_batch_size": result.plan.batch_size,
         "gradient_accumulation_steps": result.plan.accumulation,
     }

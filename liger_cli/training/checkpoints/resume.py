@@ -23,6 +23,7 @@ __all__ = [
     "choose_checkpoint",
     "describe_resume",
     "find_resumed",
+    "saved_choice",
     "with_older_values",
 ]
 
@@ -64,7 +65,7 @@ _FREE_KEYS = frozenset(
 )
 
 # What a key had the effect of before it existed, where that is not its default.
-_BEFORE_IT_EXISTED = {"padding_free": "false"}
+_BEFORE_IT_EXISTED: dict[str, Any] = {"padding_free": "false", "torch_compile": False}
 
 
 def with_older_values(checkpoint: Path, config: RunConfig) -> RunConfig:
@@ -145,6 +146,14 @@ def check_same_run(checkpoint: Path, config: RunConfig, num_processes: int) -> N
             hint="A resumed run keeps its model, data, batches and optimizer. "
             f"--model {checkpoint} without --resume starts a new run from its weights.",
         )
+
+
+def saved_choice(checkpoint: Path | None) -> bool | None:
+    """Return the torch_compile that a checkpoint was trained with; None where it is unknown."""
+    if checkpoint is None:
+        return None
+    value = read_manifest(checkpoint)["config"].get("torch_compile", False)
+    return value if isinstance(value, bool) else None
 
 
 def describe_resume(checkpoint: Path, config: RunConfig, device: torch.device) -> str:

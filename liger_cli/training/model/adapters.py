@@ -34,6 +34,7 @@ __all__ = [
     "base_place",
     "find_base",
     "is_adapted",
+    "is_quantised",
     "load_adapter",
     "new_adapter",
     "quantization",
@@ -373,6 +374,12 @@ def trained_line(model: Any) -> str:
 
 def _ranks_of(module: Any) -> list[int]:
     return list(module.r.values()) if hasattr(module, "lora_A") else []
+
+
+def is_quantised(config: RunConfig, source: ModelSource) -> bool:
+    """Return whether the frozen model is held in few bits, by a key or by its own files."""
+    is_asked = config.load_in_4bit or config.load_in_8bit
+    return is_asked or "quantization_config" in (source.config or {})
 
 
 def quantization(config: RunConfig, source: ModelSource, device: torch.device) -> Any:

@@ -26,7 +26,7 @@ from liger_kernels.ops.backend import backend
 from liger_kernels.transformers.api import apply_liger_kernel
 from liger_kernels.transformers.patching.engine import PatchRecord
 
-__all__ = ["load_patched"]
+__all__ = ["layers_of", "load_patched"]
 
 # Checks whose kernels are in Triton's cache take less.
 _NOTICE_AFTER_S = 2.0
@@ -76,14 +76,14 @@ def load_patched(
 
 
 def _compile(model: nn.Module, config: RunConfig, notify: Callable[[str], None]) -> None:
-    if not config.torch_compile:
-        if config.use_regional_compilation:
+    if config.torch_compile is not True:
+        if config.use_regional_compilation and config.torch_compile is False:
             notify("use_regional_compilation does nothing without torch_compile")
         return
     by_layers = config.use_regional_compilation
     if by_layers is None:
         by_layers = not config.gradient_checkpointing
-    parts = _layers(model) if by_layers else []
+    parts = layers_of(model) if by_layers else []
     if by_layers and not parts:
         notify("use_regional_compilation: no list of layers found, the model is compiled as one")
     form = f"{len(parts)} layers, one by one" if parts else "the model as one graph"
@@ -92,11 +92,11 @@ def _compile(model: nn.Module, config: RunConfig, notify: Callable[[str], None])
         part.compile()
 
 
-def _layers(module: nn.Module) -> list[nn.Module]:
-    """Return the modules of the outermost module lists."""
+def layers_of(module: nn.Module) -> list[nn.Module]:
+    """Return the layers of a model: the modules of its outermost module lists."""
     if isinstance(module, nn.ModuleList):
         return list(module)
-    return [layer for child in module.children() for layer in _layers(child)]
+    return [layer for child in module.children() for layer in layers_of(child)]
 
 
 @contextlib.contextmanager

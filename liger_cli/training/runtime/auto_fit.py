@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
+from liger_cli.common.measure import free_cached_memory
 from liger_cli.data.batches import BatchPlan
 from liger_cli.data.feed import Feed, Window
 
@@ -54,10 +52,7 @@ class ResizableBatches:
         """
         size, accumulation = smaller_batches(self.plan.batch_size, self.plan.accumulation)
         self.plan = replace(self.plan, batch_size=size, accumulation=accumulation)
-        # What the failed step left is held by cycles of its graph, and by the allocator.
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
+        free_cached_memory()
         self._feed = self._make(self.plan)
         self._feed.load_state_dict(self._before)
         self._windows = self._feed.windows(step, self._last_step)

@@ -258,7 +258,7 @@ def _check_request(config: RunConfig, request: BenchRequest, names: tuple[str, .
             f"--peer-python and --peer-path say where {PEER} is, which --against does not name",
             hint=f"--against eager,{PEER} compares with it too.",
         )
-    if config.torch_compile:
+    if config.torch_compile is True:
         raise ConfigError(
             "torch_compile is a side of the comparison here, so it cannot be set for all of them",
             hint="--no-torch-compile --against compile,patched+compile",
