@@ -168,7 +168,7 @@ class LayerGroup:
         matrices = iter(self._matrices()[1])
         for layer, part, dy, need in zip(self.layers, self.parts, dys, needs, strict=True):
             dbias = db = None
-            b = None if part is None else next(matrices)
+            b: Any = None if part is None else next(matrices)
             if dy is None:
                 if part is not None and dxa is not None:
                     dxa[:, part] = 0
