@@ -260,7 +260,8 @@ def _advice(entry: Entry) -> str:
     if not isinstance(entry.value, Mapping):
         near = nearest_key(entry.name)
         return f"; did you mean {near!r}?" if near else ""
-    found = (nearest_key(f"{entry.name}.{inner}") for inner in list(entry.value)[:20])
+    inner = [str(key) for key in list(entry.value)[:20]]
+    found = (nearest_key(key) or nearest_key(f"{entry.name}.{key}") for key in inner)
     keys = ", ".join(dict.fromkeys(key for key in found if key))
     advice = f": write {keys} at the left margin" if keys else ""
     return f"; a configuration has no sections{advice}"
