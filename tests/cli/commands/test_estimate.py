@@ -18,6 +18,7 @@ from liger_cli.errors import ConfigError
 from liger_cli.training.forward import LossOf
 from liger_cli.training.memory import Batch, estimate_memory, meta_model_of, step_memory
 from liger_cli.training.model.adapters import attach_adapter, new_adapter
+from liger_cli.training.model.extended import extend_source
 from liger_cli.training.model.source import load_model, resolve_model
 from liger_kernels.transformers.api import apply_liger_kernel
 
@@ -76,7 +77,7 @@ def run(model: str, batch: int = 8, length: int = 2048, **keys):
 
 def estimate(config, *, on_gpu: bool = True, num_shards: int = 1, **batch):
     size = Batch(config.per_device_train_batch_size, config.max_length, **batch)
-    source = resolve_model(config.model)
+    source = extend_source(config, resolve_model(config.model))
     return estimate_memory(config, source, size, on_gpu=on_gpu, num_shards=num_shards)
 
 
@@ -123,13 +124,14 @@ class Alive(TorchDispatchMode):
 
 def kept_by_real_tensors(config) -> int:
     """What a forward of the real model on the CPU leaves for backward."""
+    source = extend_source(config, resolve_model(config.model))
     model = load_model(
-        resolve_model(config.model),
+        source,
         dtype=torch.float32,
         attn_implementation=config.attn_implementation,
     )
     if config.adapter != "none":
-        model = attach_adapter(model, new_adapter(config, model), base="")
+        model = attach_adapter(model, new_adapter(config, model, source.tokens), base="")
     apply_liger_kernel(model, config.ops, save_memory=config.save_memory)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -166,6 +168,7 @@ def test_forward_keeps_what_real_tensors_keep(family: str, ops: str) -> None:
         pytest.param({"gradient_checkpointing": True}, id="checkpointing"),
         pytest.param({"save_memory": False}, id="keeps-all"),
         pytest.param({"adapter": "lora"}, id="lora"),
+        pytest.param({"adapter": "lora", "add_tokens": "look"}, id="lora-new-token"),
         pytest.param({"attn_implementation": "eager"}, id="eager-attention"),
         pytest.param({"adapter": "lora", "gradient_checkpointing": True}, id="lora-checkpointing"),
     ],
