@@ -64,14 +64,19 @@ coverage: setup
 
 # The kernels against their limits, then a whole step. On a machine with a GPU its own Python runs,
 # as in test-gpu, and docs/ is written; elsewhere ours, on small shapes and the demo model. The peer:
-# make bench PEER_PATH=DIR or PEER_PYTHON=FILE, see docs/performance.md.
+# make bench PEER_PATH=DIR or PEER_PYTHON=FILE, see docs/performance.md. A part ends within 9 minutes
+# and keeps what it has by then; PART=ops is that of the ops, PART=llama-8b:lora a row of scripts/bench_models.sh.
 HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
 PEER := $(strip $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON)) $(if $(PEER_PATH),--peer-path $(PEER_PATH)))
 bench: $(if $(HAS_GPU),,setup)
 ifdef HAS_GPU
 	mkdir -p $(RESULTS)
-	card=$${CARD:-$$(scripts/card.sh)} && $(GPU_PYTHON) -m liger_cli bench ops $(PEER) --save $(RESULTS)/ops-$$card.json
-	PYTHON=$(GPU_PYTHON) scripts/bench_models.sh $(RESULTS) $(PEER)
+ifneq ($(filter ops,$(or $(PART),ops)),)
+	card=$${CARD:-$$(scripts/card.sh)} && timeout --foreground --signal=INT --kill-after=60 480 $(GPU_PYTHON) -m liger_cli bench ops $(PEER) --save $(RESULTS)/ops-$$card.json || [ $$? -eq 124 ]
+endif
+ifneq ($(PART),ops)
+	PYTHON=$(GPU_PYTHON) scripts/bench_models.sh $(RESULTS) $(PEER) $(filter-out ops,$(PART))
+endif
 	PYTHONPATH=. $(GPU_PYTHON) scripts/performance_page.py
 else
 	$(BIN)/liger bench ops $(PEER)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from liger_cli.commands.bench.ops.tables import OpsReport, Table, markdown
 from liger_cli.report import AgainstPart, RunReport, verdict
@@ -118,14 +119,24 @@ class StepTarget:
         return self.against, self.figure, bound, f"{found:.2f}x", "met" if met else "MISSED"
 
 
-# By model, batch size, sequence length and gradient checkpointing.
+_LORA_TARGETS = (StepTarget(PEER, "speed", 1 / 0.75), StepTarget(PEER, "memory", 0.70))
+
+# By model, batch size, sequence length, gradient checkpointing and adapter.
 STEP_TARGETS = {
-    ("llama-1b", 8, 2048, False): (
+    ("llama-8b", 4, 2048, False, "lora of rank 16"): _LORA_TARGETS,
+    ("llama-8b", 4, 2048, False, "lora of rank 64"): _LORA_TARGETS,
+    ("qwen3-4b", 8, 1024, False, "lora of rank 16"): _LORA_TARGETS,
+    ("llama-8b", 4, 2048, True, "lora of rank 16"): (
+        StepTarget(PEER, "speed", 1 / 0.75),
+        StepTarget(PEER, "memory", 1.00),
+    ),
+    ("llama-8b", 4, 2048, False, "lora of rank 16 in 4 bits"): (StepTarget("eager", "speed", 1.3),),
+    ("llama-1b", 8, 2048, False, ""): (
         StepTarget(PEER, "speed", 1.10),
         StepTarget("compile", "speed", 1.20),
         StepTarget(PEER, "memory", 0.80),
     ),
-    ("llama-3b", 4, 4096, True): (
+    ("llama-3b", 4, 4096, True, ""): (
         StepTarget(PEER, "speed", 1.08),
         StepTarget(PEER, "memory", 0.95),
     ),
@@ -182,7 +193,11 @@ def _summary_line(report: RunReport) -> str:
         known = (ratios.speed, ratios.memory) if ratios else ()
         cells.append(", ".join(f"{ratio:.2f}x" for ratio in known if ratio is not None))
     batch, length = config["per_device_train_batch_size"], config["max_length"]
-    model = f"{config['model']}, {batch} x {length}"
+    model = f"{_model_of(config)}, {batch} x {length}"
+    if adapter := _adapter_of(config):
+        model += f", {adapter}"
+    if adapter and config.get("gradient_checkpointing"):
+        model += ", checkpointing"
     card = where["devices"][0]["name"].removeprefix("NVIDIA ")
     return f"| {' | '.join([model, card, *cells])} |"
 
@@ -201,6 +216,28 @@ def _folded(table: re.Match[str]) -> str:
     return f"<details><summary>{words}</summary>\n\n{table[0]}\n</details>\n"
 
 
+def _model_of(config: Mapping[str, Any]) -> str:
+    # Random weights that were written to be quantised are in a folder named as the preset.
+    return Path(config["model"]).name
+
+
+def _adapter_of(config: Mapping[str, Any]) -> str:
+    """Return in words which adapter a comparison trains: "lora of rank 16 in 4 bits", or ""."""
+    if config.get("adapter", "none") == "none":
+        return ""
+    bits = " in 4 bits" if config.get("load_in_4bit") else ""
+    bits = " in 8 bits" if config.get("load_in_8bit") else bits
+    return f"{config['adapter']} of rank {config['lora_r']}{bits}"
+
+
+def _adapter_flags(config: Mapping[str, Any]) -> list[str]:
+    if config.get("adapter", "none") == "none":
+        return []
+    words = ["--adapter", config["adapter"], "--lora-r", str(config["lora_r"])]
+    keys = ("load_in_4bit", "load_in_8bit")
+    return words + [f"--{key.replace('_', '-')}" for key in keys if config.get(key)]
+
+
 def _step(report: RunReport) -> str:
     """Return one comparison of `liger bench`: every side against the first, then the targets."""
     config, where, arms = report.config or {}, report.environment or {}, report.arms or []
@@ -209,7 +246,8 @@ def _step(report: RunReport) -> str:
     batch, length = config["per_device_train_batch_size"], config["max_length"]
     checkpoints = bool(config.get("gradient_checkpointing"))
     against = report.against or {}
-    words = ["liger", "bench", "--model", config["model"]]
+    model, adapter = _model_of(config), _adapter_of(config)
+    words = ["liger", "bench", "--model", model]
     # One that failed or was cut off is compared with nothing, but was asked for.
     others = [arm.name for arm in arms if arm.name != "patched"]
     words += ["--against", ",".join(others)] if against else []
@@ -217,6 +255,7 @@ def _step(report: RunReport) -> str:
     words += ["--repeats", str(max(arm.runs for arm in arms))]
     words += ["--per-device-train-batch-size", str(batch)] if batch != 8 else []
     words += ["--max-length", str(length)] if length != 2048 else []
+    words += _adapter_flags(config)
     words += ["--gradient-checkpointing"] * checkpoints
     # Reports from before the key was there compiled the model as one, which False says now.
     by_layers = config.get("use_regional_compilation", False)
@@ -225,14 +264,15 @@ def _step(report: RunReport) -> str:
     dates = [where["date"]] if "date" in where else []
     lines = [f"    {', '.join([device, *versions, *dates])}", f"    $ {' '.join(words)}"]
     rows = [_step_row(arm_cells(arm, arms[0])) for arm in arms]
-    title = f"{config['model']}, {batch} x {length} tokens a step"
+    title = f"{model}, {batch} x {length} tokens a step"
+    title += f", {adapter}" * bool(adapter)
     title += ", with gradient checkpointing" if checkpoints else ""
     used = [i for i in range(len(_STEP_COLUMNS)) if any(row[i] for row in rows)]
     columns = tuple(_STEP_COLUMNS[i] for i in used)
     shown = [tuple(row[i] for i in used) for row in rows]
     heading, _, rest = Table(title, columns, shown).markdown().partition("\n")
     text = "\n".join([heading, "", *lines, rest])
-    targets = STEP_TARGETS.get((config["model"], batch, length, checkpoints), ())
+    targets = STEP_TARGETS.get((model, batch, length, checkpoints, adapter), ())
     # Reports from before there were several sides say nothing of the targets.
     if targets and against:
         target_rows = [target.row(against.get(target.against)) for target in targets]

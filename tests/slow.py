@@ -47,6 +47,7 @@ SLOW = {
     "test_number_of_processes_changes_nothing": ("three pools of processes", NONE),
     "test_pickle_loads_in_another_process_case_50": ("a process that imports everything", NONE),
     "test_case_89_two_processes_evaluate_as_one": ("three processes", NONE),
+    "test_every_side_trains_an_adapter": ("three trainings a case, one compiled", NONE),
     "test_ctrl_c_of_a_launcher_stops_all_after_the_same_step": ("three processes", NONE),
     "test_every_family_trains_as_stock_peft": (
         "every family, in bf16 four adapters of it",

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from liger_cli.errors import EnvironmentProblem
+from liger_cli.training.model.adapters import is_adapted
 
 __all__ = ["PEER", "PEER_PACKAGE", "apply_peer_patch"]
 
@@ -19,7 +20,7 @@ PEER = "liger-kernel"
 PEER_PACKAGE = "liger_kernel"
 
 
-def apply_peer_patch(model: nn.Module) -> dict[str, Any]:
+def apply_peer_patch(model: Any) -> dict[str, Any]:
     """Let liger-kernel patch a model in place.
 
     Returns:
@@ -33,8 +34,10 @@ def apply_peer_patch(model: nn.Module) -> dict[str, Any]:
         peer = importlib.import_module(f"{PEER_PACKAGE}.transformers")
     except ImportError as error:
         raise EnvironmentProblem(f"{PEER} cannot be imported: {error}") from error
+    # Of an adapted model it knows the one inside, as transformers' Trainer hands it over.
+    target = model.get_base_model() if is_adapted(model) else model
     before = {name: _computes(module) for name, module in model.named_modules()}
-    peer._apply_liger_kernel_to_instance(model=model)
+    peer._apply_liger_kernel_to_instance(model=target)
     changed = sum(before.get(name) != _computes(module) for name, module in model.named_modules())
     return {"name": PEER, "version": _version(), "num_changed": changed}
 
