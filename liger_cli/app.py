@@ -52,7 +52,10 @@ _CONTEXT = {
 
 
 # Flags that may stand without a value, and their values, the first of which is meant then.
-_ALONE = {"--padding-free": ("true", "false", "auto")}
+_ALONE = {
+    "--padding-free": ("true", "false", "auto"),
+    "--torch-compile": ("true", "false", "auto"),
+}
 
 
 class _LazyGroup(TyperGroup):

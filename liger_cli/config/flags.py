@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import typer
 
@@ -50,7 +50,7 @@ def config_flags(command: Callable[..., _Result]) -> Callable[..., _Result]:
         ignore_unknown_keys: bool,
         **arguments: Any,
     ) -> _Result:
-        flags = {name: arguments.pop(name) for name in keys}
+        flags = {name: _value_of(name, arguments.pop(name)) for name in keys}
         flags |= {name: False for name in switches if arguments.pop(f"no_{name}")}
         load: Callable[..., Any] = resolve_config if wants_sources else load_config
         warn = _warn if ignore_unknown_keys else None
@@ -147,13 +147,19 @@ def _flag_parameter(name: str) -> inspect.Parameter:
 
 
 def _is_switch(name: str) -> bool:
-    # A key that takes more than true and false is a switch too; --set gives it the rest.
-    return value_type(name) is bool or {"true", "false"} <= set(choices(name))
+    return value_type(name) is bool
 
 
 def _takes_switch(name: str) -> bool:
     """Return whether a key with more values can be turned on and off like a switch."""
     return {"true", "false"} <= set(choices(name))
+
+
+def _value_of(name: str, word: Any) -> Any:
+    """Return the value of a flag's word: of a key that takes booleans and words, a boolean."""
+    if isinstance(word, str) and True in get_args(value_type(name)):
+        return {"true": True, "false": False}.get(word, word)
+    return word
 
 
 def _off_parameter(name: str) -> inspect.Parameter:

@@ -1,4 +1,4 @@
-"""What the values of keys must be beyond their types and limits."""
+"""Checks of the values of keys, beyond their types and limits."""
 
 from __future__ import annotations
 

@@ -68,6 +68,11 @@ def test_case_101_the_mask_has_the_loss_and_gradients_of_padded_rows(family):
     torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-6)
 
 
+def sizes_for_flex(family):
+    """Return options of build(): flex attention takes heads of 16 at least."""
+    return {} if family == "gpt_oss" else {"hidden_size": 64, "head_dim": 16}
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("family", MASKED)
 def test_case_101_flex_has_the_loss_and_gradients_of_padded_rows(monkeypatch, family):
@@ -75,9 +80,10 @@ def test_case_101_flex_has_the_loss_and_gradients_of_padded_rows(monkeypatch, fa
     use_kernel(monkeypatch)
     use_flex(monkeypatch)
     rows = documents()
-    stock = loss_and_gradients(build(family, "eager"), padded(rows))
+    sizes = sizes_for_flex(family)
+    stock = loss_and_gradients(build(family, "eager", **sizes), padded(rows))
     with recorded_choices() as found, torch.compiler.set_stance("force_eager"):
-        ours = loss_and_gradients(build(family), laid_end_to_end(rows))
+        ours = loss_and_gradients(build(family, **sizes), laid_end_to_end(rows))
     assert "flex" in {layer.backend for layer in found}
     assert "mask" not in {layer.backend for layer in found}
     torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-5)
@@ -93,12 +99,13 @@ def test_case_101_no_document_has_a_gradient_in_another(monkeypatch, family, bac
     if backend != "mask":
         use_kernel(monkeypatch)
         use_flex(monkeypatch)
-    model = build(family).eval()
+    model = build(family, **sizes_for_flex(family)).eval()
     batch = laid_end_to_end(documents())
     del batch["labels"]
     embedded = model.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
-    with torch.compiler.set_stance("force_eager"):
+    with recorded_choices() as found, torch.compiler.set_stance("force_eager"):
         logits = model(inputs_embeds=embedded, **batch, use_cache=False).logits
+    assert backend in {layer.backend for layer in found}
     ends = batch["cu_seq_lens_q"].tolist()
     for start, end in zip(ends, ends[1:], strict=False):
         own = slice(start, end)
@@ -422,10 +429,8 @@ def test_torch_without_the_kernel(gpu, monkeypatch):
     ],
 )
 def test_plan_of_a_model(gpu, family, wanted):
-    # Flex attention takes heads of 16 at least.
-    sizes = {} if family == "gpt_oss" else {"hidden_size": 64, "head_dim": 16}
     with torch.device("meta"):
-        model = build(family, **sizes)
+        model = build(family, **sizes_for_flex(family))
     found = plan_layers(model, torch.device("cuda", 0), torch.bfloat16)
     assert {(x.layer_type, x.num_layers, x.backend) for x in found} == wanted
 

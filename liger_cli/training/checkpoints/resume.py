@@ -65,7 +65,7 @@ _FREE_KEYS = frozenset(
 )
 
 # What a key had the effect of before it existed, where that is not its default.
-_BEFORE_IT_EXISTED: dict[str, Any] = {"padding_free": "false", "torch_compile": False}
+_BEFORE_IT_EXISTED = {"padding_free": "false"}
 
 
 def with_older_values(checkpoint: Path, config: RunConfig) -> RunConfig:
@@ -178,7 +178,8 @@ def _changes(manifest: dict[str, Any], config: RunConfig) -> dict[str, tuple[Any
     """Return the keys that have changed, with their value in a manifest and now."""
     # A key that is younger than the checkpoint had the effect of its default.
     defaults = {key: field.default for key, field in RunConfig.model_fields.items()}
-    defaults |= _BEFORE_IT_EXISTED
+    # But for these.
+    defaults |= {**_BEFORE_IT_EXISTED, "torch_compile": False}
     found = {}
     for key, new in config.model_dump(mode="json").items():
         old = manifest["config"].get(key, defaults[key])

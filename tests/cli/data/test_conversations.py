@@ -336,7 +336,7 @@ def test_case_224_answers_out_of_generation_blocks():
 # What a template does not show.
 
 
-@pytest.mark.parametrize("role", ["developer", "function", "critic"])
+@pytest.mark.parametrize("role", ["developer", "critic"])
 @pytest.mark.parametrize("template", ["phi", "deepseek_r1"])
 def test_case_225_role_that_the_template_does_not_know(template, role):
     messages = [user("What?"), {"role": role, "content": "Look there"}, said("yes")]

@@ -105,6 +105,7 @@ def test_case_240_no_file_is_written_but_by_the_helper():
         "files.py": 1,  # the manifest, in a directory that is written aside
         "cache.py": 1,  # the same
         "demo_model.py": 1,  # the same
+        "new_tokens.py": 1,  # the same
         "process.py": 1,  # the log of a process, in a temporary directory
         "ops.py": 1,  # a pipe
         "run_log.py": 1,  # a line at a time, after the helper has written the file
