@@ -151,7 +151,8 @@ def test_other_adapters(kind):
 @pytest.mark.filterwarnings("ignore")
 def test_adapter_with_checkpoints_and_autocast_case_91(use_reentrant, dtype):
     steps = []
-    for is_ours in (False, True):
+    # The truth, which fp32 without autocast is beside half precision; stock; ours.
+    for has_autocast, is_ours in ((False, False), (True, False), (True, True)):
         model = zoo.build("llama")
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         model.enable_input_require_grads()
@@ -160,15 +161,17 @@ def test_adapter_with_checkpoints_and_autocast_case_91(use_reentrant, dtype):
         else:
             wrapped, record = adapt(model, **ADAPTERS["lora"]), None
         counted = record.count_calls() if record else contextlib.nullcontext()
-        with torch.autocast("cpu", dtype), counted:
+        with torch.autocast("cpu", dtype, enabled=has_autocast), counted:
             steps.append(seeded(wrapped, zoo.text_inputs()))
     assert not record.unused
-    stock, ours = steps
+    truth, stock, ours = steps
     assert ours.loss == pytest.approx(stock.loss, rel=0.01)
     assert ours.grads.keys() == stock.grads.keys()
     for name, grad in stock.grads.items():
         assert ours.grads[name].dtype == grad.dtype == torch.float32
-        assert (ours.grads[name] - grad).norm() < 0.1 * grad.norm() + 1e-3, name
+        true = truth.grads[name]
+        by_stock, by_ours = (grad - true).norm(), (ours.grads[name] - true).norm()
+        assert by_ours <= 2 * by_stock + 1e-3 * true.norm(), name
 
 
 # Case 8 for every op: in autocast each op answers in the dtype that the stock module does.

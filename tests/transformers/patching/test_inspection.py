@@ -159,7 +159,7 @@ def test_an_adapted_model():
     settings = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj", "lm_head"])
     plan = inspect_model(peft.get_peft_model(zoo.build("llama"), settings))
     assert plan.model_type == "llama"
-    # An adapter on the head runs peft's code.
+    # The head's adapter is left to peft.
     assert plan.coverage == {**LLAMA, "lora_linear": {"patched": 4, "candidates": 5}}
     assert plan.patches[0].name == "base_model.model.model.layers.0.self_attn"
     assert str(plan).splitlines()[2] == "base_model.model"
