@@ -24,7 +24,7 @@ from liger_cli.data.rows import Record, Row, RowFormat, only_last
 from liger_cli.data.sources import SYNTHETIC_NAME, Source, Split, find_sources
 from liger_cli.data.text_stream import join_texts
 from liger_cli.data.thoughts import Reasoning
-from liger_cli.data.used import count_names
+from liger_cli.data.used import check_names, count_names
 from liger_cli.data.workers import map_in_order
 from liger_cli.errors import ConfigError, DataError
 
@@ -189,7 +189,7 @@ def load_examples(
             licences += [source.licence] if source.licence else []
             maker = open_source(source, tokenizer, options, entry)
             made = _tokenise(source, maker, processor, num_proc, notify)
-            maker.check_names(made.counts)
+            check_names(entry, made.counts, maker.form.name)
         if not len(made.rows):
             raise nothing_to_train(one, made.counts, options.max_length)
         counts.add(made.counts)
@@ -250,24 +250,6 @@ class RowMaker:
         """
         row = self.form.row(record)
         return only_last(row) if self.options.last_only and row.messages else row
-
-    def check_names(self, counts: Counts) -> None:
-        """Check that each name that was mapped is in the data.
-
-        Raises:
-            DataError: One is in no row.
-        """
-        used = {*counts.columns, *counts.fields, *(set(counts.seen) - set(counts.unused_columns))}
-        for key, mapped in (
-            ("columns", self.entry.columns),
-            ("message_fields", self.entry.message_fields),
-        ):
-            for ours, theirs in (mapped or {}).items():
-                if not {f"{theirs} as {ours}", ours if ours == theirs else ""} & used:
-                    raise DataError(
-                        f"{self.entry.path}: {key}: {ours} is {theirs}, and no row of "
-                        f"{self.form.name} has a value of it that is used"
-                    )
 
 
 def open_source(
@@ -370,9 +352,11 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
 
 
 def nothing_to_train(name: str, counts: Counts, max_length: int) -> DataError:
+    short = counts.left_out.get(TOO_SHORT, 0)
     return DataError(
-        f"none of the {counts.dropped_rows} rows of {name} has a token to train on within the "
-        f"first {max_length} tokens (max_length)",
+        f"none of the {counts.dropped_rows + short} rows of {name} has a token to train on within "
+        f"the first {max_length} tokens (max_length)"
+        + (f"; {short} of them have fewer tokens than min_length" if short else ""),
         hint="trained are completions, what the assistant says, and text, where no field such as "
         "train: false or weight: 0 says otherwise",
     )

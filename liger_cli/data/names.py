@@ -30,7 +30,7 @@ SPEAKERS = {
 # What a question and an answer are usually called.
 _USUAL = (
     ("question", "query", "prompt", "input", "instruction", "user", "q", "source"),
-    ("answer", "response", "completion", "output", "reply", "assistant", "a", "target", "chosen"),
+    ("answer", "response", "completion", "output", "reply", "assistant", "a", "target"),
 )
 
 
@@ -46,6 +46,15 @@ class RowNames:
     columns: Mapping[str, str] = field(default_factory=dict)
     naming: Naming = field(default_factory=Naming)
 
+    @staticmethod
+    def missing(content: Mapping[str, Any], naming: Naming) -> str | None:
+        """Return the message about a mapped column that the first row has not, or None."""
+        needed = {name for columns in FORMATS.values() for name in columns}
+        for ours, theirs in naming.columns.items():
+            if ours in needed and theirs not in content:
+                return f"columns: {ours} is {theirs}, and there is no such column"
+        return None
+
     @classmethod
     def find(cls, content: Mapping[str, Any], naming: Naming, where: str) -> tuple[str, RowNames]:
         """Return the format of a source by its first row, and its names.
@@ -54,13 +63,6 @@ class RowNames:
             DataError: The columns make no format.
         """
         mapped = naming.columns
-        needed = {name for columns in FORMATS.values() for name in columns}
-        for ours, theirs in mapped.items():
-            if ours in needed and theirs not in content:
-                raise DataError(
-                    f"{where}: columns: {ours} is {theirs}, and there is no such column; found "
-                    f"{join_names(content)}"
-                )
         named = cls(mapped, naming).row(content)[0]
         form = find_format(named, mapped)
         if form is not None:
@@ -162,6 +164,11 @@ def _advice(content: Mapping[str, Any]) -> str | None:
     if delimiter is not None:
         shown = "tab" if delimiter == "\t" else f"'{delimiter}'"
         return f"the entry {{path: FILE, delimiter: {shown}}} of dataset separates the columns"
+    if {"chosen", "rejected"} <= set(names):
+        return (
+            "preferences are not trained on; columns: {completion: chosen} trains on the answers "
+            "that were chosen"
+        )
     texts = [name for name, value in content.items() if isinstance(value, str)]
     if len(texts) < 2:
         return None

@@ -102,7 +102,10 @@ class RowFormat:
         """
         where, content = record[0], _as_object(record)
         naming = naming or Naming()
-        if (hint := layout_hint(RowNames(naming.columns).row(content)[0])) is not None:
+        hint = layout_hint(RowNames(naming.columns).row(content)[0])
+        if (missing := RowNames.missing(content, naming)) is not None:
+            raise DataError(f"{where}: {missing}; found {join_names(content)}", hint=hint)
+        if hint is not None:
             found = f"found the columns {join_names(content)}"
             raise DataError(f"{where}: {found}; wanted {WANTED}", hint=hint)
         name, names = RowNames.find(content, naming, where)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from liger_cli.common.readers import check_regular_files, expand_path, read_json
 from liger_cli.config.datasets import DatasetEntry, datasets_name, read_datasets, split_names
-from liger_cli.data.factory import translate_entry
+from liger_cli.data.factory import INFO_FILE, translate_entry
 from liger_cli.data.files import AS_NAMED, READERS, FileOptions, read_file, table_rows
 from liger_cli.data.layouts import refuse_ending
 from liger_cli.data.places import files_below, matching_files
@@ -215,6 +215,11 @@ def _inside(folder: Path) -> list[Path]:
     """Return the data files of a folder and those below it, in the order of their names."""
     files = files_below(folder)
     data = [path for path in files if path.suffix in READERS]
+    if info := next((path for path in data if path.name == INFO_FILE), None):
+        raise DataError(
+            f"{folder} is a folder of LLaMA-Factory, whose datasets have a name each",
+            hint=f"take one of those in {info}: {info}:NAME",
+        )
     if not data:
         found = ", ".join(sorted({path.suffix or path.name for path in files})) or "nothing"
         raise DataError(f"{folder} holds no data file: wanted {', '.join(READERS)}; found {found}")

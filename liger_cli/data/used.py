@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from liger_cli.config.datasets import DatasetEntry
 from liger_cli.data.cache import Counts
 from liger_cli.data.chat import ChatRenderer
 from liger_cli.data.rows import Row
 from liger_cli.errors import DataError
 
-__all__ = ["count_names"]
+__all__ = ["check_names", "count_names"]
 
 # Rows that a field is looked for in.
 _MAX_ROWS = 20
@@ -39,6 +40,29 @@ def count_names(counts: Counts, rows: Sequence[Row], renderer: ChatRenderer) -> 
             counts.add(Counts(fields=[field]))
         else:
             counts.add(Counts(unused_columns=[name]))
+
+
+def check_names(entry: DatasetEntry, counts: Counts, form: str) -> None:
+    """Check that each name that an entry maps is in its data.
+
+    Args:
+        counts: Of all rows of the entry.
+        form: The format of its rows.
+
+    Raises:
+        DataError: One is in no row.
+    """
+    used = {*counts.columns, *counts.fields, *(set(counts.seen) - set(counts.unused_columns))}
+    for key, mapped in (
+        ("columns", entry.columns),
+        ("message_fields", entry.message_fields),
+    ):
+        for ours, theirs in (mapped or {}).items():
+            if not {f"{theirs} as {ours}", ours if ours == theirs else ""} & used:
+                raise DataError(
+                    f"{entry.path}: {key}: {ours} is {theirs}, and no row of {form} has a value "
+                    "of it that is used"
+                )
 
 
 def _is_shown(field: str, row: Row, renderer: ChatRenderer) -> bool:

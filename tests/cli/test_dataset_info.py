@@ -120,5 +120,8 @@ def test_names_and_keys_of_ours(tmp_path):
     ):
         with pytest.raises(LigerError, match=message):
             load(name)
+    with pytest.raises(LigerError, match="is a folder of LLaMA-Factory") as error:
+        load_examples(str(tmp_path), byte_tokenizer(), RowOptions(512, 264))
+    assert f"{info}:NAME" in str(error.value.hint)
     with pytest.raises(LigerError, match="columns, roles, fields and split are those of the file"):
         load(":first", columns={"text": "output"})
