@@ -31,6 +31,7 @@ SLOW = {
     "test_case_93_resume_of_an_adapter_is_exact": ("three trainings a case", "^dropout$"),
     "test_case_93_packed_run_resumes_exactly": ("three trainings a case", "bfd"),
     "test_case_222_finished_run_is_lengthened": ("three trainings a case", "^max_steps$"),
+    "test_case_271_two_processes_train_the_weights_of_one": ("three processes", "^padded$"),
     "test_runs_by_a_kernel_have_the_steps_of_runs_by_a_mask": (
         "two trainings a case",
         "accumulation|packed-dora",

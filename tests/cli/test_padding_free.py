@@ -381,3 +381,24 @@ def test_report_names_the_backends(monkeypatch, liger, train, run_dir, tmp_path)
     assert done.code == 0, done.err
     assert "(2 layers): varlen" in text.read_text()
     assert "attention, full_attention (2 layers)" in page.read_text()
+
+
+# On a GPU: the kernel itself.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [(), ("--packing",), ("--packing", "--adapter", "lora")])
+def test_gpu_runs_have_the_losses_of_the_mask(liger, data, tmp_path, more):
+    words = ["train", "--model", "qwen3", "--dataset", data, "--max-steps", 4, "--max-length", 64]
+    words += ["--per-device-train-batch-size", 4, "--eval-dataset", data, "--json", *more]
+    masked = ("--no-padding-free", "--attn-implementation", "sdpa")
+    plain = liger(*words, *masked, "--output-dir", tmp_path / "plain")
+    done = liger(*words, "--output-dir", tmp_path / "run")
+    assert done.code == plain.code == 0, done.err + plain.err
+    assert "attention: full_attention (2 layers) by varlen" in done.err
+    assert done.json()["attention"]["padding_free"]
+    for a, b in zip(steps(tmp_path / "run"), steps(tmp_path / "plain"), strict=True):
+        assert a["trained_tokens"] == b["trained_tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-3)
+    loss = plain.json()["eval"]["loss"]
+    assert done.json()["eval"]["loss"] == pytest.approx(loss, rel=5e-3)

@@ -37,18 +37,24 @@ def distance(some, others):
     return max(float((some[name] - other).abs().max()) for name, other in others.items())
 
 
-def test_case_271_two_processes_train_the_weights_of_one(data, tmp_path):
+# Of one process, and of two: rows that are padded by one are laid end to end by the two.
+@pytest.mark.parametrize(
+    ("alone", "shared"),
+    [((), ()), ((), ("--padding-free",)), (("--packing",), ("--packing",))],
+    ids=["padded", "padding-free", "packing"],
+)
+def test_case_271_two_processes_train_the_weights_of_one(data, tmp_path, alone, shared):
     """Eight rows a step, of different label counts; the last step has seven."""
     one, two = tmp_path / "one", tmp_path / "two"
     rows = ("--per-device-train-batch-size", 2, "--gradient-accumulation-steps")
-    launch(1, words_of(data, one, *rows, 4))
-    launch(2, words_of(data, two, *rows, 2))
+    launch(1, words_of(data, one, *rows, 4, *alone))
+    launch(2, words_of(data, two, *rows, 2, *shared))
     counts = ("step", "tokens", "trained_tokens")
     assert metrics(two, *counts) == metrics(one, *counts)
-    for shared, alone in zip(
+    for of_two, of_one in zip(
         metrics(two, "loss", "grad_norm"), metrics(one, "loss", "grad_norm"), strict=True
     ):
-        assert shared == pytest.approx(alone, rel=1e-5)
+        assert of_two == pytest.approx(of_one, rel=1e-5)
     final = weights(one / "checkpoint-3")
     assert distance(weights(two / "checkpoint-3"), final) <= 1e-6
     assert distance(weights(one / "checkpoint-1"), final) >= 1e-3
