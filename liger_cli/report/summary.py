@@ -283,7 +283,7 @@ def data_rows(data: DataPart) -> list[tuple[str, str]]:
 
 
 def attention_rows(report: RunReport) -> list[tuple[str, str]]:
-    """Return the backend of attention of each type of layer, where rows hold documents."""
+    """Return the attention of each type of layer, where rows hold documents."""
     found = report.attention
     if found is None:
         return []
