@@ -30,6 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+from liger_cli.common.environment import environment
 from liger_cli.data.collate import Collator
 from liger_cli.data.encode import IGNORED
 from liger_cli.data.packing import join_rows
@@ -463,9 +464,15 @@ def main() -> None:
     lines = ratios(found, tflops)
     print("\n".join(lines))
     if options.output:
+        values = {
+            "command": " ".join(["python", *sys.argv]),
+            "environment": environment(),
+            "matmul_tflops": tflops,
+            "sides": found,
+            "lines": lines,
+        }
         with open(options.output, "w", encoding="utf-8") as file:
-            values = {"torch": torch.__version__, "matmul_tflops": tflops, "sides": found}
-            json.dump({**values, "lines": lines}, file, indent=1)
+            json.dump(values, file, indent=1)
 
 
 if __name__ == "__main__":
