@@ -21,7 +21,7 @@ SLOW = {
     "test_remedies_that_fit_come_first": ("forty estimates of one model", NONE),
     "test_so_it_does_with_options": (
         "38 models, estimated and run",
-        "mistral-keys[0-3]$|qwen3-moe-keys0$",
+        "auto-mistral-(checkpointing|lora|lora-new-token)$|auto-qwen3-moe-lora$",
     ),
     "test_case_93_stopped_and_resumed": ("three trainings a case", "packed-stream|dropout"),
     "test_case_93_resume_is_exact_with_every_optimizer": ("three trainings a case", "muon-master"),
@@ -134,6 +134,7 @@ SLOW = {
         "Inductor compiles kernels",
         NONE,
     ),
+    "test_reasons_not_to_compile": ("a training a case", "[0-3]"),
 }
 
 INTERPRETED = {
