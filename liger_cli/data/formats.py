@@ -114,6 +114,7 @@ ROW_FIELDS: dict[str, tuple[Kind, tuple[str, ...]]] = {
     "labels": ("refuse", _TEXTS),
 }
 
+_JOINTS = str.maketrans("", "", "_- ")
 _WORDS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
 
@@ -164,6 +165,9 @@ def row_marks(content: Mapping[str, Any], form: str, where: str) -> Marks:
         DataError: A field asks for what is not done here, or its value is not allowed.
     """
     kinds = {name: kind for name, (kind, forms) in ROW_FIELDS.items() if form in forms}
+    # Columns of token ids are no fields of a row, and say as much about what is trained.
+    apart = dict.fromkeys(OPTIONAL[form], "list") if form == "token ids" else {}
+    _check_spelling(content, {**kinds, **apart}, "", where)
     masks = [(name, _mask(content, name, where)) for name in ("loss_mask", "mask") if name in kinds]
     given = [(name, mask) for name, mask in masks if mask is not None] if form in TURNS else []
     if len(given) > 1:
@@ -201,6 +205,7 @@ def message_mark(message: Mapping[str, Any], name: str, where: str) -> bool | No
     Raises:
         DataError: As row_marks.
     """
+    _check_spelling(message, MESSAGE_FIELDS, f"{name}.", where)
     read = _read(message, MESSAGE_FIELDS, f"{name}.", where)
     found = {key: truth for key, kind, truth in read if kind in _TRAINED}
     _check_agreement(found, f"{name}.", where)
@@ -208,6 +213,33 @@ def message_mark(message: Mapping[str, Any], name: str, where: str) -> bool | No
 
 
 _TRAINED = ("weight", "train", "train?", "masked")
+
+
+def _check_spelling(
+    content: Mapping[str, Any], kinds: Mapping[str, str], prefix: str, where: str
+) -> None:
+    """Check that no field is the name of a mark in other letters, such as Weight or lossMask.
+
+    Raises:
+        DataError: One is, and under the name of the mark its value would be read.
+    """
+    plain = {_letters(name): name for name in kinds}
+    for name, value in content.items():
+        mark = plain.get(_letters(name), name)
+        if mark == name or name in kinds or value is None or value == "":
+            continue
+        # A text or a figure under these names is not read, however they are written.
+        if kinds[mark] in ("good", "train?") and _truth(value) is None:
+            continue
+        raise DataError(
+            f"{where}: {prefix}{name} is {_shown(value)}; the field that says what is trained is "
+            f"written {mark}, and {name} would not be read",
+            hint=f"rename it to {mark}; a field that means something else takes another name",
+        )
+
+
+def _letters(name: object) -> str:
+    return str(name).lower().translate(_JOINTS)
 
 
 def _read(
