@@ -8,7 +8,10 @@ from typing import Any
 from liger_cli.data.rows import Row
 from liger_cli.errors import DataError
 
-__all__ = ["kept_answers"]
+__all__ = ["EMPTY", "kept_answers", "num_empty_answers"]
+
+# What is noted of a row that is trained, by its name in reports.
+EMPTY = "answers without a text, of which the end alone is trained"
 
 # Characters at the end of a content by which its place is recognised.
 _TAIL = 20
@@ -48,6 +51,20 @@ def kept_answers(shown: Sequence[str], row: Row, *, assistant_only: bool) -> lis
             hint="leave the row out, or cut it behind the last answer that is trained",
         )
     return [keep for _, keep in answers] if is_sure else [True] * len(shown)
+
+
+def num_empty_answers(row: Row) -> int:
+    """Return how many answers of a conversation are trained and say nothing."""
+    if not row.is_trained:
+        return 0
+    marks = row.marks or [None] * len(row.messages)
+    return sum(
+        message["role"] == "assistant"
+        and mark is not False
+        and isinstance(message["content"], str)
+        and not _says_something(message)
+        for message, mark in list(zip(row.messages, marks, strict=True))[row.num_prompt :]
+    )
 
 
 def _no_answer(i: int, role: str, where: str, assistant_only: bool) -> DataError:

@@ -6,6 +6,7 @@ the completion begins between two tokens, as it does when a model writes it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +14,7 @@ from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from liger_cli.data.answers import kept_answers
+from liger_cli.data.answers import EMPTY, kept_answers, num_empty_answers
 from liger_cli.data.borders import TokenBorders
 from liger_cli.data.chat import ChatRenderer, Conversation
 from liger_cli.data.clip import TextClipper
@@ -120,6 +121,8 @@ class Encoder:
             )
 
         chat = rendered(self.assistant_only)
+        if num_empty := num_empty_answers(row):
+            chat = chat._replace(left_out=chat.left_out + Counter({EMPTY: num_empty}))
         if not row.is_trained:
             return chat._replace(trained=())
         has_prompt = self.completion_only and row.num_prompt > 0

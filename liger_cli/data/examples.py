@@ -64,7 +64,7 @@ class DataStats:
         truncated_rows: Rows used that were longer than max_length.
         columns: The columns of the source that were read.
         left_out: What of the rows used is not trained although it was said, by its name: how many
-            system messages, thoughts or answers.
+            system messages, thoughts or answers; and how many answers have no text.
         unused_columns: Those that are there and were not.
         fields: The fields of messages that were read.
     """

@@ -15,6 +15,7 @@ import pytest
 from chat_templates import CHATML, LLAMA2, PHI, TEMPLATES, chat_tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from liger_cli.data.answers import EMPTY
 from liger_cli.data.chat import ChatRenderer
 from liger_cli.data.encode import IGNORED, Encoder
 from liger_cli.data.examples import RowOptions, load_examples
@@ -167,7 +168,7 @@ def test_case_224_ids_and_trained_tokens(template, conversation):
     assert all(len(text[:place].encode()) in places for span in spans for place in span)
     counted = {name: number for name, number in row.left_out.items() if number}
     number, _, name = note.partition(" ")
-    names = {"system": SYSTEM, "thoughts": THOUGHTS}
+    names = {"system": SYSTEM, "thoughts": THOUGHTS, "empty": EMPTY}
     assert counted == ({names[name]: int(number)} if note else {})
 
 
