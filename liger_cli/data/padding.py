@@ -9,7 +9,10 @@ import torch
 
 from liger_cli.data.packing import Strategy, pack, row_lengths
 
-__all__ = ["Lengths", "packed_share", "padding_share", "sampled_lengths"]
+__all__ = ["WORTH_PACKING", "Lengths", "packed_share", "padding_share", "sampled_lengths"]
+
+# So many times fewer tokens are worth the advice to pack.
+WORTH_PACKING = 1.05
 
 # Enough for a share; more would be read for nothing.
 _ROWS_LOOKED_AT = 10_000

@@ -11,6 +11,7 @@ from rich.text import Text
 from liger_cli.common.numbers import format_count
 from liger_cli.common.text import printable
 from liger_cli.data.examples import DataStats
+from liger_cli.data.padding import WORTH_PACKING
 from liger_cli.report import show_json, show_lines, show_table
 from liger_cli.training.model.template_facts import TemplateFacts
 
@@ -196,9 +197,10 @@ def _advice(preview: DataPreview) -> str:
     shares = {fill.how: fill.efficiency for fill in preview.fill}
     padded, best = 1 - shares["unpacked"], max(shares["bfd"], shares["sequential"])
     line = f"padding: {padded:.0%} of the tokens of a batch"
-    if best <= shares["unpacked"]:
-        return f"{line}; packing would not make it less"
-    return f"{line}; --packing feeds {best / shares['unpacked']:.1f} times fewer tokens"
+    times = best / shares["unpacked"]
+    if times < WORTH_PACKING:
+        return f"{line}; packing would not make it much less"
+    return f"{line}; --packing feeds {times:.1f} times fewer tokens"
 
 
 def _fill_row(fill: Fill) -> tuple[str, str, str]:

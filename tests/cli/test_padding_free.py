@@ -370,6 +370,20 @@ def test_preview_says_what_packing_brings(liger, data):
     assert "--packing feeds" in done.out.splitlines()[-1]
 
 
+def test_packing_that_brings_little_is_not_advised(train, liger, tmp_path):
+    """Rows of 40 to 60 tokens: no two of them are together in a row of 64."""
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(f'{{"text": "{"a" * (40 + i)}"}}\n' for i in range(20)))
+    done = train("--dataset", path, "--dry-run")
+    assert done.code == 0, done.err
+    [line] = [x for x in done.err.splitlines() if x.startswith("padding: ")]
+    assert "--packing" not in line
+    assert line.endswith("; --padding-free would feed none")
+    words = ("--model", "qwen3", "--dataset", path, "--max-length", 64, "-n", 0)
+    shown = liger("data", "preview", *words)
+    assert shown.out.splitlines()[-1].endswith("; packing would not make it much less")
+
+
 # Reports.
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from liger_cli.common.numbers import format_count
 from liger_cli.config import RunConfig
 from liger_cli.data.packing import PackedRows, packing_problem
-from liger_cli.data.padding import packed_share, padding_share
+from liger_cli.data.padding import WORTH_PACKING, packed_share, padding_share
 from liger_cli.report import notify
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.model.adapters import trained_line
@@ -58,10 +58,14 @@ def padding_lines(config: RunConfig, inputs: Inputs) -> list[str]:
     if inputs.attention.padding_free:
         return [f"padding: none, rows are laid end to end; padded it would be {share}"]
     line = f"padding: {share}"
-    if packing_problem(inputs.meta_model, config.max_length) is None and packed < padded:
+    if packing_problem(inputs.meta_model, config.max_length) is None:
         times = (1 - packed) / (1 - padded)
-        line += f"; --packing would feed {times:.1f} times fewer, in {num_rows} rows instead of "
-        line += f"{len(lengths)}; --padding-free would feed none"
+        if times >= WORTH_PACKING:
+            line += (
+                f"; --packing would feed {times:.1f} times fewer, in {num_rows} rows instead of "
+            )
+            line += f"{len(lengths)}"
+        line += "; --padding-free would feed none"
     return [line]
 
 

@@ -22,6 +22,7 @@ from liger_cli.report.build import (
     report_of,
 )
 from liger_cli.report.required_ops import check_required
+from liger_cli.training.checkpoints.files import checkpoint_path
 from liger_cli.training.checkpoints.resume import describe_resume
 from liger_cli.training.document_check import check_documents
 from liger_cli.training.evaluate import EvalResult
@@ -65,7 +66,10 @@ def run_train(config: RunConfig, options: RunOptions = _DEFAULTS) -> RunReport |
             check_memory(run.config, run.inputs.meta_model, run.device)
             return describe_dry_run(run) if run.is_main else None
         if _is_finished(run):
-            notify(f"{run.run_dir} is finished: {run.first_step} of {run.num_steps} steps")
+            notify(
+                f"{run.run_dir} is finished: {run.first_step} of {run.num_steps} steps; a larger "
+                "--max-steps or --num-train-epochs continues it"
+            )
             return read_report(run.report_file) if run.is_main else None
         if run.checkpoint and run.is_main:
             notify(describe_resume(run.checkpoint, run.config, run.device))
@@ -82,7 +86,12 @@ def run_train(config: RunConfig, options: RunOptions = _DEFAULTS) -> RunReport |
                 raise out_of_memory(error, run.memory, run.device) from error
             raise
         run.accelerator.end_training()
-        return _report(run, trained, eager, options.baseline) if run.is_main else None
+        if not run.is_main:
+            return None
+        saved = checkpoint_path(run.run_dir, trained.result.history[-1].step)
+        if saved.is_dir():
+            notify(f"saved: {saved}")
+        return _report(run, trained, eager, options.baseline)
 
 
 def _is_finished(run: PreparedRun) -> bool:

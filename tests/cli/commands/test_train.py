@@ -310,10 +310,12 @@ def test_case_93_resume_is_exact(train, run_dir, tmp_path):
 
 
 def test_resume_of_a_finished_run(train, run_dir):
-    first = train("--json").json()
+    output = train("--json")
+    first = output.json()
     done = train("--json", "--resume", run_dir / "checkpoint-3")
     assert done.code == 0
-    assert "is finished: 3 of 3 steps" in done.err
+    assert f"saved: {run_dir / 'checkpoint-3'}" in output.err.splitlines()
+    assert "is finished: 3 of 3 steps; a larger --max-steps or" in done.err
     assert done.json() == first
 
 
