@@ -93,7 +93,14 @@ def _check_turn(turn: Any, name: str, where: str, names: RowNames) -> Mapping[st
     """Return a turn of ShareGPT as a message."""
     if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
         found = join_names(turn) if isinstance(turn, dict) else describe(turn)
-        raise DataError(f"{where}: {name} must have from and value, found {found}")
+        # Nulls are taken out before.
+        is_null = isinstance(turn, dict) and len(turn) == 1 and set(turn) < {"from", "value"}
+        raise DataError(
+            f"{where}: {name} must have from and value, found {found}",
+            hint="a null is as if it were not there: write a text, or leave the turn out"
+            if is_null
+            else "message_fields: {role: X, content: Y} names the fields of other data",
+        )
     speaker = check_text(turn["from"], f"{name}.from", where)
     role = names.role(speaker, name, where, is_speaker=True)
     content = check_text(turn["value"], f"{name}.value", where)

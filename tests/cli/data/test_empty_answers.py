@@ -1,4 +1,4 @@
-"""Answers without a text are trained on the end of the turn, and counted."""
+"""Answers without a text: trained on the end of the turn and counted; null is an error."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 from data_rows import load, make_tokenizer, write
 
 from liger_cli.data.answers import EMPTY
+from liger_cli.errors import DataError
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content }}"
@@ -58,3 +59,17 @@ def test_csv_with_an_empty_cell_says_so(liger, tmp_path):
     assert done.code == 0, done.err
     assert f"1 {EMPTY}" in done.out.splitlines()
     assert json.loads(liger(*data, "--json").out)["stats"]["left_out"] == {EMPTY: 1}
+
+
+@pytest.mark.parametrize(
+    ("turn", "hint"),
+    [
+        ({"from": "human", "value": None}, "a null is as if it were not there"),
+        ({"from": "human", "text": "q"}, "message_fields: "),
+    ],
+)
+def test_turn_without_a_text_has_a_hint(tmp_path, turn, hint):
+    path = write(tmp_path / "d.jsonl", {"conversations": [turn]})
+    with pytest.raises(DataError, match=r"conversations\[0\] must have from and value") as error:
+        load(path, make_tokenizer(CHATML))
+    assert hint in error.value.hint
