@@ -107,7 +107,10 @@ def _merge_into(
     notify: Callable[[str], None] | None,
 ) -> Merged:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"output {output} exists and is not an empty directory")
+        raise ConfigError(
+            f"output {output} exists and is not an empty directory",
+            hint="Take another --output, or delete it.",
+        )
     assert source.adapter is not None
     base = replace(source, adapter=None)
     model: Any = load_model(base, dtype=dtype or stored_dtype(base), notify=notify)

@@ -231,7 +231,7 @@ def test_wrong_input(train, liger, base, tmp_path):
 
     assert train("-m", base, *LORA).code == 0
     checkpoint = tmp_path / "run" / "checkpoint-3"
-    refused(checkpoint, "exists and is not an empty directory", out=checkpoint)
+    refused(checkpoint, "not an empty directory Take another --output", out=checkpoint)
     refused(checkpoint, "exists and is not an empty directory", out=base / "config.json")
     refused(checkpoint, "cannot be written", out=base / "config.json" / "out", code=3)
     settings = json.loads((base / "config.json").read_text())
