@@ -25,8 +25,17 @@ _ADAPTER = "Adapter"
 _SHORT = {"model": "-m", "dataset": "-d", "output_dir": "-o"}
 
 
-def config_flags(command: Callable[..., _Result]) -> Callable[..., _Result]:
+def config_flags(
+    command: Callable[..., _Result],
+    *,
+    file_of: Callable[[dict[str, Any]], Path | None] = lambda arguments: None,
+) -> Callable[..., _Result]:
     """Give a typer command -c, --set and a flag for every key; it receives `config`.
+
+    Args:
+        command: The function of the command.
+        file_of: (arguments of the command) -> the file of keys where -c gives none, or None. Its
+            output_dir does not count.
 
     The command is called with the resolved RunConfig; `config.model_fields_set` holds the keys
     the user set. One whose `config` is annotated as a ResolvedConfig gets that, with the source of
@@ -54,7 +63,11 @@ def config_flags(command: Callable[..., _Result]) -> Callable[..., _Result]:
         flags |= {name: False for name in switches if arguments.pop(f"no_{name}")}
         load: Callable[..., Any] = resolve_config if wants_sources else load_config
         warn = _warn if ignore_unknown_keys else None
-        return command(config=load(config_file, flags, set_ or (), warn_unknown=warn), **arguments)
+        drops: tuple[str, ...] = ()
+        if config_file is None and (config_file := file_of(arguments)) is not None:
+            drops = ("output_dir",)
+        config = load(config_file, flags, set_ or (), warn_unknown=warn, drops=drops)
+        return command(config=config, **arguments)
 
     parameters = [*_SOURCES, *own, *keys.values(), *map(_off_parameter, switches)]
     annotations = {parameter.name: parameter.annotation for parameter in parameters}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ def load_config(
     sets: Iterable[str] = (),
     *,
     warn_unknown: Callable[[str], None] | None = None,
+    drops: Sequence[str] = (),
 ) -> RunConfig:
     """Return the configuration of a run: defaults, then the file, then --set, then flags.
 
@@ -91,12 +92,13 @@ def load_config(
         flags: Values by key; a value of None is a flag that was not given.
         sets: "key=value" strings; the value is read as YAML.
         warn_unknown: Called with a line for each unknown key, which is then ignored, not refused.
+        drops: Keys of the file that do not count.
 
     Raises:
         ConfigError: For an unreadable file and for unknown, repeated or invalid keys, all of them
             at once, each with its file, line and column.
     """
-    return _collect(path, flags, sets, warn_unknown).validate({})
+    return _collect(path, flags, sets, warn_unknown, drops).validate({})
 
 
 def resolve_config(
@@ -105,13 +107,14 @@ def resolve_config(
     sets: Iterable[str] = (),
     *,
     warn_unknown: Callable[[str], None] | None = None,
+    drops: Sequence[str] = (),
 ) -> ResolvedConfig:
     """Resolve the values that load_config would take, with sources; a model need not be set.
 
     Raises:
         ConfigError: As load_config.
     """
-    given = _collect(path, flags, sets, warn_unknown)
+    given = _collect(path, flags, sets, warn_unknown, drops)
     values = given.validate(_NO_MODEL).model_dump(mode="json")
     sources = {
         key: [given.entries[rank].source for rank in ranks] for key, ranks in given.ranks.items()
@@ -238,10 +241,11 @@ def _collect(
     flags: Mapping[str, Any] | None,
     sets: Iterable[str],
     warn_unknown: Callable[[str], None] | None,
+    drops: Sequence[str],
 ) -> _Given:
     given = _Given(warn_unknown)
     if path is not None:
-        given.add(lambda: read_file(path))
+        given.add(lambda: [entry for entry in read_file(path) if entry.name not in drops])
     given.add(lambda: [read_set(text) for text in sets])
     words = [_flag_entry(key, value) for key, value in (flags or {}).items() if value is not None]
     given.add(lambda: words)

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import functools
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from liger_cli.common.readers import expand_path
+from liger_cli.common.text import shorten
 from liger_cli.config import RunConfig, config_flags
+from liger_cli.errors import ConfigError
 
 __all__ = ["command"]
 
 
-@config_flags
+def _file_of_run(arguments: dict[str, Any]) -> Path | None:
+    """Return the configuration of the run, or of the checkpoint's run, that --resume names."""
+    resume = arguments["resume"]
+    if resume is None or resume == "auto":
+        return None
+    found = expand_path(resume, "--resume")
+    if not found.exists():
+        raise ConfigError(f"--resume {shorten(resume)}: there is no checkpoint of this name")
+    files = (directory / "config.yaml" for directory in (found, found.parent))
+    return next((file for file in files if file.is_file()), None)
+
+
+@functools.partial(config_flags, file_of=_file_of_run)
 def command(
     config: RunConfig,
     baseline: Annotated[
@@ -28,7 +45,11 @@ def command(
     ] = "",
     resume: Annotated[
         str | None,
-        typer.Option("--resume", metavar="auto|PATH", help="Resume from a checkpoint of the run."),
+        typer.Option(
+            "--resume",
+            metavar="auto|PATH",
+            help="Resume from a checkpoint of the run; PATH gives its keys.",
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
