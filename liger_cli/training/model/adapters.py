@@ -216,7 +216,8 @@ def _computes_the_same(part: Any) -> bool:
     weight = tokens.base_layer.weight
     x = torch.arange(2, device=weight.device)
     if isinstance(tokens.base_layer, torch.nn.Linear):
-        x = torch.ones(1, weight.shape[1], device=weight.device, dtype=weight.dtype)
+        # Sums of one term: others depend on where the weight lies in memory.
+        x = torch.eye(2, weight.shape[1], device=weight.device, dtype=weight.dtype)
     return bool(torch.equal(part(x), tokens.base_layer(x)))
 
 
