@@ -7,15 +7,18 @@ first lines and reports show it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AttentionInterface
 
 from liger_cli.config import RunConfig
 from liger_cli.data.packing import packing_problem
 from liger_cli.errors import ConfigError, EnvironmentProblem
+from liger_kernels.nearest import nearest_name
 from liger_kernels.transformers.attention.choice import (
     LayerChoice,
     LayerForm,
@@ -160,10 +163,20 @@ def check_implementation(
     """Refuse an attn_implementation asked for by name that cannot compute a layer of the model.
 
     Raises:
-        ConfigError: The model, its dtype or its dropout do not allow it.
+        ConfigError: No attention has the name, or the model, its dtype or its dropout do not
+            allow it.
         EnvironmentProblem: The device or a package does not.
     """
     name = config.attn_implementation
+    # Others, such as those of the hub, are no plain words.
+    known = ("eager", *AttentionInterface())
+    if name is not None and re.fullmatch(r"\w+", name) and name not in known:
+        near = nearest_name(name.lower(), known)
+        raise ConfigError(
+            f"attn_implementation {name!r} is unknown"
+            + (f"; did you mean {near}?" if near else ""),
+            hint=f"Names: {', '.join(known)}.",
+        )
     if name == LIGER_VARLEN:
         if (problem := model_problem(model)) is not None:
             model_type = inner_model(model).config.model_type

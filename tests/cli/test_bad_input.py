@@ -34,7 +34,7 @@ from liger_cli.training.memory import limits
         (("--resume", "runs/none"), 2, "there is no checkpoint"),
         (("--model", ""), 2, "--model: model should have at least 1 character"),
         (("--seed", "99999999999999999999"), 2, "--seed: seed should be less than 2147483648"),
-        (("--attn-implementation", "nonsense"), 2, 'attn_implementation="nonsense"'),
+        (("--attn-implementation", "nonsense"), 2, "attn_implementation 'nonsense' is unknown"),
         (("--require", "nonsense"), 2, "unknown op 'nonsense'. Known: rope"),
     ],
     ids=lambda value: "=".join(value) if isinstance(value, tuple) else None,
