@@ -41,13 +41,13 @@ check: setup
 
 # The ops run twice: as torch code, and as Triton kernels in Triton's interpreter.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow'
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow' tests/ops tests/transformers/test_interpreter.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m 'not slow'
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m 'not slow' tests/ops tests/transformers/test_interpreter.py
 
 # What takes minutes, each test with its reason; run before a release and after changes of its area.
 test-slow: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'slow and not gpu'
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m 'slow and not gpu' tests/ops
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m 'slow and not gpu'
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m 'slow and not gpu' tests/ops
 
 # Runs with the machine's own Python: a CUDA build of torch is not ours to install.
 test-gpu:

@@ -20,6 +20,10 @@ def run(*command: object, cwd: Path) -> str:
     return done.stdout
 
 
+# On one worker of xdist: the wheel is built once.
+pytestmark = pytest.mark.xdist_group("wheel")
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("wheel")

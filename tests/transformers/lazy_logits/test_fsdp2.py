@@ -21,6 +21,8 @@ from liger_kernels.ops.backend import INTERPRETED
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="runs without the interpreter"),
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed"),
+    # All on one worker of xdist: the ranks run once for the whole file.
+    pytest.mark.xdist_group("fsdp2"),
 ]
 
 RANKS = Path(__file__).parents[1] / "fsdp2_ranks.py"
