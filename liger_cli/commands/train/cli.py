@@ -24,8 +24,9 @@ def _file_of_run(arguments: dict[str, Any]) -> Path | None:
     found = expand_path(resume, "--resume")
     if not found.exists():
         raise ConfigError(f"--resume {shorten(resume)}: there is no checkpoint of this name")
-    files = (directory / "config.yaml" for directory in (found, found.parent))
-    return next((file for file in files if file.is_file()), None)
+    # The folder of a run that has lost its file may hold another program's config.yaml.
+    file = (found.parent if found.name.startswith("checkpoint-") else found) / "config.yaml"
+    return file if file.is_file() else None
 
 
 @functools.partial(config_flags, file_of=_file_of_run)

@@ -58,3 +58,10 @@ def test_a_path_that_is_not_there(liger, tmp_path, path):
     done = liger("train", "--resume", tmp_path / path)
     assert done.code == 2
     assert "there is no checkpoint of this name" in done.err
+
+
+def test_a_file_beside_the_run_is_not_its_own(liger, finished):
+    (finished / "config.yaml").rename(finished.parent / "config.yaml")
+    done = liger("train", "--resume", finished)
+    assert done.code == 2
+    assert "model is missing" in done.err
