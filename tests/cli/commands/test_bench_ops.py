@@ -98,7 +98,7 @@ def test_json_has_every_figure(liger: Callable[..., Any], tmp_path: Path) -> Non
             assert arm[part]["share"] > 0
         assert (arm["host_us"], arm["transient_bytes"], arm["error"]) == (None, None, None)
     assert all(arm["host_us"] > 0 for arm in rows["rms_norm", "64x1024", "host time"]["arms"])
-    # The limit of products is read anew beside what it limits.
+    # The limit of products is measured again beside what it limits.
     assert norm["matmul_flops_per_s"] is None
     assert all(row["matmul_flops_per_s"] > 0 for row in rows.values() if row["op"] == fused)
     frozen = rows[fused, "8x8x32", "frozen head"]

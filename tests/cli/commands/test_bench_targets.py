@@ -34,7 +34,7 @@ SCRIPT = Path(__file__).parents[3] / "scripts" / "performance_page.py"
 
 def test_every_shape_of_the_targets_is_measured_on_a_gpu() -> None:
     workloads = select(None, None, is_gpu=True)
-    # An op without a line in the table is measured all the same, on one of its own cases.
+    # An op without a line in the table is measured all the same, on one of the cases of its row.
     assert {workload.op for workload in workloads} == set(OPS)
     shapes = {(workload.op, workload.shape_text, workload.variant) for workload in workloads}
     assert len(shapes) == len(workloads)

@@ -16,7 +16,7 @@ BLOCK_BYTES = 256 * 2**20
 
 
 class Clock:
-    """In place of the module `time`: a clock that moves when told."""
+    """A fake of the module `time`, whose clock a test advances."""
 
     def __init__(self) -> None:
         self.now = 100.0

@@ -96,7 +96,7 @@ class OtherPlainMLP(PlainMLP):
 
 
 class DropoutPlainMLP(PlainMLP):
-    """GPT-BigCode: a dropout of its own, which training turns on."""
+    """GPT-BigCode: a dropout inside, which training turns on."""
 
     def __init__(self):
         super().__init__()

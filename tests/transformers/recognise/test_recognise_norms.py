@@ -96,7 +96,7 @@ class RoundedScaleNorm(nn.Module):
 
 
 class FixedEpsNorm(Norm):
-    """Has an eps attribute and reads a number of its own."""
+    """Has an eps attribute and reads another number."""
 
     def forward(self, x):
         wide = x.float()

@@ -145,7 +145,7 @@ def test_a_checkpoint_does_not_repeat_the_last_product(monkeypatch):
 
 
 def test_packed_rows_with_position_ids():
-    """Documents of one row are told apart by their positions, as --packing does it."""
+    """Documents of one row are separated by their positions, as with --packing."""
     inputs = zoo.text_inputs(1, 24)
     del inputs["attention_mask"]
     inputs["position_ids"] = torch.cat([torch.arange(10), torch.arange(14)])[None]

@@ -348,8 +348,8 @@ def test_run_keeps_its_tokens(tmp_path, liger, texts, adapter, model):
         assert found.code == 0, found.err
         assert found.json()["eval"]["loss"] == pytest.approx(wanted, rel=1e-6)
     assert liger("inspect", "--model", whole, "--json").code == 0
-    told = liger("generate", "--model", whole, "--prompt", "look", "--use-cpu", "--json")
-    assert told.json()["answers"][0]["prompt_tokens"] == 1
+    generated = liger("generate", "--model", whole, "--prompt", "look", "--use-cpu", "--json")
+    assert generated.json()["answers"][0]["prompt_tokens"] == 1
     again = liger(*words, "--model", whole, "--output-dir", tmp_path / "again", "--max-steps", 1)
     assert again.code == 2
     assert "of this model already" in again.err
