@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import re
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,6 +14,7 @@ from liger_cli.common.hub import fetch_config, loading_error
 from liger_cli.common.readers import check_regular_files, expand_path, read_json
 from liger_cli.errors import ConfigError, LigerError
 from liger_cli.training.model.adapters import ADAPTER_CONFIG, find_base, load_adapter, with_adapter
+from liger_cli.training.model.build_limits import check_sizes, counted_modules
 from liger_cli.training.model.demo_model import converted_model
 from liger_cli.training.model.dtypes import check_device, choose_dtype
 from liger_cli.training.model.new_tokens import extend_embeddings
@@ -39,11 +37,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-
-_COUNT_OF_MODULES = re.compile(r"(^|_)(layers?|blocks?|experts?|depths?|stages?)$|^num_.*_layers_")
-_MAX_MODULES = 10_000
-# The largest mixtures of experts have some 120 000, where each expert has separate modules.
-_MAX_REGISTERED = 1_000_000
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 _WHOLE_MODEL = ("model*.safetensors*", "pytorch_model*.bin*")
@@ -230,7 +223,7 @@ def _make_config(source: ModelSource) -> PretrainedConfig:
     import liger_kernels.transformers.attention.interface  # noqa: F401
 
     values = dict(source.config or {})
-    _check_sizes(values, source.name)
+    check_sizes(values, source.name)
     model_type = values.pop("model_type")
     if model_type not in CONFIG_MAPPING:
         nearest = nearest_name(model_type, CONFIG_MAPPING)
@@ -247,41 +240,6 @@ def _make_config(source: ModelSource) -> PretrainedConfig:
             f"the configuration of {source.name} (model type {model_type}) is not one that the "
             f"installed transformers can build: {' '.join(str(error).split())}"
         ) from error
-
-
-def _check_sizes(values: Mapping[str, Any], name: str, parents: str = "") -> None:
-    """Raise a ConfigError for more layers or experts than any model has."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            _check_sizes(value, name, f"{parents}{key}.")
-        elif _COUNT_OF_MODULES.search(str(key)):
-            numbers = value if isinstance(value, list) else [value]
-            for number in numbers:
-                if isinstance(number, int | float) and abs(number) > _MAX_MODULES:
-                    raise ConfigError(
-                        f"the configuration of {name}: {parents}{key} is {number}; at most "
-                        f"{_MAX_MODULES} are built"
-                    )
-
-
-@contextmanager
-def _counted_modules(name: str) -> Iterator[None]:
-    """Raise a ConfigError once the model that is built has more modules than any there is."""
-    from torch.nn.modules.module import register_module_module_registration_hook
-
-    thread, count = threading.get_ident(), itertools.count(1)
-
-    def look(*_: Any) -> None:
-        if threading.get_ident() == thread and next(count) > _MAX_REGISTERED:
-            raise ConfigError(
-                f"the configuration of {name} asks for more than {_MAX_REGISTERED} modules"
-            )
-
-    hook = register_module_module_registration_hook(look)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _auto_class(source: ModelSource, config: PretrainedConfig) -> Any:
@@ -315,7 +273,7 @@ def _attention_of(config: PretrainedConfig) -> str | None:
 def _build(source: ModelSource, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
     auto_class = _auto_class(source, config)
     try:
-        with _counted_modules(source.name):
+        with counted_modules(source.name):
             return auto_class.from_config(config, trust_remote_code=False, **options)
     except (torch.OutOfMemoryError, MemoryError, LigerError):
         raise

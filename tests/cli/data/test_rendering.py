@@ -142,7 +142,7 @@ def test_case_236_more_layers_than_any_model_has(liger, tmp_path, model, changes
 
 
 def test_case_236_layers_times_experts_are_counted_while_they_are_built(monkeypatch):
-    monkeypatch.setattr("liger_cli.training.model.source._MAX_REGISTERED", 5)
+    monkeypatch.setattr("liger_cli.training.model.build_limits._MAX_REGISTERED", 5)
     with pytest.raises(ConfigError, match="more than 5 modules"):
         build_meta_model(resolve_model("qwen3"))
 
