@@ -235,8 +235,26 @@ def _scaled_mm(a: torch.Tensor, b: torch.Tensor, scale: float, out: torch.Tensor
     return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
 
 
+class PackedFormat:
+    """The format of a frozen weight that is held in few bits, kept on the weight as `quant_state`.
+
+    A linear layer whose weight has one computes x @ unpack(weight).t() + bias, and nothing else.
+    States of bitsandbytes are known without it.
+    """
+
+    # (N, K), as the unpacked weight.
+    shape: torch.Size
+
+    def unpack(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the weight (N, K) in dtype."""
+        raise NotImplementedError
+
+
 def frozen_weight(weight: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Return a frozen weight (N, K) in dtype: itself, cast, or dequantised from 4 bits."""
+    """Return a frozen weight (N, K) in dtype: itself, cast, or dequantised from few bits."""
+    if has_own_format(weight):
+        unpacked: torch.Tensor = weight.quant_state.unpack(weight, dtype)
+        return unpacked
     if is_packed(weight):
         # The code that made the weight has imported it.
         functional = sys.modules["bitsandbytes"].functional
@@ -245,8 +263,13 @@ def frozen_weight(weight: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def is_packed(weight: Any) -> bool:
-    """Return whether a weight is in 4 bits, as bitsandbytes packs it."""
+    """Return whether a weight is in 4 bits, as bitsandbytes packs it, or in a format given."""
     return getattr(weight, "quant_state", None) is not None
+
+
+def has_own_format(weight: Any) -> bool:
+    """Return whether a weight brings the way to unpack it, a PackedFormat."""
+    return isinstance(getattr(weight, "quant_state", None), PackedFormat)
 
 
 def generator_state(device: torch.device) -> torch.Tensor:

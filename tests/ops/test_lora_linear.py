@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from liger_kernels.compare import allowed_error, error
 from liger_kernels.ops import backend, lora_linear
-from liger_kernels.ops.adapted_linear import AdaptedLinear
+from liger_kernels.ops.adapted_linear import AdaptedLinear, PackedFormat
 from liger_kernels.ops.lora_linear import lora_linears
 from liger_kernels.ops.lora_mlp import lora_mlp
 
@@ -303,3 +303,28 @@ def test_it_is_traced_whole(device):
 
     for mine, wanted in zip(outcome(compiled), outcome(lora_linear), strict=True):
         assert error(mine, wanted) < 2e-6
+
+
+class Negated(PackedFormat):
+    """A weight that is kept in one dimension with the other sign."""
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def unpack(self, weight, dtype):
+        return -weight.view(self.shape).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_weight_that_brings_its_format_is_unpacked_by_it(dtype, device):
+    dense = layer(16, 24, 4, dtype, device, bias=True, scale=0.5)
+    packed = (-dense.weight).flatten().clone()
+    packed.quant_state = Negated(dense.weight.shape)
+    x = torch.randn(3, 5, 16, dtype=dtype, device=device, requires_grad=True)
+    found = []
+    for weight in (dense.weight, packed):
+        a, b = dense.a.to(dtype), dense.b.to(dtype)
+        y = lora_linear(x, weight, a, b, dense.bias, scale=dense.scale)
+        found.append((y, *torch.autograd.grad(y.sum(), (x, dense.a, dense.b, dense.bias))))
+    for right, other in zip(*found, strict=True):
+        assert torch.equal(right, other)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
-from unittest import mock
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from liger_cli.config import RunConfig
 from liger_cli.training.memory.parts import table_of
-from liger_kernels.ops import adapted_linear
-from liger_kernels.transformers.replacements import adapters
+from liger_kernels.ops.adapted_linear import PackedFormat
 from liger_kernels.transformers.wrappers import inner_model
 
-__all__ = ["allocate_moments", "pack_layers", "packed_adapters", "packed_layers"]
+__all__ = ["allocate_moments", "pack_layers", "packed_layers"]
 
 # Bytes of a value in 4 bits: for every 64 values a scale of 32 bits, or, nested, of 8 bits and a
 # little. In 8 bits the scales, one a row, are next to nothing.
@@ -49,18 +46,27 @@ def pack_layers(model: Any, config: RunConfig) -> None:
     for layer in packed_layers(model):
         weight = layer.weight
         layer.__class__ = _EightBitLayer if config.load_in_8bit else _Layer
+        make_state = _Form if config.load_in_8bit else _FourBitForm
         packed = torch.empty(round(weight.numel() * value_bytes), dtype=torch.uint8)
         layer.weight = nn.Parameter(packed, requires_grad=False)
         packed_weight: Any = layer.weight
-        packed_weight.quant_state = _QuantState(weight.shape, weight.dtype)
+        packed_weight.quant_state = make_state(weight.shape, weight.dtype)
         layer.compute_dtype = weight.dtype  # type: ignore[assignment]
 
 
-class _QuantState(NamedTuple):
+@dataclass(frozen=True)
+class _Form:
     """The form of a weight before it was packed."""
 
     shape: torch.Size
     dtype: torch.dtype
+
+
+class _FourBitForm(_Form, PackedFormat):
+    """Of 4 bits, which patched LoRA layers unpack for each product."""
+
+    def unpack(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return weight.new_empty(self.shape, dtype=dtype)
 
 
 class _Layer(nn.Linear):
@@ -82,21 +88,6 @@ def _product(product: type[torch.autograd.Function], layer: nn.Linear, x: Tensor
     state = weight.quant_state
     y: Tensor = product.apply(x.to(state.dtype), weight, state.shape)
     return y if layer.bias is None else y + layer.bias
-
-
-@contextlib.contextmanager
-def packed_adapters() -> Iterator[None]:
-    """Let patched LoRA layers take packed layers for those of bitsandbytes."""
-
-    def unpack(weight: Any, dtype: torch.dtype) -> Tensor:
-        state = getattr(weight, "quant_state", None)
-        return weight.to(dtype) if state is None else weight.new_empty(state.shape, dtype=dtype)
-
-    with (
-        mock.patch.object(adapters, "_is_packed_linear", lambda layer: type(layer) is _Layer),
-        mock.patch.object(adapted_linear, "frozen_weight", unpack),
-    ):
-        yield
 
 
 class _PackedLinear(torch.autograd.Function):

@@ -15,7 +15,7 @@ from torch.nn.modules import module as module_hooks
 from liger_cli.config import RunConfig
 from liger_cli.training.forward import LossOf
 from liger_cli.training.memory.ledger import Ledger
-from liger_cli.training.memory.packed import allocate_moments, pack_layers, packed_adapters
+from liger_cli.training.memory.packed import allocate_moments, pack_layers
 from liger_cli.training.memory.parts import (
     ACTIVATIONS,
     HEAD_GRADIENT,
@@ -111,7 +111,6 @@ def step_memory(
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(plain_tensors())
-        stack.enter_context(packed_adapters())
         if on_gpu:
             stack.enter_context(gpu_stand_in(num_labels))
         stack.enter_context(ledger)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from liger_kernels.ops.adapted_linear import AdaptedLinear, is_packed
+from liger_kernels.ops.adapted_linear import AdaptedLinear, has_own_format, is_packed
 from liger_kernels.ops.lora_linear import lora_linears
 from liger_kernels.transformers.recognise import LoraSpec
 from liger_kernels.transformers.replacements.calls import (
@@ -118,7 +118,9 @@ def _is_linear(layer: nn.Module) -> bool:
 
 
 def _is_packed_linear(layer: Any) -> bool:
-    """Return whether a layer is bitsandbytes' of 4 bits, with its weight packed."""
+    """Return whether a layer has a weight in 4 bits that frozen_weight unpacks."""
+    if has_own_format(layer.weight):
+        return True
     cls = getattr(getattr(sys.modules.get("bitsandbytes"), "nn", None), "Linear4bit", None)
     if cls is None or type(layer) is not cls or not is_packed(layer.weight):
         return False
