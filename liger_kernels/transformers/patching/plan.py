@@ -223,10 +223,35 @@ def build_plan(
     model_type = getattr(config, "model_type", None) or type(model).__name__
     row = FAMILIES.get(model_type)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    found = find_candidates(model, row) if row or recognise else ()
+    patches, skips, trials = _sort_candidates(model, found, selection, device)
+    candidates = {patch.op for patch in patches} | {skip.op for skip in skips}
+    return PatchPlan(
+        model_type,
+        "row" if row else "recognised",
+        selection.ops,
+        tuple(patches),
+        tuple(skips),
+        tuple(op for op in selection.named if op not in candidates),
+        None if device.type == "meta" else backend(device),
+        selection.save_memory,
+        tuple(trials),
+        sum(map(is_patched, model.modules())),
+        selection,
+    )
+
+
+def _sort_candidates(
+    model: nn.Module,
+    candidates: Iterable[Candidate],
+    selection: OpSelection,
+    device: torch.device,
+) -> tuple[list[Patch], list[Skip], list[CheckResult]]:
+    """Return the candidates to patch, those to leave alone, and the self-checks that were run."""
     patches: list[Patch] = []
     skips: list[Skip] = []
     trials: dict[CheckResult, None] = {}
-    for candidate in find_candidates(model, row) if row or recognise else ():
+    for candidate in candidates:
         name, module, op, found = candidate
         if op == "cross_entropy" and op not in selection.ops:
             # The head's row for the fused loss says it all.
@@ -244,20 +269,7 @@ def build_plan(
             skips.append(Skip(name, cls.__name__, op, reason, source_of(cls), owner))
         elif op is not None and not isinstance(found, Refusal):
             patches.append(Patch(name, cls.__name__, op, found, source_of(cls)))
-    candidates = {patch.op for patch in patches} | {skip.op for skip in skips}
-    return PatchPlan(
-        model_type,
-        "row" if row else "recognised",
-        selection.ops,
-        tuple(patches),
-        tuple(skips),
-        tuple(op for op in selection.named if op not in candidates),
-        None if device.type == "meta" else backend(device),
-        selection.save_memory,
-        tuple(trials),
-        sum(map(is_patched, model.modules())),
-        selection,
-    )
+    return patches, skips, list(trials)
 
 
 def _refusal(model: nn.Module, candidate: Candidate, selection: OpSelection) -> str | None:

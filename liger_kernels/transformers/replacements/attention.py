@@ -132,24 +132,16 @@ def rebuild(
     """
     if function in known:
         return known[function]
+    own = types.CellType()
+    cells = [
+        _rebuilt_cell(cell, function, own, replacements, known)
+        for cell in function.__closure__ or ()
+    ]
     names = global_names(function.__code__) & set(replacements)
-    cells, is_changed = [], bool(names)
-    own = None
-    for cell in function.__closure__ or ():
-        # An empty cell belongs to a function that is still being defined.
-        try:
-            content = cell.cell_contents
-        except ValueError:
-            content = None
-        if content is function:
-            # It asks whether it is the outermost of its kind; the copy has to ask for itself.
-            cell = own = types.CellType()
-        elif isinstance(content, types.FunctionType):
-            rebuilt = rebuild(content, replacements, known)
-            if rebuilt is not content:
-                cell, is_changed = types.CellType(rebuilt), True
-        cells.append(cell)
-    if not is_changed:
+    is_same = all(
+        new is own or new is old for new, old in zip(cells, function.__closure__ or (), strict=True)
+    )
+    if is_same and not names:
         known[function] = function
         return function
     namespace = function.__globals__
@@ -162,8 +154,7 @@ def rebuild(
         function.__defaults__,
         tuple(cells) if cells else None,
     )
-    if own is not None:
-        own.cell_contents = copy
+    own.cell_contents = copy
     copy.__kwdefaults__ = function.__kwdefaults__
     functools.update_wrapper(copy, function)
     wrapped = function.__dict__.get("__wrapped__")
@@ -174,6 +165,28 @@ def rebuild(
         del copy.__dict__["__wrapped__"]
     known[function] = copy
     return copy
+
+
+def _rebuilt_cell(
+    cell: types.CellType,
+    function: types.FunctionType,
+    own: types.CellType,
+    replacements: Mapping[str, Callable[..., Any]],
+    known: dict[types.FunctionType, types.FunctionType],
+) -> types.CellType:
+    """Return the cell of a copied function: `own` for the function itself, else rebuilt or same."""
+    # An empty cell belongs to a function that is still being defined.
+    try:
+        content = cell.cell_contents
+    except ValueError:
+        return cell
+    if content is function:
+        # It asks whether it is the outermost of its kind; the copy has to ask for itself.
+        return own
+    if not isinstance(content, types.FunctionType):
+        return cell
+    rebuilt = rebuild(content, replacements, known)
+    return cell if rebuilt is content else types.CellType(rebuilt)
 
 
 def _overlay(
