@@ -53,6 +53,13 @@ class BatchPlan:
     def steps_per_epoch(self) -> int:
         return math.ceil(self.num_rows / self.rows_per_step)
 
+    def num_rows_of(self, num_steps: int) -> int | None:
+        """Return the rows that so many steps see, from the first; None of a stream."""
+        if not self.num_rows:
+            return None
+        epochs, rest = divmod(num_steps, self.steps_per_epoch)
+        return epochs * self.num_rows + rest * self.rows_per_step
+
     def windows(self, first_step: int, last_step: int) -> Iterator[list[list[int]]]:
         """Yield the micro-batches of steps first_step to last_step (from 1), as row numbers."""
         epoch, order = -1, torch.empty(0)

@@ -43,6 +43,7 @@ from liger_cli.report.modules import (
     unmet_requirements,
 )
 from liger_cli.report.tables import Table
+from liger_cli.report.training import train_lines
 from liger_cli.report.values import (
     MIN_MEMORY_NOISE,
     MIN_SPEED_NOISE,
@@ -50,6 +51,7 @@ from liger_cli.report.values import (
     Arm,
     AssertPart,
     AttentionPart,
+    BatchPart,
     BestPart,
     DataPart,
     EvalPart,
@@ -73,6 +75,7 @@ __all__ = [
     "Arm",
     "AssertPart",
     "AttentionPart",
+    "BatchPart",
     "BestPart",
     "DataPart",
     "EvalPart",
@@ -98,6 +101,7 @@ __all__ = [
     "notify",
     "show_json",
     "show_lines",
+    "show_patched",
     "show_report",
     "show_table",
     "unmet_requirements",
@@ -126,30 +130,53 @@ def _patched_arm(report: RunReport) -> Arm | None:
     return next((arm for arm in report.arms or () if arm.name == "patched"), None)
 
 
+def show_patched(report: RunReport) -> None:
+    """Print the model and the table of its ops to stderr, before a run begins."""
+    console = make_console(stderr=True)
+    _show_model(console, report)
+    for line in others_lines(report):
+        print_line(console, line)
+
+
+def _show_model(console: Any, report: RunReport) -> None:
+    if report.model is not None:
+        print_line(console, _model_text(report.model))
+    # Without rows the coverage has neither backends nor reasons; the last line says the rest.
+    if report.modules is not None:
+        console.print(coverage_table(report))
+        console.print()
+
+
 def show_report(
     report: RunReport,
     *,
     as_json: bool,
+    is_result: bool = False,
     details: bool = False,
     verbose: bool = False,
     html: Path | None = None,
 ) -> None:
-    """Print the report, tables first and the last line last.
+    """Print the report: the model and its ops, the results, and the last line last.
 
     Args:
         as_json: The JSON alone to stdout, everything else to stderr.
+        is_result: Whether the model and its ops are left out, which show_patched has printed.
         details: Also the tree of modules.
         verbose: In it also the file and line of each forward.
         html: A file that gets the report as a page.
     """
     console = make_console(stderr=as_json)
-    if report.model is not None:
-        print_line(console, _model_text(report.model))
+    if not is_result:
+        _show_model(console, report)
+    lines = train_lines(report)
     for table in _tables(report, details=details, verbose=verbose):
+        # Training comes before the evaluation of what was trained.
+        show_lines(*lines, stderr=as_json)
+        lines = []
         console.print(table)
         console.print()
-    lines = others_lines(report) + bench_notes(report)
-    lines += eval_lines(report)
+    lines += [] if is_result else others_lines(report)
+    lines += bench_notes(report) + eval_lines(report)
     lines += verdicts(report)
     if report.coverage is not None:
         lines.append(last_line(report))
@@ -167,10 +194,7 @@ def show_report(
 
 
 def _tables(report: RunReport, *, details: bool, verbose: bool) -> list[Table]:
-    # Without rows the coverage has neither backends nor reasons; the last line says the rest.
-    tables = [coverage_table(report)] if report.modules is not None else []
-    if details and report.modules:
-        tables.append(modules_table(report, verbose=verbose))
+    tables = [modules_table(report, verbose=verbose)] if details and report.modules else []
     if report.sweep:
         tables.append(sweep_table(report.sweep))
     elif report.arms:

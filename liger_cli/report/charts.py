@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -291,7 +292,7 @@ def step_charts(
     if is_noisy := len(loss) > _NOISY_STEPS:
         window = max(len(loss) // 50, 10)
         lines[f"mean of {window} steps"] = _running_mean(loss, window)
-    lines["evaluation"] = _column(evaluations, "eval_loss")
+    lines |= _by_set(evaluations, "loss")
     charts = [
         Curves(
             "step",
@@ -305,11 +306,34 @@ def step_charts(
         _metric(steps, "grad_norm", "Gradient", "norm before clipping", from_zero=True),
         _metric(steps, "tokens_per_s", "Throughput", "tokens/s", from_zero=True),
         _metric(steps, "peak_memory_bytes", "Peak memory", "GB", divisor=_GB, from_zero=True),
-        _metric(
-            evaluations, "eval_token_accuracy", "Token accuracy in evaluation", "%", divisor=0.01
+        Curves(
+            "step",
+            "%",
+            _used(_by_set(evaluations, "token_accuracy", divisor=0.01)),
+            title="Token accuracy in evaluation",
         ),
     ]
     return [chart for chart in charts if any(len(points) > 1 for points in chart.lines.values())]
+
+
+def _by_set(
+    evaluations: Sequence[Mapping[str, Any]], key: str, divisor: float = 1.0
+) -> dict[str, dict[int, float]]:
+    """Return a figure of each evaluation set by step, and of all together where they are many."""
+    names = dict.fromkeys(
+        column.removeprefix("eval_").removesuffix("_perplexity")
+        for row in evaluations
+        for column in row
+        if re.fullmatch("eval_.+_perplexity", column)
+    )
+    columns = {f"evaluation of {name}": f"eval_{name}_{key}" for name in names}
+    if len(columns) != 1:
+        # Of one set with a name, all together would say the same again.
+        columns["evaluation of all sets" if columns else "evaluation"] = f"eval_{key}"
+    return {
+        name: {step: value / divisor for step, value in _column(evaluations, column).items()}
+        for name, column in columns.items()
+    }
 
 
 def _metric(

@@ -11,6 +11,7 @@ from liger_cli.common.numbers import format_bytes, format_count
 from liger_cli.config import RunConfig
 from liger_cli.report.bench import comparisons, gain_text, is_noise, loss_text, percent_text
 from liger_cli.report.modules import op_counts
+from liger_cli.report.training import batch_note, batch_text
 from liger_cli.report.values import (
     AgainstPart,
     Arm,
@@ -190,6 +191,8 @@ def _train_summary(report: RunReport, *, is_finished: bool) -> tuple[str, list[T
         step = "" if train.step_ms is None else f"{train.step_ms:.1f} ms a step"
         note = ", ".join(filter(None, (step, of_eager)))
         tiles.append(Tile("Tokens per second", format_count(train.tokens_per_s), note))
+    if train.batch is not None:
+        tiles.append(Tile("Batch of a step", batch_text(train.batch), batch_note(train.batch)))
     if train.peak_memory_bytes is not None:
         note = f"{gain.memory:.2f}x of eager's ({gain.source})" if gain and gain.memory else ""
         tiles.append(Tile("Peak memory", format_bytes(train.peak_memory_bytes), note))
@@ -233,6 +236,8 @@ def _size_text(report: RunReport) -> str:
     if not (report.arms or report.train) or batch is None:
         return ""
     steps = report.train.steps if report.train else config.get("max_steps")
+    if report.train and report.train.batch is not None:
+        return f"{steps} steps of {batch_text(report.train.batch)}"
     return f"{steps} steps of {batch} x {length} tokens"
 
 

@@ -61,6 +61,24 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class BatchPart(_Part):
+    """The batch of an optimizer step as it was, in means over the steps of the run.
+
+    Attributes:
+        rows: Over all micro-batches and processes; packed rows count once. None of a stream.
+        tokens, trained_tokens: Without padding; those with a label.
+        micro_batch_rows: At most, of one micro-batch on one process.
+        micro_batches: Of a step on one process.
+    """
+
+    rows: Finite
+    tokens: float
+    trained_tokens: float
+    micro_batch_rows: int
+    micro_batches: int
+    processes: int
+
+
 class TrainPart(_Part):
     """Results of training. tokens: fed and not padding; trained_tokens: those with a label."""
 
@@ -72,6 +90,8 @@ class TrainPart(_Part):
     tokens_per_s: Finite
     step_ms: Finite
     peak_memory_bytes: int | None
+    # None of a run that has not finished.
+    batch: BatchPart | None = None
 
 
 class GainPart(_Part):

@@ -65,7 +65,19 @@ class TrainResult:
 
     def summary(self) -> dict[str, Any]:
         """Return the `train` part of a report; speed is a median without the first step."""
-        return summary(self.history)
+        return {**summary(self.history), "batch": self._batch()}
+
+    def _batch(self) -> dict[str, Any]:
+        plan, num_steps = self.plan, len(self.history)
+        num_rows = plan.num_rows_of(num_steps)
+        return {
+            "rows": None if num_rows is None else num_rows / num_steps,
+            "tokens": sum(step.tokens for step in self.history) / num_steps,
+            "trained_tokens": sum(step.trained_tokens for step in self.history) / num_steps,
+            "micro_batch_rows": plan.batch_size,
+            "micro_batches": plan.accumulation,
+            "processes": plan.num_processes,
+        }
 
     def speed(self, num_steps: int) -> dict[str, Any]:
         """Return tokens_per_s, step_ms and peak_memory_bytes of the first `num_steps`."""

@@ -22,4 +22,4 @@ def command(
 
     report = run_eval(config)
     if report is not None:
-        show_report(report, as_json=as_json)
+        show_report(report, as_json=as_json, is_result=True)

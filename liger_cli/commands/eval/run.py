@@ -6,7 +6,7 @@ import itertools
 import math
 
 from liger_cli.config import RunConfig
-from liger_cli.report import RunReport, TrainProgress, notify
+from liger_cli.report import RunReport, TrainProgress, notify, show_patched
 from liger_cli.report.build import add_evaluation, report_of
 from liger_cli.report.required_ops import parse_ops
 from liger_cli.training.document_check import check_documents
@@ -44,6 +44,8 @@ def run_eval(config: RunConfig) -> RunReport | None:
         config, inputs, model, accelerator, notify if is_main else lambda line: None
     )
     model = accelerator.prepare_model(model, evaluation_mode=True)
+    if is_main:
+        show_patched(report_of("eval", config, inputs, record))
     rows_at_once = config.per_device_eval_batch_size * accelerator.num_processes
     num_batches = sum(math.ceil(len(rows) / rows_at_once) for rows in inputs.eval.values())
     done = itertools.count(1)

@@ -6,7 +6,7 @@ from liger_cli.common.numbers import format_count
 from liger_cli.config import RunConfig
 from liger_cli.data.packing import PackedRows, packing_problem
 from liger_cli.data.padding import WORTH_PACKING, packed_share, padding_share
-from liger_cli.report import notify
+from liger_cli.report import RunReport, notify, show_patched
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.model.adapters import trained_line
 from liger_cli.training.model.template_facts import template_facts
@@ -19,11 +19,10 @@ __all__ = ["announce_data", "announce_kernels", "padding_lines"]
 _LITTLE = 0.02
 
 
-def announce_kernels(record: PatchRecord) -> None:
-    """Print on how many modules each op is, and warn of an op asked for that is on none."""
+def announce_kernels(report: RunReport, record: PatchRecord) -> None:
+    """Print the table of ops of a patched model, and warn of an op asked for that is on none."""
+    show_patched(report)
     counts = record.coverage
-    shown = [f"{op} {n['patched']}/{n['candidates']}" for op, n in counts.items()]
-    notify(f"kernels: {'  '.join(shown) or 'none'}")
     for op in record.plan.ops:
         if op in counts and not counts[op]["patched"]:
             reason = next(skip.reason for skip in record.skipped if skip.op == op)

@@ -67,5 +67,5 @@ def command(
     options = RunOptions(baseline, require, resume, dry_run)
     report = run_train(config, options)
     if report is not None:
-        show_report(report, as_json=as_json)
+        show_report(report, as_json=as_json, is_result=report.train is not None)
         check_required(report, require, is_reported=True)

@@ -34,7 +34,7 @@ from liger_cli.training.prepared import PreparedRun
 from liger_cli.training.result import StepMetrics, TrainResult
 from liger_cli.training.runtime.arms import ArmResult, run_arm
 from liger_cli.training.runtime.peer_patch import apply_peer_patch
-from liger_cli.training.runtime.trackers import Track, prefixed, tracking
+from liger_cli.training.runtime.trackers import Tracking, prefixed, tracking
 from liger_cli.training.session import Callbacks
 
 __all__ = ["run_train"]
@@ -130,15 +130,16 @@ def _load_and_train(run: PreparedRun, options: RunOptions) -> _Trained:
     inputs = check_documents(config, run.inputs, model, run.accelerator, _notify_of(run))
     run = replace(run, inputs=inputs)
     # The plan was made on meta tensors; an op that fails its check on this device shows only now.
+    report = report_of("train", config, run.inputs, record)
     if options.require:
-        check_required(report_of("train", config, run.inputs, record), options.require)
+        check_required(report, options.require)
     if run.is_main:
-        announce_kernels(record)
+        announce_kernels(report, record)
     with (
-        tracking(config, run.run_dir, is_main=run.is_main, notify=notify) as track,
+        tracking(run.run_dir, is_main=run.is_main, notify=notify) as trackers,
         TrainProgress(run.num_steps, first_step=run.first_step) as progress,
     ):
-        result = train(run, model, record, _callbacks(run, track, progress))
+        result = train(run, model, record, _callbacks(run, trackers, progress))
     return _Trained(result, record, peer, run.inputs)
 
 
@@ -147,17 +148,19 @@ def _notify_of(run: PreparedRun) -> Callable[[str], None]:
     return notify if run.is_main else lambda line: None
 
 
-def _callbacks(run: PreparedRun, track: Track, progress: TrainProgress) -> Callbacks:
+def _callbacks(run: PreparedRun, trackers: Tracking, progress: TrainProgress) -> Callbacks:
     """Return the callbacks that show steps and evaluations and log them to the trackers."""
 
-    def write_config(config: RunConfig, line: str | None) -> None:
+    def start(config: RunConfig, line: str | None) -> None:
+        # Not before: torch_compile may have been measured.
+        trackers.start(config)
         if line is not None:
             progress.note(line)
         # The directory stays free for another try until there is something to run.
         write_file(run.run_dir / "config.yaml", config.to_yaml())
 
     def show_step(metrics: StepMetrics) -> None:
-        track(prefixed("train", asdict(metrics)), metrics.step)
+        trackers.log(prefixed("train", asdict(metrics)), metrics.step)
         if metrics.step % run.config.logging_steps == 0 or metrics.step == run.num_steps:
             progress.update(
                 metrics.step,
@@ -167,13 +170,13 @@ def _callbacks(run: PreparedRun, track: Track, progress: TrainProgress) -> Callb
             )
 
     def show_evaluation(found: EvalResult, step: int) -> None:
-        track(prefixed("eval", found.by_name()), step)
+        trackers.log(prefixed("eval", found.by_name()), step)
         report = RunReport(command="train")
         add_evaluation(report, found)
         for text in eval_texts(report):
             progress.note(f"eval {step}/{run.num_steps}  {text}")
 
-    return Callbacks(write_config, show_step, show_evaluation)
+    return Callbacks(start, show_step, show_evaluation)
 
 
 def _report(

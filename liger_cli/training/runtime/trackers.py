@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
@@ -13,7 +13,7 @@ from liger_cli.common.optional_packages import require_package
 from liger_cli.config import RunConfig
 from liger_cli.errors import EnvironmentProblem
 
-__all__ = ["Track", "check_trackers", "prefixed", "tracking"]
+__all__ = ["Tracking", "check_trackers", "prefixed", "tracking"]
 
 _PROJECT = "liger"
 
@@ -21,10 +21,16 @@ _PROJECT = "liger"
 _MODULES = {"tensorboard": "torch.utils.tensorboard"}
 
 
-class Track(Protocol):
-    """Logs numbers by name under a step."""
+class Tracking(NamedTuple):
+    """The trackers of a run.
 
-    def __call__(self, values: Mapping[str, float | None], step: int) -> None: ...
+    Args:
+        start: Starts those that a configuration names, which get all that the run has decided.
+        log: Logs numbers by name under a step.
+    """
+
+    start: Callable[[RunConfig], None]
+    log: Callable[[Mapping[str, float | None], int], None]
 
 
 def check_trackers(config: RunConfig) -> None:
@@ -39,22 +45,19 @@ def check_trackers(config: RunConfig) -> None:
 
 
 @contextmanager
-def tracking(
-    config: RunConfig, run_dir: Path, *, is_main: bool, notify: Callable[[str], None]
-) -> Iterator[Track]:
-    """Start the trackers of a run, gives them its configuration, and ends them however it ends.
+def tracking(run_dir: Path, *, is_main: bool, notify: Callable[[str], None]) -> Iterator[Tracking]:
+    """Yield the trackers of a run, none of them started yet, and end them however it ends.
 
     A tracker that fails later is reported once and left out from then on: its server may be away
     for a while, and metrics.jsonl has all of it.
 
     Args:
-        config: Names the trackers.
         run_dir: Directory of the run.
         is_main: Whether this process logs; others start none.
         notify: Shows the user a line about a tracker that fails.
 
     Raises:
-        EnvironmentProblem: One does not start.
+        EnvironmentProblem: By `start`, where one does not start.
     """
     trackers: dict[str, Any] = {}
 
@@ -69,15 +72,17 @@ def tracking(
                 f"it, and metrics.jsonl and eval.jsonl in {run_dir} have every value"
             )
 
-    def track(values: Mapping[str, float | None], step: int) -> None:
+    def start(config: RunConfig) -> None:
+        for name in config.trackers if is_main else ():
+            trackers[name] = _start(name, config, run_dir)
+
+    def log(values: Mapping[str, float | None], step: int) -> None:
         known = {key: value for key, value in values.items() if value is not None}
         for name in list(trackers):
             call(name, "log", known, step=step)
 
     try:
-        for name in config.trackers if is_main else ():
-            trackers[name] = _start(name, config, run_dir)
-        yield track
+        yield Tracking(start, log)
     finally:
         for name in list(trackers):
             call(name, "finish")

@@ -459,3 +459,38 @@ def test_processes_share_a_window_and_stay_in_step():
 
     *_, [batch] = load_windows(examples, iter(theirs), collate)
     assert count_labels(batch) == 0
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 20])
+def test_rows_of_so_many_steps_are_those_of_their_windows(num_rows):
+    plans = [BatchPlan(num_rows, 2, 2, seed=0, rank=rank, num_processes=2) for rank in (0, 1)]
+    for num_steps in range(1, 8):
+        rows = [
+            row
+            for plan in plans
+            for window in plan.windows(1, num_steps)
+            for batch in window
+            for row in batch
+        ]
+        assert plans[0].num_rows_of(num_steps) == sum(row >= 0 for row in rows)
+    assert BatchPlan(0, 2, 2, seed=0).num_rows_of(3) is None
+
+
+def test_results_come_first_with_the_batches_as_they_were(train, run_dir):
+    """23 rows in windows of 8: the last of an epoch has 7."""
+    done = train("--gradient-accumulation-steps", 2)
+    assert done.code == 0, done.err
+    first, batch, *_ = done.out.splitlines()
+    assert first.startswith("trained 3 steps: loss ")
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    found = json.loads((run_dir / "report.json").read_text())["train"]["batch"]
+    assert found == {
+        "rows": pytest.approx(23 / 3),
+        "tokens": pytest.approx(sum(row["tokens"] for row in rows) / 3),
+        "trained_tokens": pytest.approx(sum(row["trained_tokens"] for row in rows) / 3),
+        "micro_batch_rows": 4,
+        "micro_batches": 2,
+        "processes": 1,
+    }
+    assert batch.startswith("batch of a step: 7.7 rows, ")
+    assert batch.endswith("; at most 4 rows x 2 micro-batches")

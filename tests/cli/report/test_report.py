@@ -188,6 +188,7 @@ def test_json_has_the_keys_of_the_design_and_no_absent_part() -> None:
         "tokens_per_s",
         "step_ms",
         "peak_memory_bytes",
+        "batch",
     }
     assert values["gain"] == {"source": "measured", "speed": 1.312, "memory": 0.43}
     # A null within a part stays: the row says that there is no reason.

@@ -406,6 +406,33 @@ def test_loss_charts_show_both_arms_and_what_lies_between() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("sets", "names"),
+    [
+        ((), ["evaluation"]),
+        (("a",), ["evaluation of a"]),
+        (("a", "b.c"), ["evaluation of a", "evaluation of b.c", "evaluation of all sets"]),
+    ],
+)
+def test_step_charts_have_a_curve_of_each_evaluation_set(sets, names) -> None:
+    figures = ("loss", "perplexity", "token_accuracy", "entropy", "tokens")
+    rows = [
+        {"step": step}
+        | {f"eval_{key}": 0.5 + step for key in figures}
+        | {f"eval_{name}_{key}": step for name in sets for key in figures}
+        for step in (2, 4)
+    ]
+    steps = [{"step": step, "loss": 5.0} for step in range(1, 5)]
+    loss, accuracy = step_charts(steps, rows)
+    assert list(loss.lines) == ["each step", *names]
+    assert list(accuracy.lines) == names
+    for name in names:
+        one = name.removeprefix("evaluation").removeprefix(" of ")
+        expected = {2: 2, 4: 4} if one in sets else {2: 2.5, 4: 4.5}
+        assert loss.lines[name] == expected
+        assert accuracy.lines[name] == {step: 100 * value for step, value in expected.items()}
+
+
 def test_step_charts_leave_gaps_and_add_a_mean_where_steps_are_many() -> None:
     saved = _trained(100)
     loss, _, norms, *_ = step_charts(saved.steps, saved.evaluations)

@@ -71,6 +71,21 @@ def test_trackers_get_configuration_steps_and_evaluations(train, run_dir, record
     assert mlflow == {"experiment_name": "liger", "run_name": "run"}
 
 
+def test_trackers_get_what_torch_compile_became(train, recorders, monkeypatch):
+    """Where it is decided by a measurement, after the model is loaded."""
+    from liger_cli.commands.train import prepare
+    from liger_cli.training import session
+    from liger_cli.training.auto_compile import Decision
+
+    monkeypatch.setattr(prepare, "decide_early", lambda *args, **options: None)
+    decision = Decision(False, "torch_compile: measured")
+    monkeypatch.setattr(session, "decide_measured", lambda *args: decision)
+    done = train("--report-to", "wandb")
+    assert done.code == 0, done.err
+    [recorder] = recorders
+    assert recorder.config["torch_compile"] is False
+
+
 def test_trackers_end_when_the_run_fails(train, recorders, monkeypatch):
     from liger_cli.training import session
 
