@@ -9,6 +9,7 @@ import codecs
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
@@ -19,6 +20,7 @@ from liger_kernels.nearest import nearest_name
 
 __all__ = [
     "COLUMNS",
+    "ENTRY_SCHEMA",
     "MARKS",
     "ROLES",
     "TURN_FIELDS",
@@ -30,6 +32,7 @@ __all__ = [
     "RoleNames",
     "datasets_name",
     "read_datasets",
+    "read_entry",
     "split_names",
 ]
 
@@ -189,31 +192,43 @@ def _read_entries(value: object) -> object:
         return value
     if not value:
         raise ValueError("should name a dataset")
-    entries = [_read_entry(entry) for entry in value]
+    entries = [read_entry(entry) for entry in value]
     is_text = all(set(entry) <= {"path", "weight"} for entry in entries) and not any(
         re.search(r",|:[\d.e+-]+$", entry["path"]) for entry in entries
     )
     return datasets_name(entries) if is_text else entries
 
 
-def _read_entry(entry: object) -> dict[str, Any]:
+def read_entry(
+    entry: object, more: Mapping[str, Callable[[object], Any]] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Return an entry of a list of datasets, its values checked.
+
+    Args:
+        entry: A name, or a mapping with path.
+        more: Readers of keys that an entry may have here beside those of `dataset`.
+
+    Raises:
+        ValueError: The entry or a value is not one, or a key is unknown.
+    """
+    known = (*_ENTRY_KEYS, *more)
     if isinstance(entry, str):
         entry = {"path": entry}
     if not isinstance(entry, dict) or "path" not in entry:
         raise ValueError("a dataset of a list is a name, or a mapping with path")
     for key in entry:
-        if key not in _ENTRY_KEYS:
-            near = nearest_name(str(key), _ENTRY_KEYS)
+        if key not in known:
+            near = nearest_name(str(key), known)
             raise ValueError(
                 f"(entry {str(entry['path'])[:60]!r}): unknown key {str(key)[:60]!r}"
-                f"{f'; did you mean {near}?' if near else ''} (keys: {', '.join(_ENTRY_KEYS)})"
+                f"{f'; did you mean {near}?' if near else ''} (keys: {', '.join(known)})"
             )
     result: dict[str, Any] = {}
     for key, value in entry.items():
         if value is None:
             continue
         try:
-            result[key] = _ENTRY_VALUES[key](value)
+            result[key] = {**_ENTRY_VALUES, **more}[key](value)
         except ValueError as error:
             raise ValueError(f"(entry {str(entry['path'])[:60]!r}): {key} {error}") from None
     return result
@@ -328,7 +343,7 @@ _ROLE_NAMES: dict[str, Any] = {
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]
     },
 }
-_ENTRY_SCHEMA: dict[str, Any] = {
+ENTRY_SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         **dict.fromkeys(("path", "split", "delimiter", "encoding", "data_key"), {"type": "string"}),
@@ -341,13 +356,13 @@ _ENTRY_SCHEMA: dict[str, Any] = {
     "required": ["path"],
     "additionalProperties": False,
 }
-_MANY = {"type": "array", "items": {"anyOf": [{"type": "string"}, _ENTRY_SCHEMA]}}
+_MANY = {"type": "array", "items": {"anyOf": [{"type": "string"}, ENTRY_SCHEMA]}}
 
 # A flag spells the first type of a key; a file may also have the second.
 Datasets = Annotated[
     str | list[dict[str, Any]],
     BeforeValidator(_read_entries),
-    WithJsonSchema({"anyOf": [{"type": "string"}, _ENTRY_SCHEMA, _MANY]}),
+    WithJsonSchema({"anyOf": [{"type": "string"}, ENTRY_SCHEMA, _MANY]}),
 ]
 
 

@@ -82,7 +82,7 @@ class KeyChecks(BaseModel):
 
     @field_validator("eval_dataset", check_fields=False)
     @classmethod
-    def _named_sets(cls, value: str | None) -> str | None:
+    def _named_sets(cls, value: Any) -> Any:
         read_sets(value)
         return value
 

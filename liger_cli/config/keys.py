@@ -110,7 +110,9 @@ class Keys(KeyChecks):
         None, "Our fields of a message to those of the data: role=from,content=value."
     )
     eval_dataset: EvalSets | None = _data(
-        None, "Evaluation data, named as the dataset is; several sets as NAME=DATA,NAME=DATA."
+        None,
+        "Evaluation data, named as the dataset is; several sets as NAME=DATA,NAME=DATA. In a file "
+        "also entries of name, path, columns and more (docs/evaluation.md).",
     )
     eval_fraction: float = _data(0.0, "Part of the dataset kept for evaluation.", ge=0, lt=1)
     max_eval_samples: int | None = _data(

@@ -65,8 +65,8 @@ class RunConfig(Keys):
         return datasets_name(self.dataset)
 
     @property
-    def eval_sets(self) -> dict[str, str]:
-        """The evaluation data by name; the name of a set alone is ""."""
+    def eval_sets(self) -> dict[str, str | list[dict[str, Any]]]:
+        """The evaluation data by name, as `dataset` has them; the name of a set alone is ""."""
         return read_sets(self.eval_dataset)
 
     @property

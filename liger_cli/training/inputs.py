@@ -176,16 +176,21 @@ class _Reader:
     options: RowOptions
     notify: Callable[[str], None] | None
 
-    def load(self, split: Split, name: str | None = None, key: str = "dataset") -> Examples:
+    def load(
+        self,
+        split: Split,
+        datasets: str | list[dict[str, Any]] | None = None,
+        key: str = "dataset",
+    ) -> Examples:
         """Read datasets; the key that names them stands before errors.
 
         Args:
-            name: Of evaluation data; None reads those to train on.
+            datasets: Those of an evaluation set; None reads those of `dataset`.
         """
         config = self.config
         with _named(key):
             return load_examples(
-                config.datasets if name is None else read_datasets(name, config.naming),
+                config.datasets if datasets is None else read_datasets(datasets, config.naming),
                 self.preprocessing.tokenizer,
                 self.options,
                 split=split,
@@ -211,8 +216,8 @@ class _Reader:
     def load_sets(self) -> dict[str, Examples]:
         """Read the sets of eval_dataset, by name."""
         return {
-            name: self.load("eval", place, f"eval_dataset {name}".rstrip())
-            for name, place in self.config.eval_sets.items()
+            name: self.load("eval", datasets, f"eval_dataset {name}".rstrip())
+            for name, datasets in self.config.eval_sets.items()
         }
 
 

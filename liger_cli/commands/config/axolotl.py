@@ -51,10 +51,8 @@ def translate(given: Mapping[str, Any], folder: Path) -> Translation:
 
 
 def _set_tests(found: Translation, tests: list[dict[str, Any]]) -> None:
-    if len(tests) == 1 and set(tests[0]) == {"path"}:
-        found.set("eval_dataset", tests[0]["path"], "test_datasets")
-    else:
-        found.lost["test_datasets"] = "eval_dataset names files; their columns are those of columns"
+    is_path = len(tests) == 1 and set(tests[0]) == {"path"}
+    found.set("eval_dataset", tests[0]["path"] if is_path else tests, "test_datasets")
 
 
 def _dataset(found: Translation, block: Any, name: str) -> dict[str, Any] | None:

@@ -76,6 +76,66 @@ def test_a_mapping_that_is_none(value):
         load_config(None, {"model": "a"}, [f"eval_dataset={value}"])
 
 
+ENTRIES = """
+eval_dataset:
+- {name: short, path: s.jsonl, columns: {prompt: question}}
+- {name: long, path: l.jsonl, max_samples: 3}
+"""
+
+
+def test_entries_have_names_and_what_entries_of_dataset_have(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: a" + ENTRIES)
+    config = load_config(path)
+    assert config.eval_sets == {
+        "short": [{"path": "s.jsonl", "columns": {"prompt": "question"}}],
+        "long": [{"path": "l.jsonl", "max_samples": 3}],
+    }
+    path.write_text(config.to_yaml())
+    assert load_config(path) == config
+
+
+def test_entries_without_names_are_one_set():
+    value = ["a.jsonl", {"path": "b.jsonl", "split": "test"}]
+    assert load_config(None, {"model": "a", "eval_dataset": value}).eval_sets == {
+        "": [{"path": "a.jsonl"}, {"path": "b.jsonl", "split": "test"}]
+    }
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ("[]", "should name a set"),
+        ("[{name: a, path: x}, {path: y}]", "every entry a different name, or none a name"),
+        ("[{name: a, path: x}, {name: a, path: y}]", "every entry a different name"),
+        ("[{name: 'a b', path: x}]", "name should consist of letters, digits"),
+        ("[{name: a, path: x, weight: 2}]", "'a'.: weight is a share among datasets"),
+        ("[{name: a, path: x, colums: {}}]", "unknown key 'colums'; did you mean columns"),
+        ("[{name: a}]", "a name, or a mapping with path"),
+    ],
+)
+def test_entries_that_are_none(entries, message):
+    with pytest.raises(ConfigError, match=f"eval_dataset.*{message}"):
+        load_config(None, {"model": "a"}, [f"eval_dataset={entries}"])
+
+
+def test_entries_are_read_by_their_own_columns(liger, sets, tmp_path):
+    """Two files of other columns, which one mapping of all data cannot read."""
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"q": "hi ", "a": "yes yes"}\n{"q": "hi ", "a": "no"}\n')
+    path = tmp_path / "run.yaml"
+    entries = [
+        {"name": "asked", "path": str(asked), "columns": {"prompt": "q", "completion": "a"}},
+        {"name": "short", "path": str(sets["short"]), "max_samples": 3},
+    ]
+    path.write_text(json.dumps({"model": "qwen3", "eval_dataset": entries}))
+    done = liger("eval", "-c", path, "--use-cpu", "--json")
+    assert done.code == 0, done.err
+    report = done.json()
+    assert list(report["eval_sets"]) == ["asked", "short"]
+    assert report["data"]["rows"] == 5
+
+
 def test_training_keeps_every_set_apart(train, run_dir, named):
     done = train("--eval-dataset", named, "--eval-steps", 2, "--json")
     assert done.code == 0, done.err
