@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from liger_cli.config import RunConfig, config_flags
+from liger_cli.training.model.names import check_model_name
 
 __all__ = ["command"]
 
@@ -35,6 +36,9 @@ def _preview(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Render rows with their trained tokens marked; show lengths, cuts and what packing gains."""
+    # Before torch and transformers are imported.
+    check_model_name(config.model)
+
     from liger_cli.commands.data.preview import preview_data
     from liger_cli.report.data import show_preview
     from liger_cli.training.runtime.launch import quiet_libraries

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 import typer
 
 from liger_cli.config import RunConfig, config_flags
+from liger_cli.errors import ConfigError, OutOfMemory
+from liger_cli.training.model.names import check_model_name
 
 __all__ = ["command"]
 
@@ -40,10 +42,12 @@ def command(
 
     Rows are as long as max_length. Exit 5 where the card of --gpu has less than it takes.
     """
+    # Before torch and transformers are imported.
+    check_model_name(config.model)
+
     from liger_cli.commands.estimate.cards import find_card
     from liger_cli.commands.estimate.describe import describe_estimate
-    from liger_cli.errors import OutOfMemory
-    from liger_cli.report import show_lines
+    from liger_cli.report import notify
     from liger_cli.report.estimate import show_estimate
 
     report = describe_estimate(
@@ -54,9 +58,7 @@ def command(
         is_padded=padded,
     )
     if config.torch_compile is True:
-        show_lines(
-            "torch_compile is not in the estimate: it decides by itself what to keep", stderr=True
-        )
+        notify("torch_compile is not in the estimate: it decides by itself what to keep")
     show_estimate(report, as_json=as_json)
     if report.card is not None and report.card.free < 0:
         raise OutOfMemory(f"it does not fit into {report.card.name}", is_reported=True)
@@ -70,8 +72,6 @@ def _with_sizes(
     Raises:
         ConfigError: The flag of the key is given too.
     """
-    from liger_cli.errors import ConfigError
-
     sizes = {"per_device_train_batch_size": batch_size, "max_length": seq_len}
     given = {key: size for key, size in sizes.items() if size is not None}
     for key in (key for key in given if context.params.get(key) is not None):

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from liger_cli.config import RunConfig, config_flags
+from liger_cli.training.model.names import check_model_name
 
 __all__ = ["command"]
 
@@ -17,6 +18,9 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Loss, perplexity and token accuracy of a model, without making logits."""
+    # Before torch and transformers are imported.
+    check_model_name(config.model)
+
     from liger_cli.commands.eval.run import run_eval
     from liger_cli.report import show_report
 

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from liger_cli.training.model.names import check_model_name
+
 __all__ = ["command"]
 
 
@@ -55,6 +57,9 @@ def command(
     ] = False,
 ) -> None:
     """Continue a prompt, or chat: one turn with --prompt, else a turn for every line of stdin."""
+    # Before torch and transformers are imported.
+    check_model_name(model)
+
     from liger_cli.commands.generate.conversation import Request, generate
     from liger_cli.commands.generate.text import Sampling
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from liger_cli.config import RunConfig, adapter_flags
+from liger_cli.training.model.names import check_model_name
 
 __all__ = ["command"]
 
@@ -38,6 +39,9 @@ def command(
 
     With --adapter the model has that adapter, as in train.
     """
+    # Before torch and transformers are imported.
+    check_model_name(model)
+
     from functools import partial
 
     from liger_cli.report import show_lines, show_report

@@ -12,6 +12,7 @@ from liger_cli.common.readers import expand_path
 from liger_cli.common.text import shorten
 from liger_cli.config import RunConfig, config_flags
 from liger_cli.errors import ConfigError
+from liger_cli.training.model.names import check_model_name
 
 __all__ = ["command"]
 
@@ -59,6 +60,9 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Fine-tune a model with fused kernels and measure what they gain."""
+    # Before torch and transformers are imported.
+    check_model_name(config.model)
+
     from liger_cli.commands.train.prepare import RunOptions
     from liger_cli.commands.train.run import run_train
     from liger_cli.report import show_report

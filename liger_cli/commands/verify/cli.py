@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from liger_cli.config import RunConfig, adapter_flags
+from liger_cli.training.model.names import check_model_name
 
 __all__ = ["command"]
 
@@ -36,6 +37,9 @@ def command(
     larger than eager's can explain, with the module named. With --adapter the model has that
     adapter, with random matrices, and the gradients are the adapter's.
     """
+    # Before torch and transformers are imported.
+    check_model_name(model)
+
     import torch
 
     from liger_cli.commands.verify.model import require_right, verify

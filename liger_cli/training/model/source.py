@@ -17,8 +17,9 @@ from liger_cli.training.model.adapters import ADAPTER_CONFIG, find_base, load_ad
 from liger_cli.training.model.build_limits import check_sizes, counted_modules
 from liger_cli.training.model.demo_model import converted_model
 from liger_cli.training.model.dtypes import check_device, choose_dtype
+from liger_cli.training.model.names import check_model_name, preset_of
 from liger_cli.training.model.new_tokens import extend_embeddings
-from liger_cli.training.model.presets import ModelSource, list_presets, preset_names, read_preset
+from liger_cli.training.model.presets import ModelSource, list_presets, read_preset
 from liger_cli.training.model.run_models import find_run_model
 from liger_cli.training.model.tokenizers import load_tokenizer
 from liger_kernels.nearest import nearest_name
@@ -57,28 +58,16 @@ def resolve_model(name: str, notify: Callable[[str], None] | None = None) -> Mod
         DataError: Every checkpoint of the run is damaged.
         EnvironmentProblem: A hub id is out of reach.
     """
-    if not name:
-        raise ConfigError("model is empty; liger models lists the presets")
-    # Model types are spelled with underscores, files are not: qwen3_moe is the preset qwen3-moe.
-    preset = name.replace("_", "-")
-    if preset in preset_names():
+    check_model_name(name)
+    if (preset := preset_of(name)) is not None:
         return read_preset(preset)
     path = expand_path(name, "model")
     if path.is_dir():
         return _resolve_directory(name, find_run_model(path, notify or _log.warning))
     if path.is_file():
         return _resolve_config_file(name, path)
-    if name.endswith(".json") or name[:1] in "./~" or name[-1:] == "/" or name.count("/") > 1:
-        raise ConfigError(f"model {name}: there is no such file or directory")
-    if "/" in name:
-        config, snapshot = fetch_config(name)
-        return _source("hub", name, snapshot, config, "from the Hugging Face hub")
-    nearest = nearest_name(name.lower(), preset_names(), cutoff=0.5)
-    raise ConfigError(
-        f"model {name!r} is neither a preset nor a path"
-        + (f"; did you mean {nearest}?" if nearest else ""),
-        hint="liger models lists the presets; a hub id is written organisation/name",
-    )
+    config, snapshot = fetch_config(name)
+    return _source("hub", name, snapshot, config, "from the Hugging Face hub")
 
 
 def _resolve_directory(name: str, path: Path) -> ModelSource:
@@ -93,8 +82,6 @@ def _resolve_directory(name: str, path: Path) -> ModelSource:
 
 
 def _resolve_config_file(name: str, path: Path) -> ModelSource:
-    if path.suffix != ".json":
-        raise ConfigError(f"model {name} is a file, but not a config.json")
     description = "random weights in the shape of a config.json"
     return _source("config", name, path, _read_json(path), description)
 

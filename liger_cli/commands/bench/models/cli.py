@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from liger_cli.config import RunConfig, config_flags
+from liger_cli.training.model.names import check_model_name
 
 __all__ = ["command"]
 
@@ -52,6 +53,9 @@ def command(
     Without more words: against eager, 2 x 512 random tokens on a CPU, 8 x 2048 on a GPU.
     `liger bench ops` measures the kernels one by one; see `liger bench ops --help`.
     """
+    # Before torch and transformers are imported.
+    check_model_name(config.model)
+
     import torch
 
     from liger_cli.commands.bench.models.comparison import run_bench

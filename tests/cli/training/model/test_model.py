@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -94,6 +96,28 @@ def test_unknown_preset_without_a_neighbour():
 def test_missing_path(name):
     with pytest.raises(ConfigError, match="no such file or directory"):
         resolve_model(name)
+
+
+def test_a_wrong_name_is_refused_before_heavy_imports(tmp_path):
+    """By every command that takes a model and no run; each import of them takes seconds."""
+    (tmp_path / "notes.txt").write_text("none")
+    names = ("nosuchmodel", "./gone", "a/b/c", str(tmp_path / "notes.txt"))
+    commands = ("train", "eval", "inspect", "estimate", "verify", "generate", "bench")
+    code = f"""
+import sys
+from liger_cli.app import main
+for words in {[[command] for command in commands] + [["data", "preview"]]!r}:
+    for name in {names!r}:
+        sys.argv = ["liger", *words, "--model", name]
+        try:
+            main()
+        except SystemExit as stop:
+            assert stop.code == 2, (words, name, stop.code)
+        assert not {{"torch", "transformers"}} & set(sys.modules), words
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: model") == 4 * 8
 
 
 def test_directory_without_config(tmp_path):
