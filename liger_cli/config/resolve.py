@@ -299,4 +299,4 @@ class _ShortRepr(reprlib.Repr):
 
 
 def _show(value: object) -> str:
-    return _ShortRepr().repr(value)
+    return shorten(_ShortRepr().repr(value), 200)
