@@ -34,6 +34,7 @@ def _key(group: str, default: Any, description: str, **limits: Any) -> Any:
 
 _model = functools.partial(_key, "Model and kernels")
 _adapter = functools.partial(_key, "Adapter")
+_objective = functools.partial(_key, "Objective")
 _data = functools.partial(_key, "Data")
 _template = functools.partial(_key, "Chat template")
 _tokens = functools.partial(_key, "Tokens")
@@ -92,6 +93,10 @@ class Keys(KeyChecks):
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = _adapter("nf4", "Data type of the 4 bits.")
     use_bnb_nested_quant: bool = _adapter(
         True, "Quantise the scales of the 4 bits too; without it they take 9 % more."
+    )
+
+    objective: Literal["sft", "dpo", "orpo", "cpo", "simpo", "ipo"] = _objective(
+        "sft", "sft: the next token; the others learn from pairs of a chosen and a rejected answer."
     )
 
     dataset: Datasets = _data(

@@ -50,6 +50,11 @@ class RunConfig(Keys):
         return self.train_on != "all" if given is None else given
 
     @property
+    def trains_pairs(self) -> bool:
+        """Whether the rows are pairs of a chosen and a rejected answer."""
+        return self.objective != "sft"
+
+    @property
     def naming(self) -> Naming:
         """The names of columns, roles and fields in all datasets."""
         return Naming(self.columns or {}, self.roles or {}, self.message_fields or {})
