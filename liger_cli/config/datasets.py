@@ -46,6 +46,7 @@ COLUMNS = (
     *("messages", "conversations", "tools", "images", "input_ids", "labels", "mask_history"),
     *("train", "training", "trainable", "learn", "loss", "masked", "weight", "loss_weight"),
     *("sample_weight", "loss_mask", "mask", "label", "kto_tag"),
+    *("chosen", "rejected", "margin", "ref_chosen_logps", "ref_rejected_logps"),
 )
 ROLES = ("system", "user", "assistant", "tool", "function_call")
 TURN_FIELDS = (

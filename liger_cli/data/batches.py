@@ -17,6 +17,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from liger_cli.data.encode import IGNORED
+from liger_cli.data.packing import answers_of
+from liger_cli.data.pair_formats import FIGURES
 
 __all__ = ["BatchPlan", "count_labels", "count_tokens", "load_windows", "placeholder"]
 
@@ -95,8 +97,10 @@ class _Rows:
 
 def placeholder(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a short row without labels, which is computed and counts nothing."""
-    ids = row["input_ids"][:2]
-    return {"input_ids": ids, "labels": [IGNORED] * len(ids), "num_tokens": 0}
+    ids = answers_of(row)[0]["input_ids"][:2]
+    # A batch has the figures of its pairs, of which there are none here.
+    figures: dict[str, list[float]] = {name: [] for name in FIGURES if name in row}
+    return {"input_ids": ids, "labels": [IGNORED] * len(ids), "num_tokens": 0, **figures}
 
 
 def load_windows(

@@ -34,9 +34,10 @@ _ROWS, _COUNTS = "rows.arrow", "counts.json"
 # Determines the ids and labels of a row, together with its content and options.
 _CODE = (
     *("answers", "borders", "cache", "calls", "chat", "clip", "encode", "examples"),
-    *("factory", "files", "formats", "image_parts", "instructions", "marks", "messages"),
-    *("names", "rendering", "rows", "samples", "shown", "sources", "template"),
-    *("text_stream", "thoughts", "threads", "token_ids", "turns", "used", "values"),
+    *("factory", "files", "formats", "image_parts", "instructions", "makers", "marks"),
+    *("messages", "names", "pair_formats", "pair_maker", "rendering", "rows", "samples"),
+    *("shown", "sources", "template", "text_stream", "thoughts", "threads", "token_ids"),
+    *("turns", "used", "values"),
 )
 
 

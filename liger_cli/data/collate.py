@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +54,10 @@ class Collator:
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id) if tokenizer else ()
         pad = next((token for token in candidates if token is not None), 0)
         return cls(pad, pad_to_multiple_of, **layout)
+
+    def with_layout(self, **layout: bool) -> Collator:
+        """Return a collator that pads alike and lays rows out otherwise."""
+        return replace(self, **layout)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         is_packed = any("position_ids" in row for row in rows)

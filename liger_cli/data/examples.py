@@ -9,22 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from liger_cli.config.datasets import DatasetEntry, datasets_name
 from liger_cli.data import cache
 from liger_cli.data.cache import Counts, Tokenised
 from liger_cli.data.chat import ChatRenderer
-from liger_cli.data.encode import IGNORED, Encoder
+from liger_cli.data.encode import Encoder
 from liger_cli.data.images import ImageRows, ImagesFound
+from liger_cli.data.makers import TOO_SHORT, RowMaker, RowOptions
 from liger_cli.data.mixture import join_sources
-from liger_cli.data.rows import Record, Row, RowFormat, only_last
+from liger_cli.data.pair_formats import FIGURES, PairFormat
+from liger_cli.data.pair_maker import PairMaker, check_figures, refuse_same_answers
+from liger_cli.data.rows import Record, RowFormat
 from liger_cli.data.sources import SYNTHETIC_NAME, Source, Split, find_sources
+from liger_cli.data.synthetic import make_synthetic
 from liger_cli.data.text_stream import join_texts
-from liger_cli.data.thoughts import Reasoning
-from liger_cli.data.used import check_names, count_names
+from liger_cli.data.used import check_names
 from liger_cli.data.workers import map_in_order
 from liger_cli.errors import ConfigError, DataError
 
@@ -36,7 +37,6 @@ __all__ = [
     "BATCH",
     "DataStats",
     "Examples",
-    "RowMaker",
     "RowOptions",
     "join_licences",
     "load_examples",
@@ -48,8 +48,6 @@ __all__ = [
 BATCH = 1000
 # Fewer where they are long, which are all in memory with their tokens.
 _BATCH_BYTES = 32 * 1024 * 1024
-TOO_SHORT = "rows left out: fewer tokens than min_length"
-_SYNTHETIC_ROWS = {"train": 1024, "eval": 64}
 
 
 @dataclass(frozen=True)
@@ -84,11 +82,14 @@ class DataStats:
 class Examples:
     """Rows with the columns input_ids and labels, in the order of the source.
 
+    Pairs have chosen_input_ids, chosen_labels, rejected_input_ids and rejected_labels, and perhaps
+    margin, ref_chosen_logps and ref_rejected_logps.
+
     Args:
         examples: The rows by number: a datasets.Dataset, or what images and mixtures need; or a
             Stream, which has no numbers.
         counts: Of the rows that were read; a mixture uses some of them more than once.
-        notes: How often the rows of each source of a mixture are used.
+        notes: What the sources are, and how often a mixture uses the rows of each.
         has_images: Whether rows have more than ids.
     """
 
@@ -109,39 +110,6 @@ class Examples:
         del values["seen"]
         names = {key: tuple(values[key]) for key in ("columns", "unused_columns", "fields")}
         return DataStats(**{**values, **names})
-
-
-@dataclass(frozen=True)
-class RowOptions:
-    """Settings that determine the ids and labels of a row, with its content and the tokenizer.
-
-    Args:
-        max_length: Longer rows are cut to this many tokens.
-        vocab_size: Of the model; a token id beyond it is an error.
-        completion_only: Of a prompt and its completion only the completion is trained.
-        assistant_only: Of a conversation only what the assistant says is trained.
-        min_length: Rows of fewer tokens are left out.
-        last_only: Of several answers only the last is trained.
-        enable_thinking: As ChatRenderer has it.
-        reasoning: The same.
-        as_stream: The texts are one stream of tokens, in rows of max_length.
-    """
-
-    max_length: int
-    vocab_size: int
-    completion_only: bool = True
-    assistant_only: bool = True
-    min_length: int = 0
-    last_only: bool = False
-    enable_thinking: bool | None = None
-    reasoning: Reasoning | None = None
-    as_stream: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_length < 2:
-            raise ConfigError(
-                f"max_length is {self.max_length}; at least 2, since a token predicts the next"
-            )
 
 
 def load_examples(
@@ -179,10 +147,11 @@ def load_examples(
     """
     counts, licences = Counts(), list[str]()
     parts: list[tuple[str, Any, float | None]] = []
-    for entry, source in find_sources(datasets, split, as_stream=options.as_stream):
+    found = find_sources(datasets, split, as_stream=options.as_stream, pairs=options.pairs)
+    for entry, source in found:
         one = entry.path
         if source is None:
-            made = _synthetic(split, options, seed)
+            made = make_synthetic(split, options, seed)
         elif tokenizer is None:
             raise ConfigError(f"{one} needs a tokenizer; only {SYNTHETIC_NAME} needs none")
         else:
@@ -190,12 +159,22 @@ def load_examples(
             maker = open_source(source, tokenizer, options, entry)
             made = _tokenise(source, maker, processor, num_proc, notify)
             check_names(entry, made.counts, maker.form.name)
+            if options.pairs:
+                refuse_same_answers(one, made.counts, options.max_length)
         if not len(made.rows):
             raise nothing_to_train(one, made.counts, options.max_length)
         counts.add(made.counts)
         parts.append((one, made.rows, entry.weight))
     has_images = any(isinstance(rows, ImageRows) for _, rows, _ in parts)
-    rows, notes = join_sources(parts)
+    if options.pairs:
+        check_figures(
+            [
+                (name, tuple(name for name in FIGURES if name in rows.column_names))
+                for name, rows, _ in parts
+            ]
+        )
+    rows, shares = join_sources(parts)
+    notes = (*(source.note for _, source in found if source and source.note), *shares)
     name = datasets_name(datasets)
     return Examples(rows, counts, name, join_licences(licences), notes, has_images)
 
@@ -204,61 +183,13 @@ def join_licences(licences: Sequence[str]) -> str | None:
     return ", ".join(dict.fromkeys(licences)) or None
 
 
-@dataclass(frozen=True)
-class RowMaker:
-    """Make rows of ids and labels out of the records of one source."""
-
-    form: RowFormat
-    encoder: Encoder
-    renderer: ChatRenderer
-    options: RowOptions
-    entry: DatasetEntry
-
-    def __call__(self, records: Sequence[Record]) -> tuple[pyarrow.Table, Counts]:
-        """Return a table of the rows that have a token to train on, and the counts of records."""
-        rows = [self.row(record) for record in records]
-        for row in rows:
-            if row.images:
-                raise ImagesFound(row.where)
-        counts = Counts()
-        count_names(counts, rows, self.renderer)
-        kept: list[tuple[list[int], list[int]]] = []
-        max_length = None if self.options.as_stream else self.options.max_length
-        for row, encoded in zip(rows, self.encoder.encode(rows, self.renderer), strict=True):
-            ids, labels = encoded.input_ids[:max_length], encoded.labels[:max_length]
-            num_trained = sum(label != IGNORED for label in labels)
-            if len(ids) < self.options.min_length:
-                counts.add_left_out({TOO_SHORT: 1})
-                continue
-            if not num_trained:
-                counts.dropped_rows += 1
-                continue
-            self.encoder.check_vocabulary(ids, row.where, self.options.vocab_size)
-            kept.append((ids, labels))
-            counts.rows += 1
-            counts.tokens += len(ids)
-            counts.trained_tokens += num_trained
-            counts.truncated_rows += len(encoded.input_ids) > len(ids)
-            counts.add_left_out(encoded.left_out)
-        return _table([ids for ids, _ in kept], [labels for _, labels in kept]), counts
-
-    def row(self, record: Record) -> Row:
-        """Return the checked row of a record.
-
-        Raises:
-            DataError: As RowFormat.row.
-        """
-        row = self.form.row(record)
-        return only_last(row) if self.options.last_only and row.messages else row
-
-
 def open_source(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
     options: RowOptions,
     entry: DatasetEntry,
-) -> RowMaker:
-    """Return a RowMaker for the records of a source.
+) -> RowMaker | PairMaker:
+    """Return a maker of rows, or of pairs, for the records of a source.
 
     Raises:
         DataError: It has no records, or they are of no format.
@@ -269,26 +200,31 @@ def open_source(
     options = replace(options, min_length=entry.min_length or 0)
     max_length = None if options.as_stream else options.max_length
     encoder = Encoder(tokenizer, options.completion_only, options.assistant_only, max_length)
+    renderer = ChatRenderer(
+        tokenizer, enable_thinking=options.enable_thinking, reasoning=options.reasoning
+    )
+    if options.pairs:
+        pairs = PairFormat.find(first, source.folder, entry.naming)
+        return PairMaker(pairs, encoder, renderer, options, entry)
     form = RowFormat.find(first, source.folder, entry.naming)
     if options.as_stream and form.name != "text":
         raise DataError(
             f"{source.name}: text_mode stream is for rows of text, and these are {form.name}",
             hint="packing fills rows with whole conversations and prompts",
         )
-    renderer = ChatRenderer(
-        tokenizer, enable_thinking=options.enable_thinking, reasoning=options.reasoning
-    )
     return RowMaker(form, encoder, renderer, options, entry)
 
 
 def _tokenise(
     source: Source,
-    maker: RowMaker,
+    maker: RowMaker | PairMaker,
     processor: Any,
     num_proc: int,
     notify: Callable[[str], None] | None,
 ) -> Tokenised:
     """Tokenize a source; with a processor if one of its rows has images."""
+    if isinstance(maker, PairMaker):
+        return _tokenise_text(source, maker, num_proc, notify)
     try:
         return _tokenise_text(source, maker, num_proc, notify)
     except ImagesFound as found:
@@ -315,7 +251,7 @@ def _tokenise(
 
 def _tokenise_text(
     source: Source,
-    maker: RowMaker,
+    maker: RowMaker | PairMaker,
     num_proc: int,
     notify: Callable[[str], None] | None,
 ) -> Tokenised:
@@ -359,29 +295,4 @@ def nothing_to_train(name: str, counts: Counts, max_length: int) -> DataError:
         + (f"; {short} of them have fewer tokens than min_length" if short else ""),
         hint="trained are completions, what the assistant says, and text, where no field such as "
         "train: false or weight: 0 says otherwise",
-    )
-
-
-def _synthetic(split: Literal["train", "eval"], options: RowOptions, seed: int) -> Tokenised:
-    num_rows = _SYNTHETIC_ROWS[split]
-    # Even and odd: no seed gives the rows of one split as those of the other.
-    generator = torch.Generator().manual_seed(2 * seed + (split == "eval"))
-    shape = (num_rows, options.max_length)
-    ids = torch.randint(options.vocab_size, shape, generator=generator)
-    labels = ids.clone()
-    labels[:, 0] = IGNORED
-    counts = Counts(
-        num_rows, tokens=ids.numel(), trained_tokens=num_rows * (options.max_length - 1)
-    )
-    table = _table(ids.tolist(), labels.tolist())
-    return cache.cached({}, lambda: [(table, counts)], keep=False)
-
-
-def _table(input_ids: list[list[int]], labels: list[list[int]]) -> pyarrow.Table:
-    """Return rows as a table of 32-bit integers."""
-    import pyarrow
-
-    column = pyarrow.list_(pyarrow.int32())
-    return pyarrow.table(
-        {"input_ids": pyarrow.array(input_ids, column), "labels": pyarrow.array(labels, column)}
     )

@@ -28,9 +28,11 @@ _ALPACA = {
     "history": "history",
     "system": "system",
     "kto_tag": "kto_tag",
+    "chosen": "chosen",
+    "rejected": "rejected",
 }
 _SHAREGPT = {"messages": "conversations", "system": "system", "tools": "tools"}
-_SHAREGPT |= {"kto_tag": "kto_tag"}
+_SHAREGPT |= {name: name for name in ("kto_tag", "chosen", "rejected")}
 _ALPACA_DEFAULTS = {"prompt": "instruction", "query": "input", "response": "output"}
 _TAGS = {
     "user_tag": "user",
@@ -102,12 +104,10 @@ def _described(info: Any, where: str, folder: Path, entry: DatasetEntry) -> Data
     for key in info:
         if key not in _KEYS:
             raise DataError(f"{where}: {key} is not read here (read are {', '.join(_KEYS)})")
-    if "ranking" in info:
-        raise DataError(f"{where}: ranking: preferences are not trained on here")
     formatting = info.get("formatting", "alpaca")
     if formatting == "alpaca":
         names = _columns(info.get("columns", _ALPACA_DEFAULTS), _ALPACA, where)
-        if "output" not in names and "instruction" in names:
+        if "output" not in names and "instruction" in names and "ranking" not in info:
             # For further pre-training: the prompt is the text.
             names = {"text": names["instruction"]}
         found = replace(entry, columns=names)
@@ -125,6 +125,7 @@ def _described(info: Any, where: str, folder: Path, entry: DatasetEntry) -> Data
         raise DataError(
             f"{where}: formatting is {formatting!r}; allowed are alpaca, sharegpt and openai"
         )
+    _check_ranking(info, where)
     limit = entry.max_samples or info.get("num_samples")
     found = replace(found, max_samples=limit, as_llama_factory=True)
     if "hf_hub_url" in info:
@@ -133,6 +134,18 @@ def _described(info: Any, where: str, folder: Path, entry: DatasetEntry) -> Data
     if "file_name" not in info:
         raise DataError(f"{where} has neither file_name nor hf_hub_url")
     return replace(found, path=str(folder / info["file_name"]))
+
+
+def _check_ranking(info: Mapping[str, Any], where: str) -> None:
+    """Check that a dataset of preferences, and no other, names both answers."""
+    given = info.get("columns", {})
+    named = {name for name in ("chosen", "rejected") if given.get(name)}
+    if "ranking" in info and len(named) < 2:
+        raise DataError(f"{where}: with ranking, columns must name chosen and rejected")
+    if "ranking" not in info and named:
+        raise DataError(
+            f"{where}: columns.{min(named)} is for preferences, and ranking is not true"
+        )
 
 
 def _columns(given: Mapping[str, str], known: Mapping[str, str], where: str) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,8 @@ SPEAKERS = {
 }
 
 
+_NEEDED = frozenset(name for columns in FORMATS.values() for name in columns)
+
 # What a question and an answer are usually called.
 _USUAL = (
     ("question", "query", "prompt", "input", "instruction", "user", "q", "source"),
@@ -47,9 +49,14 @@ class RowNames:
     naming: Naming = field(default_factory=Naming)
 
     @staticmethod
-    def missing(content: Mapping[str, Any], naming: Naming) -> str | None:
-        """Return the message about a mapped column that the first row has not, or None."""
-        needed = {name for columns in FORMATS.values() for name in columns}
+    def missing(
+        content: Mapping[str, Any], naming: Naming, needed: Collection[str] = _NEEDED
+    ) -> str | None:
+        """Return the message about a mapped column that the first row has not, or None.
+
+        Args:
+            needed: Our columns that make a format.
+        """
         for ours, theirs in naming.columns.items():
             if ours in needed and theirs not in content:
                 return f"columns: {ours} is {theirs}, and there is no such column"
@@ -64,6 +71,12 @@ class RowNames:
         """
         mapped = naming.columns
         named = cls(mapped, naming).row(content)[0]
+        if pairs := [name for name in mapped if name in ("chosen", "rejected")]:
+            raise DataError(
+                f"{where}: columns: {pairs[0]} is of pairs, and objective sft does not compare "
+                "answers",
+                hint=_PAIRS,
+            )
         form = find_format(named, mapped)
         if form is not None:
             return form, cls(mapped, naming)
@@ -153,6 +166,12 @@ class RowNames:
         return {name: ours for ours, names in self.naming.roles.items() for name in names}
 
 
+_PAIRS = (
+    "these are pairs: --objective dpo (or orpo, cpo, simpo, ipo) learns from both answers; "
+    "columns: {completion: chosen} trains on those that were chosen"
+)
+
+
 def _known(form: str) -> Sequence[str]:
     return (*FORMATS[form], *OPTIONAL.get(form, ()))
 
@@ -165,10 +184,7 @@ def _advice(content: Mapping[str, Any]) -> str | None:
         shown = "tab" if delimiter == "\t" else f"'{delimiter}'"
         return f"the entry {{path: FILE, delimiter: {shown}}} of dataset separates the columns"
     if {"chosen", "rejected"} <= set(names):
-        return (
-            "preferences are not trained on; columns: {completion: chosen} trains on the answers "
-            "that were chosen"
-        )
+        return _PAIRS
     texts = [name for name, value in content.items() if isinstance(value, str)]
     if len(texts) < 2:
         return None

@@ -12,7 +12,7 @@ the one before must be zero to the bit.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,16 +20,19 @@ import numpy as np
 import torch
 from transformers import masking_utils
 
+from liger_cli.data.pair_formats import ANSWERS, FIGURES
 from liger_cli.errors import ConfigError
 from liger_kernels.transformers.wrappers import forward_takes, inner_model
 
 __all__ = [
     "PackedRows",
     "Strategy",
+    "answers_of",
     "check_packed",
     "document_lengths",
     "join_rows",
     "pack",
+    "pack_lengths",
     "packing_problem",
     "refuse_packing",
     "row_lengths",
@@ -90,13 +93,32 @@ def _next_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     return rows
 
 
-def join_rows(documents: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
-    """Return one row of input_ids, labels and position_ids, which restart at each document."""
-    row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
-    for document in documents:
-        row["input_ids"] += document["input_ids"]
-        row["labels"] += document["labels"]
-        row["position_ids"] += range(len(document["input_ids"]))
+def answers_of(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the documents of a row: itself, or the answers of a pair with their prompt."""
+    if f"{ANSWERS[0]}_input_ids" not in row:
+        return [row]
+    return [
+        {name: row[f"{answer}_{name}"] for name in ("input_ids", "labels")} for answer in ANSWERS
+    ]
+
+
+def join_rows(documents: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return one row of input_ids, labels and position_ids, which restart at each document.
+
+    One of pairs also has answer_ids, the number of the answer of each token, and lists of what
+    else a pair has.
+    """
+    row: dict[str, list[Any]] = {"input_ids": [], "labels": [], "position_ids": []}
+    answers = [answer for document in documents for answer in answers_of(document)]
+    for answer in answers:
+        row["input_ids"] += answer["input_ids"]
+        row["labels"] += answer["labels"]
+        row["position_ids"] += range(len(answer["input_ids"]))
+    if len(answers) > len(documents):
+        row["answer_ids"] = [n for n, one in enumerate(answers) for _ in one["input_ids"]]
+        for name in FIGURES:
+            if name in documents[0]:
+                row[name] = [document[name] for document in documents]
     return row
 
 
@@ -119,14 +141,31 @@ def document_lengths(position_ids: torch.Tensor) -> dict[str, Any]:
 
 
 def row_lengths(rows: Any) -> np.ndarray[Any, Any]:
-    """Return the number of tokens of each row of a datasets.Dataset."""
+    """Return the tokens of each row of a datasets.Dataset, (N,), or of each answer, (N, 2)."""
     import pyarrow.compute
 
+    names = [name for name in rows.column_names if name.endswith("input_ids")]
     parts = [
-        pyarrow.compute.list_value_length(batch["input_ids"]).to_numpy()
-        for batch in rows.select_columns("input_ids").with_format("arrow").iter(10_000)
+        np.stack([pyarrow.compute.list_value_length(batch[name]).to_numpy() for name in names], 1)
+        for batch in rows.select_columns(names).with_format("arrow").iter(10_000)
     ]
-    return np.concatenate(parts)
+    lengths = np.concatenate(parts)
+    return lengths if len(names) > 1 else lengths[:, 0]
+
+
+def pack_lengths(
+    lengths: np.ndarray[Any, Any], max_length: int, strategy: Strategy
+) -> tuple[list[list[int]], int]:
+    """Return rows of documents as pack does, and the tokens that a row holds.
+
+    A row of pairs holds whole pairs, of which each answer may have max_length tokens.
+
+    Args:
+        lengths: As row_lengths returns them.
+    """
+    num_answers = 1 if lengths.ndim == 1 else lengths.shape[1]
+    totals = lengths.reshape(len(lengths), -1).sum(1).tolist()
+    return pack(totals, num_answers * max_length, strategy), num_answers * max_length
 
 
 @dataclass(frozen=True)
@@ -145,7 +184,7 @@ class PackedRows:
 
     @classmethod
     def of(cls, rows: Any, max_length: int, strategy: Strategy) -> PackedRows:
-        packs = pack(row_lengths(rows).tolist(), max_length, strategy)
+        packs, _ = pack_lengths(row_lengths(rows), max_length, strategy)
         starts = np.cumsum([0, *map(len, packs)])
         return cls(rows, np.concatenate([np.asarray(p) for p in packs]), starts)
 
@@ -156,7 +195,7 @@ class PackedRows:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def __getitem__(self, number: int) -> dict[str, list[int]]:
+    def __getitem__(self, number: int) -> dict[str, list[Any]]:
         documents = self.order[self.starts[number] : self.starts[number + 1]]
         return join_rows([self.rows[int(document)] for document in documents])
 

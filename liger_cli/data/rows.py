@@ -20,7 +20,7 @@ from liger_cli.data.token_ids import read_token_ids
 from liger_cli.data.values import check_list, check_text, describe
 from liger_cli.errors import DataError
 
-__all__ = ["Record", "Row", "RowFormat", "make_row", "only_last"]
+__all__ = ["Record", "Row", "RowFormat", "as_object", "make_row", "only_last", "with_names"]
 
 # Where a record stands, and what is there: an object, or a line of JSON that is yet to be parsed.
 Record = tuple[str, Any]
@@ -100,7 +100,7 @@ class RowFormat:
         Raises:
             DataError: Its columns are of no format; names those found and those wanted.
         """
-        where, content = record[0], _as_object(record)
+        where, content = record[0], as_object(record)
         naming = naming or Naming()
         hint = layout_hint(RowNames(naming.columns).row(content)[0])
         if (missing := RowNames.missing(content, naming)) is not None:
@@ -117,25 +117,17 @@ class RowFormat:
         Raises:
             DataError: The record cannot be used; names its place and the reason.
         """
-        where, raw = record[0], _as_object(record)
+        where, raw = record[0], as_object(record)
         content, hidden = self.names.row(raw)
         if not set(FORMATS[self.name]) <= set(content):
             raise self._other_format(raw, where)
         try:
             row = make_row(self.name, content, where, self.folder, self.names)
         except DataError as error:
-            raise self._with_names(error) from error
+            raise with_names(error, self.names) from error
         if isinstance(raw, Thread):
             return replace(row, columns=raw.used, unused=raw.unused, fields=())
         return replace(row, unused=(*row.unused, *hidden))
-
-    def _with_names(self, error: DataError) -> DataError:
-        """Return an error about a row with the names that its columns have in the data."""
-        renamed = {ours: name for ours, name in self.names.columns.items() if ours != name}
-        if not renamed:
-            return error
-        said = ", ".join(f"{ours} is the column {name}" for ours, name in renamed.items())
-        return DataError(error.message, hint=f"{said}; {error.hint}" if error.hint else said)
 
     def _other_format(self, content: Mapping[str, Any], where: str) -> DataError:
         if not self.names.columns and find_format(content) is not None:
@@ -149,6 +141,15 @@ class RowFormat:
             f"{where}: the column {missing[0]} is missing; found {join_names(content)}, "
             f"wanted {self.name} as in {self.first}"
         )
+
+
+def with_names(error: DataError, names: RowNames) -> DataError:
+    """Return an error about a row with the names that its columns have in the data."""
+    renamed = {ours: name for ours, name in names.columns.items() if ours != name}
+    if not renamed:
+        return error
+    said = ", ".join(f"{ours} is the column {name}" for ours, name in renamed.items())
+    return DataError(error.message, hint=f"{said}; {error.hint}" if error.hint else said)
 
 
 def make_row(
@@ -223,8 +224,9 @@ def _make_row(form: str, content: dict[str, Any], place: _Place) -> Row:
         return _chat_row(content, read_messages(content[form], form, where, names), place)
     prompt, completion = (_part(content, name, where, names) for name in FORMATS[form])
     if completion.messages[0]["role"] != "assistant":
+        name = names.columns.get("completion", "completion")
         raise DataError(
-            f"{where}: completion[0].role is {completion.messages[0]['role']!r}; a completion "
+            f"{where}: {name}[0].role is {completion.messages[0]['role']!r}; a completion "
             "begins with a message of the assistant"
         )
     row = _chat_row(content, prompt + completion, place)
@@ -309,7 +311,12 @@ def _with_system(
     return messages, marks
 
 
-def _as_object(record: Record) -> Mapping[str, Any]:
+def as_object(record: Record) -> Mapping[str, Any]:
+    """Return the object of a record.
+
+    Raises:
+        DataError: Its line is no JSON, or something else than an object.
+    """
     where, content = record
     if isinstance(content, bytes):
         try:

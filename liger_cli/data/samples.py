@@ -11,16 +11,26 @@ from liger_cli.common.readers import read_json
 from liger_cli.data.rows import Record
 from liger_cli.errors import EnvironmentProblem
 
-__all__ = ["SAMPLE_LICENCE", "SAMPLE_NAME", "find_sample", "read_sample"]
+__all__ = [
+    "SAMPLE_LICENCE",
+    "SAMPLE_NAME",
+    "SAMPLE_PAIRS",
+    "find_sample",
+    "read_sample",
+    "read_sample_pairs",
+]
 
 SAMPLE_NAME = "chitchat"
 SAMPLE_LICENCE = "MIT"
+SAMPLE_PAIRS = "pairs, whose rejected answer is the reply of another conversation"
 
 _PACKAGE = "chitchat-dataset==0.9.0"
 # Every twentieth conversation is for evaluation: 201 of 4018.
 _EVAL_EVERY = 20
 # Some conversations have hundreds of turns, which a run would tokenise and then cut off.
 _MAX_TURNS = 8
+# Of a pair the answer must be within max_length.
+_MAX_PAIR_TURNS = 4
 
 
 def read_sample(split: Literal["train", "eval"]) -> Iterator[Record]:
@@ -38,6 +48,28 @@ def read_sample(split: Literal["train", "eval"]) -> Iterator[Record]:
         if (number % _EVAL_EVERY == 0) == (split == "eval"):
             messages = _messages(conversation["messages"][:_MAX_TURNS])
             yield f"{SAMPLE_NAME} {key}", {"messages": messages}
+
+
+def read_sample_pairs(split: Literal["train", "eval"]) -> Iterator[Record]:
+    """Yield each conversation of a split with its last reply chosen and another one rejected.
+
+    The rejected one is the last reply of the conversation before, for the first that of the last;
+    of conversations that end alike the next one before.
+
+    Raises:
+        EnvironmentProblem: The package is not installed.
+    """
+    dialogs = [(where, _answered(content["messages"])) for where, content in read_sample(split)]
+    for number, (where, messages) in enumerate(dialogs):
+        chosen = messages[-1]
+        others = (dialogs[number - i][1][-1] for i in range(1, len(dialogs)))
+        rejected = next((one for one in others if one["content"] != chosen["content"]), chosen)
+        yield where, {"prompt": messages[:-1], "chosen": [chosen], "rejected": [rejected]}
+
+
+def _answered(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return a conversation up to its last answer, the second at most."""
+    return messages[: min(_MAX_PAIR_TURNS, len(messages) // 2 * 2)]
 
 
 def _messages(turns: list[list[dict[str, Any]]]) -> list[dict[str, str]]:

@@ -21,7 +21,14 @@ from liger_cli.data.files import AS_NAMED, READERS, FileOptions, read_file, tabl
 from liger_cli.data.layouts import refuse_ending
 from liger_cli.data.places import files_below, matching_files
 from liger_cli.data.rows import Record
-from liger_cli.data.samples import SAMPLE_LICENCE, SAMPLE_NAME, find_sample, read_sample
+from liger_cli.data.samples import (
+    SAMPLE_LICENCE,
+    SAMPLE_NAME,
+    SAMPLE_PAIRS,
+    find_sample,
+    read_sample,
+    read_sample_pairs,
+)
 from liger_cli.data.threads import conversations_of
 from liger_cli.errors import ConfigError, DataError
 from liger_kernels.nearest import nearest_name
@@ -45,6 +52,7 @@ class Source:
         files: What they are read from; a hash of their content identifies the records.
         folder: Where relative paths in the records start.
         split: Which part of the files it is, where they hold several.
+        note: What a run says of it.
     """
 
     name: str
@@ -53,6 +61,7 @@ class Source:
     folder: Path | None = None
     licence: str | None = None
     split: str = ""
+    note: str = ""
 
     def read(self, start: int = 0) -> Iterator[Record]:
         """Yield the records from number `start` on.
@@ -86,12 +95,14 @@ def find_sources(
     *,
     streaming: bool = False,
     as_stream: bool = False,
+    pairs: bool = False,
 ) -> list[tuple[DatasetEntry, Source | None]]:
     """Return the source of each dataset; synthetic has none.
 
     Args:
         datasets: Text, as split_names reads it, or entries.
         as_stream: A .txt file is one text, and not a row a line.
+        pairs: The sample is of pairs.
 
     Raises:
         ConfigError: Two of them have a file in common, whose rows would be used twice.
@@ -104,6 +115,7 @@ def find_sources(
         entry, source = translate_entry(given), None
         if entry.path != SYNTHETIC_NAME:
             source = _from_entry(entry, split, streaming=streaming, as_stream=as_stream)
+            source = _with_pairs(source, entry, split) if pairs else source
         elif idle := [key for key, value in vars(entry).items() if value and key not in _ANY]:
             raise ConfigError(f"{SYNTHETIC_NAME} data have no {idle[0]}")
         found.append((entry, source))
@@ -137,6 +149,17 @@ def _from_entry(entry: DatasetEntry, split: Split, *, streaming: bool, as_stream
         return islice(found, entry.max_samples)
 
     return replace(source, records=records)
+
+
+def _with_pairs(source: Source, entry: DatasetEntry, split: Split) -> Source:
+    """Return a source of pairs: the sample has no rejected answers by itself."""
+    if entry.path != SAMPLE_NAME:
+        return source
+
+    def records() -> Iterator[Record]:
+        return islice(read_sample_pairs(split), entry.max_samples)
+
+    return replace(source, records=records, note=SAMPLE_PAIRS)
 
 
 def find_source(

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from liger_cli.config.datasets import DatasetEntry, datasets_name
@@ -21,15 +22,16 @@ from liger_cli.data.cache import Counts
 from liger_cli.data.examples import (
     BATCH,
     Examples,
-    RowMaker,
     RowOptions,
     join_licences,
     nothing_to_train,
     open_source,
 )
 from liger_cli.data.images import ImagesFound
+from liger_cli.data.makers import RowMaker
 from liger_cli.data.mixture import next_source
-from liger_cli.data.packing import Strategy, join_rows, pack
+from liger_cli.data.packing import Strategy, answers_of, join_rows, pack_lengths
+from liger_cli.data.pair_maker import PairMaker, check_figures, refuse_same_answers
 from liger_cli.data.rows import Record
 from liger_cli.data.sources import SYNTHETIC_NAME, Source, find_sources
 from liger_cli.data.text_stream import join_texts
@@ -85,13 +87,17 @@ class Stream:
         packing: How the rows of a block are packed, if they are.
     """
 
-    sources: Sequence[tuple[Source, RowMaker]]
+    sources: Sequence[tuple[Source, RowMaker | PairMaker]]
     weights: Sequence[float]
     buffer_size: int
     seed: int
     max_length: int
     packing: Strategy | None
     counts: Counts
+
+    @property
+    def name(self) -> str:
+        return ", ".join(source.name for source, _ in self.sources)
 
     def start(self) -> Place:
         zeros = [0] * len(self.sources)
@@ -112,11 +118,12 @@ class Stream:
                 begin, rows, counts = ahead.result()
                 ahead = thread.submit(blocks.next)
                 if begin.block == 0 and begin.epoch > place.epoch:
+                    refuse_same_answers(self.name, self.counts, self.max_length)
                     if not has_rows:
-                        names = ", ".join(source.name for source, _ in self.sources)
-                        raise nothing_to_train(names, self.counts, self.max_length)
+                        raise nothing_to_train(self.name, self.counts, self.max_length)
                     has_rows = False
                 self.counts.add(counts)
+                refuse_same_answers(self.name, self.counts, self.max_length, BATCH)
                 has_rows = has_rows or bool(rows)
                 for number, row in enumerate(rows):
                     if number >= skip:
@@ -156,8 +163,8 @@ class _Blocks:
         self._counts.add(counts)
         self._place = self._after(begin, reached, is_end)
         if stream.packing is not None:
-            lengths = [len(row["input_ids"]) for row in rows]
-            packs = pack(lengths, stream.max_length, stream.packing)
+            lengths = [[len(answer["input_ids"]) for answer in answers_of(row)] for row in rows]
+            packs, _ = pack_lengths(np.asarray(lengths), stream.max_length, stream.packing)
             rows = [join_rows([rows[document] for document in one]) for one in packs]
         # Hashed, since a generator of torch looks at 32 bits of its seed.
         key = f"{stream.seed} {begin.epoch} {begin.block}".encode()
@@ -222,14 +229,16 @@ def open_stream(
     Raises:
         LigerError: As load_examples.
     """
-    parts = find_sources(datasets, streaming=True, as_stream=options.as_stream)
+    parts = find_sources(datasets, streaming=True, as_stream=options.as_stream, pairs=options.pairs)
     sources = [(entry, source) for entry, source in parts if source is not None]
     if tokenizer is None or len(sources) < len(parts):
         raise ConfigError(f"streaming: {SYNTHETIC_NAME} data are made and not read")
     made = [(source, open_source(source, tokenizer, options, entry)) for entry, source in sources]
+    check_figures([(s.name, m.form.figures) for s, m in made if isinstance(m, PairMaker)])
     given = [entry.weight for entry, _ in parts]
     weights = [] if not any(given) else [1.0 if weight is None else weight for weight in given]
     counts = Counts()
     stream = Stream(made, weights, buffer_size, seed, options.max_length, packing, counts)
     licences = [source.licence for _, source in sources if source.licence]
-    return Examples(stream, counts, datasets_name(datasets), join_licences(licences))
+    notes = tuple(source.note for _, source in sources if source.note)
+    return Examples(stream, counts, datasets_name(datasets), join_licences(licences), notes)

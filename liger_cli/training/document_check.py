@@ -39,7 +39,7 @@ def check_documents(
         if config.packing or config.padding_free == "true":
             raise
         notify(f"padding_free is off: {error.message}")
-        collator = replace(inputs.collator, **AttentionPlan().layout)
+        collator = inputs.collator.with_layout(**AttentionPlan().layout)
         return replace(inputs, attention=AttentionPlan(plan.implementation), collator=collator)
     # The check runs in evaluation, where nothing is dropped.
     if found and not any("dropout" in (layer.reason or "") for layer in plan.layers):

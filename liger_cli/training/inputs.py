@@ -20,6 +20,7 @@ from liger_cli.data.collate import Collator
 from liger_cli.data.examples import Examples, RowOptions, join_licences, load_examples
 from liger_cli.data.packing import PackedRows, refuse_packing
 from liger_cli.data.padding import Lengths, padding_share, sampled_lengths
+from liger_cli.data.pair_batches import PairCollator
 from liger_cli.data.samples import SAMPLE_NAME
 from liger_cli.data.sources import SYNTHETIC_NAME, Split
 from liger_cli.data.stream import open_stream
@@ -59,7 +60,7 @@ class Inputs:
     source: ModelSource
     meta_model: Any
     preprocessing: Preprocessing
-    collator: Collator
+    collator: Collator | PairCollator
     data: Examples
     train: Any
     eval: dict[str, Any]
@@ -110,6 +111,7 @@ def load_inputs(
         enable_thinking=config.enable_thinking,
         reasoning=config.reasoning,
         as_stream=config.text_mode == "stream",
+        pairs=config.trains_pairs,
     )
     reader = _Reader(config, preprocessing, options, notify)
     data, train_rows, eval_rows = _read(reader) if trains else _read_evaluation(reader)
@@ -124,11 +126,12 @@ def load_inputs(
             train_rows = _packed(config, train_rows)
     rows = Rows(config.packing, data.has_images, _padding(config, lengths, trains=trains))
     attention = plan_attention(config, meta_model, rows, device, dtype)
+    collator = Collator.for_tokenizer(preprocessing.tokenizer, **attention.layout)
     return Inputs(
         source=source,
         meta_model=meta_model,
         preprocessing=preprocessing,
-        collator=Collator.for_tokenizer(preprocessing.tokenizer, **attention.layout),
+        collator=PairCollator(collator) if options.pairs else collator,
         data=data,
         train=train_rows,
         eval=eval_rows,

@@ -48,7 +48,21 @@ CASES = {
         f"{U}q{E}\n{A}a{E}\n",
     ),
     "num_samples": ({"num_samples": 1}, [FULL, {"instruction": 3}], f"{U}do\nit{E}\n{A}a{E}\n"),
-    "ranking": ({"ranking": True}, [FULL], "INFO: d: ranking: preferences are not trained on here"),
+    "ranking": (
+        {"ranking": True},
+        [FULL],
+        "INFO: d: with ranking, columns must name chosen and rejected",
+    ),
+    "ranking in sft": (
+        {"ranking": True, "columns": {"prompt": "q", "chosen": "good", "rejected": "bad"}},
+        [{"q": "q", "good": "a", "bad": "b"}],
+        "FILE:1: columns: chosen is of pairs, and objective sft does not compare answers",
+    ),
+    "no ranking": (
+        {"columns": {"prompt": "q", "chosen": "good"}},
+        [{"q": "q", "good": "a", "bad": "b"}],
+        "INFO: d: columns.chosen is for preferences, and ranking is not true",
+    ),
     "unknown": (
         {"script_url": "x"},
         [FULL],
@@ -59,7 +73,7 @@ CASES = {
         {"columns": {"images": "images"}},
         [FULL],
         "INFO: d: columns.images is not read here (read are prompt, query, response, history, "
-        "system, kto_tag)",
+        "system, kto_tag, chosen, rejected)",
     ),
     "formatting": (
         {"formatting": "csv"},
