@@ -62,6 +62,10 @@ def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]
     Raises:
         LigerError: Anything a user can mend.
     """
+    if config.trains_pairs:
+        raise ConfigError(
+            f"objective {config.objective} has no loss yet; liger data preview shows its pairs"
+        )
     config = config_of_launch(config)
     parse_ops(config.ops, options.require)
     quiet_libraries()
