@@ -7,8 +7,8 @@ from liger_kernels.ops.fused_linear_cross_entropy import (
     Stats,
     count_labels,
     fused_linear_cross_entropy,
-    fused_linear_logprobs,
 )
+from liger_kernels.ops.fused_linear_logprobs import fused_linear_logprobs
 from liger_kernels.ops.gated_rms_norm import gated_rms_norm
 from liger_kernels.ops.glu import geglu, swiglu
 from liger_kernels.ops.glu_mlp import glu_mlp

@@ -212,6 +212,27 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """Several of a few words that an op takes, each once, in the order that is asked for."""
+
+    name: str
+    choices: Collection[str]
+
+    def of(self, value: Any) -> tuple[str, ...]:
+        """Return the choices as a tuple.
+
+        Raises:
+            ValueError: It is no list or tuple, is empty, or holds another word or one twice.
+        """
+        found = tuple(value) if isinstance(value, (list, tuple)) else ()
+        is_known = all(isinstance(word, str) and word in self.choices for word in found)
+        if not found or not is_known or len(set(found)) < len(found):
+            allowed = ", ".join(self.choices)
+            raise ValueError(f"{self.name} must be some of {allowed}, got {describe(value)}")
+        return found
+
+
+@dataclass(frozen=True)
 class Flag:
     """A switch that an op takes."""
 
@@ -249,7 +270,7 @@ class Instance:
 
 
 class Option(Protocol):
-    """An option of an op: Number, Cap, Integer, Choice, Flag, Instance, or a class like them."""
+    """An option of an op: Number, Cap, Integer, Choice, Choices, Flag, Instance, or similar."""
 
     @property
     def name(self) -> str:

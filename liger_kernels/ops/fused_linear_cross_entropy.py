@@ -1,4 +1,4 @@
-"""Cross entropy of a linear layer's outputs, and log-probabilities, without ever making all logits.
+"""Cross entropy of a linear layer's outputs, without ever making all logits.
 
     z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), then as in row_loss_kernel.py
 
@@ -9,8 +9,8 @@ Rounding: logits are rounded to the compute dtype, as a linear layer's are, and 
 there on; the loss is fp32. The logits' gradient is rounded once, to the compute dtype. The weight
 gradient is summed over chunks in fp32, or in bf16 over at most eight (four on a CPU).
 Memory: one chunk of logits, and the gradients, made in forward; eager code keeps three copies of
-all logits. Tokens without a label are left out before the product. reduction="none" and the
-log-probabilities keep no logits and compute them again in backward.
+all logits. Tokens without a label are left out before the product. reduction="none" keeps no
+logits, but their gradient of hidden where the layer is frozen, and else computes them again.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from liger_kernels.ops.arguments import (
-    SMALLEST,
     Flag,
     Instance,
-    Number,
     TensorArgument,
     check_tensors,
 )
@@ -47,32 +45,28 @@ from liger_kernels.ops.losses.options import (
     label_argument,
     wide_dtype,
 )
-from liger_kernels.ops.op import Case, Op, Sample, randn, upcast
+from liger_kernels.ops.op import Case, Op, Sample, randn
 
 __all__ = [
-    "LOGPROBS",
     "OP",
     "LabelCount",
     "Stats",
     "count_labels",
     "fused_linear_cross_entropy",
-    "fused_linear_logprobs",
 ]
 
 # The weight first: all that is moved is moved to its device.
-_LINEAR = (
+LINEAR_TENSORS = (
     TensorArgument("weight", "(V, H)"),
     TensorArgument("hidden", "(..., H)", is_moved=True),
     TensorArgument("bias", "(V,)", is_optional=True),
 )
-_TENSORS = (*_LINEAR, label_argument("target"), class_weight_argument("class_weight"))
-_LOGPROBS_TENSORS = (*_LINEAR, label_argument("ids"))
+_TENSORS = (*LINEAR_TENSORS, label_argument("target"), class_weight_argument("class_weight"))
 _RETURN_STATS = Flag("return_stats")
 _LABEL_COUNT = Instance("label_count", LabelCount, "count_labels")
-_TEMPERATURE = Number("temperature", least=SMALLEST, allowed="positive")
 
 
-def _linear_ref(hidden, weight, bias):
+def linear_ref(hidden, weight, bias):
     bias = None if bias is None else bias.to(weight.dtype)
     return F.linear(hidden.to(weight.dtype), weight, bias)
 
@@ -87,21 +81,7 @@ def fused_linear_cross_entropy_ref(
     **rest: Any,
 ) -> torch.Tensor:
     """The definition, in plain torch."""
-    return cross_entropy_ref(_linear_ref(hidden, weight, bias), target, weight=class_weight, **rest)
-
-
-def fused_linear_logprobs_ref(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    ids: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    temperature: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, in plain torch."""
-    log_p = (upcast(_linear_ref(hidden, weight, bias)) / temperature).log_softmax(-1)
-    logprob = log_p.gather(-1, ids.long()[..., None])[..., 0]
-    return logprob, -(log_p.exp() * log_p).sum(-1)
+    return cross_entropy_ref(linear_ref(hidden, weight, bias), target, weight=class_weight, **rest)
 
 
 class Stats(NamedTuple):
@@ -116,13 +96,13 @@ class Stats(NamedTuple):
     correct: torch.Tensor
 
 
-def _compute_dtype(weight):
+def compute_dtype_of(weight):
     kind, dtype = weight.device.type, weight.dtype
     is_cast = has_autocast(weight.device) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if is_cast and dtype != torch.float64 else dtype
 
 
-def _needs(*tensors):
+def needs_of(*tensors):
     return tuple(t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors)
 
 
@@ -195,7 +175,7 @@ def fused_linear_cross_entropy(
     if is_counted:
         # Begun before all else, so that its wait is short.
         count = label_count or count_labels(target, ignored)
-    dtype, device = _compute_dtype(weight), weight.device
+    dtype, device = compute_dtype_of(weight), weight.device
     label = target.reshape(-1).to(device, non_blocking=True)
     if class_weight is not None:
         class_weight = class_weight.to(device, wide_dtype(dtype)).contiguous()
@@ -212,7 +192,7 @@ def fused_linear_cross_entropy(
         compute_dtype=dtype,
         outputs=("loss", "nll", "entropy", "best") if return_stats else ("loss",),
         differentiable=("loss",),
-        needs=_needs(hidden, weight, bias),
+        needs=needs_of(hidden, weight, bias),
         class_weight=class_weight,
         label_count=count,
     )
@@ -235,54 +215,7 @@ def fused_linear_cross_entropy(
     return loss, Stats(nll, -nll, entropy, correct)
 
 
-def fused_linear_logprobs(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    ids: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    temperature: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each token's (logprob, entropy) in softmax((hidden @ weight.T + bias) / temperature).
-
-    Args:
-        hidden: (..., H) fp32, bf16 or fp16; cast as in fused_linear_cross_entropy.
-        weight: (V, H).
-        ids: (...) int32 or int64, each from 0 to V - 1; nothing is ignored.
-        bias: (V,) or None.
-        temperature: Divides the logits; positive and finite.
-
-    Returns:
-        Two tensors of ids' shape, fp32 (fp64 for fp64 weights): log p of the id, and the
-        distribution's entropy in nats. Both are differentiable, once; backward computes the
-        logits again, so that memory is that of a chunk, and may run again over a retained graph.
-        An id out of range gives NaN on a GPU.
-
-    Raises:
-        ValueError: a type, shape, dtype, device or the temperature is off, or, on a CPU, an id is
-            out of range.
-    """
-    check_tensors(_LOGPROBS_TENSORS, weight, hidden, bias, ids)
-    check_linear(hidden, weight, bias)
-    temperature = _TEMPERATURE.of(temperature)
-    check_target(ids, hidden.shape[:-1], weight.shape[0], None, "ids")
-    call = LinearLossCall(
-        label=ids.reshape(-1).to(weight.device, non_blocking=True),
-        options=LossOptions(scale=1.0 / temperature),
-        compute_dtype=_compute_dtype(weight),
-        outputs=("loss", "entropy"),
-        differentiable=("loss", "entropy"),
-        needs=_needs(hidden, weight, bias),
-    )
-    x = hidden.reshape(-1, hidden.shape[-1]).to(weight.device)
-    if torch.compiler.is_compiling():
-        nll, entropy = compiled(x, weight, bias, call, None)
-    else:
-        nll, entropy = PerTokenLoss.apply(x, weight, bias, call)
-    return -nll.view(ids.shape), entropy.view(ids.shape)
-
-
-def _linear_sample(case: Case, dtype, device, generator, options):
+def linear_sample(case: Case, dtype, device, generator, options):
     *lead, width, vocab = case.shape
     hidden = randn((*lead, width), dtype, device, generator)
     # Logits of about one unit, as a freshly made head gives.
@@ -299,22 +232,14 @@ def _sample(case: Case, dtype, device, generator) -> Sample:
     ignored = options.pop("ignored", 0.3)
     if options.pop("has_class_weight", False):
         options["class_weight"] = (torch.rand(vocab, generator=generator) + 0.5).to(device)
-    hidden, weight = _linear_sample(case, dtype, device, generator, options)
+    hidden, weight = linear_sample(case, dtype, device, generator, options)
     target = random_target(tuple(lead), vocab, device, generator, ignored)
     if options.get("ignore_index", IGNORE_INDEX) != IGNORE_INDEX:
         target = target.masked_fill(target == IGNORE_INDEX, options["ignore_index"])
     return Sample((hidden, weight, target), options)
 
 
-def _logprobs_sample(case: Case, dtype, device, generator) -> Sample:
-    *lead, _, vocab = case.shape
-    options = dict(case.options)
-    hidden, weight = _linear_sample(case, dtype, device, generator, options)
-    ids = random_target(tuple(lead), vocab, device, generator, 0.0)
-    return Sample((hidden, weight, ids), options)
-
-
-def _num_bytes(case: Case, dtype: torch.dtype) -> tuple[int, int]:
+def linear_bytes(case: Case, dtype: torch.dtype) -> tuple[int, int]:
     *lead, width, vocab = case.shape
     size = (torch.Size(lead).numel() + vocab) * width * dtype.itemsize
     return size, size
@@ -367,34 +292,8 @@ OP = Op(
         Case("real-wide", (1024, 2304, 256000), {"softcap": 30.0}, needs_gpu=True),
     ),
     sample=_sample,
-    num_bytes=_num_bytes,
+    num_bytes=linear_bytes,
     num_flops=_num_flops,
     tensors=_TENSORS,
     options=(*LOSS_OPTIONS, NORMALIZER, _RETURN_STATS, _LABEL_COUNT),
-)
-
-LOGPROBS = Op(
-    name="fused_linear_logprobs",
-    aliases=("logprobs",),
-    summary="Log-probability and entropy of each token from a linear layer, in chunks; no logits.",
-    function=fused_linear_logprobs,
-    reference=fused_linear_logprobs_ref,
-    cases=(
-        Case("tiny", (4, 8, 16)),
-        Case("odd", (7, 33, 127), {"has_bias": True}),
-        Case("rank-3", (2, 5, 16, 40), {"temperature": 0.7}),
-        Case("three-blocks", (3, 4, 17000)),
-        # So many terms of an entropy that the order in which they are added shows.
-        Case("many-terms", (64, 64, 8192)),
-        Case("no-rows", (0, 16, 20)),
-        Case("real", (2048, 2048, 32000), needs_gpu=True),
-    ),
-    sample=_logprobs_sample,
-    num_bytes=_num_bytes,
-    # Backward makes the logits again: 2 + 6.
-    num_flops=lambda case: 8 * torch.Size(case.shape).numel(),
-    # No module runs it.
-    part_of=(),
-    tensors=_LOGPROBS_TENSORS,
-    options=(_TEMPERATURE,),
 )

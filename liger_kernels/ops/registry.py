@@ -7,8 +7,8 @@ from collections.abc import Collection
 from liger_kernels.nearest import nearest_name
 from liger_kernels.ops.cross_entropy import OP as CROSS_ENTROPY
 from liger_kernels.ops.fused_add_rms_norm import OP as FUSED_ADD_RMS_NORM
-from liger_kernels.ops.fused_linear_cross_entropy import LOGPROBS
 from liger_kernels.ops.fused_linear_cross_entropy import OP as FUSED_LINEAR_CROSS_ENTROPY
+from liger_kernels.ops.fused_linear_logprobs import OP as FUSED_LINEAR_LOGPROBS
 from liger_kernels.ops.gated_rms_norm import OP as GATED_RMS_NORM
 from liger_kernels.ops.glu import GEGLU, SWIGLU
 from liger_kernels.ops.glu_mlp import OP as GLU_MLP
@@ -30,7 +30,7 @@ _ROWS = (
     LORA_LINEAR,
     CROSS_ENTROPY,
     FUSED_LINEAR_CROSS_ENTROPY,
-    LOGPROBS,
+    FUSED_LINEAR_LOGPROBS,
 )
 OPS: dict[str, Op] = {op.name: op for op in _ROWS}
 _FULL_NAMES = {name: op.name for op in _ROWS for name in (op.name, *op.aliases)}

@@ -14,10 +14,8 @@ from liger_kernels.ops import (
     fused_linear_cross_entropy,
     fused_linear_logprobs,
 )
-from liger_kernels.ops.fused_linear_cross_entropy import (
-    fused_linear_cross_entropy_ref,
-    fused_linear_logprobs_ref,
-)
+from liger_kernels.ops.fused_linear_cross_entropy import fused_linear_cross_entropy_ref
+from liger_kernels.ops.fused_linear_logprobs import fused_linear_logprobs_ref
 from liger_kernels.ops.losses import linear_loss
 from liger_kernels.ops.registry import OPS
 

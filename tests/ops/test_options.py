@@ -21,7 +21,7 @@ from liger_kernels.ops import (
     gated_rms_norm,
     rms_norm,
 )
-from liger_kernels.ops.arguments import Cap, Choice, Flag, Instance, Integer, Number
+from liger_kernels.ops.arguments import Cap, Choice, Choices, Flag, Instance, Integer, Number
 from liger_kernels.ops.gated_rms_norm import gated_rms_norm_ref
 from liger_kernels.ops.losses.options import Normalizer
 from liger_kernels.ops.op import Case, Op
@@ -37,6 +37,7 @@ WRONG: dict[type, tuple[Any, ...]] = {
     Cap: (NAN, -INF, 0.0, -1.0, 1e-40, True, *NO_NUMBERS),
     Integer: (1.5, NAN, "1", True, [1], 2**63, -(2**63) - 1, torch.ones(2)),
     Choice: ("other", "", None, 1, ["mean"]),
+    Choices: ("logprob", None, 1, [], ["other"], ["logprob", "logprob"], [1], {"logprob"}),
     Flag: (None, 1, 0, "yes", torch.tensor(True)),
     Instance: (5, "5", torch.tensor(5)),
     Normalizer: (NAN, INF, -1, -0.5, "3", True, torch.ones(2), torch.tensor(1j), 10**400),

@@ -12,6 +12,8 @@ The others answer one question each:
     grads_in_forward.py   how does backward scale gradients that forward computed?
     chunk_size.py         how many tokens has a chunk, and in which dtype do gradients add up?
     label_count.py        which tokens have a label, and how does the host know without blocking?
-    row_loss.py           how is the kernel launched, and what runs without Triton?
+    row_loss.py           how is the kernel launched?
+    row_gradient.py       how is the gradient computed from what forward kept of a row?
+    row_loss_torch.py     what runs without Triton?
     options.py            which options do losses take, and which values are allowed?
 """

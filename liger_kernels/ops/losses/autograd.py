@@ -16,6 +16,7 @@ from liger_kernels.ops.losses.grads_in_forward import (
 from liger_kernels.ops.losses.label_count import count_labels, is_capturing
 from liger_kernels.ops.losses.linear_loss import LinearGradients, LinearLossCall, sweep
 from liger_kernels.ops.losses.options import LossOptions, wide_dtype
+from liger_kernels.ops.losses.row_loss_torch import KeptRows
 
 Tensors = tuple[Tensor, ...]
 
@@ -25,11 +26,43 @@ def total_fwd(
 ) -> tuple[Tensors, LinearGradients]:
     """Return call.outputs, the losses summed times inverse, and unscaled gradients."""
     coef = forward_grad_scale(inverse, call.compute_dtype).expand(call.label.shape)
-    found, grads = sweep(
-        hidden, weight, bias, call, outputs=call.outputs, coef=coef, needs=call.needs
-    )
+    found, grads = sweep(hidden, weight, bias, call, outputs=call.outputs, coef=coef)
     found["loss"] = found["loss"].sum() * inverse
     return tuple(found.values()), grads
+
+
+def keeps_gradient(call: LinearLossCall) -> bool:
+    """Return whether forward computes the gradient of hidden, which backward scales by the token's.
+
+    It costs a product where backward would need two, and takes the place of hidden between them.
+    With an entropy, or a gradient of the weight, each token's factors are needed first.
+    """
+    return call.needs == (True, False, False) and call.differentiable == ("loss",)
+
+
+def kept_names(call: LinearLossCall) -> tuple[str, ...]:
+    """Return the outputs of loss_rows that backward needs where it recomputes the logits."""
+    if not any(call.needs):
+        return ()
+    return KeptRows._fields if "entropy" in call.differentiable else KeptRows._fields[:2]
+
+
+def per_token_fwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: LinearLossCall
+) -> tuple[Tensors, Tensors]:
+    """Return call.outputs, and what backward needs: a gradient, kept rows, or nothing."""
+    if keeps_gradient(call):
+        coef = torch.ones((), dtype=wide_dtype(call.compute_dtype), device=weight.device)
+        coef = coef.expand(call.label.shape)
+        found, grads = sweep(hidden, weight, bias, call, outputs=call.outputs, coef=coef)
+        assert grads.hidden is not None
+        return tuple(found.values()), (grads.hidden,)
+    kept = kept_names(call)
+    names = tuple(dict.fromkeys((*call.outputs, *kept)))
+    found, _ = sweep(hidden, weight, bias, call, outputs=names)
+    # A copy, as an output may be changed in-place.
+    rows = tuple(found[name].clone() if name in call.outputs else found[name] for name in kept)
+    return tuple(found[name] for name in call.outputs), rows
 
 
 def per_token_bwd(
@@ -37,10 +70,11 @@ def per_token_bwd(
     weight: Tensor,
     bias: Tensor | None,
     call: LinearLossCall,
-    coef: Tensor | None,
-    entropy_coef: Tensor | None,
+    kept: Tensors,
+    coefs: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor | None, ...]:
     """Return gradients of hidden, weight and bias from those of each token's loss and entropy."""
+    coef, entropy_coef = coefs
     factor = torch.ones((), dtype=wide_dtype(call.compute_dtype), device=weight.device)
     if coef is None:
         coef = torch.zeros_like(factor).expand(call.label.shape)
@@ -51,10 +85,15 @@ def per_token_bwd(
         factor = factor.masked_fill(factor == 0.0, 1.0)
         coef = coef / factor
         entropy_coef = None if entropy_coef is None else entropy_coef / factor
-    _, grads = sweep(
-        hidden, weight, bias, call, coef=coef, entropy_coef=entropy_coef, needs=call.needs
-    )
+    rows = KeptRows(*kept)
+    _, grads = sweep(hidden, weight, bias, call, coef=coef, entropy_coef=entropy_coef, kept=rows)
     return grads.times(factor, _dtypes(hidden, weight, bias))
+
+
+def scaled_rows(gradient: Tensor, coef: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of hidden (N, H) that forward computed times coef (N,), in dtype."""
+    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    return torch.mul(gradient, coef[:, None], out=out)
 
 
 def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
@@ -104,32 +143,43 @@ class PerTokenLoss(torch.autograd.Function):
         bias: Tensor | None,
         call: LinearLossCall,
     ) -> Tensors:
-        found, _ = sweep(hidden, weight, bias, call, outputs=call.outputs)
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.call = call
-        fixed = (value for name, value in found.items() if name not in call.differentiable)
+        outputs, kept = per_token_fwd(hidden, weight, bias, call)
+        ctx.keeps_gradient = keeps_gradient(call)
+        inputs = () if ctx.keeps_gradient or not kept else (hidden, weight, bias)
+        ctx.save_for_backward(*kept, *inputs)
+        ctx.call, ctx.num_kept, ctx.dtype = call, len(kept), hidden.dtype
+        named = zip(call.outputs, outputs, strict=True)
+        fixed = (value for name, value in named if name not in call.differentiable)
         ctx.mark_non_differentiable(*fixed)
         ctx.set_materialize_grads(False)
-        return tuple(found.values())
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None):
         given = dict(zip(ctx.call.outputs, dys, strict=True))
-        coef, entropy_coef = given["loss"], given.get("entropy")
-        hidden, weight, bias = ctx.saved_tensors
-        return *per_token_bwd(hidden, weight, bias, ctx.call, coef, entropy_coef), None
+        coefs: Any = given.get("loss"), given.get("entropy")
+        if coefs[0] is None and coefs[1] is None:
+            return None, None, None, None
+        # Once: inside of a checkpoint a second reading raises.
+        saved = ctx.saved_tensors
+        kept, inputs = saved[: ctx.num_kept], saved[ctx.num_kept :]
+        if ctx.keeps_gradient:
+            return scaled_rows(kept[0], coefs[0], ctx.dtype), None, None, None
+        hidden, weight, bias = inputs
+        return *per_token_bwd(hidden, weight, bias, ctx.call, kept, coefs), None
 
 
 # torch.compile does not look into an operator: inside, chunks and kernels run as in eager code.
 
 
-def _rebuilt(label, class_weight, options, compute_dtype, outputs, needs):
+def _rebuilt(label, class_weight, options, compute_dtype, names, needs):
     """Rebuild the call from an operator's arguments; the host waits for the label count here."""
     count = None
     if options.ignore_index is not None and not is_capturing(label):
         count = count_labels(label, options.ignore_index)
+    outputs, differentiable = (tuple(words.split()) for words in names)
     return LinearLossCall(
-        label, options, compute_dtype, tuple(outputs.split()), (), tuple(needs), class_weight, count
+        label, options, compute_dtype, outputs, differentiable, tuple(needs), class_weight, count
     )
 
 
@@ -160,9 +210,11 @@ def _head_loss_op(
 ) -> list[Tensor]:
     """Return the outputs, and of a sum or mean also the gradients that are needed."""
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, scale)
-    call = _rebuilt(label, class_weight, options, compute_dtype, outputs, needs)
+    names = outputs, differentiable
+    call = _rebuilt(label, class_weight, options, compute_dtype, names, needs)
     if inverse is None:
-        return list(sweep(hidden, weight, bias, call, outputs=call.outputs)[0].values())
+        values, kept = per_token_fwd(hidden, weight, bias, call)
+        return [*values, *kept]
     values, grads = total_fwd(hidden, weight, bias, call, inverse)
     dtypes = _grad_dtypes(weight, compute_dtype)
     made = grads.times(torch.ones_like(inverse), dtypes)
@@ -171,7 +223,7 @@ def _head_loss_op(
 
 @_head_loss_op.register_fake
 def _(hidden, weight, bias, label, class_weight, inverse, *rest):
-    *_, compute_dtype, outputs, _, needs = rest
+    *_, compute_dtype, outputs, differentiable, needs = rest
     wide = wide_dtype(compute_dtype)
     values = [
         label.new_empty(
@@ -181,7 +233,11 @@ def _(hidden, weight, bias, label, class_weight, inverse, *rest):
         for name in outputs.split()
     ]
     if inverse is None:
-        return values
+        call = _rebuilt(label, None, LossOptions(), compute_dtype, (outputs, differentiable), needs)
+        if keeps_gradient(call):
+            return [*values, torch.empty_like(hidden, dtype=compute_dtype)]
+        rows = kept_names(call)
+        return [*values, *(label.new_empty(label.shape, dtype=wide) for _ in rows)]
     dtypes = _grad_dtypes(weight, compute_dtype)
     for tensor, dtype, is_needed in zip((hidden, weight, bias), dtypes, needs, strict=True):
         if is_needed:
@@ -196,6 +252,7 @@ def _head_loss_backward_op(
     bias: Tensor | None,
     label: Tensor,
     class_weight: Tensor | None,
+    kept: list[Tensor],
     coef: Tensor | None,
     entropy_coef: Tensor | None,
     ignore_index: int | None,
@@ -207,8 +264,8 @@ def _head_loss_backward_op(
     needs: list[bool],
 ) -> list[Tensor]:
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, scale)
-    call = _rebuilt(label, class_weight, options, compute_dtype, "", needs)
-    grads = per_token_bwd(hidden, weight, bias, call, coef, entropy_coef)
+    call = _rebuilt(label, class_weight, options, compute_dtype, ("", ""), needs)
+    grads = per_token_bwd(hidden, weight, bias, call, tuple(kept), (coef, entropy_coef))
     return [grad for grad in grads if grad is not None]
 
 
@@ -224,17 +281,24 @@ def _setup(ctx, inputs, output):
     ctx.outputs, ctx.differentiable = outputs.split(), differentiable.split()
     ctx.is_per_token = inverse is None
     ctx.dtypes = _dtypes(hidden, weight, bias)
-    if inverse is None:
-        ctx.save_for_backward(hidden, weight, bias, label, class_weight)
+    kept = output[len(ctx.outputs) :]
+    ctx.keeps_gradient = inverse is None and len(kept) == 1
+    if ctx.keeps_gradient:
+        ctx.save_for_backward(*kept)
+    elif inverse is None:
+        ctx.save_for_backward(hidden, weight, bias, label, class_weight, *kept)
     else:
-        ctx.save_for_backward(inverse, *output[len(ctx.outputs) :])
+        ctx.save_for_backward(inverse, *kept)
 
 
 def _backward(ctx, dys):
     given = {k: dy for k, dy in zip(ctx.outputs, dys, strict=False) if k in ctx.differentiable}
-    if ctx.is_per_token:
-        coefs = given["loss"], given.get("entropy")
-        made = _head_loss_backward_op(*ctx.saved_tensors, *coefs, *ctx.options, ctx.needs)
+    coefs = given.get("loss"), given.get("entropy")
+    if ctx.keeps_gradient:
+        made = [scaled_rows(ctx.saved_tensors[0], coefs[0], ctx.dtypes[0])]
+    elif ctx.is_per_token:
+        saved = ctx.saved_tensors
+        made = _head_loss_backward_op(*saved[:5], list(saved[5:]), *coefs, *ctx.options, ctx.needs)
     else:
         inverse, *made = ctx.saved_tensors
         factor = backward_grad_scale(given["loss"], inverse, ctx.options[-1])
@@ -248,7 +312,7 @@ def _backward(ctx, dys):
 _head_loss_op.register_autograd(_backward, setup_context=_setup)
 
 
-def compiled(hidden, weight, bias, call, inverse):
+def compiled(hidden, weight, bias, call, inverse=None):
     """Return call.outputs inside a graph of torch.compile."""
     o = call.options
     fields = (o.ignore_index, o.label_smoothing, o.z_loss, o.softcap, o.scale, call.compute_dtype)

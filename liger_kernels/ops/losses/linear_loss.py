@@ -10,7 +10,7 @@ over few chunks (accumulator_dtype).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,7 +19,9 @@ from liger_kernels.ops.losses.chunk_size import accumulator_dtype, chunk_tokens
 from liger_kernels.ops.losses.grads_in_forward import scaled
 from liger_kernels.ops.losses.label_count import LabelCount, rows_with_labels
 from liger_kernels.ops.losses.options import LossOptions, wide_dtype, without_autocast
+from liger_kernels.ops.losses.row_gradient import gradient_rows
 from liger_kernels.ops.losses.row_loss import loss_rows
+from liger_kernels.ops.losses.row_loss_torch import KeptRows
 from liger_kernels.ops.products import has_wide_products
 
 
@@ -45,6 +47,10 @@ class LinearLossCall:
     class_weight: torch.Tensor | None = None  # (V,) in the wide dtype
     # Of the tokens that take part, at most; None: all do.
     label_count: LabelCount | None = None
+
+    def without_gradients(self) -> LinearLossCall:
+        """Return the call of outputs that have no gradient."""
+        return replace(self, needs=(False, False, False))
 
 
 @dataclass
@@ -96,19 +102,20 @@ def sweep(
     outputs: tuple[str, ...] = (),
     coef: torch.Tensor | None = None,
     entropy_coef: torch.Tensor | None = None,
-    needs: tuple[bool, bool, bool] = (False, False, False),
+    kept: KeptRows | None = None,
 ) -> tuple[dict[str, torch.Tensor], LinearGradients]:
     """Return the named outputs of loss_rows for each token, and the gradients asked for.
 
     hidden (N, H), weight (V, H) and bias (V,) have any floating dtypes. coef and entropy_coef (N,),
-    what each token's loss and entropy is times, may have stride 0.
+    what each token's loss and entropy is times, may have stride 0; without coef there are no
+    gradients. With kept rows (N,), of a sweep of the same call, the gradients alone are computed.
     """
     # Autocast would recast some of the products, in backward perhaps unlike in forward.
     with without_autocast(weight.device):
-        return _sweep(hidden, weight, bias, call, outputs, coef, entropy_coef, needs)
+        return _sweep(hidden, weight, bias, call, outputs, coef, entropy_coef, kept)
 
 
-def _sweep(hidden, weight, bias, call, outputs, coef, entropy_coef, needs):
+def _sweep(hidden, weight, bias, call, outputs, coef, entropy_coef, kept):
     dtype, device, final_dtype = call.compute_dtype, weight.device, weight.dtype
     wide = wide_dtype(dtype)
     weight = weight.to(dtype)
@@ -120,9 +127,12 @@ def _sweep(hidden, weight, bias, call, outputs, coef, entropy_coef, needs):
     if rows is not None:
         num_rows, label = rows.numel(), label[rows]
         coef, entropy_coef = _of_rows(coef, rows), _of_rows(entropy_coef, rows)
-    needs_hidden, needs_weight, needs_bias = needs
-    # With neither gradient the weight is only read, as when it is frozen.
-    chunk = chunk_tokens(num_rows, width, vocab, dtype, device, needs_weight)
+        kept = None if kept is None else kept.map(lambda t: t[rows])
+    # With neither gradient the weight is only read, as when it is frozen. Backward has the chunks
+    # of forward: a product of another size may round its logits otherwise.
+    chunk = chunk_tokens(num_rows, width, vocab, dtype, device, call.needs[1])
+    has_grads = coef is not None and any(call.needs)
+    needs_hidden, needs_weight, needs_bias = call.needs if has_grads else (False, False, False)
     found = {
         name: torch.empty(num_rows, dtype=torch.int64 if name == "best" else wide, device=device)
         for name in outputs
@@ -134,8 +144,8 @@ def _sweep(hidden, weight, bias, call, outputs, coef, entropy_coef, needs):
     if needs_weight:
         # The first chunk writes it; without a chunk it is 0.
         allocate = torch.empty if num_rows else torch.zeros
-        kept = accumulator_dtype(dtype, final_dtype, cdiv(num_rows, chunk), device)
-        grads.weight = allocate((vocab, width), dtype=kept, device=device)
+        sum_dtype = accumulator_dtype(dtype, final_dtype, cdiv(num_rows, chunk), device)
+        grads.weight = allocate((vocab, width), dtype=sum_dtype, device=device)
     if needs_bias:
         grads.bias = torch.zeros(vocab, dtype=wide, device=device)
 
@@ -151,17 +161,8 @@ def _sweep(hidden, weight, bias, call, outputs, coef, entropy_coef, needs):
             torch.mm(x, weight.t(), out=z)
         else:
             torch.addmm(bias, x, weight.t(), out=z)
-        loss_rows(
-            z,
-            label[part],
-            call.options,
-            class_weight=call.class_weight,
-            coef=coef[part] if any(needs) else None,
-            entropy_coef=None if entropy_coef is None else entropy_coef[part],
-            dx=z if any(needs) else None,
-            overwrite=True,
-            **{name: out[part] for name, out in found.items()},
-        )
+        at = [None if t is None else t[part] for t in (coef if has_grads else None, entropy_coef)]
+        _rows_of_chunk(z, label[part], call, *at, found, kept, part)
         if needs_hidden:
             if rows is None:
                 torch.mm(z, weight, out=grads.hidden[part])
@@ -176,3 +177,14 @@ def _sweep(hidden, weight, bias, call, outputs, coef, entropy_coef, needs):
             absent = -1 if name == "best" else 0
             found[name] = out.new_full((num_tokens,), absent).index_copy_(0, rows, out)
     return found, grads
+
+
+def _rows_of_chunk(z, label, call, coef, entropy_coef, found, kept, part):
+    """Fill the outputs of a chunk's rows from logits z, which become their gradient."""
+    options = {"class_weight": call.class_weight, "coef": coef, "entropy_coef": entropy_coef}
+    if kept is not None:
+        gradient_rows(z, label, call.options, kept.map(lambda t: t[part]), **options)
+        return
+    outputs = {name: out[part] for name, out in found.items()}
+    dx = None if coef is None else z
+    loss_rows(z, label, call.options, **options, dx=dx, overwrite=True, **outputs)

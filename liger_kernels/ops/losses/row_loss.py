@@ -1,7 +1,4 @@
-"""Losses and gradients of rows of logits: the launcher of row_loss_kernel.py, and its torch code.
-
-The torch code serves devices without Triton, and fp64.
-"""
+"""Losses and gradients of rows of logits: the launcher of row_loss_kernel.py."""
 
 from __future__ import annotations
 
@@ -11,8 +8,9 @@ import torch
 
 from liger_kernels.ops.backend import runs_triton
 from liger_kernels.ops.launcher import Launch, cache_by_shape, cdiv, lookup, next_power_of_2
-from liger_kernels.ops.losses.options import LossOptions, wide_dtype, without_autocast
+from liger_kernels.ops.losses.options import LossOptions
 from liger_kernels.ops.losses.row_loss_kernel import loss_rows_kernel
+from liger_kernels.ops.losses.row_loss_torch import RowCall, loss_rows_torch
 
 
 class _Shape(NamedTuple):
@@ -46,10 +44,8 @@ _WIDE_SHAPES = (
 )
 # A thread reads 16 bytes of bf16 at a time: a warp's width in elements.
 _WARP_LANES = 256
-# It widens at most this many logits at a time where it needs a copy.
-_COPY_BYTES = 32 << 20
-# A logarithm whose exponential is 0 in fp64 too.
-_NO_EXP = -1e3
+# In the kernel's order.
+OUTPUTS = ("loss", "nll", "entropy", "best", "peak", "log_total", "mean")
 
 
 def _shape_of(vocab: int, is_wide: bool) -> _Shape:
@@ -67,43 +63,42 @@ def loss_rows(
     coef: torch.Tensor | None = None,
     entropy_coef: torch.Tensor | None = None,
     dx: torch.Tensor | None = None,
-    loss: torch.Tensor | None = None,
-    nll: torch.Tensor | None = None,
-    entropy: torch.Tensor | None = None,
-    best: torch.Tensor | None = None,
     overwrite: bool = False,
+    **outputs: torch.Tensor,
 ) -> None:
-    """Fill the outputs that are given from logits x (M, V) and labels (M,).
+    """Fill the outputs that are given, some of OUTPUTS, from logits x (M, V) and labels (M,).
 
     Rows of x and dx are packed, at any stride; label, coef and entropy_coef (M,) may have any
-    stride, 0 too; class_weight (V,) is wide. With overwrite x is scratch memory and dx, if given,
-    is x itself; else x is left as it is.
+    stride, 0 too; class_weight (V,) is wide, and None where a mean is asked for. With overwrite x
+    is scratch memory and dx, if given, is x itself; else x is left as it is.
     """
     num_rows, vocab = x.shape
     if num_rows == 0:
         return
     if not runs_triton(x):
-        tensors = (x, label, coef, entropy_coef, dx, loss, nll, entropy, best)
-        _loss_rows_torch(options, class_weight, overwrite, *tensors)
+        call = RowCall(options, class_weight, overwrite)
+        loss_rows_torch(call, x, label, coef, entropy_coef, dx, outputs)
         return
     is_wide = (
         x.element_size() > 2
         or options.softcap is not None
         or options.label_smoothing != 0.0
-        or not (entropy is entropy_coef is best is None)
+        or entropy_coef is not None
+        or bool({"entropy", "best", "mean"} & outputs.keys())
     )
     launch = _launch_of(
         _shape_of(vocab, is_wide),
         num_rows,
         vocab,
         tuple(None if t is None else t.stride(0) for t in (x, dx, coef, entropy_coef)),
-        tuple(t is not None for t in (class_weight, loss, nll, entropy, best)),
+        class_weight is not None,
+        frozenset(outputs),
         options,
     )
     # The kernel reads these two at their first address and every one after it.
     label = label.contiguous()
     class_weight = None if class_weight is None else class_weight.contiguous()
-    launch(x, label, class_weight, coef, entropy_coef, dx, loss, nll, entropy, best)
+    launch(x, label, class_weight, coef, entropy_coef, dx, *map(outputs.get, OUTPUTS))
 
 
 @cache_by_shape
@@ -112,11 +107,11 @@ def _launch_of(
     num_rows: int,
     vocab: int,
     strides: tuple[int | None, ...],
-    are_there: tuple[bool, ...],
+    has_class_weight: bool,
+    outputs: frozenset[str],
     options: LossOptions,
 ) -> Launch:
     stride_x, stride_dx, stride_coef, stride_entropy_coef = strides
-    has_class_weight, has_loss, has_nll, has_entropy, has_best = are_there
     return Launch(
         loss_rows_kernel,
         (num_rows,),
@@ -138,103 +133,9 @@ def _launch_of(
         HAS_SCALE=options.scale != 1.0,
         HAS_DX=stride_dx is not None,
         HAS_ENTROPY_COEF=stride_entropy_coef is not None,
-        HAS_LOSS=has_loss,
-        HAS_NLL=has_nll,
-        HAS_ENTROPY=has_entropy,
-        HAS_BEST=has_best,
+        **{f"HAS_{name.upper()}": name in outputs for name in OUTPUTS},
         LANES=min(shape.block, shape.keep, _WARP_LANES * shape.num_warps),
         BLOCK_V=shape.block,
         KEEP_V=shape.keep,
         num_warps=shape.num_warps,
     )
-
-
-def _loss_rows_torch(options, class_weight, overwrite, x, *tensors) -> None:
-    """Fill what loss_rows fills: label, coef, entropy_coef, dx, loss, nll, entropy and best."""
-    num_rows, vocab = x.shape
-    in_place = overwrite and x.dtype == wide_dtype(x.dtype)
-    step = num_rows if in_place else max(1, _COPY_BYTES // (4 * vocab))
-    for start in range(0, num_rows, step):
-        part = [None if t is None else t[start : start + step] for t in (x, *tensors)]
-        with without_autocast(x.device):
-            _some_rows(options, class_weight, in_place, *part)
-
-
-def _some_rows(
-    options, class_weight, in_place, x, label, coef, entropy_coef, dx, loss, nll, entropy, best
-):
-    vocab = x.shape[1]
-    # The names follow the values: one buffer is logits, shifted logits, exponentials, gradient.
-    z = x if in_place else x.to(wide_dtype(x.dtype), copy=True)
-    if options.scale != 1.0:
-        z.mul_(options.scale)
-    slope = None
-    if options.softcap is not None:
-        slope = z.div_(options.softcap).tanh_()
-        z = slope * options.softcap
-    is_ignored = label == (vocab if options.ignore_index is None else options.ignore_index)
-    is_wrong = ((label < 0) | (label >= vocab)) & ~is_ignored
-    column = label.masked_fill(is_ignored | is_wrong, 0).long()[:, None]
-    z_label = z.gather(1, column)[:, 0].masked_fill(is_wrong, float("nan"))
-    if best is not None:
-        best.copy_(z.argmax(1).masked_fill(is_ignored, -1))
-    w_label, weight_sum = 1.0, float(vocab)
-    if class_weight is not None:
-        class_weight = class_weight.to(z.dtype)
-        w_label, weight_sum = class_weight[column[:, 0]], class_weight.sum()
-
-    peak = z.amax(1)
-    z.sub_(peak[:, None])
-    if options.label_smoothing:
-        # Of distances from the peak: of large logits the sum would overflow, or lose its digits.
-        weighted = z.sum(1) if class_weight is None else z @ class_weight
-    if entropy is not None or entropy_coef is not None:
-        # Below it, exp is 0 and the logit adds nothing; 0 * -inf would be NaN.
-        shifted = z.clamp_min(_NO_EXP)
-    e = z.exp_()
-    total = e.sum(1)
-    log_total = total.log()
-    lse = peak + log_total
-    row_nll = log_total + (peak - z_label)
-    if nll is not None:
-        nll.copy_(row_nll.masked_fill(is_ignored, 0.0))
-    if entropy is not None or entropy_coef is not None:
-        row_entropy = log_total - (e * shifted).sum(1) / total
-    if entropy is not None:
-        entropy.copy_(row_entropy.masked_fill(is_ignored, 0.0))
-    if loss is not None:
-        row_loss = w_label * row_nll
-        if options.label_smoothing:
-            smooth = (weight_sum * log_total - weighted) / vocab
-            # Not lerp, which takes the difference of two infinite losses.
-            row_loss = (1.0 - options.label_smoothing) * row_loss + options.label_smoothing * smooth
-        if options.z_loss:
-            # From the left: lse^2 may overflow where its product with z_loss does not.
-            row_loss = row_loss + options.z_loss * lse * lse
-        loss.copy_(row_loss.masked_fill(is_ignored, 0.0))
-    if dx is None:
-        return
-
-    coef = coef.to(z.dtype).masked_fill(is_wrong, float("nan")).masked_fill(is_ignored, 0.0)
-    at_all = at_label = coef * w_label
-    if options.label_smoothing:
-        spread = coef * (options.label_smoothing / vocab)
-        at_label = at_label * (1.0 - options.label_smoothing)
-        at_all = at_label + spread * weight_sum
-    if options.z_loss:
-        at_all = at_all + 2.0 * options.z_loss * coef * lse
-    at_all = at_all.masked_fill(is_ignored, 0.0)[:, None]
-    if entropy_coef is not None:
-        entropy_coef = entropy_coef.to(z.dtype).masked_fill(is_ignored, 0.0)[:, None]
-        log_p = shifted.sub_(log_total[:, None])
-        at_all = at_all - log_p.add_(row_entropy[:, None]).mul_(entropy_coef)
-    dz = e.mul_(at_all.div_(total[:, None]))
-    if options.label_smoothing:
-        dz.sub_(spread[:, None] if class_weight is None else spread[:, None] * class_weight)
-    dz.scatter_add_(1, column, -at_label[:, None])
-    if slope is not None:
-        dz.mul_(slope.square_().neg_().add_(1.0))
-    if options.scale != 1.0:
-        dz.mul_(options.scale)
-    if dz is not dx:
-        dx.copy_(dz)

@@ -57,7 +57,7 @@ def _add_tile(
     weights,
     bests,
     HAS_MOMENTS: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr,
+    HAS_WEIGHTED: tl.constexpr,
     HAS_BEST: tl.constexpr,
 ):
     """Add a tile to the running maximum, sum of exponentials, and what else a lane keeps.
@@ -81,7 +81,7 @@ def _add_tile(
         # Sums of e * (z - peak) stay small where sums of e * z would cancel.
         moments = tl.where(shrink > 0.0, shrink * (moments + sums * rise), 0.0)
         moments += tl.sum(tl.where(e > 0.0, e * below, 0.0), 0)
-    if HAS_SMOOTHING:
+    if HAS_WEIGHTED:
         # Likewise: sums of w * z would overflow, or lose the digits of their distance from lse.
         weighted += tl.where(weights != 0.0, weights * rise, 0.0)
         weighted += tl.sum(tl.where(w != 0.0, w * below, 0.0), 0)
@@ -130,6 +130,9 @@ def loss_rows_kernel(
     nll_ptr,  # (M,) fp32 or None
     entropy_ptr,  # (M,) fp32 or None
     best_ptr,  # (M,) int64 or None
+    peak_ptr,  # (M,) fp32 or None
+    log_total_ptr,  # (M,) fp32 or None: with the peak, lse
+    mean_ptr,  # (M,) fp32 or None: of z
     stride_xm,
     stride_dxm,
     stride_coefm,
@@ -152,11 +155,15 @@ def loss_rows_kernel(
     HAS_NLL: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_BEST: tl.constexpr,
+    HAS_PEAK: tl.constexpr,
+    HAS_LOG_TOTAL: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_V: tl.constexpr,
     KEEP_V: tl.constexpr,
 ):
     HAS_MOMENTS: tl.constexpr = HAS_ENTROPY or HAS_ENTROPY_COEF
+    HAS_WEIGHTED: tl.constexpr = HAS_SMOOTHING or HAS_MEAN
     row = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + row * stride_xm
     scale = fp32(scale)
@@ -210,7 +217,7 @@ def loss_rows_kernel(
             w = tl.load(class_weight_ptr + cols)
         peaks, sums, moments, weighted, weights, bests = _add_tile(
             z, w, cols, peaks, sums, moments, weighted, weights, bests,
-            HAS_MOMENTS, HAS_SMOOTHING, HAS_BEST,
+            HAS_MOMENTS, HAS_WEIGHTED, HAS_BEST,
         )  # fmt: skip
     kept = tl.load(x_row + kept_cols, mask=is_read, other=0.0, eviction_policy="evict_first")
     kept_z = _logits(kept, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
@@ -220,7 +227,7 @@ def loss_rows_kernel(
     kept_z = tl.where(is_read, kept_z, float("-inf"))
     peaks, sums, moments, weighted, weights, bests = _add_tile(
         kept_z, kept_w, kept_cols, peaks, sums, moments, weighted, weights, bests,
-        HAS_MOMENTS, HAS_SMOOTHING, HAS_BEST,
+        HAS_MOMENTS, HAS_WEIGHTED, HAS_BEST,
     )  # fmt: skip
 
     # A row that was not read has no peak; 0 keeps what is computed for nothing finite.
@@ -229,6 +236,10 @@ def loss_rows_kernel(
     total = tl.where(is_ignored, 1.0, tl.sum(sums * shrink, 0))
     log_total = tl.log2(total) * 0.6931471805599453
     lse = peak + log_total
+    if HAS_PEAK:
+        tl.store(peak_ptr + row, peak)
+    if HAS_LOG_TOTAL:
+        tl.store(log_total_ptr + row, log_total)
     # A confident row has z_label == peak and keeps the digits of log_total.
     nll = log_total + (peak - z_label)
     if HAS_NLL:
@@ -245,10 +256,13 @@ def loss_rows_kernel(
     weight_sum = V * fp32(1.0)
     if HAS_SMOOTHING and HAS_CLASS_WEIGHT:
         weight_sum = tl.sum(weights, 0)
+    if HAS_WEIGHTED:
+        weighted += tl.where(weights != 0.0, weights * (peaks - peak), 0.0)
+        if HAS_MEAN:
+            tl.store(mean_ptr + row, tl.where(is_ignored, 0.0, peak + tl.sum(weighted, 0) / V))
     if HAS_LOSS:
         loss = w_label * nll
         if HAS_SMOOTHING:
-            weighted += tl.where(weights != 0.0, weights * (peaks - peak), 0.0)
             smooth = (weight_sum * log_total - tl.sum(weighted, 0)) / V
             loss = (1.0 - label_smoothing) * loss + label_smoothing * smooth
         if HAS_Z_LOSS:

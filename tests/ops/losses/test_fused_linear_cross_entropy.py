@@ -26,11 +26,9 @@ from liger_kernels.ops import (
     fused_linear_cross_entropy,
     fused_linear_logprobs,
 )
-from liger_kernels.ops.fused_linear_cross_entropy import (
-    LOGPROBS,
-    OP,
-    fused_linear_logprobs_ref,
-)
+from liger_kernels.ops.fused_linear_cross_entropy import OP
+from liger_kernels.ops.fused_linear_logprobs import OP as LOGPROBS
+from liger_kernels.ops.fused_linear_logprobs import fused_linear_logprobs_ref
 from liger_kernels.ops.losses.label_count import LabelCount
 
 # Chunks
