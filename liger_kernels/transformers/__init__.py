@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from liger_kernels.transformers.api import apply_liger_kernel, inspect_model, patched
     from liger_kernels.transformers.loading import AutoLigerKernelForCausalLM
+    from liger_kernels.transformers.logprobs import token_logprobs
     from liger_kernels.transformers.patching.engine import PatchRecord, restore
     from liger_kernels.transformers.patching.plan import Patch, PatchPlan, Skip
 
@@ -21,6 +22,7 @@ _HOMES = {
     "inspect_model": "api",
     "patched": "api",
     "restore": "patching.engine",
+    "token_logprobs": "logprobs",
 }
 _FAMILY_PREFIX = "apply_liger_kernel_to_"
 
@@ -34,6 +36,7 @@ __all__ = [
     "inspect_model",
     "patched",
     "restore",
+    "token_logprobs",
 ]
 
 

@@ -189,7 +189,7 @@ def main() -> None:
     rank, store, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     torch.set_num_threads(1)
     # Four tokens a chunk.
-    head_loss._CHUNK_ELEMENTS = 4 * zoo.VOCAB_SIZE
+    head_loss.CHUNK_ELEMENTS = 4 * zoo.VOCAB_SIZE
     dist.init_process_group("gloo", store=dist.FileStore(store, WORLD), rank=rank, world_size=WORLD)
     found = {}
     for case in json.loads(sys.stdin.read()):

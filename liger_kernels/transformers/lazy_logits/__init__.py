@@ -22,11 +22,12 @@ result is always that of the stock model: an unknown use costs memory, not corre
       RecordedOp   loss.py   DeferredLogits.real(): materialize once, with the stock head
                      fused, chunked, or None (the real logits)
 
-sharding.py gathers the weights of a head that FSDP2 shards; callers.py reads the call stack.
+logprobs.py computes log-probabilities inside of the forward, for token_logprobs: its answer stands
+where the logits would. sharding.py gathers the weights of a head that FSDP2 shards; callers.py reads the call stack.
 
 Invariants:
   When on   In a forward with labels or shift_labels while training with gradients enabled, or with
-            skip_logits=True. skip_logits=False always gives real logits.
+            skip_logits=True or token_logprobs. skip_logits=False always gives real logits.
   Result    In training out.logits is LazyLogits; after skip_logits=True, and under torch.compile,
             it is None.
   Values    Materialized at most once, and then they are the truth: later losses use the real

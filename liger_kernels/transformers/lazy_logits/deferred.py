@@ -142,19 +142,23 @@ class DeferredLogits:
             _register(self.backward_hooks, self.made)
         return self.made
 
-    def finish_loss(self, loss: Tensor) -> None:
+    def finish_loss(self, *values: Tensor) -> None:
         """Count a loss that was computed from these logits, and prepare its backward.
 
         It brings the logits no gradient, so FSDP's hooks wait for that of the loss instead. Without
         a backward nothing would reshard the head.
+
+        Args:
+            values: The loss, or several values per token that were computed together.
         """
         self.call.has_loss = True
         _count_loss(self.head)
         if torch.compiler.is_compiling():
             return
         for deferred in self.lineage():
-            _register(deferred.backward_hooks, loss)
-        if not loss.requires_grad:
+            for value in values:
+                _register(deferred.backward_hooks, value)
+        if not any(value.requires_grad for value in values):
             reshard_if_left(self.head)
 
     def _make(self) -> Tensor:

@@ -8,10 +8,11 @@ torch.nn.DataParallel share the bound method of the original and do not work; DD
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, get_args
 
@@ -30,13 +31,14 @@ from liger_kernels.transformers.lazy_logits.deferred import (
     is_lazy_head,
     stock_output,
 )
+from liger_kernels.transformers.lazy_logits.logprobs import ARGUMENT, LogprobRequest, answer
 from liger_kernels.transformers.lazy_logits.sharding import reshard_if_left
 from liger_kernels.transformers.lazy_logits.tensor import LazyCall, LazyLogits
 from liger_kernels.transformers.replacements.calls import is_transformed
 from liger_kernels.transformers.replacements.subclasses import subclass_in_place, swap
 from liger_kernels.transformers.wrappers import inner_model, output_head
 
-__all__ = ["HeadPatch", "head_problem", "install_head", "num_fused"]
+__all__ = ["HeadPatch", "head_problem", "install_head", "is_head_patched", "num_fused"]
 
 # Where a patched model keeps its HeadPatch.
 _KEY = "_head_patch"
@@ -107,6 +109,12 @@ def head_problem(model: nn.Module) -> str | None:
     if not isinstance(getattr(active_layer(head), "out_features", None), int):
         return f"the head is a {type(head).__name__}, no linear layer: nothing to fuse"
     return None
+
+
+def is_head_patched(model: Any) -> bool:
+    """Return whether the head of a model, without its wrappers, is patched now."""
+    patch: HeadPatch | None = getattr(model, _KEY, None)
+    return patch is not None and patch.op is not None
 
 
 class HeadPatch:
@@ -225,9 +233,11 @@ def _keep_from_dynamo() -> None:
     frames: Any = importlib.import_module("torch._dynamo.eval_frame")
     skip, default = frames.FrameAction.SKIP, frames.FrameAction.DEFAULT
     # The model's own modules, which it calls, are compiled.
-    frames.set_code_exec_strategy(_call_model.__code__, frames.FrameExecStrategy(skip, default))
+    calls: Any = (_call_model, _call_for_logprobs)
+    for function in calls:
+        frames.set_code_exec_strategy(function.__code__, frames.FrameExecStrategy(skip, default))
     interpose: Any = LazyLogits.__torch_function__
-    for function in (interpose.__func__, LazyCall.show):
+    for function in (interpose.__func__, LazyCall.show, answer):
         frames.set_code_exec_strategy(function.__code__, frames.FrameExecStrategy(skip, skip))
 
 
@@ -247,6 +257,9 @@ def _forward_of(model_class: Any) -> Callable[..., Any]:
 
     # No functools.wraps: accelerate's unwrap_model follows __wrapped__ and would lose the patch.
     def forward(self: Any, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> Any:
+        request = kwargs.pop(ARGUMENT, None)
+        if request is not None:
+            return _call_for_logprobs(self, args, kwargs, request)
         return _call_model(self, args, kwargs, skip_logits)
 
     parameters = list(_parameters_of(model_class).values())
@@ -263,9 +276,7 @@ def _forward_of(model_class: Any) -> Callable[..., Any]:
 
 def _call_model(model: Any, args: Any, kwargs: dict[str, Any], skip_logits: bool | None) -> Any:
     patch: HeadPatch | None = getattr(model, _KEY, None)
-    previous: Any = None if patch is None else patch.previous
-    if previous is None:
-        previous = functools.partial(type(model).forward, model)
+    previous = _previous_forward(model, patch)
     if patch is None or patch.op is None:
         if skip_logits is not None:
             kwargs = {**kwargs, "skip_logits": skip_logits}
@@ -282,30 +293,72 @@ def _call_model(model: Any, args: Any, kwargs: dict[str, Any], skip_logits: bool
         is_on = targets is not None and model.training and torch.is_grad_enabled()
     head: Any = output_head(model) if is_on else None
     is_traced = torch.compiler.is_compiling()
-    if (
-        head is None
-        # A head that came after the patch, and cannot or must not be patched now.
-        or ((is_traced or "forward" in head.__dict__) and not is_lazy_head(head))
-        or is_transformed()
-        # Inductor generates a kernel for the loss of materialized logits.
-        or (is_traced and patch.op == "cross_entropy")
-    ):
+    # Inductor generates a kernel for the loss of materialized logits.
+    is_generated = is_traced and patch.op == "cross_entropy"
+    if is_generated or reason_not_lazy(head, is_traced) is not None:
         out = previous(*args, **kwargs)
         return _without_logits(out) if skip_logits else out
     if is_traced:
         out, stubs = call_traced(head, patch.op, previous, args, kwargs)
         return _without_logits(out, stubs.find, is_named_kept=not skip_logits)
+    with _lazy_head(head, LazyCall(patch.op, targets)):
+        out = previous(*args, **kwargs)
+    return _without_logits(out) if skip_logits else out
+
+
+def _call_for_logprobs(
+    model: Any, args: Any, kwargs: dict[str, Any], request: LogprobRequest
+) -> Any:
+    """Run the model's forward and return its output with token_logprobs' values for logits."""
+    patch: Any = getattr(model, _KEY)
+    previous = _previous_forward(model, patch)
+    head: Any = output_head(model)
+    is_traced = torch.compiler.is_compiling()
+    problem = reason_not_lazy(head, is_traced)
+    if patch.op != "fused_linear_cross_entropy":
+        problem = "the head is patched with cross_entropy, not with fused_linear_cross_entropy"
+    if problem is not None:
+        return answer(previous(*args, **kwargs), lambda value: None, request, problem)
+    problem = "the model's forward reads them"
+    if is_traced:
+        out, stubs = call_traced(head, patch.op, previous, args, kwargs)
+        return answer(out, stubs.find, request, problem)
+    with _lazy_head(head, LazyCall(patch.op, request.target)):
+        out = previous(*args, **kwargs)
+        return answer(out, _deferred_of, request, problem)
+
+
+def _previous_forward(model: Any, patch: HeadPatch | None) -> Any:
+    previous: Any = None if patch is None else patch.previous
+    return functools.partial(type(model).forward, model) if previous is None else previous
+
+
+def reason_not_lazy(head: Any, is_traced: bool) -> str | None:
+    """Return why the logits of this call are real, or None where they can be deferred."""
+    if head is None:
+        return "the model has no output head"
+    # A head that came after the patch, and cannot or must not be patched now.
+    if (is_traced or "forward" in head.__dict__) and not is_lazy_head(head):
+        return "the head came after the patch, wrapped or inside of torch.compile"
+    return "the call is inside of torch.func or forward mode" if is_transformed() else None
+
+
+@contextlib.contextmanager
+def _lazy_head(head: Any, call: LazyCall) -> Iterator[None]:
+    """Let the head answer with deferred logits."""
     # PEFT may have put an adapter in the head's place since it was patched.
     _swap(head)
     reshard_if_left(head)
-    call = LazyCall(patch.op, targets)
     head._lazy_call = call
     try:
-        out = previous(*args, **kwargs)
+        yield
     finally:
         head._lazy_call = None
         call.end()
-    return _without_logits(out) if skip_logits else out
+
+
+def _deferred_of(value: Any) -> DeferredLogits | None:
+    return getattr(value, "_deferred", None)
 
 
 def _bound(name: str, patch: HeadPatch, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -327,7 +380,7 @@ def _with_labels(
 
 def _without_logits(
     out: Any,
-    find: Callable[[Any], DeferredLogits | None] = lambda value: getattr(value, "_deferred", None),
+    find: Callable[[Any], DeferredLogits | None] = _deferred_of,
     is_named_kept: bool = False,
 ) -> Any:
     """A model's output with None for logits; in a tuple, as transformers does it, without them."""

@@ -46,7 +46,7 @@ class LogitTransform:
 
 
 # Logits the chunked route makes at a time: 256 MiB in fp32, and as much again for the gradient.
-_CHUNK_ELEMENTS = 2**26
+CHUNK_ELEMENTS = 2**26
 
 
 def loss_of(
@@ -95,8 +95,8 @@ def _loss_without_logits(
     deferred: DeferredLogits, target: Tensor, weight: Tensor | None, options: dict[str, Any]
 ) -> Tensor | None:
     gather(deferred.head)
-    linear = _linear_of(deferred)
-    transform = _transform_of(deferred.arithmetic())
+    linear = linear_of(deferred)
+    transform = transform_of(deferred.arithmetic())
     if linear is None or transform is None:
         if torch.compiler.is_compiling():
             return None
@@ -127,7 +127,7 @@ def _label_total(target: Tensor, weight: Tensor | None, ignore_index: int) -> Te
     return torch.where(total > 0, total, 1)
 
 
-def _transform_of(ops: list[RecordedOp]) -> LogitTransform | None:
+def transform_of(ops: list[RecordedOp]) -> LogitTransform | None:
     """Fold the recorded arithmetic into one scale and one softcap, or return None.
 
     Casts drop out: the fused op keeps fp32 from the product to the loss.
@@ -163,7 +163,7 @@ def _before_upcast(deferred: DeferredLogits) -> Tensor:
     return deferred.real()
 
 
-def _linear_of(deferred: DeferredLogits) -> Any:
+def linear_of(deferred: DeferredLogits) -> Any:
     """Return the plain linear layer that alone computes the head's output, or None."""
     head = deferred.head
     leaf: Any = active_layer(head)
@@ -194,7 +194,7 @@ def _chunked_loss(
         label_smoothing=label_smoothing,
         reduction="none" if reduction == "none" else "sum",
     )
-    size = max(1, _CHUNK_ELEMENTS // deferred.width)
+    size = max(1, CHUNK_ELEMENTS // deferred.width)
     chunks = zip(deferred.rows.split(size), target.split(size), strict=True)
     # Checkpointed: a chunk's logits live until its loss is known, and once more in its backward.
     losses = [checkpoint(loss_of, rows, labels, use_reentrant=False) for rows, labels in chunks]

@@ -67,7 +67,7 @@ def test_head_with_bias() -> None:
 @pytest.mark.parametrize("kind", ["lora", "lora-head", "saved-head", "saved-head-off"])
 def test_peft(kind: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     peft = pytest.importorskip("peft")
-    monkeypatch.setattr(head_loss, "_CHUNK_ELEMENTS", 7 * VOCAB)
+    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 7 * VOCAB)
     targets = ["q_proj", "lm_head"] if kind == "lora-head" else ["q_proj"]
     saved = ["lm_head"] if kind.startswith("saved-head") else None
 
@@ -134,7 +134,7 @@ def test_hooks_on_the_head() -> None:
 
 
 def test_linear_subclass_goes_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_loss, "_CHUNK_ELEMENTS", 16 * VOCAB)
+    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 16 * VOCAB)
 
     class Squared(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def test_head_with_dropout(loss: str) -> None:
 
 
 def test_all_labels_ignored_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_loss, "_linear_of", lambda pending: None)
+    monkeypatch.setattr(head_loss, "linear_of", lambda pending: None)
     model = make()
     install_head(model, FUSED)
     inputs = make_inputs()
@@ -239,7 +239,7 @@ def test_mixed_dtypes_case_80(
     stock = step(model, **make_inputs())
     handle.remove()
     if kind == "chunked":
-        monkeypatch.setattr(head_loss, "_linear_of", lambda pending: None)
+        monkeypatch.setattr(head_loss, "linear_of", lambda pending: None)
     elif kind == "real":
         monkeypatch.setattr(head_ops, "loss_of", lambda *args, **kwargs: None)
     install_head(model, FUSED)

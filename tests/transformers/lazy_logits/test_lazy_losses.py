@@ -41,8 +41,8 @@ def test_cross_entropy_options(
     options: dict[str, Any], chunked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunked:
-        monkeypatch.setattr(head_loss, "_linear_of", lambda pending: None)
-        monkeypatch.setattr(head_loss, "_CHUNK_ELEMENTS", 7 * VOCAB)
+        monkeypatch.setattr(head_loss, "linear_of", lambda pending: None)
+        monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 7 * VOCAB)
     ignored = options.get("ignore_index", -100)
     assert_loss_is_stock(
         lambda logits, labels: F.cross_entropy(
@@ -69,7 +69,7 @@ def test_cross_entropy_options(
     ],
 )  # fmt: skip
 def test_recorded_operations(loss_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_loss, "_CHUNK_ELEMENTS", 7 * VOCAB)
+    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 7 * VOCAB)
     assert_loss_is_stock(loss_of)
 
 
