@@ -16,6 +16,7 @@ from liger_kernels.ops.layer_norm import layer_norm
 from liger_kernels.ops.lora_linear import lora_linear
 from liger_kernels.ops.rms_norm import rms_norm
 from liger_kernels.ops.rope import rope
+from liger_kernels.ops.sequence_sums import sequence_sums
 
 __all__ = [
     "LabelCount",
@@ -32,5 +33,6 @@ __all__ = [
     "lora_linear",
     "rms_norm",
     "rope",
+    "sequence_sums",
     "swiglu",
 ]

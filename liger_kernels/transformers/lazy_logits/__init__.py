@@ -22,8 +22,9 @@ result is always that of the stock model: an unknown use costs memory, not corre
       RecordedOp   loss.py   DeferredLogits.real(): materialize once, with the stock head
                      fused, chunked, or None (the real logits)
 
-logprobs.py computes log-probabilities inside of the forward, for token_logprobs: its answer stands
-where the logits would. sharding.py gathers the weights of a head that FSDP2 shards; callers.py reads the call stack.
+logprobs.py computes log-probabilities inside of the forward, for token_logprobs: its answer is in
+the place of the logits. sharding.py gathers the weights of a head that FSDP2 shards; callers.py
+reads the call stack.
 
 Invariants:
   When on   In a forward with labels or shift_labels while training with gradients enabled, or with
