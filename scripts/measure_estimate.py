@@ -33,7 +33,7 @@ from accelerate.state import AcceleratorState, GradientState
 from liger_cli.commands.train import run as runs
 from liger_cli.commands.train.prepare import RunOptions
 from liger_cli.config import RunConfig
-from liger_cli.training import session
+from liger_cli.training import forward, session
 from liger_cli.training.memory import Batch, MemoryEstimate, meta_model_of, step_memory
 from liger_cli.training.model.source import resolve_model
 
@@ -195,7 +195,7 @@ class Phases:
 @contextlib.contextmanager
 def watching(case: Case, phases: Phases) -> Iterator[None]:
     """Record the phases of every step that the launcher's own loop runs inside."""
-    load, ask, make = runs.load_patched, session.LossOf.__call__, session.make_optimizer
+    load, ask, make = runs.load_patched, forward.LossOf.__call__, session.make_optimizer
     is_cuda = torch.cuda.is_available()
 
     def load_patched(*args: Any, **kwargs: Any) -> Any:
@@ -229,7 +229,7 @@ def watching(case: Case, phases: Phases) -> Iterator[None]:
 
     with (
         mock.patch.object(runs, "load_patched", load_patched),
-        mock.patch.object(session.LossOf, "__call__", loss_of),
+        mock.patch.object(forward.LossOf, "__call__", loss_of),
         mock.patch.object(session, "make_optimizer", make_optimizer),
     ):
         yield

@@ -24,7 +24,7 @@ from liger_cli.report import (
 )
 from liger_cli.report.inspection import describe_model
 from liger_cli.training.attention import AttentionPlan
-from liger_cli.training.evaluate import EvalResult
+from liger_cli.training.eval_result import EvalResult
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.memory.limits import RunMemory
 from liger_cli.training.result import TrainResult

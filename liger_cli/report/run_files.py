@@ -122,7 +122,7 @@ def _report_so_far(
     """Build the report of an unfinished run from its steps and its last evaluation."""
     # What knows how to sum them up imports torch, and a finished run needs nothing of it.
     from liger_cli.report.build import add_evaluation
-    from liger_cli.training.evaluate import EvalResult
+    from liger_cli.training.eval_result import EvalResult
     from liger_cli.training.evaluations import evaluated_values
     from liger_cli.training.result import StepMetrics, summary
 

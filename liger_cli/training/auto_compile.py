@@ -18,11 +18,10 @@ from accelerate.utils import gather_object
 from liger_cli.common.failures import is_out_of_memory
 from liger_cli.common.measure import free_cached_memory
 from liger_cli.config import RunConfig
-from liger_cli.data.batches import count_labels
 from liger_cli.data.feed import make_feed
 from liger_cli.training.checkpoints.random_state import kept_random_state
-from liger_cli.training.forward import LossOf
 from liger_cli.training.model.loading import layers_of
+from liger_cli.training.objectives.objective import Objective
 from liger_cli.training.prepared import PreparedRun
 from liger_cli.training.runtime import device_timer
 
@@ -77,7 +76,7 @@ def decide_early(
     return None
 
 
-def decide_measured(run: PreparedRun, model: Any, loss_of: LossOf) -> Decision:
+def decide_measured(run: PreparedRun, model: Any, objective: Objective) -> Decision:
     """Measure passes of the first batch, and compile the layers of the model where that pays.
 
     Random generators, gradients, buffers and the data are as before, and no optimizer step is
@@ -87,10 +86,10 @@ def decide_measured(run: PreparedRun, model: Any, loss_of: LossOf) -> Decision:
     Args:
         run: The prepared run, whose torch_compile is auto.
         model: The prepared model.
-        loss_of: Of the model.
+        objective: Of the run.
     """
     with _untouched(model, run.device):
-        step = _Pass(run, model, loss_of)
+        step = _Pass(run, model, objective)
         found = _measure(step)
         decision = _agreed(found if isinstance(found, Decision) else _judge(found, run, model))
         if decision.compiles:
@@ -127,20 +126,21 @@ class _Idle:
 class _Pass:
     """Forward and backward of the first micro-batch of a run, without an optimizer step."""
 
-    def __init__(self, run: PreparedRun, model: Any, loss_of: LossOf) -> None:
+    def __init__(self, run: PreparedRun, model: Any, objective: Objective) -> None:
         timer = device_timer.device_timer(run.device)
         assert timer is not None, "decide_early has decided"
         self.timer = timer
         # A feed for this alone: that of the run stays where it is.
         [window] = make_feed(run.inputs.train, run.batches, run.inputs.collator).windows(1, 1)
         self._batch, self.num_batches = window[0], len(window)
-        self._accelerator, self.model, self._loss_of = run.accelerator, model, loss_of
+        self._accelerator, self.model, self._objective = run.accelerator, model, objective
 
     def __call__(self) -> None:
         self.model.zero_grad()
         with self._accelerator.no_sync(self.model):
-            loss = self._loss_of(self.model, self._batch, count_labels(self._batch))
-            self._accelerator.backward(loss)
+            totals = self._objective.count(self._batch)
+            self._objective.begin(self.model, [self._batch], totals)
+            self._accelerator.backward(self._objective.part(self.model, self._batch, totals).loss)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError
 from liger_cli.training.checkpoints.files import checkpoint_path
 from liger_cli.training.checkpoints.run_log import JsonLines
-from liger_cli.training.evaluate import FIGURES, EvalResult
+from liger_cli.training.eval_result import FIGURES, EvalResult
 
 __all__ = ["EVAL_LOG", "Best", "EarlyStop", "Evaluations", "eval_interval", "evaluated_values"]
 

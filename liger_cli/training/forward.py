@@ -1,8 +1,4 @@
-"""The loss of a batch, through the arguments that a model's forward takes.
-
-This is the objective of training. Another objective is another class with the same call, chosen
-where TrainSession creates LossOf.
-"""
+"""The model's own loss of a batch, through the arguments that its forward takes."""
 
 from __future__ import annotations
 

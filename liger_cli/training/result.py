@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from liger_cli.common.measure import median_after_warm_up
 from liger_cli.data.batches import BatchPlan
-from liger_cli.training.evaluate import EvalResult
+from liger_cli.training.eval_result import EvalResult
 from liger_cli.training.evaluations import Best, EarlyStop
 
 __all__ = ["COUNTS", "STEP_FIELDS", "StepMetrics", "TrainResult", "summary"]
@@ -17,7 +17,12 @@ __all__ = ["COUNTS", "STEP_FIELDS", "StepMetrics", "TrainResult", "summary"]
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """A line of metrics.jsonl. grad_norm is None where float16 overflowed: the step was skipped."""
+    """A line of metrics.jsonl. grad_norm is None where float16 overflowed: the step was skipped.
+
+    Attributes:
+        means: The objective's other means by name, such as rewards/margins; each a number of the
+            line as well.
+    """
 
     step: int
     loss: float
@@ -28,6 +33,11 @@ class StepMetrics:
     step_ms: float
     tokens_per_s: float
     peak_memory_bytes: int
+    means: Mapping[str, float | None] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """Return the line."""
+        return {**{name: getattr(self, name) for name in STEP_FIELDS}, **self.means}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> StepMetrics:
@@ -37,11 +47,13 @@ class StepMetrics:
             absent = None if name == "grad_norm" else 0 if name in COUNTS else math.nan
             value = row.get(name)
             values[name] = absent if value is None else value
-        return cls(**values)
+        # A mean of an objective has a group in its name.
+        means = {name: value for name, value in row.items() if "/" in name}
+        return cls(**values, means=means)
 
 
 COUNTS = ("step", "tokens", "trained_tokens", "peak_memory_bytes")
-STEP_FIELDS = tuple(entry.name for entry in fields(StepMetrics))
+STEP_FIELDS = tuple(entry.name for entry in fields(StepMetrics) if entry.name != "means")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The state of a training run, and what can be done with it: the parts of the loop.
 
 Where to add a feature:
-- an objective: another class with the signature of `LossOf` (forward.py), chosen in `__init__`;
+- an objective: a class in objectives/, with a row in objectives/table.py;
 - a parallel layout: `make_accelerator` (runtime/launch.py) accepts the launch, and
   `accelerator.prepare` in `__init__` wraps the model;
 - an attention: `load_model` (model/source.py) selects it before the session exists.
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,20 @@ from accelerate.utils import set_seed
 
 from liger_cli.common.measure import StepTime
 from liger_cli.config import RunConfig
-from liger_cli.data.batches import BatchPlan, count_labels, count_tokens
+from liger_cli.data.batches import BatchPlan
 from liger_cli.data.feed import Feed, identity, make_feed
 from liger_cli.training.auto_compile import AUTO, decide_measured
 from liger_cli.training.checkpoints.run_log import STEP_LOG, JsonLines, copy_logs
 from liger_cli.training.checkpoints.saver import Saver, is_due
 from liger_cli.training.checkpoints.state import ResumePoint, TrainState, load_state
 from liger_cli.training.embedding_noise import add_embedding_noise
-from liger_cli.training.evaluate import EvalResult, evaluate_inputs
+from liger_cli.training.eval_result import EvalResult
+from liger_cli.training.evaluate import evaluate_inputs
 from liger_cli.training.evaluations import EVAL_LOG, EarlyStop, Evaluations, eval_interval
-from liger_cli.training.forward import LossOf
 from liger_cli.training.model.adapters import is_adapted, save_weights
 from liger_cli.training.model.new_tokens import write_tokens
+from liger_cli.training.objectives.objective import Part, Totals
+from liger_cli.training.objectives.table import make_objective
 from liger_cli.training.optim.optimizers import Schedule, make_optimizer
 from liger_cli.training.prepared import PreparedRun
 from liger_cli.training.result import COUNTS, STEP_FIELDS, StepMetrics, TrainResult
@@ -66,19 +68,25 @@ class Callbacks:
 
 @dataclass(frozen=True)
 class OptimizerStep:
-    """An optimizer step; tokens are counted over all processes.
+    """An optimizer step.
 
     Attributes:
-        loss: Mean over the trained tokens of the step.
+        loss: Mean over the step, before its update.
         learning_rate: The rate that the step was taken with.
         grad_norm: Norm of the gradient before clipping.
+        totals: Counts of the step, over all processes.
+        metrics: The objective's other means over the step, by name.
     """
 
     loss: float
     learning_rate: float
     grad_norm: float
-    num_tokens: int
-    num_labels: int
+    totals: Totals
+    metrics: Mapping[str, float]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.totals.tokens
 
 
 class TrainSession:
@@ -100,7 +108,7 @@ class TrainSession:
     ) -> None:
         config, accelerator = run.config, run.accelerator
         self._run, self._record, self._callbacks = run, record, callbacks or Callbacks()
-        self._loss_of = LossOf(model, run.device)
+        self._objective = make_objective(config, model, run.device)
         if config.gradient_checkpointing:
             _recompute_activations(model)
         if config.neftune_noise_alpha:
@@ -112,7 +120,7 @@ class TrainSession:
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._feed = ResizableBatches(run.batches, self._feed_of)
         self._gradients = Gradients(
-            self._model, self._loss_of, accelerator, self._feed, shrinks=config.auto_fit
+            self._model, self._objective, accelerator, self._feed, shrinks=config.auto_fit
         )
         self._state = TrainState(
             accelerator,
@@ -146,7 +154,7 @@ class TrainSession:
         """Decide on torch_compile where it is auto, before anything of the run has begun."""
         line = None
         if self._run.config.torch_compile == AUTO:
-            decision = decide_measured(self._run, self._model, self._loss_of)
+            decision = decide_measured(self._run, self._model, self._objective)
             config = self._run.config.model_copy(update={"torch_compile": decision.compiles})
             self._run, line = replace(self._run, config=config), decision.line
         if self._run.is_main:
@@ -215,26 +223,31 @@ class TrainSession:
         """
         accelerator, step = self._run.accelerator, self.num_done + 1
         batches = next(self._windows)
-        num_tokens, num_labels = self._sum_over_processes(
-            sum(map(count_tokens, batches)), sum(map(count_labels, batches))
-        )
+        own = sum(map(self._objective.count, batches), Totals())
+        totals = Totals(*self._sum_over_processes(*astuple(own)))
         is_first = step == self._first_step + 1
         with self._record.count_calls() if is_first else contextlib.nullcontext():
-            loss = self._gradients.add(step, batches, num_labels)
+            part = self._gradients.add(step, batches, totals)
         max_norm = self._run.config.max_grad_norm or math.inf
         norm = accelerator.clip_grad_norm_(self._parameters, max_norm)
-        values = AsyncScalars(accelerator.reduce(loss, "sum"), norm)
+        values = AsyncScalars(accelerator.reduce(part.loss, "sum"), norm, *self._reduced(part))
         learning_rate = self._scheduler.learning_rate
         # The device runs the optimizer while the host waits for the values. Where they are not
         # finite the run ends, and the weights do not matter.
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._scheduler.step()
-        loss_value, norm_value = values.get()
+        loss_value, norm_value, *found = values.get()
         if not _is_finite(loss_value, norm_value, accelerator):
             raise non_finite(step, loss_value, norm_value, self._saver.newest)
         self.num_done = step
-        return OptimizerStep(loss_value, learning_rate, norm_value, num_tokens, num_labels)
+        metrics = dict(zip(self._objective.metrics, found, strict=True))
+        return OptimizerStep(loss_value, learning_rate, norm_value, totals, metrics)
+
+    def _reduced(self, part: Part) -> list[torch.Tensor]:
+        if not self._objective.metrics:
+            return []
+        return list(self._run.accelerator.reduce(part.metrics, "sum"))
 
     def log(self, done: OptimizerStep, time: StepTime, peak_memory_bytes: int) -> None:
         """Write the metrics of the step that was done last."""
@@ -243,13 +256,14 @@ class TrainSession:
             loss=done.loss,
             learning_rate=done.learning_rate,
             grad_norm=done.grad_norm if math.isfinite(done.grad_norm) else None,
-            tokens=done.num_tokens,
-            trained_tokens=done.num_labels,
+            tokens=done.totals.tokens,
+            trained_tokens=done.totals.labels,
             step_ms=time.step_ms,
             tokens_per_s=time.tokens_per_s,
             peak_memory_bytes=peak_memory_bytes,
+            means=done.metrics,
         )
-        self._log.write(asdict(metrics))
+        self._log.write(metrics.row())
         if self._run.is_main:
             self._callbacks.on_step(metrics)
 
@@ -295,7 +309,9 @@ class TrainSession:
         run, step = self._run, self.num_done
         if not run.evaluates:
             return
-        result = evaluate_inputs(run.config, self._model, run.inputs, run.accelerator)
+        result = evaluate_inputs(
+            run.config, self._objective, self._model, run.inputs, run.accelerator
+        )
         self._evals.add(step, result)
         if step > 0:
             self._scheduler.evaluated(result.loss)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from typing import Any
 
-import torch
-
 from liger_cli.common.failures import is_out_of_memory
 from liger_cli.data.feed import Window
-from liger_cli.training.forward import LossOf
+from liger_cli.training.objectives.objective import Objective, Part, Totals
 from liger_cli.training.runtime.auto_fit import ResizableBatches
 
 __all__ = ["Gradients"]
@@ -23,7 +22,7 @@ class Gradients:
 
     Args:
         model: The prepared model.
-        loss_of: Computes the part of a micro-batch in the loss of the step.
+        objective: Computes the part of a micro-batch in the step.
         accelerator: Of the run.
         feed: Repeats a step in smaller micro-batches.
         shrinks: Whether to do that where memory runs out.
@@ -32,30 +31,30 @@ class Gradients:
     def __init__(
         self,
         model: Any,
-        loss_of: LossOf,
+        objective: Objective,
         accelerator: Any,
         feed: ResizableBatches,
         *,
         shrinks: bool,
     ) -> None:
         self._model = model
-        self._loss_of = loss_of
+        self._objective = objective
         self._accelerator = accelerator
         self._feed = feed
         self._shrinks = shrinks
 
-    def add(self, step: int, batches: Window, num_labels: int) -> torch.Tensor:
+    def add(self, step: int, batches: Window, totals: Totals) -> Part:
         """Accumulate the gradients of a step in the parameters.
 
         Args:
             step: The number of the step, for messages.
             batches: The micro-batches of this process.
-            num_labels: Trained tokens of the whole step, on all processes.
+            totals: Counts of the whole step, on all processes.
 
         Returns:
-            The part of this process in the loss of the step, a scalar.
+            The part of this process in the step, without a graph.
         """
-        while (loss := self._unless_full(batches, num_labels)) is None:
+        while (part := self._unless_full(batches, totals)) is None:
             self._model.zero_grad()
             batches = self._feed.shrink(step)
             plan = self._feed.plan
@@ -66,29 +65,30 @@ class Gradients:
                 plan.batch_size,
                 plan.accumulation,
             )
-        return loss
+        return part
 
-    def _unless_full(self, batches: Window, num_labels: int) -> torch.Tensor | None:
-        """Return the loss, or None where memory ran out and smaller micro-batches can be tried.
+    def _unless_full(self, batches: Window, totals: Totals) -> Part | None:
+        """Return the part of this process; None: out of memory, smaller micro-batches may do.
 
         By the time of the return the error is gone, and with it the tensors that its frames hold.
         """
         try:
-            return self._add(batches, num_labels)
+            return self._add(batches, totals)
         except Exception as error:
             can_shrink = self._shrinks and self._feed.plan.batch_size > 1
             if not (can_shrink and is_out_of_memory(error)):
                 raise
         return None
 
-    def _add(self, batches: Window, num_labels: int) -> torch.Tensor:
-        accelerator = self._accelerator
-        loss = torch.zeros((), device=accelerator.device)
+    def _add(self, batches: Window, totals: Totals) -> Part:
+        accelerator, objective = self._accelerator, self._objective
+        objective.begin(self._model, batches, totals)
+        parts = []
         for batch in batches:
             is_last = batch is batches[-1]
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self._model):
-                part = self._loss_of(self._model, batch, num_labels)
+                part = objective.part(self._model, batch, totals)
                 # Gradients are averaged over processes, but the parts are one sum.
-                accelerator.backward(part * accelerator.num_processes)
-            loss += part.detach()
-        return loss
+                accelerator.backward(part.loss * accelerator.num_processes)
+            parts.append(Part(part.loss.detach(), part.metrics))
+        return functools.reduce(Part.plus, parts)

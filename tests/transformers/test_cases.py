@@ -15,6 +15,7 @@ from checks import assert_same, run, snapshot
 from torch import Tensor, nn
 
 from liger_cli.training.evaluate import evaluate
+from liger_cli.training.objectives.sft import NextToken
 from liger_kernels.ops import fused_linear_cross_entropy
 from liger_kernels.ops.backend import INTERPRETED
 from liger_kernels.transformers import apply_liger_kernel
@@ -221,6 +222,7 @@ def test_token_accuracy_case_81(family):
 
     record = apply_liger_kernel(model, "all")
     result = evaluate(
+        NextToken(model, torch.device("cpu")),
         model,
         {"": [{}] * len(labels)},
         lambda rows: {**inputs, "labels": labels},

@@ -16,6 +16,7 @@ from liger_cli.training.memory.limits import check_memory
 from liger_cli.training.model.adapters import adapts
 from liger_cli.training.model.loading import load_patched
 from liger_cli.training.model.source import resolve_model
+from liger_cli.training.objectives.table import make_objective
 from liger_cli.training.runtime.launch import make_accelerator, quiet_libraries
 from liger_cli.training.runtime.launch_variables import config_of_launch
 
@@ -43,6 +44,7 @@ def run_eval(config: RunConfig) -> RunReport | None:
     inputs = check_documents(
         config, inputs, model, accelerator, notify if is_main else lambda line: None
     )
+    objective = make_objective(config, model, device)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     if is_main:
         show_patched(report_of("eval", config, inputs, record))
@@ -56,7 +58,13 @@ def run_eval(config: RunConfig) -> RunReport | None:
                 progress.update(number)
 
         result = evaluate_inputs(
-            config, model, inputs, accelerator, record=record, on_batch=show if is_main else None
+            config,
+            objective,
+            model,
+            inputs,
+            accelerator,
+            record=record,
+            on_batch=show if is_main else None,
         )
     accelerator.end_training()
     if not is_main:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from liger_cli.commands.train.announce import announce_data, announce_kernels
@@ -25,7 +25,7 @@ from liger_cli.report.required_ops import check_required
 from liger_cli.training.checkpoints.files import checkpoint_path
 from liger_cli.training.checkpoints.resume import describe_resume
 from liger_cli.training.document_check import check_documents
-from liger_cli.training.evaluate import EvalResult
+from liger_cli.training.eval_result import EvalResult
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.loop import train
 from liger_cli.training.memory.limits import check_memory, out_of_memory
@@ -160,7 +160,7 @@ def _callbacks(run: PreparedRun, trackers: Tracking, progress: TrainProgress) ->
         write_file(run.run_dir / "config.yaml", config.to_yaml())
 
     def show_step(metrics: StepMetrics) -> None:
-        trackers.log(prefixed("train", asdict(metrics)), metrics.step)
+        trackers.log(prefixed("train", metrics.row()), metrics.step)
         if metrics.step % run.config.logging_steps == 0 or metrics.step == run.num_steps:
             progress.update(
                 metrics.step,

@@ -18,9 +18,10 @@ from accelerate import Accelerator
 
 from liger_cli.data.collate import Collator
 from liger_cli.data.examples import RowOptions, load_examples
-from liger_cli.training import evaluate as evaluation
 from liger_cli.training.evaluate import evaluate as evaluate_model
 from liger_cli.training.model.source import load_model, load_tokenizer, resolve_model
+from liger_cli.training.objectives import sft
+from liger_cli.training.objectives.sft import NextToken
 
 
 @pytest.fixture
@@ -105,15 +106,15 @@ def test_case_66_patched_evaluation_makes_no_logits(evaluate, head_shapes):
 @pytest.mark.parametrize("ops", ["auto", "none"])
 def test_case_66_statistics_are_taken_a_few_rows_at_a_time(evaluate, monkeypatch, ops):
     whole = evaluate("--ops", ops)["eval"]
-    num_rows, made, stock = 5, [], evaluation._materialize
+    num_rows, made, stock = 5, [], sft._materialize
 
     def spy(logits, rows):
         made.append(len(rows))
         return stock(logits, rows)
 
     vocab = resolve_model("gemma2").config["vocab_size"]
-    monkeypatch.setattr(evaluation, "_CHUNK_ELEMENTS", num_rows * vocab)
-    monkeypatch.setattr(evaluation, "_materialize", spy)
+    monkeypatch.setattr(sft, "_CHUNK_ELEMENTS", num_rows * vocab)
+    monkeypatch.setattr(sft, "_materialize", spy)
     assert evaluate("--ops", ops)["eval"] == pytest.approx(whole, rel=1e-6)
     assert max(made) == num_rows
 
@@ -209,7 +210,9 @@ def test_random_generators_are_left_as_they_were(data):
     wanted = draw()
     for draws in (random.seed, np.random.seed, torch.manual_seed):
         draws(7)
-    evaluate_model(model, {"": rows}, collate, batch_size=8, accelerator=Accelerator(cpu=True))
+    objective = NextToken(model, torch.device("cpu"))
+    accelerator = Accelerator(cpu=True)
+    evaluate_model(objective, model, {"": rows}, collate, batch_size=8, accelerator=accelerator)
     assert draw() == wanted
     assert model.training
 

@@ -12,7 +12,7 @@ from accelerate import tracking
 from liger_cli.config import load_config
 from liger_cli.config.eval_sets import metric_names, read_sets
 from liger_cli.errors import ConfigError
-from liger_cli.training.evaluate import EvalResult
+from liger_cli.training.eval_result import EvalResult
 
 FIGURES = ("loss", "perplexity", "token_accuracy", "entropy")
 

@@ -9,7 +9,7 @@ import pytest
 
 from liger_cli.config import load_config
 from liger_cli.errors import ConfigError
-from liger_cli.training.evaluate import EvalResult
+from liger_cli.training.eval_result import EvalResult
 from liger_cli.training.evaluations import Evaluations
 
 STUCK = ("--learning-rate", 0, "--eval-fraction", 0.2, "--eval-steps", 1, "--save-steps", 0)

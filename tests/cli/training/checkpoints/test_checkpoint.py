@@ -21,7 +21,7 @@ from liger_cli.training.checkpoints import files as checkpoint_files
 from liger_cli.training.checkpoints import saver
 from liger_cli.training.checkpoints.files import find_checkpoints, find_damage, written_aside
 from liger_cli.training.checkpoints.random_state import random_state, set_random_state
-from liger_cli.training.evaluate import EvalResult
+from liger_cli.training.eval_result import EvalResult
 from liger_cli.training.runtime import launch, stop_signals
 from liger_cli.training.runtime.stop_signals import StopRequest
 

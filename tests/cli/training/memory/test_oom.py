@@ -11,11 +11,11 @@ import torch
 
 from liger_cli.common.failures import is_out_of_memory
 from liger_cli.config import load_config
-from liger_cli.training import session
 from liger_cli.training.forward import LossOf
 from liger_cli.training.memory import Batch, limits
 from liger_cli.training.memory.limits import RunMemory, out_of_memory
 from liger_cli.training.model.presets import ModelSource
+from liger_cli.training.objectives import sft
 from liger_cli.training.runtime.auto_fit import smaller_batches
 
 # 270 million parameters, most of them in the embedding.
@@ -53,7 +53,7 @@ def limit_rows(monkeypatch):
                     raise error
                 return loss
 
-        monkeypatch.setattr(session, "LossOf", LimitedLossOf)
+        monkeypatch.setattr(sft, "LossOf", LimitedLossOf)
         return tried
 
     return limit
@@ -117,12 +117,10 @@ def test_out_of_memory_while_weights_are_loaded(train, monkeypatch):
 
 
 def test_out_of_memory_in_evaluation(train, liger, data, monkeypatch):
-    from liger_cli.training import evaluate
-
     def fail(*args, **options):
         raise torch.OutOfMemoryError("no memory for logits")
 
-    monkeypatch.setattr(evaluate, "_token_sums", fail)
+    monkeypatch.setattr(sft, "_token_sums", fail)
     for done in (
         train("--eval-fraction", 0.2),
         liger("eval", "-m", "qwen3", "-d", data, "--use-cpu", "--max-length", 64),

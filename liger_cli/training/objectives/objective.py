@@ -1,0 +1,107 @@
+"""The interface of an objective: what the loop, the evaluation and the estimate ask of a loss.
+
+The loss of an optimizer step is one mean over everything in the step, on all processes. An
+objective counts first (`Totals`), and gives each micro-batch its part of that mean afterwards, so a
+step means the same whatever the micro-batches, the accumulation, the processes and the packing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from liger_cli.training.eval_result import EvalResult
+
+__all__ = ["Batch", "Evaluation", "Objective", "Part", "Totals"]
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts of micro-batches, of which a loss may be a mean.
+
+    Attributes:
+        tokens: Those that are not padding.
+        labels: Tokens that are trained on.
+        pairs: Pairs of a chosen and a rejected answer.
+        chosen_labels: Tokens of chosen answers.
+    """
+
+    tokens: int = 0
+    labels: int = 0
+    pairs: int = 0
+    chosen_labels: int = 0
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
+    @classmethod
+    def num_fields(cls) -> int:
+        """Return how many counts there are."""
+        return len(fields(cls))
+
+
+class Part(NamedTuple):
+    """The part of a micro-batch in a step.
+
+    Attributes:
+        loss: Scalar with a gradient; the parts of a step add up to its loss.
+        metrics: (len(Objective.metrics),) float64, on the device; they add up likewise.
+    """
+
+    loss: torch.Tensor
+    metrics: torch.Tensor
+
+    def plus(self, other: Part) -> Part:
+        """Return both parts as one."""
+        return Part(self.loss + other.loss, self.metrics + other.metrics)
+
+
+class Evaluation(Protocol):
+    """Sums over evaluation data, and the means they give.
+
+    Attributes:
+        num_sums: How many sums there are.
+    """
+
+    num_sums: int
+
+    def sums(self, batch: Batch) -> torch.Tensor:
+        """Return the sums of a batch, (num_sums,) float64 on the CPU."""
+
+    def result(self, sums: torch.Tensor) -> EvalResult:
+        """Return the means of sums that were added up over batches and processes."""
+
+
+class Objective(Protocol):
+    """The loss that a run learns by: a class in a file here, with a row in OBJECTIVES (table.py).
+
+    Attributes:
+        metrics: Names of the means that a line of metrics.jsonl has beside its loss.
+    """
+
+    metrics: tuple[str, ...]
+
+    def count(self, batch: Batch) -> Totals:
+        """Count a collated batch, on the host."""
+
+    def begin(self, model: Any, batches: Sequence[Batch], totals: Totals) -> None:
+        """Prepare for the micro-batches that this process has of a step, before the first part.
+
+        Every process calls it at the same time.
+
+        Args:
+            model: The prepared model.
+            batches: The micro-batches of this process.
+            totals: Of the whole step, on all processes.
+        """
+
+    def part(self, model: Any, batch: Batch, totals: Totals) -> Part:
+        """Compute the part of a micro-batch in the step; batches come in the order of begin."""
+
+    def evaluation(self, model: Any) -> Evaluation:
+        """Return the evaluation of a model that is not wrapped for several processes."""
