@@ -150,7 +150,14 @@ SLOW = {
 }
 
 INTERPRETED = {
-    "test_case_201_tensors_of_any_layout": ("two interpreted calls a case", "strided"),
+    "test_op_is_no_worse_than_eager": (
+        "every case in float32; in the others the kernels of a GPU have all cases",
+        "-float32$|-(odd|rank-3)-",
+    ),
+    "test_case_201_tensors_of_any_layout": (
+        "two interpreted calls a case",
+        "-(x|q|residual|logits|hidden|weight)-strided",
+    ),
     "test_case_201_incoming_gradients_of_any_layout": ("two interpreted calls a case", "column"),
     "test_op_is_bitwise_reproducible": (
         "the largest shape twice",
@@ -160,7 +167,7 @@ INTERPRETED = {
         "every case of an op, and test_op_is_no_worse_than_eager has them in its own chunks",
         "logprobs",
     ),
-    "test_case_203_finite_logits_of_any_size": ("an interpreted loss a case", "-none$"),
+    "test_case_203_finite_logits_of_any_size": ("an interpreted loss a case", "-(plain|softcap)-none$"),
     "test_case_10_gradients_exist_exactly_where_asked_for": (
         "an interpreted loss a case",
         "^mean",

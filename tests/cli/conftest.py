@@ -25,6 +25,39 @@ class Outcome:
 
 Liger = Callable[..., Outcome]
 
+# Keys that no estimate of memory reads: where data and results are, and when things happen.
+_NOT_ESTIMATED = {
+    "auto_fit", "columns", "data_seed", "dataloader_num_workers", "dataset", "dataset_num_proc",
+    "early_stopping_patience", "early_stopping_threshold", "eval_dataset", "eval_fraction",
+    "eval_on_start", "eval_steps", "eval_strategy", "greater_is_better", "learning_rate",
+    "load_best_model_at_end", "logging_steps", "lr_scheduler_kwargs", "lr_scheduler_type",
+    "max_eval_samples", "max_steps", "message_fields", "metric_for_best_model",
+    "num_train_epochs", "output_dir", "packing_strategy", "profile_steps", "report_to", "roles",
+    "save_minutes", "save_steps", "save_total_limit", "seed", "shuffle_buffer_size", "streaming",
+    "text_mode", "warmup_ratio", "warmup_steps",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_estimates() -> Iterator[None]:
+    """Estimate the memory of a step once for all runs that differ in what no estimate reads.
+
+    The report of each run has the estimate, which takes longer than most runs of these tests.
+    """
+    from liger_cli.training.memory import limits
+
+    estimate, kept = limits.estimate_memory, {}
+
+    def look_up(config: Any, source: Any, batch: Any, **where: Any) -> Any:
+        key = repr((config.model_dump(exclude=_NOT_ESTIMATED), source, batch, where))
+        if key not in kept:
+            kept[key] = estimate(config, source, batch, **where)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(limits, "estimate_memory", look_up)
+        yield
+
 
 @pytest.fixture
 def liger(capsys: pytest.CaptureFixture[str]) -> Iterator[Liger]:
