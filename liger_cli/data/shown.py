@@ -51,7 +51,8 @@ class ShownTexts:
             if unit.kind == "call":
                 raise DataError(
                     f"{self.where}: the chat template does not show tool_calls",
-                    hint="take a model whose template does, or write the calls into the content",
+                    hint="--chat-template chatml, or that of another model family or a file of "
+                    "yours, shows them; or write the calls into the content",
                 )
             if role == "system":
                 changed.add(unit.message)
