@@ -10,7 +10,7 @@ __all__ = ["batch_note", "batch_text", "train_lines"]
 
 
 def train_lines(report: RunReport) -> list[str]:
-    """Return what training did to the loss, and the batches that it was done with."""
+    """Return the change of the loss in training, and the batches that made it."""
     train = report.train
     if train is None:
         return []
