@@ -49,10 +49,13 @@ from liger_kernels.ops.losses.options import (
 from liger_kernels.ops.op import Case, Op, Sample, upcast
 
 __all__ = [
+    "DIFFERENTIABLE",
     "LOGPROB_OUTPUTS",
     "OP",
     "TEMPERATURE",
     "fused_linear_logprobs",
+    "linear_logprobs",
+    "logprob_options",
     "logprobs_of_logits",
     "named_outputs",
 ]
@@ -66,7 +69,9 @@ _MADE_OF = {
     "mean_logit": ("mean",),
 }
 LOGPROB_OUTPUTS = tuple(_MADE_OF)
-_DIFFERENTIABLE = ("loss", "entropy")
+# By name: the output of loss_rows that has all of its gradient. A peak is a constant.
+_GRADIENT_OF = {"logprob": "loss", "entropy": "entropy", "logsumexp": "log_total"}
+DIFFERENTIABLE = ("logprob", "entropy")
 
 _TENSORS = (*LINEAR_TENSORS, label_argument("ids"))
 TEMPERATURE = Number("temperature", least=SMALLEST, allowed="positive")
@@ -86,18 +91,26 @@ def named_outputs(names: tuple[str, ...], values: Any) -> Any:
     return _CLASSES[names](*values)
 
 
-def logprobs_of_logits(z: torch.Tensor, ids: torch.Tensor, outputs: tuple[str, ...]) -> Any:
+def logprobs_of_logits(
+    z: torch.Tensor,
+    ids: torch.Tensor,
+    outputs: tuple[str, ...],
+    differentiable: tuple[str, ...] = DIFFERENTIABLE,
+) -> Any:
     """Return the outputs of fused_linear_logprobs for given logits z (..., V), in plain torch."""
     log_p = z.log_softmax(-1) if {"logprob", "entropy"} & set(outputs) else z
     column = ids.long()[..., None]
     compute = {
         "logprob": lambda: log_p.gather(-1, column)[..., 0],
         "entropy": lambda: -(log_p.exp() * log_p).sum(-1),
-        "logsumexp": lambda: z.detach().logsumexp(-1),
+        "logsumexp": lambda: z.logsumexp(-1),
         "correct": lambda: z.argmax(-1) == ids,
-        "mean_logit": lambda: z.detach().mean(-1),
+        "mean_logit": lambda: z.mean(-1),
     }
-    return named_outputs(outputs, [compute[name]() for name in outputs])
+    found = {name: compute[name]() for name in outputs}
+    return named_outputs(
+        outputs, [x if name in differentiable else x.detach() for name, x in found.items()]
+    )
 
 
 def fused_linear_logprobs_ref(
@@ -172,35 +185,57 @@ def fused_linear_logprobs(
     check_tensors(_TENSORS, weight, hidden, bias, ids)
     check_linear(hidden, weight, bias)
     ignored, names = _IGNORE_INDEX.of(ignore_index), _OUTPUTS.of(outputs)
-    options = _options_of(ignored, temperature, softcap, scale)
+    options = logprob_options(ignored, temperature, softcap, scale)
     check_target(ids, hidden.shape[:-1], weight.shape[0], ignored, "ids")
     count = _LABEL_COUNT.of(label_count)
     if count is not None and ignored is None:
         raise ValueError("label_count must be None without ignore_index: every token counts")
-    is_bounded = count is not None and not torch.compiler.is_compiling()
-    if ignored is None or torch.compiler.is_compiling() or is_capturing(weight):
+    return linear_logprobs((hidden, weight, bias), ids, options, names, label_count=count)
+
+
+def linear_logprobs(
+    layer: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    ids: torch.Tensor,
+    options: LossOptions,
+    names: tuple[str, ...],
+    *,
+    differentiable: tuple[str, ...] = DIFFERENTIABLE,
+    label_count: LabelCount | None = None,
+) -> Any:
+    """Compute fused_linear_logprobs from valid arguments.
+
+    Args:
+        layer: hidden, weight and bias.
+        ids: As fused_linear_logprobs takes them.
+        options: With the temperature in scale and cap.
+        names: The outputs.
+        differentiable: Those with a gradient, of logprob, entropy and logsumexp.
+        label_count: As fused_linear_logprobs takes it.
+    """
+    (hidden, weight, bias), ignored = layer, options.ignore_index
+    is_counted = not torch.compiler.is_compiling() and not is_capturing(weight)
+    count = None
+    if ignored is not None and is_counted:
         # Compiled code counts inside its operator; while a graph is captured all take part.
-        count = None
-    elif count is None:
-        count = count_labels(ids, ignored)
+        count = label_count or count_labels(ids, ignored)
     label = ids.reshape(-1).to(weight.device, non_blocking=True)
     parts = tuple(dict.fromkeys(part for name in names for part in _MADE_OF[name]))
+    with_gradient = tuple(_GRADIENT_OF[name] for name in names if name in differentiable)
     call = LinearLossCall(
         label=label,
         options=options,
         compute_dtype=compute_dtype_of(weight),
         outputs=parts,
-        differentiable=tuple(part for part in parts if part in _DIFFERENTIABLE),
-        needs=needs_of(hidden, weight, bias),
+        differentiable=with_gradient,
+        needs=needs_of(hidden, weight, bias) if with_gradient else (False, False, False),
         label_count=count,
     )
-    if not call.differentiable:
-        call = call.without_gradients()
     x = hidden.reshape(-1, hidden.shape[-1]).to(weight.device)
     apply = compiled if torch.compiler.is_compiling() else PerTokenLoss.apply
     found = dict(zip(parts, apply(x, weight, bias, call), strict=True))
-    if is_bounded and count is not None:
-        is_broken = (label != ignored).sum() > count.wait()
+    if label_count is not None and count is not None:
+        is_here: Any = label != ignored
+        is_broken = is_here.sum() > count.wait()
         found = {
             name: value.masked_fill(is_broken, float("nan")) if value.is_floating_point() else value
             for name, value in found.items()
@@ -208,7 +243,7 @@ def fused_linear_logprobs(
     return named_outputs(names, [_output(name, found, label).view(ids.shape) for name in names])
 
 
-def _options_of(ignored: int | None, temperature: Any, softcap: Any, scale: Any) -> LossOptions:
+def logprob_options(ignored: int | None, temperature: Any, softcap: Any, scale: Any) -> LossOptions:
     """Fold the temperature into cap and scale: cap / t * tanh((scale / t) * x / (cap / t))."""
     temperature = TEMPERATURE.of(temperature)
     softcap, scale = _SOFTCAP.of(softcap), _SCALE.of(scale)

@@ -115,9 +115,21 @@ class LargestTensor(TorchDispatchMode):
 # Any cross-entropy on the logits.
 
 
-def assert_loss_is_stock(loss_of: Callable[[Tensor, Tensor], Tensor], is_lazy: bool = True) -> None:
-    """Compare a loss of our own on out.logits, with a random gradient coming in."""
-    model = make("gemma2")
+def assert_loss_is_stock(
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    is_lazy: bool = True,
+    num_losses: int = 1,
+    family: str = "gemma2",
+) -> None:
+    """Compare a loss of our own on out.logits, with a random gradient coming in.
+
+    Args:
+        loss_of: The loss, from logits and labels.
+        is_lazy: Whether it is computed without making the logits.
+        num_losses: As how many fused losses it is computed.
+        family: Whose model it is.
+    """
+    model = make(family)
     inputs = make_inputs()
     labels = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
     results = []
@@ -132,7 +144,7 @@ def assert_loss_is_stock(loss_of: Callable[[Tensor, Tensor], Tensor], is_lazy: b
         results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}))
         if is_patched:
             assert was_made(out.logits) != is_lazy
-            assert num_fused(model.lm_head) == 1 + is_lazy
+            assert num_fused(model.lm_head) == 1 + is_lazy * num_losses
     assert_same(results[1], results[0], tolerance=2e-5)
 
 

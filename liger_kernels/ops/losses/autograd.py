@@ -16,9 +16,13 @@ from liger_kernels.ops.losses.grads_in_forward import (
 from liger_kernels.ops.losses.label_count import count_labels, is_capturing
 from liger_kernels.ops.losses.linear_loss import LinearGradients, LinearLossCall, sweep
 from liger_kernels.ops.losses.options import LossOptions, wide_dtype
-from liger_kernels.ops.losses.row_loss_torch import KeptRows
+from liger_kernels.ops.losses.row_loss_torch import Coefs, KeptRows
 
 Tensors = tuple[Tensor, ...]
+# Gradients that come in for the outputs below, in their order; None where there is none.
+Given = tuple[Tensor | None, ...]
+# Lse is the peak, without a gradient, and the logarithm of the sum, which has all of it.
+_WITH_GRADIENT = ("loss", "entropy", "log_total")
 
 
 def total_fwd(
@@ -26,7 +30,7 @@ def total_fwd(
 ) -> tuple[Tensors, LinearGradients]:
     """Return call.outputs, the losses summed times inverse, and unscaled gradients."""
     coef = forward_grad_scale(inverse, call.compute_dtype).expand(call.label.shape)
-    found, grads = sweep(hidden, weight, bias, call, outputs=call.outputs, coef=coef)
+    found, grads = sweep(hidden, weight, bias, call, outputs=call.outputs, coefs=Coefs(coef))
     found["loss"] = found["loss"].sum() * inverse
     return tuple(found.values()), grads
 
@@ -53,8 +57,8 @@ def per_token_fwd(
     """Return call.outputs, and what backward needs: a gradient, kept rows, or nothing."""
     if keeps_gradient(call):
         coef = torch.ones((), dtype=wide_dtype(call.compute_dtype), device=weight.device)
-        coef = coef.expand(call.label.shape)
-        found, grads = sweep(hidden, weight, bias, call, outputs=call.outputs, coef=coef)
+        coefs = Coefs(coef.expand(call.label.shape))
+        found, grads = sweep(hidden, weight, bias, call, outputs=call.outputs, coefs=coefs)
         assert grads.hidden is not None
         return tuple(found.values()), (grads.hidden,)
     kept = kept_names(call)
@@ -71,22 +75,22 @@ def per_token_bwd(
     bias: Tensor | None,
     call: LinearLossCall,
     kept: Tensors,
-    coefs: tuple[Tensor | None, Tensor | None],
+    given: Given,
 ) -> tuple[Tensor | None, ...]:
-    """Return gradients of hidden, weight and bias from those of each token's loss and entropy."""
-    coef, entropy_coef = coefs
+    """Return gradients of hidden, weight and bias from those of each token's values."""
+    coef, *others = given
     factor = torch.ones((), dtype=wide_dtype(call.compute_dtype), device=weight.device)
     if coef is None:
         coef = torch.zeros_like(factor).expand(call.label.shape)
     if call.compute_dtype == torch.float16 and coef.numel():
         # fp16 keeps numbers about 1 best: the largest is taken out, and put back at the end.
-        both = torch.stack([c.abs().amax() for c in (coef, entropy_coef) if c is not None])
-        factor = both.amax()
+        all_ = torch.stack([c.abs().amax() for c in (coef, *others) if c is not None])
+        factor = all_.amax()
         factor = factor.masked_fill(factor == 0.0, 1.0)
         coef = coef / factor
-        entropy_coef = None if entropy_coef is None else entropy_coef / factor
-    rows = KeptRows(*kept)
-    _, grads = sweep(hidden, weight, bias, call, coef=coef, entropy_coef=entropy_coef, kept=rows)
+        others = [None if c is None else c / factor for c in others]
+    coefs = Coefs(coef, *others)
+    _, grads = sweep(hidden, weight, bias, call, coefs=coefs, kept=KeptRows(*kept))
     return grads.times(factor, _dtypes(hidden, weight, bias))
 
 
@@ -157,8 +161,8 @@ class PerTokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None):
         given = dict(zip(ctx.call.outputs, dys, strict=True))
-        coefs: Any = given.get("loss"), given.get("entropy")
-        if coefs[0] is None and coefs[1] is None:
+        coefs: Any = tuple(map(given.get, _WITH_GRADIENT))
+        if all(coef is None for coef in coefs):
             return None, None, None, None
         # Once: inside of a checkpoint a second reading raises.
         saved = ctx.saved_tensors
@@ -255,6 +259,7 @@ def _head_loss_backward_op(
     kept: list[Tensor],
     coef: Tensor | None,
     entropy_coef: Tensor | None,
+    lse_coef: Tensor | None,
     ignore_index: int | None,
     label_smoothing: float,
     z_loss: float,
@@ -265,7 +270,8 @@ def _head_loss_backward_op(
 ) -> list[Tensor]:
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, scale)
     call = _rebuilt(label, class_weight, options, compute_dtype, ("", ""), needs)
-    grads = per_token_bwd(hidden, weight, bias, call, tuple(kept), (coef, entropy_coef))
+    given = coef, entropy_coef, lse_coef
+    grads = per_token_bwd(hidden, weight, bias, call, tuple(kept), given)
     return [grad for grad in grads if grad is not None]
 
 
@@ -293,7 +299,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, dys):
     given = {k: dy for k, dy in zip(ctx.outputs, dys, strict=False) if k in ctx.differentiable}
-    coefs = given.get("loss"), given.get("entropy")
+    coefs = tuple(map(given.get, _WITH_GRADIENT))
     if ctx.keeps_gradient:
         made = [scaled_rows(ctx.saved_tensors[0], coefs[0], ctx.dtypes[0])]
     elif ctx.is_per_token:

@@ -10,7 +10,7 @@ over few chunks (accumulator_dtype).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -21,15 +21,13 @@ from liger_kernels.ops.losses.label_count import LabelCount, rows_with_labels
 from liger_kernels.ops.losses.options import LossOptions, wide_dtype, without_autocast
 from liger_kernels.ops.losses.row_gradient import gradient_rows
 from liger_kernels.ops.losses.row_loss import loss_rows
-from liger_kernels.ops.losses.row_loss_torch import KeptRows
+from liger_kernels.ops.losses.row_loss_torch import Coefs, KeptRows
 from liger_kernels.ops.products import has_wide_products
 
 
-def _of_rows(x: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
+def _of_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Return x (N,) at rows, without a copy where all are the same number."""
-    if x is None or x.stride(0) == 0:
-        return None if x is None else x[: rows.numel()]
-    return x[rows]
+    return x[: rows.numel()] if x.stride(0) == 0 else x[rows]
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,6 @@ class LinearLossCall:
     class_weight: torch.Tensor | None = None  # (V,) in the wide dtype
     # Of the tokens that take part, at most; None: all do.
     label_count: LabelCount | None = None
-
-    def without_gradients(self) -> LinearLossCall:
-        """Return the call of outputs that have no gradient."""
-        return replace(self, needs=(False, False, False))
 
 
 @dataclass
@@ -100,22 +94,22 @@ def sweep(
     call: LinearLossCall,
     *,
     outputs: tuple[str, ...] = (),
-    coef: torch.Tensor | None = None,
-    entropy_coef: torch.Tensor | None = None,
+    coefs: Coefs | None = None,
     kept: KeptRows | None = None,
 ) -> tuple[dict[str, torch.Tensor], LinearGradients]:
     """Return the named outputs of loss_rows for each token, and the gradients asked for.
 
-    hidden (N, H), weight (V, H) and bias (V,) have any floating dtypes. coef and entropy_coef (N,),
-    what each token's loss and entropy is times, may have stride 0; without coef there are no
-    gradients. With kept rows (N,), of a sweep of the same call, the gradients alone are computed.
+    hidden (N, H), weight (V, H) and bias (V,) have any floating dtypes. coefs (N,), the gradients
+    that come in for each token, may have stride 0; without them there are no gradients, and without
+    kept rows there is that of the loss alone. With kept rows (N,), of a sweep of the same call, the
+    gradients alone are computed.
     """
     # Autocast would recast some of the products, in backward perhaps unlike in forward.
     with without_autocast(weight.device):
-        return _sweep(hidden, weight, bias, call, outputs, coef, entropy_coef, kept)
+        return _sweep(hidden, weight, bias, call, outputs, coefs, kept)
 
 
-def _sweep(hidden, weight, bias, call, outputs, coef, entropy_coef, kept):
+def _sweep(hidden, weight, bias, call, outputs, coefs, kept):
     dtype, device, final_dtype = call.compute_dtype, weight.device, weight.dtype
     wide = wide_dtype(dtype)
     weight = weight.to(dtype)
@@ -126,12 +120,12 @@ def _sweep(hidden, weight, bias, call, outputs, coef, entropy_coef, kept):
         rows = rows_with_labels(label, call.options.ignore_index, call.label_count)
     if rows is not None:
         num_rows, label = rows.numel(), label[rows]
-        coef, entropy_coef = _of_rows(coef, rows), _of_rows(entropy_coef, rows)
+        coefs = None if coefs is None else coefs.map(lambda t: _of_rows(t, rows))
         kept = None if kept is None else kept.map(lambda t: t[rows])
     # With neither gradient the weight is only read, as when it is frozen. Backward has the chunks
     # of forward: a product of another size may round its logits otherwise.
     chunk = chunk_tokens(num_rows, width, vocab, dtype, device, call.needs[1])
-    has_grads = coef is not None and any(call.needs)
+    has_grads = coefs is not None and any(call.needs)
     needs_hidden, needs_weight, needs_bias = call.needs if has_grads else (False, False, False)
     found = {
         name: torch.empty(num_rows, dtype=torch.int64 if name == "best" else wide, device=device)
@@ -161,8 +155,7 @@ def _sweep(hidden, weight, bias, call, outputs, coef, entropy_coef, kept):
             torch.mm(x, weight.t(), out=z)
         else:
             torch.addmm(bias, x, weight.t(), out=z)
-        at = [None if t is None else t[part] for t in (coef if has_grads else None, entropy_coef)]
-        _rows_of_chunk(z, label[part], call, *at, found, kept, part)
+        _rows_of_chunk(z, label[part], call, coefs if has_grads else None, found, kept, part)
         if needs_hidden:
             if rows is None:
                 torch.mm(z, weight, out=grads.hidden[part])
@@ -179,12 +172,16 @@ def _sweep(hidden, weight, bias, call, outputs, coef, entropy_coef, kept):
     return found, grads
 
 
-def _rows_of_chunk(z, label, call, coef, entropy_coef, found, kept, part):
+def _rows_of_chunk(z, label, call, coefs, found, kept, part):
     """Fill the outputs of a chunk's rows from logits z, which become their gradient."""
-    options = {"class_weight": call.class_weight, "coef": coef, "entropy_coef": entropy_coef}
+    coefs = None if coefs is None else coefs.map(lambda t: t[part])
+    class_weight = call.class_weight
     if kept is not None:
-        gradient_rows(z, label, call.options, kept.map(lambda t: t[part]), **options)
+        rows = kept.map(lambda t: t[part])
+        gradient_rows(z, label, call.options, rows, coefs=coefs, class_weight=class_weight)
         return
+    gradient = {} if coefs is None else {"coef": coefs.loss, "dx": z}
     outputs = {name: out[part] for name, out in found.items()}
-    dx = None if coef is None else z
-    loss_rows(z, label, call.options, **options, dx=dx, overwrite=True, **outputs)
+    loss_rows(
+        z, label, call.options, class_weight=class_weight, overwrite=True, **gradient, **outputs
+    )

@@ -1,6 +1,8 @@
 """The gradient of rows of logits from what forward kept of them: one pass, over the logits.
 
-p_j = exp(z_j - peak) / exp(log_total); else as in row_loss_kernel.py
+    dx_j = coef * dloss/dx_j + entropy_coef * dentropy/dx_j + lse_coef * dlse/dx_j
+
+with p_j = exp(z_j - peak) / exp(log_total), else as in row_loss_kernel.py.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from liger_kernels.ops.backend import fp32, runs_triton, tl, triton
 from liger_kernels.ops.launcher import Launch, cache_by_shape, cdiv, next_power_of_2
 from liger_kernels.ops.losses.options import LossOptions
 from liger_kernels.ops.losses.row_loss_kernel import _dlogits, _exp, _logits
-from liger_kernels.ops.losses.row_loss_torch import KeptRows, RowCall, loss_rows_torch
+from liger_kernels.ops.losses.row_loss_torch import Coefs, KeptRows, RowCall, loss_rows_torch
 
 # Elements of a row a program takes: 32 a thread, four loads of 16 bytes of bf16 at a time.
 _BLOCK, _NUM_WARPS = 8192, 8
@@ -25,12 +27,14 @@ def _gradient_kernel(
     weight_sum_ptr,  # () fp32 or None: V
     coef_ptr,  # (M,) fp32
     entropy_coef_ptr,  # (M,) fp32 or None
+    lse_coef_ptr,  # (M,) fp32 or None
     peak_ptr,  # (M,) fp32
     log_total_ptr,  # (M,) fp32
     entropy_ptr,  # (M,) fp32 or None
     stride_xm,
     stride_coefm,
     stride_entropy_coefm,
+    stride_lse_coefm,
     V,
     num_blocks,
     label_smoothing,
@@ -44,6 +48,7 @@ def _gradient_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_ENTROPY_COEF: tl.constexpr,
+    HAS_LSE_COEF: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -90,6 +95,9 @@ def _gradient_kernel(
         at_all = at_label
     if HAS_Z_LOSS:
         at_all += 2.0 * coef * fp32(z_loss) * (peak + log_total)
+    if HAS_LSE_COEF:
+        lse_coef = tl.load(lse_coef_ptr + row * stride_lse_coefm)
+        at_all += tl.where(is_ignored, 0.0, lse_coef * scale)
     at_all /= total
     entropy_coef = fp32(0.0)
     entropy = fp32(0.0)
@@ -117,31 +125,30 @@ def gradient_rows(
     options: LossOptions,
     kept: KeptRows,
     *,
+    coefs: Coefs,
     class_weight: torch.Tensor | None = None,
-    coef: torch.Tensor,
-    entropy_coef: torch.Tensor | None = None,
 ) -> None:
     """Overwrite logits x (M, V) with their gradient.
 
-    Rows of x are packed, at any stride; label, coef and entropy_coef (M,) may have any stride, 0
-    too; class_weight (V,) is wide; kept is of the same logits.
+    Rows of x are packed, at any stride; label and coefs (M,) may have any stride, 0 too;
+    class_weight (V,) is wide; kept is of the same logits.
     """
     num_rows, vocab = x.shape
     if num_rows == 0:
         return
     if not runs_triton(x):
         call = RowCall(options, class_weight, overwrite=True)
-        loss_rows_torch(call, x, label, coef, entropy_coef, x, {}, kept)
+        loss_rows_torch(call, x, label, coefs, x, {}, kept)
         return
-    strides = tuple(None if t is None else t.stride(0) for t in (x, coef, entropy_coef))
+    strides = tuple(None if t is None else t.stride(0) for t in (x, *coefs))
     launch = _launch_of(num_rows, vocab, strides, class_weight is not None, options)
     weight_sum = None
     if class_weight is not None and options.label_smoothing:
         weight_sum = class_weight.sum()
     peak, log_total, entropy = kept.map(torch.Tensor.contiguous)
     launch(
-        x, label.contiguous(), class_weight, weight_sum, coef, entropy_coef, peak, log_total,
-        None if entropy_coef is None else entropy,
+        x, label.contiguous(), class_weight, weight_sum, *coefs, peak, log_total,
+        None if coefs.entropy is None else entropy,
     )  # fmt: skip
 
 
@@ -153,7 +160,7 @@ def _launch_of(
     has_class_weight: bool,
     options: LossOptions,
 ) -> Launch:
-    stride_x, stride_coef, stride_entropy_coef = strides
+    stride_x, stride_coef, stride_entropy_coef, stride_lse_coef = strides
     block = min(_BLOCK, next_power_of_2(vocab))
     return Launch(
         _gradient_kernel,
@@ -161,6 +168,7 @@ def _launch_of(
         stride_xm=stride_x,
         stride_coefm=stride_coef,
         stride_entropy_coefm=stride_entropy_coef or 0,
+        stride_lse_coefm=stride_lse_coef or 0,
         V=vocab,
         num_blocks=cdiv(vocab, block),
         label_smoothing=options.label_smoothing,
@@ -174,6 +182,7 @@ def _launch_of(
         HAS_SOFTCAP=options.softcap is not None,
         HAS_SCALE=options.scale != 1.0,
         HAS_ENTROPY_COEF=stride_entropy_coef is not None,
+        HAS_LSE_COEF=stride_lse_coef is not None,
         BLOCK_V=block,
         num_warps=min(_NUM_WARPS, max(1, block // 256)),
     )

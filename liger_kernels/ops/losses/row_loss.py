@@ -10,7 +10,7 @@ from liger_kernels.ops.backend import runs_triton
 from liger_kernels.ops.launcher import Launch, cache_by_shape, cdiv, lookup, next_power_of_2
 from liger_kernels.ops.losses.options import LossOptions
 from liger_kernels.ops.losses.row_loss_kernel import loss_rows_kernel
-from liger_kernels.ops.losses.row_loss_torch import RowCall, loss_rows_torch
+from liger_kernels.ops.losses.row_loss_torch import Coefs, RowCall, loss_rows_torch
 
 
 class _Shape(NamedTuple):
@@ -61,36 +61,34 @@ def loss_rows(
     *,
     class_weight: torch.Tensor | None = None,
     coef: torch.Tensor | None = None,
-    entropy_coef: torch.Tensor | None = None,
     dx: torch.Tensor | None = None,
     overwrite: bool = False,
     **outputs: torch.Tensor,
 ) -> None:
     """Fill the outputs that are given, some of OUTPUTS, from logits x (M, V) and labels (M,).
 
-    Rows of x and dx are packed, at any stride; label, coef and entropy_coef (M,) may have any
-    stride, 0 too; class_weight (V,) is wide, and None where a mean is asked for. With overwrite x
-    is scratch memory and dx, if given, is x itself; else x is left as it is.
+    Rows of x and dx are packed, at any stride; label and coef (M,), the gradient that comes in for
+    the loss, may have any stride, 0 too; class_weight (V,) is wide, and None where a mean is asked
+    for. With overwrite x is scratch memory and dx, if given, is x itself; else x is left as it is.
     """
     num_rows, vocab = x.shape
     if num_rows == 0:
         return
     if not runs_triton(x):
         call = RowCall(options, class_weight, overwrite)
-        loss_rows_torch(call, x, label, coef, entropy_coef, dx, outputs)
+        loss_rows_torch(call, x, label, None if coef is None else Coefs(coef), dx, outputs)
         return
     is_wide = (
         x.element_size() > 2
         or options.softcap is not None
         or options.label_smoothing != 0.0
-        or entropy_coef is not None
         or bool({"entropy", "best", "mean"} & outputs.keys())
     )
     launch = _launch_of(
         _shape_of(vocab, is_wide),
         num_rows,
         vocab,
-        tuple(None if t is None else t.stride(0) for t in (x, dx, coef, entropy_coef)),
+        tuple(None if t is None else t.stride(0) for t in (x, dx, coef)),
         class_weight is not None,
         frozenset(outputs),
         options,
@@ -98,7 +96,7 @@ def loss_rows(
     # The kernel reads these two at their first address and every one after it.
     label = label.contiguous()
     class_weight = None if class_weight is None else class_weight.contiguous()
-    launch(x, label, class_weight, coef, entropy_coef, dx, *map(outputs.get, OUTPUTS))
+    launch(x, label, class_weight, coef, dx, *map(outputs.get, OUTPUTS))
 
 
 @cache_by_shape
@@ -111,14 +109,13 @@ def _launch_of(
     outputs: frozenset[str],
     options: LossOptions,
 ) -> Launch:
-    stride_x, stride_dx, stride_coef, stride_entropy_coef = strides
+    stride_x, stride_dx, stride_coef = strides
     return Launch(
         loss_rows_kernel,
         (num_rows,),
         stride_xm=stride_x,
         stride_dxm=stride_dx or 0,
         stride_coefm=stride_coef or 0,
-        stride_entropy_coefm=stride_entropy_coef or 0,
         V=vocab,
         split=cdiv(max(vocab - shape.keep, 0), shape.block) * shape.block,
         label_smoothing=options.label_smoothing,
@@ -132,7 +129,6 @@ def _launch_of(
         HAS_SOFTCAP=options.softcap is not None,
         HAS_SCALE=options.scale != 1.0,
         HAS_DX=stride_dx is not None,
-        HAS_ENTROPY_COEF=stride_entropy_coef is not None,
         **{f"HAS_{name.upper()}": name in outputs for name in OUTPUTS},
         LANES=min(shape.block, shape.keep, _WARP_LANES * shape.num_warps),
         BLOCK_V=shape.block,

@@ -2,7 +2,7 @@
 
     z = softcap * tanh(scale * x / softcap)   (softcap None: scale * x),   log p_j = z_j - lse
     loss = (1 - s) * w_y * nll + s / V * sum_j w_j * (lse - z_j) + z_loss * lse^2,   nll = lse - z_y
-    dx_j = coef * dloss/dx_j + entropy_coef * dentropy/dx_j,   entropy = -sum_j p_j * log p_j
+    dx_j = coef * dloss/dx_j,   entropy = -sum_j p_j * log p_j
 
 Legend: M rows, V vocabulary, x logits, y label, w class weights, s label smoothing.
 Rounding: logits are widened to fp32 as they are read, all sums are fp32 (fp64 for fp64 logits),
@@ -124,7 +124,6 @@ def loss_rows_kernel(
     label_ptr,  # (M,) int32 or int64
     class_weight_ptr,  # (V,) fp32 or None
     coef_ptr,  # (M,) fp32 or None
-    entropy_coef_ptr,  # (M,) fp32 or None
     dx_ptr,  # (M, V), may be x_ptr, or None
     loss_ptr,  # (M,) fp32 or None
     nll_ptr,  # (M,) fp32 or None
@@ -136,7 +135,6 @@ def loss_rows_kernel(
     stride_xm,
     stride_dxm,
     stride_coefm,
-    stride_entropy_coefm,
     V,
     split,  # columns before those kept, a multiple of BLOCK_V
     label_smoothing,
@@ -150,7 +148,6 @@ def loss_rows_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_DX: tl.constexpr,
-    HAS_ENTROPY_COEF: tl.constexpr,
     HAS_LOSS: tl.constexpr,
     HAS_NLL: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
@@ -162,7 +159,6 @@ def loss_rows_kernel(
     BLOCK_V: tl.constexpr,
     KEEP_V: tl.constexpr,
 ):
-    HAS_MOMENTS: tl.constexpr = HAS_ENTROPY or HAS_ENTROPY_COEF
     HAS_WEIGHTED: tl.constexpr = HAS_SMOOTHING or HAS_MEAN
     row = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + row * stride_xm
@@ -217,7 +213,7 @@ def loss_rows_kernel(
             w = tl.load(class_weight_ptr + cols)
         peaks, sums, moments, weighted, weights, bests = _add_tile(
             z, w, cols, peaks, sums, moments, weighted, weights, bests,
-            HAS_MOMENTS, HAS_WEIGHTED, HAS_BEST,
+            HAS_ENTROPY, HAS_WEIGHTED, HAS_BEST,
         )  # fmt: skip
     kept = tl.load(x_row + kept_cols, mask=is_read, other=0.0, eviction_policy="evict_first")
     kept_z = _logits(kept, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
@@ -227,7 +223,7 @@ def loss_rows_kernel(
     kept_z = tl.where(is_read, kept_z, float("-inf"))
     peaks, sums, moments, weighted, weights, bests = _add_tile(
         kept_z, kept_w, kept_cols, peaks, sums, moments, weighted, weights, bests,
-        HAS_MOMENTS, HAS_WEIGHTED, HAS_BEST,
+        HAS_ENTROPY, HAS_WEIGHTED, HAS_BEST,
     )  # fmt: skip
 
     # A row that was not read has no peak; 0 keeps what is computed for nothing finite.
@@ -244,12 +240,10 @@ def loss_rows_kernel(
     nll = log_total + (peak - z_label)
     if HAS_NLL:
         tl.store(nll_ptr + row, tl.where(is_ignored, 0.0, nll))
-    entropy = fp32(0.0)
-    if HAS_MOMENTS:
+    if HAS_ENTROPY:
         moment = tl.sum(tl.where(shrink > 0.0, shrink * (moments + sums * (peaks - peak)), 0.0), 0)
         entropy = log_total - moment / total
-        if HAS_ENTROPY:
-            tl.store(entropy_ptr + row, tl.where(is_ignored, 0.0, entropy))
+        tl.store(entropy_ptr + row, tl.where(is_ignored, 0.0, entropy))
     if HAS_BEST:
         best = tl.min(tl.where(peaks == peak, bests, V), 0)
         tl.store(best_ptr + row, tl.where(is_ignored, -1, best).to(tl.int64))
@@ -284,10 +278,7 @@ def loss_rows_kernel(
         if HAS_Z_LOSS:
             at_all += 2.0 * coef * fp32(z_loss) * lse
         at_all /= total
-        entropy_coef = fp32(0.0)
-        if HAS_ENTROPY_COEF:
-            entropy_coef = tl.load(entropy_coef_ptr + row * stride_entropy_coefm)
-            entropy_coef = tl.where(is_ignored, 0.0, entropy_coef * scale) / total
+        zero = fp32(0.0)
         dx_row = dx_ptr + row * stride_dxm
         w = fp32(1.0)
         if HAS_SMOOTHING and HAS_CLASS_WEIGHT:
@@ -301,8 +292,8 @@ def loss_rows_kernel(
         # Widened again: 16 bits an element wait in registers, not 32.
         kept_z = _logits(kept, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         kept_dz = _dlogits(
-            kept_z, w, peak, log_total, entropy, at_all, 0.0, spread, entropy_coef, softcap,
-            HAS_SMOOTHING, HAS_SOFTCAP, HAS_ENTROPY_COEF,
+            kept_z, w, peak, log_total, zero, at_all, 0.0, spread, zero, softcap,
+            HAS_SMOOTHING, HAS_SOFTCAP, False,
         )  # fmt: skip
         kept_dz = kept_dz.to(dx_ptr.dtype.element_ty)
         tl.store(dx_row + kept_cols, kept_dz, mask=kept_mask, eviction_policy="evict_first")
@@ -322,8 +313,8 @@ def loss_rows_kernel(
             else:
                 w_block = fp32(1.0)
             dz = _dlogits(
-                z, w_block, peak, log_total, entropy, at_all, 0.0, spread, entropy_coef, softcap,
-                HAS_SMOOTHING, HAS_SOFTCAP, HAS_ENTROPY_COEF,
+                z, w_block, peak, log_total, zero, at_all, 0.0, spread, zero, softcap,
+                HAS_SMOOTHING, HAS_SOFTCAP, False,
             )  # fmt: skip
             dz = dz.to(dx_ptr.dtype.element_ty)
             tl.store(dx_row + cols, dz, eviction_policy="evict_first")
@@ -334,7 +325,7 @@ def loss_rows_kernel(
         # barrier orders it after another thread's store.
         tl.debug_barrier()
         dz_label = _dlogits(
-            z_label, w_label, peak, log_total, entropy, at_all, at_label, spread, entropy_coef,
-            softcap, HAS_SMOOTHING, HAS_SOFTCAP, HAS_ENTROPY_COEF,
+            z_label, w_label, peak, log_total, zero, at_all, at_label, spread, zero, softcap,
+            HAS_SMOOTHING, HAS_SOFTCAP, False,
         )  # fmt: skip
         tl.store(dx_row + column, dz_label.to(dx_ptr.dtype.element_ty), mask=has_label)

@@ -38,6 +38,19 @@ class KeptRows(NamedTuple):
         return KeptRows(function(self.peak), function(self.log_total), entropy)
 
 
+class Coefs(NamedTuple):
+    """The gradients that come in for each row's values; (M,), at any stride."""
+
+    loss: Tensor
+    entropy: Tensor | None = None
+    # Of the logarithm of the sum, and with the peak a constant so of lse.
+    lse: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Coefs:
+        """Return the function of each that is there."""
+        return Coefs(function(self.loss), *(None if t is None else function(t) for t in self[1:]))
+
+
 class _Labels(NamedTuple):
     is_ignored: Tensor  # (M,)
     is_wrong: Tensor  # (M,)
@@ -61,8 +74,7 @@ def loss_rows_torch(
     call: RowCall,
     x: Tensor,
     label: Tensor,
-    coef: Tensor | None,
-    entropy_coef: Tensor | None,
+    coefs: Coefs | None,
     dx: Tensor | None,
     outputs: dict[str, Tensor],
     kept: KeptRows | None = None,
@@ -74,16 +86,16 @@ def loss_rows_torch(
     call = call._replace(overwrite=in_place)
     for start in range(0, num_rows, step):
         part = slice(start, start + step)
-        at, entropy_at, out = (None if t is None else t[part] for t in (coef, entropy_coef, dx))
+        rows_of = functools.partial(_rows_of, part)
+        at = None if coefs is None else coefs.map(rows_of)
+        out = None if dx is None else dx[part]
         filled = {name: out[part] for name, out in outputs.items()}
-        rows = None
-        if kept is not None:
-            rows = kept.map(functools.partial(_rows_of, part))
+        rows = None if kept is None else kept.map(rows_of)
         with without_autocast(x.device):
-            _some_rows(call, x[part], label[part], at, entropy_at, out, filled, rows)
+            _some_rows(call, x[part], label[part], at, out, filled, rows)
 
 
-def _some_rows(call, x, label, coef, entropy_coef, dx, outputs, kept):
+def _some_rows(call, x, label, coefs, dx, outputs, kept):
     # The names follow the values: one buffer is logits, shifted logits, exponentials, gradient.
     options, vocab = call.options, x.shape[1]
     z = x if call.overwrite else x.to(wide_dtype(x.dtype), copy=True)
@@ -97,7 +109,8 @@ def _some_rows(call, x, label, coef, entropy_coef, dx, outputs, kept):
     is_wrong = ((label < 0) | (label >= vocab)) & ~is_ignored
     column = label.masked_fill(is_ignored | is_wrong, 0).long()[:, None]
     labels = _Labels(is_ignored, is_wrong, column)
-    needs_entropy = "entropy" in outputs or entropy_coef is not None
+    has_entropy_coef = coefs is not None and coefs.entropy is not None
+    needs_entropy = "entropy" in outputs or has_entropy_coef
     if kept is None:
         softmax = _fill(call, z, labels, outputs, needs_entropy)
     else:
@@ -109,7 +122,7 @@ def _some_rows(call, x, label, coef, entropy_coef, dx, outputs, kept):
         softmax = _Softmax(z.exp_(), shifted, log_total.exp(), log_total, lse, entropy)
     if dx is None:
         return
-    dz = _gradient(call, softmax, labels, coef, entropy_coef)
+    dz = _gradient(call, softmax, labels, coefs)
     if slope is not None:
         dz.mul_(slope.square_().neg_().add_(1.0))
     if options.scale != 1.0:
@@ -161,7 +174,7 @@ def _fill(call, z, labels, outputs, needs_entropy):
     return _Softmax(e, shifted, total, log_total, lse, entropy)
 
 
-def _gradient(call, softmax, labels, coef, entropy_coef):
+def _gradient(call, softmax, labels, coefs):
     """Return the gradient of the logits after scale and cap, in the buffer of the exponentials."""
     options, (e, shifted, total, log_total, lse, entropy) = call.options, softmax
     vocab, class_weight, is_ignored = e.shape[1], call.class_weight, labels.is_ignored
@@ -169,6 +182,7 @@ def _gradient(call, softmax, labels, coef, entropy_coef):
     if class_weight is not None:
         class_weight = class_weight.to(e.dtype)
         w_label, weight_sum = class_weight[labels.column[:, 0]], class_weight.sum()
+    coef, entropy_coef, lse_coef = coefs
     coef = coef.to(e.dtype).masked_fill(labels.is_wrong, float("nan")).masked_fill(is_ignored, 0.0)
     at_all = at_label = coef * w_label
     if options.label_smoothing:
@@ -177,6 +191,8 @@ def _gradient(call, softmax, labels, coef, entropy_coef):
         at_all = at_label + spread * weight_sum
     if options.z_loss:
         at_all = at_all + 2.0 * options.z_loss * coef * lse
+    if lse_coef is not None:
+        at_all = at_all + lse_coef.to(e.dtype)
     at_all = at_all.masked_fill(is_ignored, 0.0)[:, None]
     if entropy_coef is not None:
         entropy_coef = entropy_coef.to(e.dtype).masked_fill(is_ignored, 0.0)[:, None]

@@ -65,6 +65,8 @@ class StubCall(TorchFunctionMode):
                 answer = respond(deferred, value, function, args, kwargs)
                 if isinstance(answer, DeferredLogits):
                     return value if answer is deferred else self.show(answer)
+                if isinstance(answer, tuple):
+                    return tuple(self.show(part) for part in answer)
                 if answer is not None:
                     return answer
         args, kwargs = tree_map(self._real, (args, kwargs))

@@ -46,7 +46,7 @@ class HeadCall(Protocol):
 class RecordedOp:
     """One recorded operation: function(logits, *args)."""
 
-    kind: Literal["scale", "tanh", "cast", "view", "rows", "detach"]
+    kind: Literal["scale", "tanh", "cast", "view", "rows", "detach", "log_softmax"]
     function: Callable[..., Tensor]
     args: tuple[Any, ...] = ()
     # What a scale multiplies by; None where reading the number would wait for the device.
@@ -90,7 +90,12 @@ class DeferredLogits:
         if parent is None:
             self.source_version = _version(source)
             self.switches = _switches_of(head)
+        self.is_log_softmax: bool = (last_op is not None and last_op.kind == "log_softmax") or (
+            parent is not None and parent.is_log_softmax
+        )
         self.made: Tensor | None = None
+        # Of each token, where it was computed beside the logits of labels.
+        self.lse: Tensor | None = None
         # FSDP's, which gather the head's group before the backward of these logits.
         self.backward_hooks: list[Callable[[Tensor], Any]] = []
         # Random states as a head with dropout found them.

@@ -3,7 +3,7 @@
 There hooks of DDP and FSDP see them as the forward's output, the head's weights are gathered, and
 torch.compile has them in the model's graph. The routes are those of loss.py:
 
-  fused    a plain linear head behind a scale and a softcap: fused_linear_logprobs
+  fused    a plain linear head behind a scale and a softcap: fused_linear_logprobs.py
   chunked  any other head (LoRA, quantised) or arithmetic, and logits that exist: plain torch on a
            bounded number of tokens at a time, recomputed in backward
 """
@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from liger_kernels.ops.fused_linear_logprobs import (
-    fused_linear_logprobs,
+    DIFFERENTIABLE,
+    linear_logprobs,
+    logprob_options,
     logprobs_of_logits,
     named_outputs,
 )
@@ -30,7 +32,7 @@ from liger_kernels.transformers.lazy_logits import loss
 from liger_kernels.transformers.lazy_logits.deferred import DeferredLogits
 from liger_kernels.transformers.lazy_logits.sharding import gather
 
-__all__ = ["ARGUMENT", "LogprobRequest", "answer"]
+__all__ = ["ARGUMENT", "LogprobRequest", "answer", "logprobs_of_real", "values_of"]
 
 # The argument of a patched model's forward that holds the request.
 ARGUMENT = "token_logprobs"
@@ -43,6 +45,10 @@ class LogprobRequest(NamedTuple):
     target: Tensor
     temperature: float
     outputs: tuple[str, ...]
+    # Of targets that are left out; None: none is.
+    ignore_index: int | None = IGNORE_INDEX
+    # The outputs that have a gradient.
+    differentiable: tuple[str, ...] = DIFFERENTIABLE
 
 
 def answer(
@@ -63,7 +69,8 @@ def answer(
         warn_of_logits(problem)
         values = logprobs_of_real(logits, request)
     else:
-        values = _of_deferred(deferred, request)
+        _check_shape(deferred.shape[:-1], request)
+        values = values_of(deferred, request)
     return (values, *out[1:]) if is_tuple else type(out)(**{**out, "logits": values})
 
 
@@ -86,27 +93,30 @@ def _check_shape(shape: Any, request: LogprobRequest) -> None:
         )
 
 
-def _of_deferred(deferred: DeferredLogits, request: LogprobRequest) -> Any:
-    _check_shape(deferred.shape[:-1], request)
+def values_of(deferred: DeferredLogits, request: LogprobRequest) -> Any:
+    """Compute what is asked for of deferred logits, without them where that is possible.
+
+    A recorded log_softmax is left out: log-probabilities are the same without it.
+    """
     if deferred.has_been_made():
         return logprobs_of_real(deferred.real(), request)
     target = request.target.to(deferred.rows.device)
-    count = deferred.call.label_count
+    count = None if request.ignore_index is None else deferred.call.label_count
     gather(deferred.head)
     with deferred.as_recorded(deferred.needs_grad and torch.is_grad_enabled()):
         linear = loss.linear_of(deferred)
         transform = loss.transform_of(deferred.arithmetic())
-        if linear is not None and transform is not None:
-            values = fused_linear_logprobs(
-                deferred.rows,
-                linear.weight,
+        # The op has no gradient of a mean.
+        is_fused = not ("mean_logit" in request.differentiable and torch.is_grad_enabled())
+        if is_fused and linear is not None and transform is not None:
+            values = linear_logprobs(
+                (deferred.rows, linear.weight, linear.bias),
                 target,
-                bias=linear.bias,
-                temperature=request.temperature,
-                ignore_index=IGNORE_INDEX,
-                softcap=transform.softcap,
-                scale=transform.scale,
-                outputs=request.outputs,
+                logprob_options(
+                    request.ignore_index, request.temperature, transform.softcap, transform.scale
+                ),
+                request.outputs,
+                differentiable=tuple(x for x in request.differentiable if x != "mean_logit"),
                 label_count=count,
             )
         elif torch.compiler.is_compiling():
@@ -140,8 +150,9 @@ def _chunked(
     target = request.target.to(x.device)
     x, label = x.flatten(0, -2), target.flatten()
     rows = None
-    if not torch.compiler.is_compiling():
-        rows = rows_with_labels(label, IGNORE_INDEX, count or count_labels(label, IGNORE_INDEX))
+    ignored = request.ignore_index
+    if ignored is not None and not torch.compiler.is_compiling():
+        rows = rows_with_labels(label, ignored, count or count_labels(label, ignored))
     if rows is not None:
         x, label = x[rows], label[rows]
     compute = functools.partial(_chunk, logits_of, request)
@@ -160,6 +171,9 @@ def _chunk(
 ) -> Any:
     logits = logits_of(x)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / request.temperature
-    is_ignored = label == IGNORE_INDEX
-    values = logprobs_of_logits(z, label.masked_fill(is_ignored, 0), request.outputs)
+    is_ignored = torch.zeros_like(label, dtype=torch.bool)
+    if request.ignore_index is not None:
+        is_ignored = label == request.ignore_index
+    label = label.masked_fill(is_ignored, 0)
+    values = logprobs_of_logits(z, label, request.outputs, request.differentiable)
     return tuple(value.masked_fill(is_ignored, 0) for value in values)

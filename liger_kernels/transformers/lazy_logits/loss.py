@@ -62,24 +62,49 @@ def loss_of(
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
     """Compute F.cross_entropy of deferred logits, or return None if it needs the real ones."""
-    is_usual = (
-        input is face
-        and deferred.rows.dim() == 2
-        and type(target) is Tensor
-        and target.shape == deferred.rows.shape[:1]
-        and target.dtype == torch.int64
-        and size_average is None
-        and reduce is None
-        and reduction in ("mean", "sum", "none")
-    )
-    is_fused = deferred.call.op == "fused_linear_cross_entropy"
-    if not is_usual or (is_fused and deferred.has_been_made()):
-        return None
-    options: dict[str, Any] = {
+    options = {
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing,
         "reduction": reduction,
     }
+    is_usual = input is face and size_average is None and reduce is None
+    if not is_usual or deferred.is_log_softmax:
+        return None
+    return _cross_entropy(deferred, target, weight, options)
+
+
+def nll_of(
+    deferred: DeferredLogits,
+    face: Tensor,
+    input: Any,
+    target: Any,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor | None:
+    """Compute F.nll_loss of a log-softmax of deferred logits: it is their cross entropy."""
+    options = {"ignore_index": ignore_index, "label_smoothing": 0.0, "reduction": reduction}
+    is_usual = input is face and size_average is None and reduce is None
+    if not is_usual or not deferred.is_log_softmax:
+        return None
+    return _cross_entropy(deferred, target, weight, options)
+
+
+def _cross_entropy(
+    deferred: DeferredLogits, target: Any, weight: Tensor | None, options: dict[str, Any]
+) -> Tensor | None:
+    is_usual = (
+        deferred.rows.dim() == 2
+        and type(target) is Tensor
+        and target.shape == deferred.rows.shape[:1]
+        and target.dtype == torch.int64
+        and options["reduction"] in ("mean", "sum", "none")
+    )
+    is_fused = deferred.call.op == "fused_linear_cross_entropy"
+    if not is_usual or (is_fused and deferred.has_been_made()):
+        return None
     target = target.to(deferred.rows.device)
     with deferred.as_recorded(deferred.needs_grad and torch.is_grad_enabled()):
         if is_fused:

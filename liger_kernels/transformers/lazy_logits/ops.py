@@ -1,8 +1,8 @@
 """The answers of deferred logits to torch functions: record it, compute a loss, or need the values.
 
 A recorded operation maps each logit or selects rows: scaling, tanh, casts, views, row indices,
-detach. F.cross_entropy goes to loss.py. Every other function gets None here, and its caller
-materializes the logits.
+detach. F.cross_entropy goes to loss.py, what other losses are written with to patterns.py. Every
+other function gets None here, and its caller materializes the logits.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from liger_kernels.transformers.lazy_logits.deferred import DeferredLogits, RecordedOp
-from liger_kernels.transformers.lazy_logits.loss import loss_of
+from liger_kernels.transformers.lazy_logits.loss import loss_of, nll_of
+from liger_kernels.transformers.lazy_logits.patterns import PATTERNS
 
 
 def respond(
     deferred: DeferredLogits, face: Tensor, function: Callable[..., Any], args: Any, kwargs: Any
-) -> DeferredLogits | Tensor | None:
+) -> DeferredLogits | tuple[DeferredLogits, ...] | Tensor | None:
     """Answer a torch function on deferred logits, or return None if it needs their values.
 
     Args:
@@ -32,6 +33,15 @@ def respond(
     name = getattr(function, "__name__", "")
     if name == "cross_entropy":
         return loss_of(deferred, face, *args, **kwargs)
+    if name == "nll_loss":
+        return nll_of(deferred, face, *args, **kwargs)
+    pattern = PATTERNS.get(name)
+    if pattern is not None:
+        is_usual = args[0] is face and deferred.call.op == "fused_linear_cross_entropy"
+        if not is_usual or deferred.has_been_made():
+            return None
+        answer: Any = pattern(deferred, function, args[1:], kwargs)
+        return answer
     record = _RECORDERS.get(name)
     if record is None:
         return None
@@ -43,7 +53,7 @@ def respond(
 def _scale(
     deferred: DeferredLogits, function: Any, args: Any, kwargs: Any
 ) -> DeferredLogits | None:
-    if kwargs or len(args) != 1:
+    if kwargs or len(args) != 1 or deferred.is_log_softmax:
         return None
     number = args[0]
     factor: float | None = None
@@ -65,7 +75,9 @@ def _scale(
 
 
 def _tanh(deferred: DeferredLogits, function: Any, args: Any, kwargs: Any) -> DeferredLogits | None:
-    return None if args or kwargs else deferred.then(RecordedOp("tanh", function))
+    if args or kwargs or deferred.is_log_softmax:
+        return None
+    return deferred.then(RecordedOp("tanh", function))
 
 
 # As torch has it: a tool may have replaced Tensor.to, and has been called by then.

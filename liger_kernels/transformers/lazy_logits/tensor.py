@@ -79,6 +79,8 @@ class LazyLogits(Tensor):
             answer = respond(face._deferred, face, function, args, kwargs)
             if isinstance(answer, DeferredLogits):
                 return face if answer is face._deferred else answer.call.show(answer)
+            if isinstance(answer, tuple):
+                return tuple(part.call.show(part) for part in answer)
             if answer is not None:
                 return answer
         args, kwargs = tree_map(_read, (args, kwargs))

@@ -70,6 +70,28 @@ def test_compile(family: str, compiled: Any) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["nll", "gather", "parts"])
+def test_compiled_losses_of_other_people_make_no_logits(pattern: str, compiled: Any) -> None:
+    model = make("gemma2")
+
+    def loss_function(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        at = labels.clamp(min=0)[..., None]
+        if pattern == "nll":
+            return F.nll_loss(logits.float().log_softmax(-1).view(-1, VOCAB), labels.view(-1))
+        if pattern == "gather":
+            return -logits.log_softmax(-1).gather(-1, at).mean() + logits.detach()[0].mean()
+        return (torch.gather(logits, -1, at).squeeze(-1) - logits.logsumexp(-1)).square().mean()
+
+    model.loss_function = loss_function
+    stock = step(model, **make_inputs())
+    install_head(model, FUSED)
+    run = compiled(model)
+    ours = step(run, **make_inputs())
+    assert_same((ours[0], {n.removeprefix("_orig_mod."): g for n, g in ours[1].items()}), stock)
+    assert num_fused(model.lm_head) == 1
+
+
 def test_compile_makes_logits_for_other_losses(compiled: Any) -> None:
     model = make()
 

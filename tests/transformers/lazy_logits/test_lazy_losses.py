@@ -73,15 +73,92 @@ def test_recorded_operations(loss_of: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert_loss_is_stock(loss_of)
 
 
+def _selective(x: Tensor, y: Tensor) -> Tensor:
+    """The log-probability of each label, row by row."""
+    rows = [F.log_softmax(row, dim=-1).gather(-1, ids[:, None])[:, 0] for row, ids in zip(x, y)]  # noqa: B905
+    return torch.stack(rows)
+
+
+def _by_parts(x: Tensor, y: Tensor) -> Tensor:
+    """The same as a logit less the logarithm of the sum of all."""
+    chosen = torch.gather(x, dim=-1, index=y.unsqueeze(-1)).squeeze(-1)
+    return chosen - torch.logsumexp(x, dim=-1)
+
+
+_AT = {"dim": -1}
+# Other people's losses: how many fused losses each is.
+PATTERNS: dict[str, tuple[Any, int]] = {
+    "nll": (lambda x, y: F.nll_loss(x.log_softmax(-1).view(-1, VOCAB), y.view(-1)), 1),
+    "nll-sum": (
+        lambda x, y: nn.NLLLoss(reduction="sum")(F.log_softmax(x[0], dim=1), y[0]),
+        1,
+    ),
+    "nll-none": (
+        lambda x, y: F.nll_loss(
+            F.log_softmax(x.view(-1, VOCAB), -1, dtype=torch.float32), y.view(-1), reduction="none"
+        ),
+        1,
+    ),
+    "gather": (
+        lambda x, y: x.log_softmax(-1).gather(-1, y.clamp(0)[..., None]).squeeze(-1) * (y >= 0),
+        1,
+    ),
+    "gather-scaled": (
+        lambda x, y: torch.log_softmax(x[:, :-1].float() / 0.7, **_AT).gather(
+            2, y[:, :-1].clamp(0).unsqueeze(2)
+        ),
+        1,
+    ),
+    "module": (lambda x, y: torch.gather(nn.LogSoftmax(-1)(x), -1, y.clamp(0)[..., None]), 1),
+    "rows": (lambda x, y: _selective(x, y.clamp(0)), 2),
+    "parts": (lambda x, y: _by_parts(x, y.clamp(0)), 1),
+    "parts-reversed": (
+        lambda x, y: x.logsumexp(-1, keepdim=True) - x.gather(-1, y.clamp(0)[..., None]),
+        2,
+    ),
+    "logsumexp": (lambda x, y: torch.logsumexp(2.0 * x, -1).square(), 1),
+    "mean": (lambda x, y: x.mean(), 1),
+    "mean-of-rows": (lambda x, y: x[y >= 0].float().mean(), 1),
+    "mean-of-each": (lambda x, y: (x * 0.5).mean(-1), 1),
+    "loss-and-metric": (
+        lambda x, y: -_by_parts(x, y.clamp(0)).sum() + x.detach().mean(),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("head", ["fused", "chunked", "linear"])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_losses_of_other_people_make_no_logits(
+    name: str, head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if head == "chunked":
+        monkeypatch.setattr(head_loss, "linear_of", lambda deferred: None)
+        monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 7 * VOCAB)
+    loss_of, num_losses = PATTERNS[name]
+    family = "granite" if head == "linear" else "gemma2"
+    assert_loss_is_stock(loss_of, num_losses=num_losses, family=family)
+
+
 @pytest.mark.parametrize(
     "loss_of",
     [
         lambda x, y: F.cross_entropy(x.transpose(1, 2), y),
         lambda x, y: F.cross_entropy(x[0], F.one_hot(y[0].clamp(0), VOCAB).float()),
         lambda x, y: F.cross_entropy(x.view(-1, VOCAB), y.view(-1), size_average=False),
-        lambda x, y: F.nll_loss(x.log_softmax(-1).view(-1, VOCAB), y.view(-1)),
         lambda x, y: F.cross_entropy(x.view(-1, VOCAB) + torch.arange(VOCAB), y.view(-1)),
         lambda x, y: F.cross_entropy(torch.cat([x[:1], x[1:]]).view(-1, VOCAB), y.view(-1)),
+        lambda x, y: F.nll_loss(x.log_softmax(1).view(-1, VOCAB), y.view(-1)),
+        lambda x, y: F.nll_loss(2.0 * x.view(-1, VOCAB).log_softmax(-1), y.view(-1)),
+        lambda x, y: F.nll_loss(x.view(-1, VOCAB), y.view(-1)),
+        lambda x, y: F.cross_entropy(2.0 * x.view(-1, VOCAB).log_softmax(-1), y.view(-1)),
+        lambda x, y: x.gather(-1, y.clamp(0)[..., None].expand(-1, -1, 2)),
+        lambda x, y: x.gather(1, y.clamp(0, 1)[..., None]),
+        lambda x, y: x.log_softmax(-1)[..., 3],
+        lambda x, y: x.mean(1),
+        lambda x, y: x.mean(-1, dtype=torch.float64),
+        lambda x, y: x.logsumexp((0, 2)),
+        lambda x, y: (x.log_softmax(-1).exp() * x.log_softmax(-1)).sum(-1),
         lambda x, y: F.cross_entropy(x.mul_(2.0).view(-1, VOCAB), y.view(-1)),
         lambda x, y: OwnLoss.apply(x.view(-1, VOCAB), y.reshape(-1).clamp(0)),
         lambda x, y: OwnLoss.apply(x.flatten(0, 1)[3:], y.reshape(-1).clamp(0)[3:]),
