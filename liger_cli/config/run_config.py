@@ -55,6 +55,11 @@ class RunConfig(Keys):
         return self.objective != "sft"
 
     @property
+    def answers_per_row(self) -> int:
+        """Sequences that a row is fed as: two of a pair."""
+        return 2 if self.trains_pairs else 1
+
+    @property
     def naming(self) -> Naming:
         """The names of columns, roles and fields in all datasets."""
         return Naming(self.columns or {}, self.roles or {}, self.message_fields or {})

@@ -27,6 +27,7 @@ from liger_kernels.transformers.wrappers import forward_takes, inner_model
 __all__ = [
     "PackedRows",
     "Strategy",
+    "answer_lengths",
     "answers_of",
     "check_packed",
     "document_lengths",
@@ -100,6 +101,11 @@ def answers_of(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [
         {name: row[f"{answer}_{name}"] for name in ("input_ids", "labels")} for answer in ANSWERS
     ]
+
+
+def answer_lengths(row: Mapping[str, Any]) -> list[int]:
+    """Return the tokens of each document of a row."""
+    return [len(answer["input_ids"]) for answer in answers_of(row)]
 
 
 def join_rows(documents: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

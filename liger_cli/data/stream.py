@@ -30,7 +30,7 @@ from liger_cli.data.examples import (
 from liger_cli.data.images import ImagesFound
 from liger_cli.data.makers import RowMaker
 from liger_cli.data.mixture import next_source
-from liger_cli.data.packing import Strategy, answers_of, join_rows, pack_lengths
+from liger_cli.data.packing import Strategy, answer_lengths, join_rows, pack_lengths
 from liger_cli.data.pair_maker import PairMaker, check_figures, refuse_same_answers
 from liger_cli.data.rows import Record
 from liger_cli.data.sources import SYNTHETIC_NAME, Source, find_sources
@@ -163,8 +163,8 @@ class _Blocks:
         self._counts.add(counts)
         self._place = self._after(begin, reached, is_end)
         if stream.packing is not None:
-            lengths = [[len(answer["input_ids"]) for answer in answers_of(row)] for row in rows]
-            packs, _ = pack_lengths(np.asarray(lengths), stream.max_length, stream.packing)
+            lengths = np.asarray([answer_lengths(row) for row in rows])
+            packs, _ = pack_lengths(lengths, stream.max_length, stream.packing)
             rows = [join_rows([rows[document] for document in one]) for one in packs]
         # Hashed, since a generator of torch looks at 32 bits of its seed.
         key = f"{stream.seed} {begin.epoch} {begin.block}".encode()

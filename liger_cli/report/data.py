@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from liger_cli.common.numbers import format_count
 from liger_cli.common.text import printable
 from liger_cli.data.examples import DataStats
 from liger_cli.data.padding import WORTH_PACKING
+from liger_cli.data.pair_facts import PairFacts
 from liger_cli.report import show_json, show_lines, show_table
 from liger_cli.training.model.template_facts import TemplateFacts
 
@@ -44,12 +46,16 @@ class RowPreview:
 
     Args:
         listed: Each token, where that was asked for.
+        answer: chosen or rejected, of a pair, which has a row for both.
+        figures: Margin and log-probabilities of a pair, where it has them.
     """
 
     tokens: int
     trained_tokens: int
     pieces: tuple[Piece, ...]
     listed: tuple[TokenPreview, ...] | None = None
+    answer: str | None = None
+    figures: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class DataPreview:
         first_row: The number of the first of the rows that are rendered.
         lengths: min, median, mean, p95 and max of the tokens of a row.
         template: The chat template; None where the tokenizer has none.
+        pairs: Repetitions and contradictions of pairs; None of other rows.
     """
 
     name: str
@@ -97,13 +104,15 @@ class DataPreview:
     template: TemplateFacts | None
     rows: tuple[RowPreview, ...]
     first_row: int = 1
+    pairs: PairFacts | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
         content = {"command": "data preview", **asdict(self)}
-        for row in content["rows"]:
-            if row["listed"] is None:
-                del row["listed"]
+        for part in (content, *content["rows"]):
+            for name in ("listed", "answer", "figures", "pairs"):
+                if part.get(name, ...) is None:
+                    del part[name]
         return content
 
 
@@ -116,11 +125,8 @@ def show_preview(preview: DataPreview, *, as_json: bool) -> None:
         show_json(preview.to_dict())
         return
     console = Console(highlight=False, markup=False)
-    for number, row in enumerate(preview.rows, start=preview.first_row):
-        show_lines(
-            f"row {number}: {row.tokens} tokens, {row.trained_tokens} trained on "
-            f"({_percent(row.trained_tokens, row.tokens)})"
-        )
+    for number, row in enumerate(preview.rows):
+        show_lines(_heading(number, row, preview))
         console.print(_text(row, in_colour=console.color_system is not None), soft_wrap=True)
         if row.listed is not None:
             show_table(("place", "id", "piece", "label"), _token_rows(row.listed))
@@ -128,7 +134,7 @@ def show_preview(preview: DataPreview, *, as_json: bool) -> None:
     show_lines(*_figures(preview), "")
     most = max(bar.rows for bar in preview.histogram)
     show_table(
-        ("tokens", "rows", ""),
+        ("tokens", "rows" if preview.pairs is None else "answers", ""),
         [
             (
                 f"{bar.first}-{bar.last}" if bar.last > bar.first else str(bar.first),
@@ -141,6 +147,18 @@ def show_preview(preview: DataPreview, *, as_json: bool) -> None:
     show_lines("")
     show_table(("how rows are fed", "rows", "not padding"), map(_fill_row, preview.fill))
     show_lines("", _advice(preview))
+
+
+def _heading(number: int, row: RowPreview, preview: DataPreview) -> str:
+    """Return the line above a rendered row; a pair has two."""
+    share = f"{row.tokens} tokens, {row.trained_tokens} {{}} " + (
+        f"({_percent(row.trained_tokens, row.tokens)})"
+    )
+    if row.answer is None:
+        return f"row {preview.first_row + number}: {share.format('trained on')}"
+    figures = [f"{name} {value:g}" for name, value in (row.figures or {}).items()]
+    place = f"pair {preview.first_row + number // 2}, {row.answer}"
+    return "; ".join([f"{place}: {share.format('scored')}", *figures])
 
 
 def _token_rows(tokens: tuple[TokenPreview, ...]) -> list[tuple[str, ...]]:
@@ -168,22 +186,43 @@ def _figures(preview: DataPreview) -> list[str]:
     licence = f" ({preview.licence})" if preview.licence else ""
     part = ", the first block of the stream" if preview.is_part else ""
     read = stats.rows + stats.dropped_rows
+    rows, trained = ("rows", "trained on") if preview.pairs is None else ("pairs", "scored")
     return [
         *_template_lines(preview.template),
         f"{preview.name}{licence}{part}: columns {', '.join(stats.columns) or 'none'}"
         + (f"; fields {', '.join(stats.fields)}" if stats.fields else "")
         + (f"; not used: {', '.join(stats.unused_columns)}" if stats.unused_columns else ""),
-        f"{format_count(stats.rows)} rows, {format_count(stats.tokens)} tokens, "
-        f"{format_count(stats.trained_tokens)} trained on "
+        f"{format_count(stats.rows)} {rows}, {format_count(stats.tokens)} tokens, "
+        f"{format_count(stats.trained_tokens)} {trained} "
         f"({_percent(stats.trained_tokens, stats.tokens)})",
-        f"cut to max_length {preview.max_length}: {format_count(stats.truncated_rows)} rows "
+        f"cut to max_length {preview.max_length}: {format_count(stats.truncated_rows)} {rows} "
         f"({_percent(stats.truncated_rows, stats.rows)})",
-        f"left out, nothing to train on: {format_count(stats.dropped_rows)} rows "
-        f"({_percent(stats.dropped_rows, read)})",
+        (
+            f"left out, nothing to train on: {format_count(stats.dropped_rows)} rows "
+            if preview.pairs is None
+            else "left out, an answer has no token within max_length: "
+            f"{format_count(stats.dropped_rows)} pairs "
+        )
+        + f"({_percent(stats.dropped_rows, read)})",
         *(f"{format_count(number)} {name}" for name, number in stats.left_out.items()),
-        "tokens of a row: "
+        *_pair_lines(preview.pairs),
+        f"tokens of {'a row' if preview.pairs is None else 'an answer, with its prompt'}: "
         + ", ".join(f"{name} {format_count(value)}" for name, value in lengths.items()),
     ]
+
+
+def _pair_lines(facts: PairFacts | None) -> list[str]:
+    """Return the lines on pairs that repeat or contradict each other."""
+    if facts is None:
+        return []
+    lines = [f"{format_count(facts.repeated)} pairs are there twice"] if facts.repeated else []
+    if facts.contradicting:
+        places = ", ".join(f"{one} and {other}" for one, other in facts.places)
+        lines.append(
+            f"warning: {format_count(facts.contradicting)} pairs are there with chosen and "
+            f"rejected exchanged too: {places}"
+        )
+    return lines
 
 
 def _template_lines(template: TemplateFacts | None) -> list[str]:

@@ -117,7 +117,8 @@ def plan_attention(
     """
     named, wish = config.attn_implementation, config.padding_free
     num_rows = max(config.per_device_train_batch_size, config.per_device_eval_batch_size)
-    problem = packing_problem(model, config.max_length * num_rows, has_images=rows.has_images)
+    length = config.max_length * num_rows * config.answers_per_row
+    problem = packing_problem(model, length, has_images=rows.has_images)
     if wish == "true" and problem is not None:
         raise ConfigError(
             f"padding_free: {inner_model(model).config.model_type} cannot train on rows that are "

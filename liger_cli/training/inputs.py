@@ -101,7 +101,7 @@ def load_inputs(
     dtype = compute_dtype(config, device, adapts=is_adapted(meta_model))
     check_implementation(config, meta_model, device, dtype, trains=trains)
     if config.packing:
-        refuse_packing(meta_model, config.max_length)
+        refuse_packing(meta_model, config.max_length * config.answers_per_row)
     options = RowOptions(
         max_length=config.max_length,
         vocab_size=meta_model.config.get_text_config().vocab_size,
@@ -119,7 +119,11 @@ def load_inputs(
     eval_rows = {name: _at_most(limit, rows) for name, rows in eval_rows.items()}
     lengths = sampled_lengths(train_rows if trains else next(iter(eval_rows.values())))
     if config.packing:
-        refuse_packing(meta_model, config.max_length, has_images=data.has_images)
+        refuse_packing(
+            meta_model,
+            config.max_length * config.answers_per_row,
+            has_images=data.has_images,
+        )
         if not trains:
             eval_rows = {name: _packed(config, rows) for name, rows in eval_rows.items()}
         elif not config.streaming:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby, takewhile
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 
 from liger_cli.config import RunConfig
 from liger_cli.data.encode import IGNORED
-from liger_cli.data.packing import Strategy, row_lengths
+from liger_cli.data.packing import Strategy, answer_lengths, answers_of, row_lengths
 from liger_cli.data.padding import packed_share, padding_share
+from liger_cli.data.pair_facts import compare_pairs
+from liger_cli.data.pair_formats import ANSWERS, FIGURES
 from liger_cli.data.stream import Stream
 from liger_cli.errors import ConfigError
 from liger_cli.report.data import Bar, DataPreview, Fill, Piece, RowPreview, TokenPreview
@@ -45,6 +48,7 @@ def preview_data(
         first = takewhile(lambda row: _is_first_block(row.after), examples.rows(examples.start()))
         examples = [row.row for row in first]
     lengths = _lengths(examples)
+    answers = lengths.reshape(-1)
     if index is not None and index > len(examples):
         raise ConfigError(f"--index {index}: there are {len(examples)} rows to train on")
     numbers = range(min(num_rows, len(examples))) if index is None else [index - 1]
@@ -55,8 +59,8 @@ def preview_data(
         max_length=config.max_length,
         is_part=is_stream,
         stats=inputs.data.stats,
-        lengths=_summary(lengths),
-        histogram=_histogram(lengths),
+        lengths=_summary(answers),
+        histogram=_histogram(answers),
         fill=_fill(config, lengths),
         template=template_facts(
             tokenizer,
@@ -64,8 +68,11 @@ def preview_data(
             config.chat_template,
             config.enable_thinking,
         ),
-        rows=tuple(_render(examples[i], tokenizer, with_ids=with_ids) for i in numbers),
+        rows=tuple(
+            row for i in numbers for row in _render(examples[i], tokenizer, with_ids=with_ids)
+        ),
         first_row=index or 1,
+        pairs=compare_pairs(examples) if config.trains_pairs else None,
     )
 
 
@@ -76,10 +83,25 @@ def _is_first_block(place: Any) -> bool:
 def _lengths(examples: Any) -> np.ndarray[Any, Any]:
     if hasattr(examples, "select_columns"):
         return row_lengths(examples)
-    return np.asarray([len(examples[i]["input_ids"]) for i in range(len(examples))])
+    lengths = np.asarray([answer_lengths(examples[i]) for i in range(len(examples))])
+    return lengths if lengths.shape[1] > 1 else lengths[:, 0]
 
 
-def _render(row: Mapping[str, Any], tokenizer: Any, *, with_ids: bool) -> RowPreview:
+def _render(row: Mapping[str, Any], tokenizer: Any, *, with_ids: bool) -> list[RowPreview]:
+    """Return a row as it is read; of a pair both answers."""
+    answers = answers_of(row)
+    if len(answers) == 1:
+        return [_render_one(row, tokenizer, with_ids=with_ids)]
+    figures = {name: row[name] for name in FIGURES if name in row}
+    return [
+        replace(
+            _render_one(answer, tokenizer, with_ids=with_ids), answer=name, figures=figures or None
+        )
+        for name, answer in zip(ANSWERS, answers, strict=True)
+    ]
+
+
+def _render_one(row: Mapping[str, Any], tokenizer: Any, *, with_ids: bool) -> RowPreview:
     pairs = list(zip(row["input_ids"], row["labels"], strict=True))
     pieces = []
     for is_trained, tokens in groupby(pairs, lambda pair: pair[1] != IGNORED):

@@ -57,7 +57,8 @@ def padding_lines(config: RunConfig, inputs: Inputs) -> list[str]:
     if inputs.attention.padding_free:
         return [f"padding: none, rows are laid end to end; padded it would be {share}"]
     line = f"padding: {share}"
-    if packing_problem(inputs.meta_model, config.max_length) is None:
+    length = config.max_length * config.answers_per_row
+    if packing_problem(inputs.meta_model, length) is None:
         times = (1 - packed) / (1 - padded)
         if times >= WORTH_PACKING:
             line += (
@@ -74,7 +75,7 @@ def announce_data(run: PreparedRun) -> None:
     data, stats = inputs.data, inputs.data.stats
     if batches.num_rows:
         notes = [
-            f"{format_count(stats.rows)} rows",
+            f"{format_count(stats.rows)} {'pairs' if run.config.trains_pairs else 'rows'}",
             f"{format_count(stats.tokens)} tokens, {format_count(stats.trained_tokens)} trained on",
             *data.notes,
         ]

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from liger_cli.common.numbers import format_bytes
 from liger_cli.data.batches import BatchPlan, count_labels, count_tokens
 from liger_cli.data.feed import make_feed
+from liger_cli.data.packing import answer_lengths
 from liger_cli.report import RunReport, notify
 from liger_cli.report.build import report_of
 from liger_cli.training.inputs import Inputs
@@ -80,9 +81,10 @@ def describe_dry_run(run: PreparedRun) -> DryRunReport:
         part = MemoryPart(**sizes, device=device_memory(run.device))
     first, lengths = _first_batch(run.inputs, run.batches), _row_lengths(run.inputs)
     if lengths is not None:
+        are_answers = run.config.trains_pairs and not run.config.packing
         notify(
-            f"rows: {lengths.median} tokens in the median, {lengths.p90} in 90 % or less, "
-            f"{lengths.p99} in 99 %, the longest {lengths.longest}"
+            f"{'answers' if are_answers else 'rows'}: {lengths.median} tokens in the median, "
+            f"{lengths.p90} in 90 % or less, {lengths.p99} in 99 %, the longest {lengths.longest}"
         )
     for line in run.inputs.attention.lines():
         notify(line)
@@ -106,8 +108,12 @@ def _row_lengths(inputs: Inputs) -> RowLengths | None:
     if not hasattr(inputs.train, "__len__") or inputs.data.has_images:
         return None
     count = min(_ROWS_LOOKED_AT, len(inputs.train))
-    lengths = [len(inputs.train[i]["input_ids"]) for i in range(count)]
-    cuts = statistics.quantiles(lengths, n=100, method="inclusive") if count > 1 else lengths * 99
+    lengths = [length for i in range(count) for length in answer_lengths(inputs.train[i])]
+    cuts = (
+        statistics.quantiles(lengths, n=100, method="inclusive")
+        if len(lengths) > 1
+        else lengths * 99
+    )
     return RowLengths(
         rows=count,
         median=round(cuts[49]),

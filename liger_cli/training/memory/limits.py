@@ -12,6 +12,7 @@ import torch
 from liger_cli.common.environment import host_memory
 from liger_cli.common.numbers import format_bytes
 from liger_cli.config import RunConfig
+from liger_cli.data.packing import answer_lengths
 from liger_cli.errors import LigerError, OutOfMemory
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.memory import (
@@ -66,7 +67,7 @@ class RunMemory:
     @classmethod
     def of(cls, config: RunConfig, inputs: Inputs, device: torch.device) -> RunMemory:
         """Return the memory of a step of this run."""
-        lengths, size = _row_lengths(config, inputs), config.per_device_train_batch_size
+        lengths, size = _row_lengths(config, inputs), _num_sequences(config)
         plan, length = inputs.attention, max(lengths)
         is_free = plan.padding_free and not config.packing
         if is_free:
@@ -99,8 +100,8 @@ class RunMemory:
         plan = assumed_attention(config, source, is_padded=is_padded, on_gpu=on_gpu)
         is_free = plan.padding_free and not config.packing
         batch = Batch(
-            size=config.per_device_train_batch_size,
-            length=config.max_length,
+            size=_num_sequences(config),
+            length=_longest(config),
             is_padded=is_padded and not is_free,
             is_packed=config.packing,
             is_flat=is_free or plan.has_lengths,
@@ -141,8 +142,8 @@ class RunMemory:
         config, length = self.config, self.batch.length
         for remedy in remedies:
             config = config.model_copy(update=dict(remedy.keys))
-        length = min(length, config.max_length)
-        batch = replace(self.batch, size=config.per_device_train_batch_size, length=length)
+        length = min(length, _longest(config))
+        batch = replace(self.batch, size=_num_sequences(config), length=length)
         return replace(self, config=config, batch=batch)
 
 
@@ -163,9 +164,19 @@ class Remedy:
 def _row_lengths(config: RunConfig, inputs: Inputs) -> list[int]:
     # A stream has no rows to look at, and images would be read for their lengths alone.
     if config.streaming or inputs.data.has_images or not inputs.train:
-        return [config.max_length]
+        return [_longest(config)]
     count = min(_ROWS_LOOKED_AT, len(inputs.train))
-    return [len(inputs.train[i]["input_ids"]) for i in range(count)]
+    return [length for i in range(count) for length in answer_lengths(inputs.train[i])]
+
+
+def _num_sequences(config: RunConfig) -> int:
+    """Return the sequences of a forward pass: both answers of a pair, or packed rows."""
+    size = config.per_device_train_batch_size
+    return size if config.packing else size * config.answers_per_row
+
+
+def _longest(config: RunConfig) -> int:
+    return config.max_length * (config.answers_per_row if config.packing else 1)
 
 
 def device_memory(device: torch.device) -> int:

@@ -100,3 +100,57 @@ def test_synthetic(liger: object, tmp_path: Path):
     done = liger("data", "preview", "--model", "qwen3", "--dataset", "synthetic", "--json")
     assert done.json()["lengths"]["min"] == 1024
     assert len(done.json()["histogram"]) == 1
+
+
+PAIR = {"prompt": "say it ", "chosen": "yes", "rejected": "no", "margin": 1}
+
+
+def test_both_answers_of_a_pair(liger, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    exchanged = {**PAIR, "chosen": "no", "rejected": "yes"}
+    rows = [PAIR, exchanged, {**PAIR, "chosen": "maybe"}, exchanged, {**PAIR, "chosen": "no"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("data", "preview", "--model", "qwen3", "--dataset", path, "--objective", "dpo")
+    lines = liger(*words, "-n", 1, "--max-length", 10).out.splitlines()
+    assert lines[:5] == [
+        "pair 1, chosen: 10 tokens, 3 scored (30.0%); margin 1",
+        "say it [[yes]]",
+        "",
+        "pair 1, rejected: 10 tokens, 3 scored (30.0%); margin 1",
+        "say it [[no<|im_end|>]]",
+    ]
+    assert "pair 2" not in "".join(lines)
+    for line in (
+        "4 pairs, 80 tokens, 24 scored (30.0%)",
+        "cut to max_length 10: 4 pairs (100.0%)",
+        "1 pairs left out: chosen and rejected are the same",
+        "1 pairs are there twice",
+        "warning: 3 pairs are there with chosen and rejected exchanged too: 1 and 2, 1 and 4",
+    ):
+        assert line in lines
+    report = liger(*words, "--index", 3, "--json", "--ids").json()
+    assert [row["answer"] for row in report["rows"]] == ["chosen", "rejected"]
+    assert report["rows"][0]["figures"] == {"margin": 1.0}
+    assert len(report["rows"][0]["listed"]) == report["rows"][0]["tokens"] == 13
+    assert report["pairs"] == {
+        "repeated": 1,
+        "contradicting": 3,
+        "places": [[1, 2], [1, 4]],
+    }
+    assert sum(bar["rows"] for bar in report["histogram"]) == 8
+    # A stream's first block is compared as well.
+    stream = (*words, "--streaming", "--max-steps", 1, "--json")
+    assert liger(*stream).json()["pairs"]["contradicting"] == 3
+
+
+def test_pairs_of_another_objective_are_refused(liger, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(PAIR) + "\n")
+    words = ("data", "preview", "--model", "qwen3", "--dataset")
+    done = liger(*words, path)
+    assert done.code == 4
+    assert "--objective dpo" in done.err
+    path.write_text(json.dumps({"text": "a"}) + "\n")
+    done = liger(*words, path, "--objective", "orpo")
+    assert done.code == 4
+    assert "found the columns text; pairs are wanted: chosen and rejected" in done.err

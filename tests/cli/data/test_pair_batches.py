@@ -8,6 +8,7 @@ import pytest
 import torch
 from data_rows import load, write
 
+from liger_cli.commands.train.announce import padding_lines
 from liger_cli.config import RunConfig
 from liger_cli.data.batches import BatchPlan, count_labels, count_tokens, load_windows
 from liger_cli.data.collate import Collator
@@ -16,6 +17,7 @@ from liger_cli.data.packing import PackedRows, row_lengths
 from liger_cli.data.padding import packed_share, padding_share
 from liger_cli.data.pair_batches import PairCollator
 from liger_cli.training.inputs import load_inputs
+from liger_cli.training.memory.limits import RunMemory
 
 FIGURES = ("margin", "ref_chosen_logps", "ref_rejected_logps")
 LAYOUTS = {
@@ -169,3 +171,10 @@ def test_a_run_of_pairs_reads_and_collates_them(tmp_path, layout):
     batch = inputs.collator([inputs.train[i] for i in range(num_rows)])
     assert int(batch["num_pairs"]) == 6
     assert inputs.lengths.shape == (6, 2)
+    # The step that memory is estimated for has as many sequences, as long as the longest.
+    step = RunMemory.of(config, inputs, torch.device("cpu")).batch
+    is_packed = "packing" in layout
+    assert step.size == config.per_device_train_batch_size * (1 if is_packed else 2)
+    longest = max(len(inputs.train[0]["input_ids"]), 0) if is_packed else inputs.lengths.max()
+    assert step.length == longest
+    assert len(padding_lines(config, inputs)) == 1
