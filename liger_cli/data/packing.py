@@ -170,8 +170,8 @@ def pack_lengths(
         lengths: As row_lengths returns them.
     """
     num_answers = 1 if lengths.ndim == 1 else lengths.shape[1]
-    totals = lengths.reshape(len(lengths), -1).sum(1).tolist()
-    return pack(totals, num_answers * max_length, strategy), num_answers * max_length
+    totals = lengths if lengths.ndim == 1 else lengths.sum(1)
+    return pack(totals.tolist(), num_answers * max_length, strategy), num_answers * max_length
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ def test_run_directory_and_json(train, run_dir):
     assert report["coverage"]["fused_linear_cross_entropy"] == {"patched": 1, "candidates": 1}
     assert {row["status"] for row in report["modules"] if row["op"]} == {"patched"}
     assert set(report["train"]) == {
+        "batch",
         "steps",
         "tokens",
         "trained_tokens",

@@ -12,6 +12,7 @@ from liger_cli.config.datasets import COLUMNS, MARKS, read_datasets
 from liger_cli.data.encode import IGNORED
 from liger_cli.data.examples import RowOptions, load_examples
 from liger_cli.data.formats import FORMATS, MESSAGE_FIELDS, OPTIONAL, ROW_FIELDS
+from liger_cli.data.pair_formats import ANSWERS, FIGURES
 from liger_cli.errors import LigerError
 from liger_cli.training.model.tokenizers import byte_tokenizer
 
@@ -70,6 +71,6 @@ def test_there_are_sixty():
 
 def test_names_that_can_be_mapped_are_those_of_the_formats():
     columns = {name for part in (FORMATS, OPTIONAL) for names in part.values() for name in names}
-    assert set(COLUMNS) == columns | set(ROW_FIELDS)
+    assert set(COLUMNS) == columns | {*ROW_FIELDS, *ANSWERS, *FIGURES}
     honoured = {name for name, kind in MESSAGE_FIELDS.items() if kind != "refuse"}
     assert set(MARKS) == honoured - {"label"}
