@@ -167,7 +167,10 @@ INTERPRETED = {
         "every case of an op, and test_op_is_no_worse_than_eager has them in its own chunks",
         "logprobs",
     ),
-    "test_case_203_finite_logits_of_any_size": ("an interpreted loss a case", "-(plain|softcap)-none$"),
+    "test_case_203_finite_logits_of_any_size": (
+        "an interpreted loss a case",
+        "-(plain|softcap)-none$",
+    ),
     "test_case_10_gradients_exist_exactly_where_asked_for": (
         "an interpreted loss a case",
         "^mean",

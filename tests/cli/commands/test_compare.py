@@ -289,6 +289,7 @@ def test_eager_against_patched(liger, train, tmp_path):
         (run / "report.json").unlink()
     unfinished = compare(liger, *runs)["runs"][1]
     # A log says nothing of the size of batches.
-    assert finished["train"].pop("batch") and unfinished["train"].pop("batch") is None
+    assert finished["train"].pop("batch")
+    assert unfinished["train"].pop("batch") is None
     for part in ("train", "eval"):
         assert unfinished[part] == pytest.approx(finished[part])
