@@ -178,6 +178,11 @@ CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...] = (
         lambda c: c.packing and c.text_mode == "stream",
     ),
     (
+        ("objective", "text_mode"),
+        "text_mode stream is for rows of text, and this objective compares two answers",
+        lambda c: c.objective != "sft" and c.text_mode == "stream",
+    ),
+    (
         ("streaming", "eval_strategy"),
         "streaming has no epochs to evaluate after; set eval_steps",
         lambda c: c.streaming and c.eval_strategy == "epoch",

@@ -6,7 +6,6 @@ for those holds for both answers: names of columns, roles and fields, tools, sys
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,10 @@ __all__ = ["ANSWERS", "FIGURES", "Pair", "PairFormat"]
 ANSWERS = ("chosen", "rejected")
 # Numbers of a pair, which objectives read.
 FIGURES = ("margin", "ref_chosen_logps", "ref_rejected_logps")
+
+_LARGEST = 1e300
+# They say of one answer whether it is good, and nothing of two.
+_IDLE = ("label", "kto_tag")
 
 # What the prompt is in, by the columns that make it; the first that fits the first row is it.
 _PROMPTS = ("prompt", "instruction", "conversations", "messages")
@@ -107,7 +110,8 @@ class PairFormat:
                 f"{where}: found the columns {join_names(raw)}; pairs are wanted: {_WANTED}",
                 hint=_advice(content),
             )
-        prompt = next((name for name in _PROMPTS if name in content), "")
+        mapped = [name for name in _PROMPTS if name in naming.columns]
+        prompt = next((name for name in (*mapped, *_PROMPTS) if name in content), "")
         question = next((name for name in _QUESTIONS if name in content), None)
         if not prompt and question and question not in naming.columns:
             names = RowNames({**naming.columns, "instruction": question}, naming)
@@ -151,30 +155,41 @@ class PairFormat:
             chosen, rejected = self._rows(content, where)
         except DataError as error:
             raise with_names(error, self.names) from error
-        return Pair(replace(chosen, unused=(*chosen.unused, *hidden)), rejected, figures)
+        idle = [self.names.shown(name) for name in self._idle(content)]
+        return Pair(replace(chosen, unused=(*chosen.unused, *idle, *hidden)), rejected, figures)
+
+    @property
+    def _output(self) -> str:
+        """The column that an answer has in a row of sft."""
+        return "output" if self.prompt == "instruction" else "completion"
+
+    def _idle(self, content: Mapping[str, Any]) -> list[str]:
+        """Return the columns that have a value and no meaning beside two answers."""
+        names = {self._output, *_IDLE, *(() if self.prompt == "prompt" else ("prompt",))}
+        return [name for name in content if name in names and content[name] not in (None, "", [])]
 
     def _figure(self, value: Any, name: str, where: str) -> float:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        shown = value if is_number else describe(value)
-        if not is_number or not math.isfinite(value):
+        # A whole number may be too large for a float, and NaN is not below anything.
+        if not is_number or not abs(value) < _LARGEST:
+            shown = value if isinstance(value, float) else describe(value)
             raise DataError(f"{where}: {name} must be a finite number, found {shown}")
         if name != "margin" and value > 0:
             raise DataError(
-                f"{where}: {name} is {shown}; the logarithm of a probability is 0 at most",
+                f"{where}: {name} is {value}; the logarithm of a probability is 0 at most",
                 hint="it is the sum over the tokens of the answer, without a sign changed",
             )
         return float(value)
 
     def _rows(self, content: Mapping[str, Any], where: str) -> tuple[Row, Row]:
-        rest = {key: value for key, value in content.items() if key not in (*ANSWERS, *FIGURES)}
+        apart = {*ANSWERS, *FIGURES, *self._idle(content)}
+        rest = {key: value for key, value in content.items() if key not in apart}
         if self.prompt == "instruction":
-            rest.pop("output", None)
             chosen, rejected = (
                 self._row(answer, {**rest, "output": content[answer]}, where) for answer in ANSWERS
             )
             return only_last(chosen), only_last(rejected)
         prompt, *answers = self._split(rest.pop(self.prompt, None), content, where)
-        rest.pop("completion", None)
         chosen, rejected = (
             self._row(name, {**rest, "prompt": prompt, "completion": answer}, where)
             for name, answer in zip(ANSWERS, answers, strict=True)
@@ -184,7 +199,7 @@ class PairFormat:
     def _row(self, answer: str, content: Mapping[str, Any], where: str) -> Row:
         """Return the row of one answer, whose columns are shown as the data name them."""
         ours = self.names.columns
-        output = "output" if "output" in content else "completion"
+        output = self._output
         theirs = {output: ours.get(answer, answer)}
         if output == "completion":
             theirs["prompt"] = ours.get(self.prompt, self.prompt) or theirs[output]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 import re
 from itertools import islice
 
@@ -283,6 +284,10 @@ REFUSED = {
         "JSON has no NaN|ref_chosen_logps must be a finite number, found nan",
     ),
     "a text for a figure": ([{**PROMPT, "margin": "2"}], "margin must be a finite number, found a"),
+    "a huge number": (
+        [{**PROMPT, "margin": 1e305}],
+        "margin must be a finite number, found 1e+305",
+    ),
     "a boolean": ([{**PROMPT, "margin": True}], "margin must be a finite number, found a boolean"),
     "half a reference": (
         [{**PROMPT, "ref_chosen_logps": -1}],
@@ -323,6 +328,80 @@ def test_a_row_that_is_no_pair_is_refused(tmp_path, name):
         load(path, row_options=PAIRS)
     assert str(path) in error.value.message
     assert any(re.search(re.escape(part), error.value.message) for part in message.split("|"))
+
+
+HOSTILE = [
+    *(None, "", " ", "a", 0, -1.5, True, [], {}, [[]], [None], ["a"], [{}], {"role": "user"}),
+    *(said(("assistant", "a")), said(("assistant", "b")), said(("user", "q")), {"a": "b"}),
+    *(said(("user", "q"), ("assistant", "a")), said(("user", "q"), ("assistant", "b"))),
+    *([{"role": "assistant", "content": None}], [{"role": "assistant", "content": [{}]}]),
+    *([{"from": "gpt", "value": "a"}], [{"from": "gpt", "value": 3}], "\ud800", "a\0b", 10**400),
+    *([{"role": "assistant", "content": "a", "weight": 0}], said(("tool", "t"))),
+]
+HOSTILE_COLUMNS = [
+    *(
+        "prompt",
+        "chosen",
+        "rejected",
+        "messages",
+        "conversations",
+        "instruction",
+        "input",
+        "system",
+    ),
+    *("history", "tools", "margin", "ref_chosen_logps", "output", "completion", "label", "train"),
+]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_values_are_pairs_or_errors_with_their_place(tmp_path, seed):
+    draw = random.Random(seed)
+    num_good, messages = 0, []
+    for _ in range(120):
+        rows = [
+            {
+                "chosen": draw.choice([" yes", CHOSEN, WHOLE[0]]),
+                "rejected": draw.choice([" no", REJECTED, WHOLE[1]]),
+                **{
+                    draw.choice(HOSTILE_COLUMNS): draw.choice(HOSTILE)
+                    for _ in range(draw.randint(0, 3))
+                },
+            }
+            for _ in range(draw.randint(1, 2))
+        ]
+        path = write(tmp_path / "d.jsonl", *rows)
+        try:
+            found = load(path, row_options=PAIRS, max_length=100)
+        except DataError as error:
+            messages.append((error.message, str(path)))
+            continue
+        num_good += 1
+        known = {*found.stats.columns, *found.stats.unused_columns}
+        for row in rows:
+            given = {name for name, value in row.items() if value not in (None, "", [])}
+            assert given <= known
+        for row in found.examples:
+            both = answer(row, "chosen"), answer(row, "rejected")
+            assert both[0] != both[1]
+            for ids, labels in both:
+                assert len(ids) == len(labels) <= 100
+                assert any(label != IGNORED for label in labels)
+    assert num_good > 10
+    assert all(path in message and message.isprintable() for message, path in messages)
+
+
+def test_a_mapped_column_is_the_prompt(tmp_path):
+    row = {"prompt": "q", "system": "s", "label": 0, "completion": "x", **PROMPT}
+    row |= {"prompt": "q", "chosen": "yes", "rejected": "no"}
+    path = write(tmp_path / "d.jsonl", row)
+    entries = _entries(path, {"columns": {"instruction": "prompt"}})
+    found = load_examples(entries, byte_tokenizer(), RowOptions(512, 10**6, **PAIRS))
+    assert answer(found.examples[0], "chosen") == sft(
+        tmp_path, {"messages": WHOLE[0]}, byte_tokenizer()
+    )
+    assert set(found.stats.unused_columns) == {"label", "completion"}
+    found = load(path, row_options=PAIRS)
+    assert set(found.stats.unused_columns) == {"label", "completion", "system"}
 
 
 def test_sft_refuses_pairs_and_says_what_reads_them(tmp_path):
