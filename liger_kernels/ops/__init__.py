@@ -14,6 +14,7 @@ from liger_kernels.ops.glu import geglu, swiglu
 from liger_kernels.ops.glu_mlp import glu_mlp
 from liger_kernels.ops.layer_norm import layer_norm
 from liger_kernels.ops.lora_linear import lora_linear
+from liger_kernels.ops.moe_experts import moe_experts
 from liger_kernels.ops.rms_norm import rms_norm
 from liger_kernels.ops.rope import rope
 from liger_kernels.ops.sequence_sums import sequence_sums
@@ -31,6 +32,7 @@ __all__ = [
     "glu_mlp",
     "layer_norm",
     "lora_linear",
+    "moe_experts",
     "rms_norm",
     "rope",
     "sequence_sums",

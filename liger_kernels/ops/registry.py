@@ -14,6 +14,7 @@ from liger_kernels.ops.glu import GEGLU, SWIGLU
 from liger_kernels.ops.glu_mlp import OP as GLU_MLP
 from liger_kernels.ops.layer_norm import OP as LAYER_NORM
 from liger_kernels.ops.lora_linear import OP as LORA_LINEAR
+from liger_kernels.ops.moe_experts import OP as MOE_EXPERTS
 from liger_kernels.ops.op import Op
 from liger_kernels.ops.rms_norm import OP as RMS_NORM
 from liger_kernels.ops.rope import OP as ROPE
@@ -27,6 +28,7 @@ _ROWS = (
     SWIGLU,
     GEGLU,
     GLU_MLP,
+    MOE_EXPERTS,
     LORA_LINEAR,
     CROSS_ENTROPY,
     FUSED_LINEAR_CROSS_ENTROPY,
