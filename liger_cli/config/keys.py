@@ -42,6 +42,7 @@ _batch = functools.partial(_key, "Batches")
 _optimizer = functools.partial(_key, "Optimizer and schedule")
 _run = functools.partial(_key, "Run directory")
 _machine = functools.partial(_key, "Precision and device")
+_parallel = functools.partial(_key, "Several ranks")
 
 
 class Keys(KeyChecks):
@@ -275,6 +276,10 @@ class Keys(KeyChecks):
     )
     gradient_checkpointing: bool = _machine(False, "Recompute activations to save memory.")
     use_cpu: bool = _machine(False, "Stay on the CPU although there is a GPU.")
+
+    ddp_timeout: int = _parallel(
+        1800, "Seconds that a rank waits for the others before the run ends.", ge=1, le=10**8
+    )
 
     @property
     def evaluates_during_training(self) -> bool:

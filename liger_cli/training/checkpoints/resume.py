@@ -36,6 +36,7 @@ _FREE_KEYS = frozenset(
         "auto_fit",
         "dataloader_num_workers",
         "dataset_num_proc",
+        "ddp_timeout",
         "early_stopping_patience",
         "early_stopping_threshold",
         "eval_on_start",
