@@ -5,6 +5,7 @@ The checks that take least time come first, so that a typo does not cost the loa
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from liger_cli.config.datasets import read_datasets
 from liger_cli.data.cache import Counts
 from liger_cli.data.collate import Collator
 from liger_cli.data.examples import Examples, RowOptions, join_licences, load_examples
+from liger_cli.data.feed import identity
 from liger_cli.data.packing import PackedRows, refuse_packing
 from liger_cli.data.padding import Lengths, padding_share, sampled_lengths
 from liger_cli.data.pair_batches import PairCollator
@@ -66,6 +68,17 @@ class Inputs:
     eval: dict[str, Any]
     attention: AttentionPlan
     lengths: Lengths | None = None
+
+    @functools.cached_property
+    def train_identity(self) -> dict[str, Any]:
+        """Values that differ where the training data do; it reads all of them."""
+        return identity(self.train)
+
+    @property
+    def identities(self) -> dict[str, Any]:
+        """The same by the use of the data: training, evaluation, and the sets of it."""
+        sets = {f"evaluation {name}".strip(): identity(rows) for name, rows in self.eval.items()}
+        return sets if self.train is None else {"training": self.train_identity, **sets}
 
     @property
     def num_eval_rows(self) -> int:

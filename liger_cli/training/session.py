@@ -22,7 +22,7 @@ from accelerate.utils import set_seed
 from liger_cli.common.measure import StepTime
 from liger_cli.config import RunConfig
 from liger_cli.data.batches import BatchPlan
-from liger_cli.data.feed import Feed, identity, make_feed
+from liger_cli.data.feed import Feed, make_feed
 from liger_cli.training.auto_compile import AUTO, decide_measured
 from liger_cli.training.checkpoints.run_log import STEP_LOG, JsonLines, copy_logs
 from liger_cli.training.checkpoints.saver import Saver, is_due
@@ -127,7 +127,7 @@ class TrainSession:
             self._optimizer,
             self._scheduler,
             self._feed,
-            identity(run.inputs.train),
+            run.inputs.train_identity,
             self._save_model,
         )
         self._evaluated: EvalResult | None = None

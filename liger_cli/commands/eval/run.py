@@ -12,6 +12,7 @@ from liger_cli.report.required_ops import parse_ops
 from liger_cli.training.document_check import check_documents
 from liger_cli.training.evaluate import evaluate_inputs
 from liger_cli.training.inputs import load_inputs
+from liger_cli.training.launch.agreement import check_same_data, check_same_launch
 from liger_cli.training.memory.limits import check_memory
 from liger_cli.training.model.adapters import adapts
 from liger_cli.training.model.loading import load_patched
@@ -35,9 +36,12 @@ def run_eval(config: RunConfig) -> RunReport | None:
     source = resolve_model(config.model, notify)
     is_adapted = adapts(config, source, trains=False)
     accelerator = make_accelerator(config, adapts=is_adapted)
+    check_same_launch(config, accelerator)
     is_main = accelerator.is_main_process
     device = accelerator.device
     inputs = load_inputs(config, source=source, device=device, trains=False, notify=notify)
+    if accelerator.num_processes > 1:
+        check_same_data(inputs.identities, accelerator)
     check_memory(config, inputs.meta_model, device, trains=False)
     loaded_as = inputs.attention.applied(config)
     model, record = load_patched(loaded_as, inputs.source, device, notify, trains=False)

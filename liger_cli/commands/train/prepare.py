@@ -18,6 +18,11 @@ from liger_cli.training.auto_compile import AUTO, decide_early
 from liger_cli.training.checkpoints.resume import saved_choice, with_older_values
 from liger_cli.training.checkpoints.run_directory import run_directory
 from liger_cli.training.inputs import load_inputs
+from liger_cli.training.launch.agreement import (
+    check_same_data,
+    check_same_launch,
+    check_shared_directory,
+)
 from liger_cli.training.model.adapters import adapts, is_quantised, quantization
 from liger_cli.training.model.source import ModelSource, resolve_model
 from liger_cli.training.model.tokenizers import check_same_template
@@ -73,6 +78,7 @@ def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]
         config = config.model_copy(update={"report_to": None, "profile_steps": None})
     source = resolve_model(config.model, notify)
     accelerator = make_accelerator(config, adapts=adapts(config, source))
+    check_same_launch(config, accelerator)
     quantization(config, source, accelerator.device)
     check_optimization(config, accelerator.device)
     check_trackers(config)
@@ -81,12 +87,16 @@ def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]
     writes = not options.dry_run
     with run_directory(config, options.resume, accelerator, notify, writes=writes) as place:
         run_dir, checkpoint = place
+        if writes:
+            check_shared_directory(run_dir, accelerator)
         if checkpoint is not None:
             config = with_older_values(checkpoint, config)
         config = config.model_copy(update={"output_dir": run_dir})
         if config.torch_compile == AUTO:
             config = _settle_compile(config, source, accelerator, checkpoint, options)
         inputs = load_inputs(config, source=source, device=accelerator.device, notify=notify)
+        if accelerator.num_processes > 1:
+            check_same_data(inputs.identities, accelerator)
         if checkpoint is not None:
             check_same_template(checkpoint, config, inputs.preprocessing)
         batches = plan_batches(config, inputs.train, accelerator)

@@ -1,0 +1,1 @@
+"""Several processes that train one model: started, watched, and ended with one reason."""
