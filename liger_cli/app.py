@@ -5,21 +5,26 @@ Commands are imported when they run, so `liger --help` needs neither torch nor p
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import re
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from liger_cli.common.failures import describe_error, is_usage_error, show_error
+from liger_cli.common.ranks import Rank, adopt_slurm, find_rank
 from liger_cli.common.streams import SafeStreams
 from liger_cli.common.text import printable
 from liger_cli.errors import EnvironmentProblem, LigerError, panics_raised
+from liger_cli.training.launch.faults import fault_of, report_fault
 from liger_cli.training.runtime.stop_signals import Interruption
 from liger_kernels.nearest import nearest_name
 
@@ -57,6 +62,9 @@ _ALONE = {
     "--torch-compile": ("true", "false", "auto"),
 }
 
+# Commands that may be one of several processes.
+_LAUNCHED = {"train", "eval", "bench", "verify"}
+
 
 class _LazyGroup(TyperGroup):
     """Lists the commands by their line of help, and imports the one that is called."""
@@ -86,17 +94,36 @@ class _LazyGroup(TyperGroup):
             raise
         except (Exception, KeyboardInterrupt) as error:
             problem = describe_error(error, was_interrupted=interruption.requested)
-            if ctx.obj["as_json"] and not problem.is_reported:
+            ending: _Ending = ctx.obj["ending"]
+            if ctx.obj["as_json"] and not problem.is_reported and ending.shows_document:
                 _show_as_json(problem)
-            if is_usage_error(error) and not interruption.requested:
+            if is_usage_error(error) and not interruption.requested and ending.rank is None:
                 # typer shows these itself, with the usage line.
                 if isinstance(getattr(error, "message", None), str):
                     error.message = printable(error.message)  # type: ignore[union-attr]
                 raise
             if ctx.params["debug"]:
                 typer.echo(printable(traceback.format_exc()), err=True, nl=False)
-            show_error(problem)
+            ending.show(problem, error)
             raise typer.Exit(problem.exit_code) from None
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """Shows the error that ends the program, once for all ranks of a launch."""
+
+    rank: Rank | None
+    stderr: TextIO
+
+    @property
+    def shows_document(self) -> bool:
+        return self.rank is None or not self.rank.is_ours
+
+    def show(self, problem: LigerError, error: BaseException) -> None:
+        if self.rank is None:
+            show_error(problem)
+        else:
+            report_fault(fault_of(problem, error, self.rank), self.rank, self.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -107,17 +134,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     words = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in words
-    with SafeStreams() as streams:
+    rank = _find_rank(words)
+    with SafeStreams() as streams, _shown(rank, words) as stderr:
+        ending = _Ending(rank, stderr)
+        obj = {"as_json": as_json, "words": tuple(words), "ending": ending}
         try:
-            get_command(_app)(args=arguments, prog_name="liger", obj={"as_json": as_json})
+            get_command(_app)(args=arguments, prog_name="liger", obj=obj)
         except SystemExit as end:
             failure = streams.stdout_failure()
             # Text is for people, who close a pipe when they have read enough. A document is whole.
             if failure is None or not as_json or end.code:
                 raise
             problem = EnvironmentProblem(f"stdout cannot be written: {failure.strerror}")
-            show_error(problem)
+            ending.show(problem, failure)
             raise SystemExit(problem.exit_code) from None
+
+
+def _find_rank(words: Sequence[str]) -> Rank | None:
+    """Return the rank of this process in a launch, if the command may be one of several."""
+    if _LAUNCHED.isdisjoint(words):
+        return None
+    flags = [word.partition("=")[0].replace("_", "-") for word in words]
+    if not any(flag.startswith(("--nproc", "--nnodes")) for flag in flags):
+        adopt_slurm()
+    rank = find_rank()
+    if rank is not None:
+        rank.end_with_launcher()
+    return rank
+
+
+def _shown(rank: Rank | None, words: Sequence[str]) -> contextlib.AbstractContextManager[TextIO]:
+    """Return the output of a process: dropped on ranks other than 0 and that of --log-rank."""
+    if rank is None:
+        return contextlib.nullcontext(sys.stderr)
+    text = " ".join(words).replace("--log_rank", "--log-rank")
+    found = re.search(r"--log-rank[ =](\d+)", text)
+    return rank.output(int(found[1]) if found else 0)
 
 
 def _with_values(words: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ __all__ = [
     "NonFiniteLoss",
     "OutOfMemory",
     "RequirementFailed",
+    "error_of",
     "panics_raised",
 ]
 
@@ -78,6 +79,12 @@ class Interrupted(LigerError):
     """The user stopped the run; what it had is saved."""
 
     exit_code = 130
+
+
+def error_of(exit_code: int) -> type[LigerError]:
+    """Return the kind of error that has an exit code, for an error of another process."""
+    kinds = {kind.exit_code: kind for kind in LigerError.__subclasses__()}
+    return kinds.get(exit_code, LigerError)
 
 
 class ExtensionPanic(Exception):

@@ -293,6 +293,13 @@ SLOW = {
     "test_case_231_one_of_many_takes_a_stale_lock": ("many processes", NONE),
     "test_a_resumed_run_does_not_start_again": ("two trainings", NONE),
     "test_case_228_an_adapter_that_is_trained_on_is_counted_and_changes": ("three trainings", NONE),
+    "test_two_launchers_are_one_launch": ("two processes with torch a case", "raises"),
+    "test_a_signal_stops_all_after_the_same_step": ("three processes with torch a case", NONE),
+    "test_sigterm_of_one_rank_stops_all": ("three processes with torch", NONE),
+    "test_a_killed_rank_ends_all_and_the_run_continues": ("six processes with torch", NONE),
+    "test_a_rank_that_hangs_is_named": ("three processes with torch", NONE),
+    "test_an_error_of_rank_0_alone_is_said_once": ("three processes with torch", NONE),
+    "test_an_error_under_torchrun_is_said_once": ("three processes with torch", NONE),
 }
 
 INTERPRETED = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from typing import TextIO
 
 from liger_cli.common.text import printable, shorten
 from liger_cli.errors import (
@@ -72,14 +73,19 @@ def describe_error(error: BaseException, *, was_interrupted: bool = False) -> Li
     )
 
 
-def show_error(problem: LigerError) -> None:
-    """Print the message of an error to stderr, red on a terminal, and its hint below."""
+def show_error(problem: LigerError, stream: TextIO | None = None) -> None:
+    """Print the message of an error, red on a terminal, and its hint below.
+
+    Args:
+        stream: stderr by default.
+    """
+    stream = stream or sys.stderr
     message = printable(f"error: {problem.message}")
-    lines = [f"{_RED}{message}{_RESET}" if sys.stderr.isatty() else message]
+    lines = [f"{_RED}{message}{_RESET}" if stream.isatty() else message]
     if problem.hint:
         lines.append(printable(problem.hint))
-    sys.stderr.write("\n".join(lines) + "\n")
-    sys.stderr.flush()
+    stream.write("\n".join(lines) + "\n")
+    stream.flush()
 
 
 def _first_line(error: BaseException) -> str:

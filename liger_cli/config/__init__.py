@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from liger_cli.config.flags import adapter_flags, config_flags
 from liger_cli.config.keys import ALIASES
+from liger_cli.config.launch_flags import Launch, launch_flags
 from liger_cli.config.resolve import ResolvedConfig, find_problems, load_config, resolve_config
 from liger_cli.config.run_config import RunConfig
 
 __all__ = [
     "ALIASES",
+    "Launch",
     "ResolvedConfig",
     "RunConfig",
     "adapter_flags",
     "config_flags",
     "find_problems",
+    "launch_flags",
     "load_config",
     "resolve_config",
 ]

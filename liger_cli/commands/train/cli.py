@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from liger_cli.common.readers import expand_path
-from liger_cli.common.text import shorten
-from liger_cli.config import RunConfig, config_flags
-from liger_cli.errors import ConfigError
+from liger_cli.commands.train.resumed_file import file_of_run
+from liger_cli.config import Launch, RunConfig, config_flags, launch_flags
+from liger_cli.training.launch.start import launch_ranks
 from liger_cli.training.model.names import check_model_name
 
 __all__ = ["command"]
 
 
-def _file_of_run(arguments: dict[str, Any]) -> Path | None:
-    """Return the configuration of the run, or of the checkpoint's run, that --resume names."""
-    resume = arguments["resume"]
-    if resume is None or resume == "auto":
-        return None
-    found = expand_path(resume, "--resume")
-    if not found.exists():
-        raise ConfigError(f"--resume {shorten(resume)}: there is no checkpoint of this name")
-    # The folder of a run that has lost its file may hold another program's config.yaml.
-    file = (found.parent if found.name.startswith("checkpoint-") else found) / "config.yaml"
-    return file if file.is_file() else None
-
-
-@functools.partial(config_flags, file_of=_file_of_run)
+@functools.partial(config_flags, file_of=file_of_run)
+@launch_flags
 def command(
     config: RunConfig,
+    launch: Launch,
     baseline: Annotated[
         int,
         typer.Option(
@@ -62,6 +49,8 @@ def command(
     """Fine-tune a model with fused kernels and measure what they gain."""
     # Before torch and transformers are imported.
     check_model_name(config.model)
+    if launch_ranks(launch, use_cpu=config.use_cpu):
+        return
 
     from liger_cli.commands.train.prepare import RunOptions
     from liger_cli.commands.train.run import run_train

@@ -11,6 +11,7 @@ from liger_cli.commands.train.dry_run import describe_dry_run
 from liger_cli.commands.train.prepare import RunOptions, prepare_run
 from liger_cli.common.failures import is_out_of_memory
 from liger_cli.common.outputs import write_file
+from liger_cli.common.ranks import find_rank
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError
 from liger_cli.report import PeerPart, RunReport, TrainProgress, eval_texts, notify
@@ -79,6 +80,8 @@ def run_train(config: RunConfig, options: RunOptions = _DEFAULTS) -> RunReport |
             run.run_dir.mkdir(parents=True, exist_ok=True)
             # Of a run that ended earlier; there is none until this one ends.
             run.report_file.unlink(missing_ok=True)
+        if (rank := find_rank()) is not None:
+            rank.say_run_dir(run.run_dir)
         try:
             trained = _load_and_train(run, options)
         except Exception as error:

@@ -6,15 +6,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from liger_cli.config import RunConfig, adapter_flags
+from liger_cli.config import Launch, RunConfig, adapter_flags, launch_flags
 from liger_cli.training.model.names import check_model_name
 
 __all__ = ["command"]
 
 
 @adapter_flags
+@launch_flags
 def command(
     adapter: RunConfig,
+    launch: Launch,
     model: Annotated[
         str, typer.Option("--model", "-m", help="Preset, directory, config.json or hub id.")
     ],
@@ -50,6 +52,7 @@ def command(
     from liger_cli.training.model.source import resolve_model
     from liger_cli.training.runtime.launch import quiet_libraries
 
+    launch.refuse_several("verify", "What it finds on one device holds for each of several.")
     parse_ops(ops)
     source = resolve_model(model)
     quiet_libraries()

@@ -17,7 +17,7 @@ from liger_cli.common.measure import median_after_warm_up
 from liger_cli.common.outputs import write_file
 from liger_cli.common.readers import parse_json, read_file_bytes
 from liger_cli.config import RunConfig
-from liger_cli.errors import LigerError, OutOfMemory
+from liger_cli.errors import LigerError, OutOfMemory, error_of
 from liger_cli.training.runtime.peer_interpreter import PeerInterpreter
 
 __all__ = ["ArmResult", "ArmSpec", "run_arm"]
@@ -173,8 +173,7 @@ def _failure(name: str, done: subprocess.CompletedProcess[str]) -> LigerError:
     lines = done.stderr.strip().splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith("error: ")), -1)
     message = "\n".join(lines[start:]).removeprefix("error: ") if lines else "no message"
-    kinds = {kind.exit_code: kind for kind in LigerError.__subclasses__()}
     # A process ended by another signal has a negative code, which is no kind of error.
-    return kinds.get(done.returncode, LigerError)(
+    return error_of(done.returncode)(
         f"the {name} run failed (exit code {done.returncode}): {message}"
     )

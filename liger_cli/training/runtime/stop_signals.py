@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from liger_cli.errors import Interrupted, NonFiniteLoss
 
-__all__ = ["Interruption", "StopRequest", "interrupted", "non_finite"]
+__all__ = ["Interruption", "SignalRelay", "StopRequest", "interrupted", "non_finite"]
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +81,20 @@ class StopRequest(_Handler):
     def _later(self, number: int) -> None:
         self.__exit__()
         signal.raise_signal(number)
+
+
+class SignalRelay(_Handler):
+    """Counts the signals, for a launcher that has other processes stop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def _first(self) -> None:
+        self.count = 1
+
+    def _later(self, number: int) -> None:
+        self.count += 1
 
 
 def interrupted(step: int, checkpoint: Path | None) -> Interrupted:

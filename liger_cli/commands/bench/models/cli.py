@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from liger_cli.config import RunConfig, config_flags
+from liger_cli.config import Launch, RunConfig, config_flags, launch_flags
 from liger_cli.training.model.names import check_model_name
 
 __all__ = ["command"]
@@ -22,8 +22,10 @@ _SWEEP = "of a sweep, such as 512,1k or 2k..8k, which doubles; until out of memo
 
 
 @config_flags
+@launch_flags
 def command(
     config: RunConfig,
+    launch: Launch,
     against: Annotated[str, _option("--against", _AGAINST, "LIST")] = "eager",
     ablate: Annotated[bool, _option("--ablate", "Also eager with each op alone.")] = False,
     seq: Annotated[str | None, _option("--seq", f"Sequence lengths {_SWEEP}", "SIZES")] = None,
@@ -64,6 +66,7 @@ def command(
     from liger_cli.common.outputs import check_files
     from liger_cli.report import show_lines, show_report
 
+    launch.refuse_several("bench", "`liger train --nproc N --max-steps 20` measures a launch.")
     request = BenchRequest(
         steps, repeats, against, ablate, seq, batch, bounds, peer_python, peer_path
     )

@@ -1,0 +1,150 @@
+"""`liger train --nproc 2`, whole: started, stopped, killed, and continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from run_files import metrics, names
+
+HOST = socket.gethostname()
+
+
+@pytest.fixture
+def start(data, run_dir):
+    """Start `liger train` on the small data in a process, with more words."""
+    started = []
+
+    def launch(*words, command=("-m", "liger_cli"), cwd=None):
+        train = ["train", "-m", "qwen3", "-d", data, "-o", run_dir, "--use-cpu"]
+        train += ["--max-length", 64, "--per-device-train-batch-size", 2]
+        process = subprocess.Popen(
+            [str(word) for word in (sys.executable, *command, *train, *words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        started.append(process)
+        return process
+
+    yield launch
+    for process in started:
+        process.kill()
+
+
+def wait_for_steps(process, run_dir, number=3):
+    log = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (log.exists() and log.read_text().count("\n") >= number):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def errors(text):
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+def ranks_of(process):
+    """Return the processes of the ranks, rank 0 first."""
+    found = psutil.Process(process.pid).children()
+    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+
+
+ENDLESS = ("--nproc", 2, "--max-steps", 100000, "--save-steps", 2, "--save-total-limit", 2)
+
+
+def test_two_ranks_train_and_print_one_document(start, run_dir):
+    process = start("--nproc", 2, "--max-steps", 3, "--json")
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == 0, err
+    assert json.loads(out)["train"]["steps"] == 3
+    assert err.count("plan: 3 steps") == err.count("train 3/3") == 1
+    # 23 rows, four in a step.
+    assert err.count("6 an epoch") == 1
+    assert len(list((run_dir / "checkpoint-3").glob("rng-*.pt"))) == 2
+    assert "nproc" not in (run_dir / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_signal_stops_all_after_the_same_step(start, run_dir, number):
+    process = start(*ENDLESS)
+    wait_for_steps(process, run_dir)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    [(last,)] = metrics(run_dir, "step")[-1:]
+    assert process.returncode == 130
+    assert names(run_dir)[-1] == f"checkpoint-{last}"
+    [error] = errors(err)
+    assert error.startswith(f"error: interrupted after step {last}; its checkpoint is ")
+
+
+def test_sigterm_of_one_rank_stops_all(start, run_dir):
+    process = start(*ENDLESS)
+    wait_for_steps(process, run_dir)
+    ranks_of(process)[1].terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    [error] = errors(err)
+    assert "interrupted after step" in error
+
+
+def test_a_killed_rank_ends_all_and_the_run_continues(start, run_dir):
+    process = start(*ENDLESS)
+    wait_for_steps(process, run_dir)
+    since = time.monotonic()
+    ranks_of(process)[1].kill()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - since < 30
+    assert process.returncode == 5
+    [error] = errors(err)
+    assert error.startswith(f"error: rank 1 on {HOST}: killed (signal 9)")
+    newest = run_dir / names(run_dir)[-1]
+    assert f"--resume {newest} continues" in err
+    [(last,)] = metrics(run_dir, "step")[-1:]
+    again = start("--nproc", 2, "--max-steps", last + 2, "--resume", newest)
+    _, err = again.communicate(timeout=280)
+    assert again.returncode == 0, err
+    assert [step for (step,) in metrics(run_dir, "step")] == list(range(1, last + 3))
+
+
+def test_a_rank_that_hangs_is_named(start, run_dir):
+    process = start(*ENDLESS, "--ddp-timeout", 5)
+    wait_for_steps(process, run_dir)
+    since = time.monotonic()
+    ranks_of(process)[1].suspend()
+    _, err = process.communicate(timeout=90)
+    assert time.monotonic() - since < 5 + 30
+    assert process.returncode == 1
+    [error] = errors(err)
+    assert f"waited longer than ddp_timeout for rank 1 on {HOST}" in error
+
+
+def test_an_error_of_rank_0_alone_is_said_once(start, run_dir):
+    run_dir.mkdir()
+    (run_dir / "note").write_text("mine")
+    process = start("--nproc", 2, "--json")
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == 2
+    assert errors(err) == [f"error: output_dir {run_dir} exists and is not empty"]
+    assert json.loads(out)["error"]["kind"] == "ConfigError"
+
+
+def test_an_error_under_torchrun_is_said_once(start, run_dir):
+    run_dir.mkdir()
+    (run_dir / "note").write_text("mine")
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "-m", "liger_cli")
+    process = start(command=torchrun)
+    _, err = process.communicate(timeout=280)
+    assert process.returncode == 1
+    [error] = errors(err)
+    assert f"output_dir {run_dir} exists and is not empty" in error
