@@ -26,13 +26,24 @@ __all__ = ["Measure", "Target", "Variant", "Workload", "select"]
 Measure = Literal[
     "share", "forward share", "speed", "memory", "memory share", "time share", "host share"
 ]
-# The fused loss where not every label counts and where the head is not trained, and the time the
-# host needs to start an op that is too small to matter to the GPU.
-Variant = Literal["", "40 % of labels", "frozen head", "host time"]
+# The fused loss where not every label counts and where the head is not trained, log-probabilities
+# without any gradient, and the time the host needs to start an op that is too small to matter to
+# the GPU.
+Variant = Literal["", "40 % of labels", "frozen head", "no gradient", "host time"]
 
 MIB = 2**20
 PEER = "liger-kernel"
+TRL = "trl"
 _VALID = 0.4
+LOGPROBS = "fused_linear_logprobs"
+# Share of the products that are left, by op and variant: of the loss's three those without the
+# weight's; of the eight units of log-probabilities six, and the forward's two.
+_LEFT = {
+    ("fused_linear_cross_entropy", "40 % of labels"): _VALID,
+    ("fused_linear_cross_entropy", "frozen head"): 2 / 3,
+    (LOGPROBS, "frozen head"): 6 / 8,
+    (LOGPROBS, "no gradient"): 2 / 8,
+}
 
 
 @dataclass(frozen=True)
@@ -75,14 +86,13 @@ class Workload:
 
     @property
     def has_all_arms(self) -> bool:
-        """Whether it is compared with torch too: a variant is compared with its peers alone."""
-        return self.variant in ("", "host time")
+        """Whether it is compared with torch too: a variant of a loss is only with its peers."""
+        return self.variant in ("", "host time") or self.op == LOGPROBS
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """The timed parts; the fused loss makes its gradients in forward, so one part is enough."""
-        is_loss = self.variant in ("40 % of labels", "frozen head")
-        return ("full",) if is_loss else ("forward", "full")
+        return ("forward", "full") if self.variant in ("", "host time") else ("full",)
 
     def sample(self, dtype: torch.dtype, device: torch.device) -> Sample:
         """Return the same arguments at every call, drawn on the device: a CPU takes minutes."""
@@ -92,6 +102,8 @@ class Workload:
         if self.variant == "frozen head":
             hidden, weight, *rest = sample.args
             sample = replace(sample, args=(hidden, weight.detach(), *rest))
+        elif self.variant == "no gradient":
+            sample = replace(sample, args=tuple(x.detach() for x in sample.args))
         return sample
 
     def least_bytes(self, dtype: torch.dtype) -> tuple[int, int]:
@@ -106,10 +118,7 @@ class Workload:
     def num_flops(self) -> float:
         """Return the FLOPs of the matrix products of a forward and backward; 0 without any."""
         flops = self.definition.num_flops(self.case)
-        if self.variant == "40 % of labels":
-            return flops * _VALID
-        # Without the weight gradient's product, one of three.
-        return flops * 2 / 3 if self.variant == "frozen head" else flops
+        return flops * _LEFT.get((self.op, self.variant), 1.0)
 
 
 def _speed(limit: float, against: str = PEER) -> Target:
@@ -153,6 +162,20 @@ def _fused_losses(tokens: int, width: int, vocab: int, speed: float) -> tuple[Wo
     )
 
 
+def _logprobs(tokens: int, width: int, vocab: int) -> tuple[Workload, ...]:
+    def of(variant: Variant, gradient: int) -> Workload:
+        targets = (
+            Target("share", 0.88),
+            Target("memory", gradient + 600 * MIB),
+            _speed(1.2, TRL),
+            _speed(1.0, "torch.compile"),
+        )
+        options = {"outputs": ("logprob",)}
+        return Workload(LOGPROBS, (tokens, width, vocab), options, variant, targets)
+
+    return of("", 2 * vocab * width), of("frozen head", 0), of("no gradient", 0)
+
+
 def _norms() -> Iterable[Workload]:
     for shape in ((16384, 2048), (16384, 4096), (8192, 8192)):
         own = 1.0 if shape == (16384, 2048) else 1.3
@@ -189,6 +212,8 @@ _ON_GPU = (
     *_fused_losses(16384, 2048, 128256, 1.2),
     *_fused_losses(8192, 2304, 256000, 3.0),
     *_fused_losses(4096, 4096, 32000, 1.3),
+    *_logprobs(8192, 4096, 128256),
+    *_logprobs(4096, 2048, 151936),
 )
 
 # What a CPU does in seconds. They show that the ops work and cost nothing, not how fast a GPU is.

@@ -150,7 +150,8 @@ class Arm:
         outputs = self.forward()
         if not self._gradients:
             self._gradients = self._draw_gradients(outputs)
-        torch.autograd.backward([y for y in outputs if y.requires_grad], self._gradients)
+        if self._gradients:
+            torch.autograd.backward([y for y in outputs if y.requires_grad], self._gradients)
         return outputs
 
     def clear(self) -> None:

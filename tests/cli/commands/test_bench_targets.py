@@ -32,6 +32,10 @@ pytestmark = pytest.mark.usefixtures("tiny_bench")
 SCRIPT = Path(__file__).parents[3] / "scripts" / "performance_page.py"
 
 
+# Products of log-probabilities: with the weight's gradient, without, and forward alone.
+PARTS = ("", "frozen head", "no gradient")
+
+
 def test_every_shape_of_the_targets_is_measured_on_a_gpu() -> None:
     workloads = select(None, None, is_gpu=True)
     # An op without a line in the table is measured all the same, on one of the cases of its row.
@@ -53,6 +57,17 @@ def test_every_shape_of_the_targets_is_measured_on_a_gpu() -> None:
     assert by_key[fused, "8192x4096x128256", ""].num_flops() == flops
     assert by_key[fused, "8192x4096x128256", "frozen head"].num_flops() == flops * 2 / 3
     assert by_key[fused, "8192x4096x128256", "40 % of labels"].num_flops() == flops * 0.4
+    logprobs = [by_key["fused_linear_logprobs", "8192x4096x128256", variant] for variant in PARTS]
+    assert [work.num_flops() for work in logprobs] == [
+        units * 8192 * 4096 * 128256 for units in (8, 6, 2)
+    ]
+    assert [(t.measure, t.against, t.limit) for t in logprobs[0].targets] == [
+        ("share", "", 0.88),
+        ("memory", "", 2 * 128256 * 4096 + 600 * MIB),
+        ("speed", "trl", 1.2),
+        ("speed", "torch.compile", 1.0),
+    ]
+    assert [work.targets[1].limit for work in logprobs[1:]] == [600 * MIB] * 2
     loss = by_key["cross_entropy", "4096x262144", ""]
     assert loss.least_bytes(torch.bfloat16) == (2 * 2 * 4096 * 262144,) * 2
     norm = by_key["rms_norm", "8192x8192", ""]
@@ -81,6 +96,10 @@ def test_sample_of_a_variant() -> None:
     assert (part != -100).float().mean().item() == pytest.approx(0.4, abs=0.03)
     hidden, weight, _ = replace(fused, variant="frozen head").sample(torch.float32, CPU).args
     assert (hidden.requires_grad, weight.requires_grad) == (True, False)
+    logprobs = Workload("fused_linear_logprobs", (4, 8, 32), {"outputs": ("logprob",)})
+    sample = replace(logprobs, variant="no gradient").sample(torch.float32, CPU)
+    assert not any(x.requires_grad for x in sample.args)
+    assert sample.kwargs == {"outputs": ("logprob",)}
 
 
 ROW = OpRow(

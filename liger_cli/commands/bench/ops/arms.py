@@ -6,19 +6,21 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from liger_cli.commands.bench.ops.tables import OURS, CheckPart, ErrorPart
-from liger_cli.commands.bench.targets import Workload
+from liger_cli.commands.bench.targets import LOGPROBS, TRL, Workload
 from liger_cli.commands.bench.timing import Arm, Stopwatch
 from liger_kernels.compare import allowed_error, check_op, error
 from liger_kernels.ops.losses.options import IGNORE_INDEX
 from liger_kernels.ops.op import Sample
 
-__all__ = ["check", "local_arms"]
+__all__ = ["check", "local_arms", "trl_version"]
 
 
 def _torch_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -42,6 +44,33 @@ if hasattr(F, "linear_cross_entropy"):
     )
 
 
+def trl_version() -> str:
+    """Return the version of TRL, or that it does not take part."""
+    try:
+        return version("trl")
+    except PackageNotFoundError:
+        return "did not run: it is not installed"
+
+
+def _trl_logprobs() -> Callable[..., Any] | None:
+    """Return TRL's function of the same arguments, or None where TRL does not have it."""
+    try:
+        function = import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+        chunk = import_module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
+    except Exception:
+        # Not installed, a version without it, or one whose own imports fail here.
+        return None
+
+    def logprobs(
+        hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, *, outputs: tuple[str, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        # As it has them: no others than the log-probability, and no cap.
+        found = function.apply(hidden, weight, None, ids, 1.0, chunk, None, 1.0, ())
+        return tuple(value for value in found if value is not None)
+
+    return logprobs
+
+
 def local_arms(
     workload: Workload,
     sample: Sample,
@@ -63,11 +92,14 @@ def local_arms(
         return [ours]
     arms = [arm("eager", op.reference)]
     # Compiling takes seconds, and the host's time of a small op is not what it is for.
-    if with_compile and not workload.variant:
+    if with_compile and workload.variant != "host time":
         torch._dynamo.reset()
         arms.append(arm("torch.compile", torch.compile(op.reference, dynamic=False)))
     if op.name in _TORCH and not sample.kwargs:
         arms.append(arm("torch", _TORCH[op.name]))
+    trl = _trl_logprobs() if op.name == LOGPROBS and sample.kwargs else None
+    if trl is not None:
+        arms.append(arm(TRL, trl))
     return [*arms, ours]
 
 
