@@ -301,7 +301,8 @@ OP = Op(
         Case("logprob", (6, 16, 50), {"outputs": ("logprob",)}),
         Case("all", (9, 24, 129), {**_ALL, "outputs": LOGPROB_OUTPUTS}),
         Case("reversed", (5, 24, 33), {**_ALL, "outputs": LOGPROB_OUTPUTS[::-1]}),
-        Case("three-blocks", (3, 4, 17000)),
+        Case("three-blocks", (3, 4, 17000), {"outputs": LOGPROB_OUTPUTS}),
+        Case("wide-blocks", (2, 4, 41001), {"outputs": LOGPROB_OUTPUTS, "softcap": 3.0}),
         # So many terms of an entropy that the order in which they are added shows.
         Case("many-terms", (64, 64, 8192)),
         Case("no-rows", (0, 16, 20)),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
-from liger_kernels.transformers import apply_liger_kernel
+from liger_kernels.transformers import apply_liger_kernel, token_logprobs
 from liger_kernels.transformers.lazy_logits import loss as head_loss
 from liger_kernels.transformers.lazy_logits.head import num_fused
 
@@ -60,7 +60,11 @@ def batches(rank: int) -> list[dict[str, Tensor]]:
 
 
 def loss_of(model: Any, batch: dict[str, Tensor], kind: str) -> Tensor:
-    """Return a loss that the model computes, that its caller does, or one that needs logits."""
+    """Return a loss that the model computes, its caller does, or token_logprobs, or of logits."""
+    if kind == "logprobs":
+        labels = batch["labels"]
+        found = token_logprobs(model, {"input_ids": batch["input_ids"]}, labels)
+        return -found.logprob.sum() / (labels[:, 1:] != -100).sum()
     out = model(**batch)
     if kind == "model":
         return out.loss

@@ -68,8 +68,8 @@ def loss_rows(
     """Fill the outputs that are given, some of OUTPUTS, from logits x (M, V) and labels (M,).
 
     Rows of x and dx are packed, at any stride; label and coef (M,), the gradient that comes in for
-    the loss, may have any stride, 0 too; class_weight (V,) is wide, and None where a mean is asked
-    for. With overwrite x is scratch memory and dx, if given, is x itself; else x is left as it is.
+    the loss, may have any stride, 0 too; class_weight (V,) is wide. With overwrite x is scratch
+    memory and dx, if given, is x itself; else x is left as it is.
     """
     num_rows, vocab = x.shape
     if num_rows == 0:

@@ -57,7 +57,7 @@ def _add_tile(
     weights,
     bests,
     HAS_MOMENTS: tl.constexpr,
-    HAS_WEIGHTED: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
     HAS_BEST: tl.constexpr,
 ):
     """Add a tile to the running maximum, sum of exponentials, and what else a lane keeps.
@@ -81,7 +81,7 @@ def _add_tile(
         # Sums of e * (z - peak) stay small where sums of e * z would cancel.
         moments = tl.where(shrink > 0.0, shrink * (moments + sums * rise), 0.0)
         moments += tl.sum(tl.where(e > 0.0, e * below, 0.0), 0)
-    if HAS_WEIGHTED:
+    if HAS_SMOOTHING:
         # Likewise: sums of w * z would overflow, or lose the digits of their distance from lse.
         weighted += tl.where(weights != 0.0, weights * rise, 0.0)
         weighted += tl.sum(tl.where(w != 0.0, w * below, 0.0), 0)
@@ -159,7 +159,6 @@ def loss_rows_kernel(
     BLOCK_V: tl.constexpr,
     KEEP_V: tl.constexpr,
 ):
-    HAS_WEIGHTED: tl.constexpr = HAS_SMOOTHING or HAS_MEAN
     row = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + row * stride_xm
     scale = fp32(scale)
@@ -189,6 +188,7 @@ def loss_rows_kernel(
     weighted = tl.zeros((LANES,), tl.float32)
     weights = tl.zeros((LANES,), tl.float32)
     bests = tl.zeros((LANES,), tl.int32)
+    means = tl.zeros((LANES,), tl.float32)
     lanes = tl.arange(0, LANES)[None, :]
     block = tl.arange(0, BLOCK_V // LANES)[:, None] * LANES + lanes
     kept_cols = split + tl.arange(0, KEEP_V // LANES)[:, None] * LANES + lanes
@@ -213,8 +213,11 @@ def loss_rows_kernel(
             w = tl.load(class_weight_ptr + cols)
         peaks, sums, moments, weighted, weights, bests = _add_tile(
             z, w, cols, peaks, sums, moments, weighted, weights, bests,
-            HAS_ENTROPY, HAS_WEIGHTED, HAS_BEST,
+            HAS_ENTROPY, HAS_SMOOTHING, HAS_BEST,
         )  # fmt: skip
+        if HAS_MEAN:
+            # Divided first, as the sum of large logits would overflow.
+            means += tl.sum(z * (1.0 / V), 0)
     kept = tl.load(x_row + kept_cols, mask=is_read, other=0.0, eviction_policy="evict_first")
     kept_z = _logits(kept, scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     kept_w = is_read.to(tl.float32)
@@ -223,8 +226,10 @@ def loss_rows_kernel(
     kept_z = tl.where(is_read, kept_z, float("-inf"))
     peaks, sums, moments, weighted, weights, bests = _add_tile(
         kept_z, kept_w, kept_cols, peaks, sums, moments, weighted, weights, bests,
-        HAS_ENTROPY, HAS_WEIGHTED, HAS_BEST,
+        HAS_ENTROPY, HAS_SMOOTHING, HAS_BEST,
     )  # fmt: skip
+    if HAS_MEAN:
+        means += tl.sum(tl.where(is_read, kept_z, 0.0) * (1.0 / V), 0)
 
     # A row that was not read has no peak; 0 keeps what is computed for nothing finite.
     peak = tl.where(is_ignored, 0.0, tl.max(peaks, 0))
@@ -250,13 +255,12 @@ def loss_rows_kernel(
     weight_sum = V * fp32(1.0)
     if HAS_SMOOTHING and HAS_CLASS_WEIGHT:
         weight_sum = tl.sum(weights, 0)
-    if HAS_WEIGHTED:
-        weighted += tl.where(weights != 0.0, weights * (peaks - peak), 0.0)
-        if HAS_MEAN:
-            tl.store(mean_ptr + row, tl.where(is_ignored, 0.0, peak + tl.sum(weighted, 0) / V))
+    if HAS_MEAN:
+        tl.store(mean_ptr + row, tl.sum(means, 0))
     if HAS_LOSS:
         loss = w_label * nll
         if HAS_SMOOTHING:
+            weighted += tl.where(weights != 0.0, weights * (peaks - peak), 0.0)
             smooth = (weight_sum * log_total - tl.sum(weighted, 0)) / V
             loss = (1.0 - label_smoothing) * loss + label_smoothing * smooth
         if HAS_Z_LOSS:

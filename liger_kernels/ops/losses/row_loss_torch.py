@@ -136,6 +136,8 @@ def _fill(call, z, labels, outputs, needs_entropy):
     options, vocab = call.options, z.shape[1]
     z_label = z.gather(1, labels.column)[:, 0].masked_fill(labels.is_wrong, float("nan"))
     found = {}
+    if "mean" in outputs:
+        found["mean"] = z.mean(1)
     if "best" in outputs:
         outputs["best"].copy_(z.argmax(1).masked_fill(labels.is_ignored, -1))
     w_label, weight_sum, class_weight = 1.0, float(vocab), call.class_weight
@@ -147,8 +149,6 @@ def _fill(call, z, labels, outputs, needs_entropy):
     # Of distances from the peak: of large logits the sum would overflow, or lose its digits.
     if options.label_smoothing:
         weighted = z.sum(1) if class_weight is None else z @ class_weight
-    if "mean" in outputs:
-        found["mean"] = peak + z.sum(1) / vocab
     # Below it, exp is 0 and the logit adds nothing; 0 * -inf would be NaN.
     shifted = z.clamp_min(_NO_EXP) if needs_entropy else None
     e = z.exp_()

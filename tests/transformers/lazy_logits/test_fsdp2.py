@@ -58,7 +58,8 @@ CASE: dict[str, Any] = {
     "frozen": None,
     # "scaled" is no plain linear layer, so its loss is computed in chunks of tokens.
     "head": "linear",
-    # Where the loss is computed: in the "model", by its "caller", or from real "logits" too.
+    # Where the loss is computed: in the "model", by its "caller", from real "logits" too, or by
+    # "logprobs", the function token_logprobs.
     "loss": "model",
     "order": "patch-shard",
     "ops": "auto",
@@ -76,6 +77,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "chunked": {"head": "scaled"},
     "caller": {"loss": "caller"},
     "logits": {"loss": "logits"},
+    "logprobs": {"loss": "logprobs"},
+    "logprobs-frozen": {"loss": "logprobs", "frozen": "head"},
+    "logprobs-chunked": {"loss": "logprobs", "head": "scaled"},
     "softcap": {"family": "gemma2"},
     "shard-patch": {"order": "shard-patch"},
     "cross-entropy": {"ops": "auto,-fused_linear_cross_entropy,cross_entropy"},
@@ -94,9 +98,11 @@ FAST = {
         f"norm+head-{name}": {"groups": "norm+head", **VARIANTS[name]}
         for name in ("no-sync", "non-reentrant", "frozen-head", "chunked", "logits", "softcap")
     },
+    "root-logprobs": {"groups": "root", **VARIANTS["logprobs"]},
+    "norm+head-logprobs-chunked": {"groups": "norm+head", **VARIANTS["logprobs-chunked"]},
     **{
         f"head-{name}": {"groups": "head", **VARIANTS[name]}
-        for name in ("accumulate", "chunked", "caller", "abandons")
+        for name in ("accumulate", "chunked", "caller", "abandons", "logprobs-frozen")
     },
 }
 SLOW = {

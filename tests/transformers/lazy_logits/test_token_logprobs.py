@@ -211,6 +211,27 @@ def test_prepared_models_see_the_forward(accelerate):
     assert model.lm_head.weight.grad is not None
 
 
+@pytest.fixture
+def process_group(tmp_path):
+    if not torch.distributed.is_available():
+        pytest.skip("torch without distributed")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("error:token_logprobs")
+@pytest.mark.parametrize("find_unused", [False, True])
+@pytest.mark.parametrize("head", ["plain", "lora-head"])
+def test_ddp_reduces_the_gradients(head, find_unused, process_group, monkeypatch):
+    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 5 * VOCAB)
+    model = HEADS[head]()
+    install_head(model, FUSED)
+    ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused)
+    check(model, ddp)
+
+
 @pytest.mark.parametrize("family", zoo.MULTIMODAL)
 def test_images_pass_through(family):
     model = zoo.build(family).train()
