@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         lora_linear,
         rms_norm,
         rope,
+        sequence_sums,
         swiglu,
     )
     from liger_kernels.transformers import (
@@ -29,11 +30,18 @@ if TYPE_CHECKING:
         apply_liger_kernel,
         inspect_model,
         patched,
+        token_logprobs,
     )
 
 __version__ = "0.1.0"
 
-_PATCHING = ("AutoLigerKernelForCausalLM", "apply_liger_kernel", "inspect_model", "patched")
+_PATCHING = (
+    "AutoLigerKernelForCausalLM",
+    "apply_liger_kernel",
+    "inspect_model",
+    "patched",
+    "token_logprobs",
+)
 
 __all__ = [
     "AutoLigerKernelForCausalLM",
@@ -51,7 +59,9 @@ __all__ = [
     "patched",
     "rms_norm",
     "rope",
+    "sequence_sums",
     "swiglu",
+    "token_logprobs",
 ]
 
 

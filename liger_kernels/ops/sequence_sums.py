@@ -1,8 +1,7 @@
 """Sums of values per token over the answers that the tokens belong to, in fp64.
 
-A log-ratio is a small difference of two sums of hundreds of nats. In fp32 the sums of 2048 tokens
-are off by 3e-3, more than a preference loss is precise with; in fp64 nothing is lost. Each answer
-is summed in a fixed order, so that the result is the same in every run.
+A log-ratio is a small difference of two sums of thousands of nats, whose last digits fp32 does not
+have. Each answer is summed in a fixed order, so that the result is the same in every run.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import zoo
 from lazy_models import FUSED, VOCAB, LargestTensor, make, make_inputs
 from torch import Tensor, nn
 
+from liger_kernels.ops import sequence_sums
 from liger_kernels.ops.backend import INTERPRETED
 from liger_kernels.ops.fused_linear_logprobs import LOGPROB_OUTPUTS
 from liger_kernels.transformers import apply_liger_kernel, token_logprobs
@@ -261,6 +265,7 @@ def test_packed_documents_equal_their_own_rows():
     torch.testing.assert_close(packed, alone)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_them_in_its_graph():
     torch._dynamo.reset()
     model = make("gemma2")
@@ -268,6 +273,30 @@ def test_a_compiled_model_has_them_in_its_graph():
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     check(model, compiled, temperature=0.7)
     torch._dynamo.reset()
+
+
+def test_the_loss_of_the_page_is_log_2_at_first_and_learns():
+    page = (Path(__file__).parents[3] / "docs" / "library.md").read_text()
+    (code,) = (x for x in re.findall(r"```python\n(.*?)```", page, re.S) if "dpo_loss" in x)
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    model = make()
+    install_head(model, FUSED)
+    inputs, labels = given()
+    answers = torch.tensor([[0], [1]]).expand(labels.shape)
+    batch = {**inputs, "labels": labels, "answer_ids": answers}
+    with torch.no_grad():
+        found = token_logprobs(model, inputs, labels).logprob
+    reference = sequence_sums(found, answers[:, 1:], 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(3):
+        losses.append(scope["dpo_loss"](model, reference, batch))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[0].item() == math.log(2)
+    assert losses[2] < losses[1] < losses[0]
 
 
 @pytest.mark.parametrize(
