@@ -130,11 +130,15 @@ def _split(line: str, delimiter: str) -> list[str]:
     return [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
 
 
-def layout_hint(content: Mapping[str, Any]) -> str | None:
-    """Return how to make rows of an object that holds all of them, or None: it does not."""
+def layout_hint(content: Mapping[str, Any], needed: Sequence[str] = ()) -> str | None:
+    """Return how to make rows of an object that holds all of them, or None: it does not.
+
+    Args:
+        needed: Columns that it has and that make a format, where FORMATS has none.
+    """
     form = find_format(content)
-    if form is not None:
-        columns = [content[name] for name in FORMATS[form]]
+    if form is not None or needed:
+        columns = [content[name] for name in needed or FORMATS[form or ""]]
         # A list of messages has objects, and a column of such lists has lists.
         inner = list if form in ("messages", "conversations") else str
         if all(isinstance(c, list) and c and all(isinstance(v, inner) for v in c) for c in columns):

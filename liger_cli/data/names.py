@@ -12,7 +12,7 @@ from liger_cli.data.calls import check_role
 from liger_cli.data.formats import FORMATS, OPTIONAL, WANTED, find_format, find_shape
 from liger_cli.errors import DataError
 
-__all__ = ["RowNames", "join_names"]
+__all__ = ["RowNames", "delimiter_advice", "join_names"]
 
 # The speakers of the conversations format, as roles of the messages format.
 SPEAKERS = {
@@ -179,10 +179,8 @@ def _known(form: str) -> Sequence[str]:
 def _advice(content: Mapping[str, Any]) -> str | None:
     """Return how to read columns that make no format."""
     names = list(content)
-    delimiter = next((mark for mark in ";\t|" if len(names) == 1 and mark in names[0]), None)
-    if delimiter is not None:
-        shown = "tab" if delimiter == "\t" else f"'{delimiter}'"
-        return f"the entry {{path: FILE, delimiter: {shown}}} of dataset separates the columns"
+    if advice := delimiter_advice(names):
+        return advice
     if {"chosen", "rejected"} <= set(names):
         return _PAIRS
     texts = [name for name, value in content.items() if isinstance(value, str)]
@@ -194,6 +192,15 @@ def _advice(content: Mapping[str, Any]) -> str | None:
         f"columns names them, ours to theirs: --columns prompt={asked or 'X'},"
         f"completion={answer or 'Y'}; instruction and output make a conversation of them"
     )
+
+
+def delimiter_advice(names: Sequence[str]) -> str | None:
+    """Return how to separate columns that were read as one, or None."""
+    delimiter = next((mark for mark in ";\t|" if len(names) == 1 and mark in names[0]), None)
+    if delimiter is None:
+        return None
+    shown = "tab" if delimiter == "\t" else f"'{delimiter}'"
+    return f"the entry {{path: FILE, delimiter: {shown}}} of dataset separates the columns"
 
 
 def join_names(columns: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ for those holds for both answers: names of columns, roles and fields, tools, sys
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from liger_cli.config.datasets import Naming
 from liger_cli.data.formats import find_format
 from liger_cli.data.layouts import layout_hint
 from liger_cli.data.messages import read_messages
-from liger_cli.data.names import RowNames, join_names
+from liger_cli.data.names import RowNames, delimiter_advice, join_names
 from liger_cli.data.rows import Record, Row, as_object, make_row, only_last, with_names
 from liger_cli.data.values import describe
 from liger_cli.errors import DataError
@@ -110,6 +111,8 @@ class PairFormat:
                 f"{where}: found the columns {join_names(raw)}; pairs are wanted: {_WANTED}",
                 hint=_advice(content),
             )
+        if hint := layout_hint(content, ANSWERS):
+            raise DataError(f"{where}: chosen and rejected are of several pairs", hint=hint)
         mapped = [name for name in _PROMPTS if name in naming.columns]
         prompt = next((name for name in (*mapped, *_PROMPTS) if name in content), "")
         question = next((name for name in _QUESTIONS if name in content), None)
@@ -120,7 +123,7 @@ class PairFormat:
             turns = read_messages(content["chosen"], "chosen", where, names).messages
             # Beside whole conversations it is another copy of one of them.
             prompt = prompt if turns[0]["role"] == "assistant" else ""
-        given = tuple(name for name in FIGURES if content.get(name) is not None)
+        given = tuple(name for name in FIGURES if content.get(name) not in (None, ""))
         if len({"ref_chosen_logps", "ref_rejected_logps"} & set(given)) == 1:
             raise DataError(
                 f"{where}: {given[-1]} is there without the other; the reference has a "
@@ -169,17 +172,22 @@ class PairFormat:
         return [name for name in content if name in names and content[name] not in (None, "", [])]
 
     def _figure(self, value: Any, name: str, where: str) -> float:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        figure: Any = value
+        if isinstance(value, str):
+            # A table such as CSV has numbers as text.
+            with contextlib.suppress(ValueError):
+                figure = float(value)
+        is_number = isinstance(figure, int | float) and not isinstance(figure, bool)
         # A whole number may be too large for a float, and NaN is not below anything.
-        if not is_number or not abs(value) < _LARGEST:
+        if not is_number or not abs(figure) < _LARGEST:
             shown = value if isinstance(value, float) else describe(value)
             raise DataError(f"{where}: {name} must be a finite number, found {shown}")
-        if name != "margin" and value > 0:
+        if name != "margin" and figure > 0:
             raise DataError(
                 f"{where}: {name} is {value}; the logarithm of a probability is 0 at most",
                 hint="it is the sum over the tokens of the answer, without a sign changed",
             )
-        return float(value)
+        return float(figure)
 
     def _rows(self, content: Mapping[str, Any], where: str) -> tuple[Row, Row]:
         apart = {*ANSWERS, *FIGURES, *self._idle(content)}
@@ -304,6 +312,8 @@ def _advice(content: Mapping[str, Any]) -> str | None:
     if there:
         other = next(name for name in ANSWERS if name not in there)
         return f"columns names it, ours to theirs: --columns {other}=X"
+    if advice := delimiter_advice(list(content)):
+        return advice
     if form := find_format(content):
         return f"--objective sft trains on rows of {form}"
     return layout_hint(content) or (

@@ -8,6 +8,7 @@ import random
 import re
 from itertools import islice
 
+import pyarrow.parquet
 import pytest
 from data_files import said, spoken
 from data_rows import load, make_tokenizer, write
@@ -198,6 +199,35 @@ def _entries(path, keys):
     return read_datasets([{"path": str(path), **keys}])
 
 
+def test_tables_of_pairs(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text("prompt,chosen,rejected,margin\nthe question is, yes, no,2.5\n")
+    [row] = load(path, row_options=PAIRS).examples
+    assert row == {**load(write(tmp_path / "d.jsonl", PROMPT), row_options=PAIRS).examples[0]} | {
+        "margin": 2.5
+    }
+    for name, text, hint in (
+        ("d.csv", "prompt;chosen;rejected\na;b;c\n", "delimiter: ';'"),
+        ("d.json", json.dumps({"chosen": ["a"], "rejected": ["b"]}), "each column is one list"),
+        ("d.json", json.dumps({"data": [PROMPT, PROMPT]}), "data_key: data"),
+        ("d.csv", "question,good,bad\na,b,c\n", "--columns prompt=X,chosen=Y,rejected=Z"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(DataError) as error:
+            load(tmp_path / name, row_options=PAIRS)
+        assert hint in error.value.hint
+
+
+def test_rows_of_parquet_have_nulls(tmp_path):
+    rows = [{**CHATS["whole, messages"], "margin": None, "extra": [{"a": None}]}] * 2
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    found = load(tmp_path / "d.parquet", row_options=PAIRS)
+    assert answer(found.examples[1], "rejected") == sft(
+        tmp_path, {"messages": WHOLE[1]}, byte_tokenizer()
+    )
+    assert found.stats.unused_columns == ("messages", "extra")
+
+
 def test_names_are_mapped_as_those_of_sft_are(tmp_path):
     row = {
         "talk": [{"who": "customer", "says": "q"}],
@@ -283,7 +313,10 @@ REFUSED = {
         [{**PROMPT, "ref_chosen_logps": float("nan"), "ref_rejected_logps": -1}],
         "JSON has no NaN|ref_chosen_logps must be a finite number, found nan",
     ),
-    "a text for a figure": ([{**PROMPT, "margin": "2"}], "margin must be a finite number, found a"),
+    "a text for a figure": (
+        [{**PROMPT, "margin": "two"}],
+        "margin must be a finite number, found a",
+    ),
     "a huge number": (
         [{**PROMPT, "margin": 1e305}],
         "margin must be a finite number, found 1e+305",
