@@ -12,7 +12,7 @@ from typing import Any
 from liger_cli.common.readers import read_json
 from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
 
-__all__ = ["fetch_config", "fetch_dataset", "loading_error"]
+__all__ = ["fetch_config", "fetch_dataset", "fetch_weights", "loading_error"]
 
 _PROBE_TIMEOUT_S = 5.0
 
@@ -44,6 +44,21 @@ def fetch_config(name: str) -> tuple[dict[str, Any], Path | None]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"the config.json of {name} cannot be read: {error}") from error
     return config, None if online else path.parent
+
+
+def fetch_weights(name: str) -> Path:
+    """Return the directory in the cache that holds the safetensors of a hub model.
+
+    Raises:
+        EnvironmentProblem: The hub does not give them.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.safetensors.index.json"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise _refused(name, error) from error
 
 
 def fetch_dataset(

@@ -48,6 +48,10 @@ def _lacks_evaluations(key: str, config: Keys) -> bool:
     return not config.evaluates_during_training and _is_set(key, config)
 
 
+def _lacks_shards(key: str, config: Keys) -> bool:
+    return config.dp_shard_size in (None, 1) and _is_set(key, config)
+
+
 def _doubles_train_on(key: str, config: Keys) -> bool:
     return config.train_on is not None and getattr(config, key) is not None
 
@@ -171,6 +175,14 @@ CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...] = (
         ("eval_strategy", "eval_on_start"),
         "eval_strategy no and eval_on_start exclude each other",
         lambda c: c.eval_strategy == "no" and c.eval_on_start,
+    ),
+    *(
+        (
+            (key, "dp_shard_size"),
+            f"{key} is for a sharded run; set dp_shard_size, -1 for all ranks",
+            functools.partial(_lacks_shards, key),
+        )
+        for key in ("reshard_after_forward", "cpu_offload", "reduce_dtype")
     ),
     (
         ("packing", "text_mode"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -20,6 +21,7 @@ __all__ = [
     "json_schema",
     "limits",
     "nearest_key",
+    "unsupported_parallelism",
     "value_type",
 ]
 
@@ -73,6 +75,28 @@ _ELSEWHERE = {
     "neftune_alpha": "neftune_noise_alpha",
     "auto_find_batch_size": "auto_fit",
 }
+
+
+# Kinds of parallelism that have no key here, by how other programs begin the names of theirs.
+_PARALLELISMS = {
+    "tp": "tensor parallelism",
+    "tensor": "tensor parallelism",
+    "cp": "context parallelism",
+    "context": "context parallelism",
+    "sp": "sequence parallelism",
+    "sequence": "sequence parallelism",
+    "ep": "expert parallelism",
+    "expert": "expert parallelism",
+    "pp": "pipeline parallelism",
+    "pipeline": "pipeline parallelism",
+}
+
+
+def unsupported_parallelism(name: str) -> str | None:
+    """Return the kind of parallelism that a key of another program sets up, as tp_size does."""
+    words = re.split("[_.-]", name.lower())
+    is_size = bool({"size", "degree", "parallel", "parallelism", "plan"} & set(words))
+    return _PARALLELISMS.get(words[0]) if is_size else None
 
 
 def value_type(name: str) -> Any:

@@ -175,6 +175,13 @@ class KeyChecks(BaseModel):
                 raise PydanticCustomError("ops", "{why}", {"why": str(error)}) from None
         return value
 
+    @field_validator("dp_shard_size", check_fields=False)
+    @classmethod
+    def _some_shards(cls, value: int | None) -> int | None:
+        if value == 0:
+            raise ValueError("should be -1 or at least 1")
+        return value
+
     @field_validator("max_steps", check_fields=False)
     @classmethod
     def _some_steps(cls, value: int) -> int:

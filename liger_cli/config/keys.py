@@ -280,6 +280,19 @@ class Keys(KeyChecks):
     ddp_timeout: int = _parallel(
         1800, "Seconds that a rank waits for the others before the run ends.", ge=1, le=10**8
     )
+    dp_replicate_size: int = _parallel(1, "Copies of the model, each on other rows.", ge=1)
+    dp_shard_size: int | None = _parallel(
+        None,
+        "Ranks that share a copy (FSDP2), -1 for the rest; null: as many as its memory asks for.",
+        ge=-1,
+    )
+    reshard_after_forward: bool = _parallel(
+        True, "Gather layers again in backward; false keeps them and all memory of the weights."
+    )
+    cpu_offload: bool = _parallel(False, "Keep shards and optimizer in the memory of the host.")
+    reduce_dtype: Literal["auto", "float32", "bfloat16"] = _parallel(
+        "auto", "Dtype in which gradients of shards are summed; auto: float32 for bf16."
+    )
 
     @property
     def evaluates_during_training(self) -> bool:

@@ -20,12 +20,19 @@ from liger_cli.data.encode import IGNORED
 from liger_cli.data.packing import answers_of
 from liger_cli.data.pair_formats import FIGURES
 
-__all__ = ["BatchPlan", "count_labels", "count_tokens", "load_windows", "placeholder"]
+__all__ = [
+    "PLACEHOLDER",
+    "BatchPlan",
+    "count_labels",
+    "count_tokens",
+    "load_windows",
+    "placeholder",
+]
 
 _Row = TypeVar("_Row")
 
 # A process without a row in the last micro-batch still takes part in its collectives.
-_PLACEHOLDER = -1
+PLACEHOLDER = -1
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class BatchPlan:
                 order = torch.randperm(self.num_rows, generator=generator)
             start = position * self.rows_per_step
             rows: list[int] = order[start : start + self.rows_per_step].tolist()
-            yield [batch or [_PLACEHOLDER] for batch in self.split(rows)]
+            yield [batch or [PLACEHOLDER] for batch in self.split(rows)]
 
     def split(self, rows: list[_Row]) -> list[list[_Row]]:
         """Return this process's micro-batches of the rows of a step; the last may be empty."""
@@ -90,7 +97,7 @@ class _Rows:
         self._examples = examples
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        if row != _PLACEHOLDER:
+        if row != PLACEHOLDER:
             return dict(self._examples[row])
         return placeholder(self._examples[0])
 

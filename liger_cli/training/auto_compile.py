@@ -133,14 +133,14 @@ class _Pass:
         # A feed for this alone: that of the run stays where it is.
         [window] = make_feed(run.inputs.train, run.batches, run.inputs.collator).windows(1, 1)
         self._batch, self.num_batches = window[0], len(window)
-        self._accelerator, self.model, self._objective = run.accelerator, model, objective
+        self._engine, self.model, self._objective = run.engine, model, objective
 
     def __call__(self) -> None:
         self.model.zero_grad()
-        with self._accelerator.no_sync(self.model):
+        with self._engine.micro_step(self.model, is_last=True):
             totals = self._objective.count(self._batch)
             self._objective.begin(self.model, [self._batch], totals)
-            self._accelerator.backward(self._objective.part(self.model, self._batch, totals).loss)
+            self._engine.backward(self._objective.part(self.model, self._batch, totals).loss)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from liger_cli.common.failures import is_out_of_memory
 from liger_cli.config import RunConfig
-from liger_cli.data.batches import load_windows
+from liger_cli.data.batches import PLACEHOLDER, load_windows
 from liger_cli.training.checkpoints.random_state import kept_random_state
 from liger_cli.training.eval_result import EvalResult
 from liger_cli.training.inputs import Inputs
@@ -123,7 +124,9 @@ class _SumsOf:
     def __call__(self, examples: Any, record: Any) -> torch.Tensor:
         accelerator, size = self._accelerator, self._batch_size
         rows = range(accelerator.process_index, len(examples), accelerator.num_processes)
-        windows = [[list(rows[i : i + size])] for i in range(0, len(rows), size)]
+        # Every process runs as many batches: each takes part in the collectives of all.
+        most = math.ceil(len(examples) / accelerator.num_processes)
+        windows = [[list(rows[i : i + size]) or [PLACEHOLDER]] for i in range(0, most, size)]
         sums = torch.zeros(self._evaluation.num_sums, dtype=torch.float64)
         for i, [batch] in enumerate(load_windows(examples, iter(windows), self._collator)):
             is_counted = record is not None and i == 0

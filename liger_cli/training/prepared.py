@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from liger_cli.training.checkpoints.files import step_of
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.memory.limits import RunMemory
 from liger_cli.training.model.source import ModelSource, resolve_model
+from liger_cli.training.parallel.engine import Engine, make_engine
+from liger_cli.training.parallel.mesh import ParallelPlan
 from liger_kernels.transformers.patching.plan import PatchPlan
 
 __all__ = ["PreparedRun"]
@@ -33,6 +35,7 @@ class PreparedRun:
         run_dir: The directory of logs, checkpoints and report.
         checkpoint: The checkpoint to resume from, if any.
         patch_plan: The ops planned on the model without weights.
+        parallel: How the processes share the model.
         measure_only: Whether to write no checkpoint, evaluate nothing and report to no tracker.
     """
 
@@ -44,6 +47,7 @@ class PreparedRun:
     run_dir: Path
     checkpoint: Path | None
     patch_plan: PatchPlan
+    parallel: ParallelPlan = ParallelPlan()
     measure_only: bool = False
 
     @property
@@ -73,7 +77,13 @@ class PreparedRun:
         return self.run_dir / "report.json"
 
     @functools.cached_property
+    def engine(self) -> Engine:
+        """How steps run in this layout."""
+        return make_engine(self.accelerator, self.parallel)
+
+    @functools.cached_property
     def memory(self) -> RunMemory:
         """The memory of a step. It reads many rows: ask for it only where it is needed."""
         config = self.inputs.attention.applied(self.config)
-        return RunMemory.of(config, self.inputs, self.device)
+        found = RunMemory.of(config, self.inputs, self.device)
+        return replace(found, num_shards=self.parallel.dp_shard)

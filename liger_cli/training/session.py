@@ -2,8 +2,8 @@
 
 Where to add a feature:
 - an objective: a class in objectives/, with a row in objectives/table.py;
-- a parallel layout: `make_accelerator` (runtime/launch.py) accepts the launch, and
-  `accelerator.prepare` in `__init__` wraps the model;
+- a parallel layout: a plan of parallel/mesh.py, and an engine for it in parallel/engine.py, which
+  is all that the session asks;
 - an attention: `load_model` (model/source.py) selects it before the session exists.
 """
 
@@ -116,11 +116,11 @@ class TrainSession:
         optimizer = make_optimizer(config, model)
         self._scheduler = Schedule(config, optimizer, run.num_steps)
         set_seed(config.seed, device_specific=True)
-        self._model, self._optimizer = accelerator.prepare(model, optimizer)
+        self._model, self._optimizer = run.engine.prepare(model, optimizer)
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._feed = ResizableBatches(run.batches, self._feed_of)
         self._gradients = Gradients(
-            self._model, self._objective, accelerator, self._feed, shrinks=config.auto_fit
+            self._model, self._objective, run.engine, self._feed, shrinks=config.auto_fit
         )
         self._state = TrainState(
             accelerator,
@@ -229,7 +229,7 @@ class TrainSession:
         with self._record.count_calls() if is_first else contextlib.nullcontext():
             part = self._gradients.add(step, batches, totals)
         max_norm = self._run.config.max_grad_norm or math.inf
-        norm = accelerator.clip_grad_norm_(self._parameters, max_norm)
+        norm = self._run.engine.clip(self._parameters, max_norm)
         values = AsyncScalars(accelerator.reduce(part.loss, "sum"), norm, *self._reduced(part))
         learning_rate = self._scheduler.learning_rate
         # The device runs the optimizer while the host waits for the values. Where they are not
@@ -309,9 +309,10 @@ class TrainSession:
         run, step = self._run, self.num_done
         if not run.evaluates:
             return
-        result = evaluate_inputs(
-            run.config, self._objective, self._model, run.inputs, run.accelerator
-        )
+        with run.engine.evaluation(self._model) as model:
+            result = evaluate_inputs(
+                run.config, self._objective, model, run.inputs, run.accelerator
+            )
         self._evals.add(step, result)
         if step > 0:
             self._scheduler.evaluated(result.loss)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from liger_cli.common.failures import is_out_of_memory
 from liger_cli.data.feed import Window
 from liger_cli.training.objectives.objective import Objective, Part, Totals
+from liger_cli.training.parallel.engine import Engine
 from liger_cli.training.runtime.auto_fit import ResizableBatches
 
 __all__ = ["Gradients"]
@@ -23,7 +23,7 @@ class Gradients:
     Args:
         model: The prepared model.
         objective: Computes the part of a micro-batch in the step.
-        accelerator: Of the run.
+        engine: Of the run.
         feed: Repeats a step in smaller micro-batches.
         shrinks: Whether to do that where memory runs out.
     """
@@ -32,14 +32,14 @@ class Gradients:
         self,
         model: Any,
         objective: Objective,
-        accelerator: Any,
+        engine: Engine,
         feed: ResizableBatches,
         *,
         shrinks: bool,
     ) -> None:
         self._model = model
         self._objective = objective
-        self._accelerator = accelerator
+        self._engine = engine
         self._feed = feed
         self._shrinks = shrinks
 
@@ -81,14 +81,12 @@ class Gradients:
         return None
 
     def _add(self, batches: Window, totals: Totals) -> Part:
-        accelerator, objective = self._accelerator, self._objective
+        engine, objective = self._engine, self._objective
         objective.begin(self._model, batches, totals)
         parts = []
         for batch in batches:
-            is_last = batch is batches[-1]
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(self._model):
+            with engine.micro_step(self._model, is_last=batch is batches[-1]):
                 part = objective.part(self._model, batch, totals)
-                # Gradients are averaged over processes, but the parts are one sum.
-                accelerator.backward(part.loss * accelerator.num_processes)
+                engine.backward(part.loss)
             parts.append(Part(part.loss.detach(), part.metrics))
         return functools.reduce(Part.plus, parts)

@@ -30,7 +30,6 @@ from liger_cli.training.eval_result import EvalResult
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.loop import train
 from liger_cli.training.memory.limits import check_memory, out_of_memory
-from liger_cli.training.model.loading import load_patched
 from liger_cli.training.prepared import PreparedRun
 from liger_cli.training.result import StepMetrics, TrainResult
 from liger_cli.training.runtime.arms import ArmResult, run_arm
@@ -128,9 +127,10 @@ def _load_and_train(run: PreparedRun, options: RunOptions) -> _Trained:
     config = run.config
     keep_base = run.run_dir if run.is_main and not run.measure_only else None
     loaded_as = run.inputs.attention.applied(config)
-    model, record = load_patched(loaded_as, run.source, run.device, notify, keep_base=keep_base)
+    model, record = run.engine.load(loaded_as, run.source, _notify_of(run), keep_base=keep_base)
     peer = apply_peer_patch(model) if options.peer_patch else None
-    inputs = check_documents(config, run.inputs, model, run.accelerator, _notify_of(run))
+    with run.engine.evaluation(model):
+        inputs = check_documents(config, run.inputs, model, run.accelerator, _notify_of(run))
     run = replace(run, inputs=inputs)
     # The plan was made on meta tensors; an op that fails its check on this device shows only now.
     report = report_of("train", config, run.inputs, record)

@@ -113,6 +113,7 @@ def build_meta_model(
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
     trains_adapter: bool = False,
+    has_buffers: bool = False,
 ) -> PreTrainedModel:
     """Return the model without weights, from its configuration alone.
 
@@ -123,14 +124,20 @@ def build_meta_model(
         dtype: Of the parameters; None leaves the choice to transformers.
         attn_implementation: As in load_model.
         trains_adapter: The same.
+        has_buffers: Whether buffers, as of rotary embeddings, are computed, on the CPU.
     """
+    from accelerate import init_empty_weights
+
     config = _make_config(source)
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     attn_implementation = attn_implementation or _attention_of(config)
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False) if has_buffers else torch.device("meta"):
         model = _build(source, config, **options)
+    if has_buffers:
+        # accelerate gives each place of a parameter one of its own.
+        model.tie_weights()
     if source.tokens is not None:
         extend_embeddings(model, source.tokens, source.name)
     if source.adapter is None:

@@ -1,0 +1,165 @@
+"""A model of a sharded run: patched, and each process with its shards of the weights.
+
+The model is built, adapted, patched and sharded without weights. Then each process reads its rows
+of each matrix from the safetensors; only what transformers converts as it loads is read whole, one
+conversion at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from liger_cli.common.hub import fetch_weights
+from liger_cli.errors import ConfigError
+from liger_cli.training.model.demo_model import converted_model
+from liger_cli.training.model.loading import load_patched
+from liger_cli.training.model.presets import ModelSource
+from liger_cli.training.model.source import build_meta_model, load_model
+from liger_cli.training.parallel.hollow import is_hollow, load_hollow, replace_parameters
+from liger_cli.training.parallel.mesh import Layout
+from liger_cli.training.parallel.weights import WeightFiles, Weights, find_files
+from liger_cli.training.parallel.wrapping import shard_model
+from liger_kernels.transformers.patching.engine import PatchRecord
+from liger_kernels.transformers.wrappers import inner_model
+
+__all__ = ["load_sharded"]
+
+
+def load_sharded(
+    layout: Layout,
+    source: ModelSource,
+    notify: Callable[[str], None],
+    *,
+    keep_base: Path | None = None,
+) -> tuple[Any, PatchRecord]:
+    """Load, patch and shard the model of a run; every process calls it.
+
+    Args:
+        layout: A sharded one.
+        source: The model, or a checkpoint of it.
+        notify: Called with notices, such as weights that are missing.
+        keep_base: Where the base model of an adapter is saved that is nowhere else.
+    """
+    found = _weights_of(layout, source)
+    if isinstance(found, str):
+        notify(f"parallel: every rank loads the whole model before it is sharded: {found}")
+    load = load_model if isinstance(found, str) else load_hollow
+    model, record = load_patched(
+        layout.config, source, layout.device, notify, keep_base=keep_base, load=load
+    )
+    if isinstance(found, str):
+        shard_model(model, layout)
+        return model, record
+    replace_parameters(model, lambda p: p.to("meta") if is_hollow(p) else None)
+    shard_model(model, layout)
+    home = torch.device("cpu") if layout.config.cpu_offload else layout.device
+    replace_parameters(model, lambda p: _materialized(p, home))
+    files, weights = found
+    with files:
+        _fill(model, files, weights)
+    return model, record
+
+
+def _weights_of(layout: Layout, source: ModelSource) -> tuple[WeightFiles, Weights] | str:
+    """Return where the weights are, or why they cannot be read in parts."""
+    config = layout.config
+    if source.kind in ("random", "config"):
+        return "its weights are random"
+    if source.tokens is not None:
+        return "the rows of new tokens are made of all others"
+    if source.adapter is None and config.adapter == "dora":
+        return "a new dora adapter starts from the norms of the weights"
+    if source.adapter is None and config.adapter != "none" and config.lora_modules_to_save:
+        return "lora_modules_to_save copies weights"
+    paths = _paths(source)
+    if paths is None:
+        return "its weights are not in safetensors"
+    files = WeightFiles(paths)
+    # transformers builds the bare model in an instant.
+    model = build_meta_model(_bare(source))
+    with files:
+        weights = Weights.of(model, files)
+    if weights.missing:
+        return f"{weights.missing[0]} is in none of its files"
+    return files, weights
+
+
+def _bare(source: ModelSource) -> ModelSource:
+    return replace(source, adapter=None)
+
+
+def _paths(source: ModelSource) -> list[Path] | None:
+    """Return the safetensors of a source; None where it has none."""
+    if source.kind == "package":
+        return find_files(source, converted_model(source))
+    folder = fetch_weights(source.name) if source.path is None else source.path
+    return find_files(source, folder)
+
+
+def _materialized(parameter: Tensor, home: torch.device) -> Tensor | None:
+    """Return a shard without values yet in place of one on the meta device."""
+    if not (isinstance(parameter, DTensor) and parameter.to_local().is_meta):
+        return None
+    return DTensor.from_local(
+        torch.empty_like(parameter.to_local(), device=home),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+@torch.no_grad()
+def _fill(model: Any, files: WeightFiles, weights: Weights) -> None:
+    """Read the shards of a model, and its saved buffers.
+
+    Raises:
+        ConfigError: A tensor of the files has another shape.
+    """
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    places = {_name_in_files(name): tensor for name, tensor in named}
+    done: set[int] = set()
+    for name, stored in weights.direct.items():
+        place = places[name]
+        if id(place) in done:
+            continue
+        done.add(id(place))
+        if files.shape(stored) != list(place.shape):
+            raise ConfigError(
+                f"{stored} is {files.shape(stored)} in the files, and {list(place.shape)} in the "
+                "model of its configuration"
+            )
+        rows = _rows(place)
+        _local(place).copy_(files.read(stored, rows))
+    for name, value in weights.converted(inner_model(model), files):
+        place = places[name]
+        _local(place).copy_(value[_rows(place)] if place.ndim else value)
+
+
+def _name_in_files(name: str) -> str:
+    """Return the name of a parameter before peft wrapped the model and its layers."""
+    name = name.removeprefix("base_model.model.").removeprefix("_orig_mod.")
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def _rows(tensor: Tensor) -> slice:
+    """Return the rows of a tensor that this process holds: all of one that is no DTensor."""
+    if not isinstance(tensor, DTensor):
+        return slice(None)
+    shape, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return slice(offset[0], offset[0] + shape[0])
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

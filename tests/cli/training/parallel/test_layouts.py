@@ -1,0 +1,179 @@
+"""Any layout of ranks trains what one process trains: DDP, FSDP2 and HSDP, with every kind of key.
+
+A step has twelve rows of unlike lengths in three micro-batches; the last step of an epoch has
+eleven. The runs of a number of ranks are trained one after the other in processes that stay.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from layout_ranks import train_cases
+
+from liger_kernels.ops.backend import INTERPRETED
+
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="runs without the interpreter"),
+    # All on one worker of xdist: the ranks run once for the whole file.
+    pytest.mark.xdist_group("layouts"),
+]
+
+SHAPE = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MODELS = {
+    "tied": {"model_type": "qwen3", "tie_word_embeddings": True},
+    "untied": {"model_type": "llama", "tie_word_embeddings": False},
+    # Four ranks do not share its rows evenly.
+    "uneven": {
+        "model_type": "qwen2",
+        "hidden_size": 36,
+        "intermediate_size": 50,
+        "head_dim": 10,
+        "vocab_size": 265,
+    },
+}
+# An optimizer that feels a factor in the gradient, which Adam would hide.
+BASE: dict[str, Any] = {
+    "model": "tied",
+    "max_length": 64,
+    "optim": "sgd",
+    "learning_rate": 0.5,
+    "max_grad_norm": 0.5,
+    "lr_scheduler_type": "linear",
+    "max_steps": 3,
+    "gradient_accumulation_steps": 3,
+}
+ADAM = {"max_grad_norm": 1.0, "learning_rate": 1e-3}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {"model": "untied"},
+    "uneven": {"model": "uneven"},
+    "packing": {"packing": True, "model": "untied"},
+    "padding-free": {"padding_free": "true"},
+    "stream": {"streaming": True, "shuffle_buffer_size": 5},
+    "checkpointing": {"gradient_checkpointing": True, "model": "untied"},
+    "lora": {"adapter": "lora", "lora_r": 4},
+    "dora": {"adapter": "dora", "lora_r": 4},
+    "lora-head": {"adapter": "lora", "lora_modules_to_save": "lm_head", "model": "untied"},
+    "momentum": {"optim_args": "momentum=0.9,nesterov=true"},
+    "adamw": {"optim": "adamw_torch", **ADAM},
+    "adamw-fused": {"optim": "adamw_torch_fused", "weight_decay": 0.1, **ADAM},
+    "adafactor": {"optim": "adafactor", "model": "uneven", **ADAM},
+    "muon": {"optim": "muon", **ADAM},
+    "master": {"dtype": "bfloat16", "master_weights": True},
+    "bf16": {"bf16": True},
+}
+# Layouts by their number of ranks.
+SHARDED = {"dp_shard_size": -1}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "ddp-2": (2, {"dp_replicate_size": 2}),
+    "fsdp-2": (2, SHARDED),
+    "keep-2": (2, {**SHARDED, "reshard_after_forward": False}),
+    "offload-2": (2, {**SHARDED, "cpu_offload": True}),
+    "ddp-4": (4, {}),
+    "fsdp-4": (4, SHARDED),
+    "hsdp-4": (4, {**SHARDED, "dp_replicate_size": 2}),
+}
+FAST = [
+    ("tied", "ddp-2"),
+    ("tied", "keep-2"),
+    *((option, "fsdp-2") for option in ("tied", "untied", "packing", "padding-free", "lora")),
+    ("untied", "hsdp-4"),
+]
+SLOW = [
+    (option, layout) for option in OPTIONS for layout in LAYOUTS if (option, layout) not in FAST
+]
+# Products in bfloat16 of other batches are rounded otherwise; those of muon are, too.
+ROUGH = {"master": 2e-2, "bf16": 2e-2, "muon": 1e-3}
+
+
+class Runs:
+    """Trains the runs of a table once, when the first of them is asked for."""
+
+    def __init__(self, directory: Path, table: list[tuple[str, str]]) -> None:
+        self.directory, self.table, self.count = directory, table, 0
+        self.found: dict[int, dict[str, Any]] = {}
+        rows = [
+            {"prompt": f"say {i} ", "completion": "word " * (1 + 3 * (i % 5) + i % 2)}
+            for i in range(23)
+        ]
+        self.data = directory / "data.jsonl"
+        self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for name, values in MODELS.items():
+            (directory / name).mkdir()
+            config = directory / name / "config.json"
+            config.write_text(json.dumps({**SHAPE, **values}))
+
+    def keys(self, option: str, layout: str | None, num_ranks: int) -> dict[str, Any]:
+        keys = {**BASE, **OPTIONS[option], **(LAYOUTS[layout][1] if layout else {})}
+        keys["model"] = str(self.directory / keys["model"] / "config.json")
+        keys["per_device_train_batch_size"] = 4 // num_ranks
+        self.count += 1
+        run_dir = self.directory / f"run{self.count}"
+        return {**keys, "dataset": str(self.data), "output_dir": run_dir}
+
+    def of(self, option: str, layout: str | None) -> dict[str, Any]:
+        """Return what one run left; None is one process."""
+        num_ranks = 1 if layout is None else LAYOUTS[layout][0]
+        if num_ranks not in self.found:
+            cases = {
+                f"{option} {layout}": self.keys(option, layout, num_ranks)
+                for option, layout in self.runs_on(num_ranks)
+            }
+            out = self.directory / f"{num_ranks}.pt"
+            self.found[num_ranks] = train_cases(num_ranks, cases, out)
+        return dict(self.found[num_ranks][f"{option} {layout}"])
+
+    def runs_on(self, num_ranks: int) -> list[tuple[str, str | None]]:
+        if num_ranks == 1:
+            return [(option, None) for option in dict(self.table)]
+        return [run for run in self.table if LAYOUTS[run[1]][0] == num_ranks]
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory: Any) -> Runs:
+    return Runs(tmp_path_factory.mktemp("fast"), FAST)
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: Any) -> Runs:
+    return Runs(tmp_path_factory.mktemp("slow"), SLOW)
+
+
+def check(runs: Runs, option: str, layout: str) -> None:
+    alone, shared = runs.of(option, None), runs.of(option, layout)
+    rough = ROUGH.get(option, 1e-5)
+    assert "error" not in shared, shared["error"]
+    assert len(alone["steps"]) == 3
+    for found, wanted in zip(shared["steps"], alone["steps"], strict=True):
+        assert found == pytest.approx(wanted, rel=rough)
+    assert shared["weights"].keys() == alone["weights"].keys()
+    for name, wanted in alone["weights"].items():
+        found = shared["weights"][name]
+        assert found.dtype == wanted.dtype
+        scale = max(float(wanted.abs().max()), 1e-2)
+        assert float((found - wanted).abs().max()) <= rough * scale, name
+
+
+@pytest.mark.parametrize(("option", "layout"), FAST)
+def test_a_layout_trains_what_one_process_does(option, layout, fast):
+    check(fast, option, layout)
+
+
+@pytest.mark.slow  # Some hundred trainings.
+@pytest.mark.parametrize(("option", "layout"), SLOW)
+def test_every_layout_trains_what_one_process_does(option, layout, slow):
+    check(slow, option, layout)

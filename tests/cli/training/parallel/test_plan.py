@@ -1,0 +1,93 @@
+"""The layout of a run follows from its keys, and sizes that do not fit are refused."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from liger_cli.config import RunConfig
+from liger_cli.errors import ConfigError, EnvironmentProblem
+from liger_cli.training.model.presets import ModelSource
+from liger_cli.training.parallel.choice import check_sharded
+from liger_cli.training.parallel.mesh import ParallelPlan, explicit_plan
+
+SOURCE = ModelSource("random", "qwen3", None, {}, "", "qwen3")
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "replicate", "shard", "plan"),
+    [
+        (1, 1, None, (1, 1)),
+        (1, 1, -1, (1, 1)),
+        (4, 1, None, None),
+        (4, 1, -1, (1, 4)),
+        (4, 1, 4, (1, 4)),
+        (4, 2, -1, (2, 2)),
+        (4, 2, None, (2, 2)),
+        (4, 4, None, (4, 1)),
+        (4, 4, 1, (4, 1)),
+        (6, 2, 3, (2, 3)),
+    ],
+)
+def test_sizes_make_the_layout(num_ranks, replicate, shard, plan):
+    config = RunConfig(model="qwen3", dp_replicate_size=replicate, dp_shard_size=shard)
+    found = explicit_plan(config, num_ranks)
+    assert found == (None if plan is None else ParallelPlan(*plan))
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "replicate", "shard"), [(1, 2, None), (4, 1, 1), (4, 3, -1), (4, 2, 4), (2, 4, 1)]
+)
+def test_sizes_that_do_not_make_up_the_ranks_are_refused_with_those_that_do(
+    num_ranks, replicate, shard
+):
+    config = RunConfig(model="qwen3", dp_replicate_size=replicate, dp_shard_size=shard)
+    with pytest.raises(EnvironmentProblem, match=f"this launch has {num_ranks} rank") as caught:
+        explicit_plan(config, num_ranks)
+    assert f"--dp-replicate-size 1 --dp-shard-size {num_ranks}" in caught.value.hint
+    assert f"--dp-replicate-size {num_ranks} --dp-shard-size 1" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"fp16": True}, "fp16 .* --bf16"),
+        ({"optim": "adamw_8bit"}, "optim adamw_8bit .* --optim adamw_torch_fused"),
+        ({"optim": "paged_adamw_8bit"}, "optim paged_adamw_8bit"),
+        ({"adapter": "lora", "load_in_4bit": True}, "4 or 8 bits .*DDP"),
+        ({"adapter": "lora", "lora_target_parameters": "experts.down_proj"}, "DDP"),
+        ({"auto_fit": True}, "auto_fit"),
+    ],
+)
+def test_what_shards_cannot_do_is_refused_with_the_nearest(keys, words):
+    config = RunConfig(model="qwen3", dp_shard_size=-1, **keys)
+    with pytest.raises(ConfigError) as caught:
+        check_sharded(config, SOURCE)
+    assert re.search(words, f"{caught.value.message} {caught.value.hint}")
+
+
+def test_a_sharded_run_does_the_rest():
+    check_sharded(RunConfig(model="qwen3", dp_shard_size=-1, optim="muon"), SOURCE)
+
+
+@pytest.mark.parametrize("key", ["reshard_after_forward=false", "cpu_offload=true"])
+def test_keys_of_shards_need_shards(key, liger):
+    outcome = liger("config", "show", "--model", "qwen3", "--set", key)
+    assert outcome.code == 2
+    assert "set dp_shard_size" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("tp_size=2", "tensor"),
+        ("tensor_parallel_size=2", "tensor"),
+        ("context_parallel_size=2", "context"),
+        ("expert_parallel_degree=2", "expert"),
+    ],
+)
+def test_keys_of_other_parallelisms_are_refused_by_their_word(key, kind, liger):
+    outcome = liger("config", "show", "--model", "qwen3", "--set", key)
+    assert outcome.code == 2
+    assert f"{kind} parallelism is not there yet" in outcome.err
