@@ -22,6 +22,7 @@ from liger_cli.config import RunConfig
 from liger_cli.config.conflicts import METRIC_SCHEDULES
 from liger_cli.errors import ConfigError, EnvironmentProblem
 from liger_cli.training.optim.composite_optimizers import CompositeOptimizer, MasterWeights
+from liger_kernels.transformers.lazy_logits.sharding import is_part
 
 __all__ = [
     "EIGHT_BIT",
@@ -90,10 +91,20 @@ def _make(
             f"optim_args: {config.optim} takes no {unknown[0]!r}; allowed: "
             f"{', '.join(sorted(takes))}"
         )
+    if any(is_part(parameter) for group in groups for parameter in group["params"]):
+        make = _for_shards(make)
     try:
         return make(groups, lr=config.learning_rate, **{**options, **given})
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optim_args: {config.optim}: {error}") from error
+
+
+def _for_shards(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the class of an optimizer that takes shards of parameters."""
+    from liger_cli.training.optim.sharded_optimizers import ShardedAdafactor, ShardedMuon
+
+    classes: dict[Any, Any] = {Adafactor: ShardedAdafactor, torch.optim.Muon: ShardedMuon}
+    return classes.get(make, make)
 
 
 def _groups(named: Mapping[str, nn.Parameter], config: RunConfig) -> _Groups:
