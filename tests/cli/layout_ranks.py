@@ -10,13 +10,17 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from liger_cli.commands.train import run as train_run
 from liger_cli.commands.train.prepare import RunOptions
 from liger_cli.config import RunConfig
 from liger_cli.errors import LigerError
+from liger_cli.training.evaluate import evaluate_inputs
+from liger_cli.training.parallel.weights import WeightFiles
 from liger_cli.training.session import TrainSession
 
 # Forked from a process that has imported everything and computed nothing: a rank starts at once.
@@ -34,8 +38,9 @@ def train_cases(num_ranks: int, cases: dict[str, dict[str, Any]], out: Path) -> 
         out: A file for the results.
 
     Returns:
-        By name, `steps` (loss and gradient norm of each) and `weights` after the last step, whole;
-        or `error`.
+        By name, `steps` (loss and gradient norm of each), `weights` after the last step, whole,
+        `evals` (its loss and accuracy by batch size), and of a sharded run how often the head was
+        gathered in training and the bytes of weights that this rank read; or `error`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -83,20 +88,55 @@ def _ignore(state: Any, group: Any = None) -> None:
 
 
 def _trained(config: RunConfig) -> dict[str, Any]:
-    finish, kept = TrainSession.finish, {}
+    kept: dict[str, Any] = {"head_gathers": 0, "bytes_read": 0}
+    finish, close = TrainSession.finish, WeightFiles.__exit__
 
     def kept_finish(session: TrainSession) -> Any:
         result = finish(session)
         kept["steps"] = [(step.loss, step.grad_norm) for step in result.history]
+        gathers = kept["head_gathers"]
         kept["weights"] = whole_weights(session._model)
+        if session._run.inputs.eval:
+            kept["evals"] = {size: _evaluated(session, size) for size in (1, 8)}
+        kept["head_gathers"] = gathers
         return result
 
-    TrainSession.finish = kept_finish
-    try:
+    def kept_close(files: WeightFiles, *error: Any) -> None:
+        kept["bytes_read"] += files.num_bytes
+        close(files, *error)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainSession, "finish", kept_finish)
+        patch.setattr(WeightFiles, "__exit__", kept_close)
+        patch.setattr(_fsdp_param_group, "foreach_all_gather", _counting(kept))
         train_run.run_train(config, RunOptions(measure_only=True))
-    finally:
-        TrainSession.finish = finish
     return kept
+
+
+def _evaluated(session: TrainSession, size: int) -> tuple[float, float | None, int]:
+    run = session._run
+    config = run.config.model_copy(update={"per_device_eval_batch_size": size})
+    with run.engine.evaluation(session._model) as model:
+        result = evaluate_inputs(config, session._objective, model, run.inputs, run.accelerator)
+    return result.loss, result.token_accuracy, result.tokens
+
+
+def _counting(kept: dict[str, Any]) -> Any:
+    """Return torch's function that gathers a group, which counts those of a head."""
+    original = _fsdp_param_group.foreach_all_gather
+
+    def counted(params: Any, *args: Any) -> Any:
+        kept["head_gathers"] += any(map(_is_of_head, params))
+        return original(params, *args)
+
+    return counted
+
+
+def _is_of_head(param: Any) -> bool:
+    """Return whether a parameter is of a layer with as many outputs as there are words."""
+    info = param._module_info
+    layers = [m for m in (info.module, *info.shared_modules) if isinstance(m, torch.nn.Linear)]
+    return any(layer.out_features > 260 for layer in layers)
 
 
 def whole_weights(model: Any) -> dict[str, torch.Tensor]:

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from layout_ranks import train_cases
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from liger_cli.training.model.tokenizers import byte_tokenizer
 from liger_kernels.ops.backend import INTERPRETED
 
 pytestmark = [
@@ -36,6 +39,13 @@ SHAPE = {
 MODELS = {
     "tied": {"model_type": "qwen3", "tie_word_embeddings": True},
     "untied": {"model_type": "llama", "tie_word_embeddings": False},
+    "moe": {
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    },
     # Four ranks do not share its rows evenly.
     "uneven": {
         "model_type": "qwen2",
@@ -61,11 +71,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tied": {},
     "untied": {"model": "untied"},
     "uneven": {"model": "uneven"},
+    "random": {"model": "random"},
+    # Its experts are stacked as they load.
+    "moe": {"model": "moe"},
     "packing": {"packing": True, "model": "untied"},
     "padding-free": {"padding_free": "true"},
     "stream": {"streaming": True, "shuffle_buffer_size": 5},
     "checkpointing": {"gradient_checkpointing": True, "model": "untied"},
     "lora": {"adapter": "lora", "lora_r": 4},
+    "eval": {"eval_fraction": 0.3, "model": "untied"},
     "dora": {"adapter": "dora", "lora_r": 4},
     "lora-head": {"adapter": "lora", "lora_modules_to_save": "lm_head", "model": "untied"},
     "momentum": {"optim_args": "momentum=0.9,nesterov=true"},
@@ -90,7 +104,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 FAST = [
     ("tied", "ddp-2"),
     ("tied", "keep-2"),
-    *((option, "fsdp-2") for option in ("tied", "untied", "packing", "padding-free", "lora")),
+    *(
+        (option, "fsdp-2")
+        for option in ("tied", "untied", "moe", "packing", "padding-free", "lora", "eval")
+    ),
     ("untied", "hsdp-4"),
 ]
 SLOW = [
@@ -98,6 +115,16 @@ SLOW = [
 ]
 # Products in bfloat16 of other batches are rounded otherwise; those of muon are, too.
 ROUGH = {"master": 2e-2, "bf16": 2e-2, "muon": 1e-3}
+
+
+def save_model(name: str, directory: Path) -> None:
+    """Save a model with random weights in files of 40 kB, and a tokenizer of bytes."""
+    values = {**SHAPE, **MODELS[name]}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(directory, max_shard_size="40KB")
+    byte_tokenizer().save_pretrained(directory)
 
 
 class Runs:
@@ -112,14 +139,16 @@ class Runs:
         ]
         self.data = directory / "data.jsonl"
         self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for name, values in MODELS.items():
-            (directory / name).mkdir()
-            config = directory / name / "config.json"
-            config.write_text(json.dumps({**SHAPE, **values}))
+        for name in {OPTIONS[option].get("model", "tied") for option, _ in table}:
+            save_model(name, directory / name)
+        (directory / "random").mkdir()
+        random = {**SHAPE, **MODELS["untied"]}
+        (directory / "random" / "config.json").write_text(json.dumps(random))
 
     def keys(self, option: str, layout: str | None, num_ranks: int) -> dict[str, Any]:
         keys = {**BASE, **OPTIONS[option], **(LAYOUTS[layout][1] if layout else {})}
-        keys["model"] = str(self.directory / keys["model"] / "config.json")
+        is_random = keys["model"] == "random"
+        keys["model"] = str(self.directory / keys["model"] / ("config.json" if is_random else ""))
         keys["per_device_train_batch_size"] = 4 // num_ranks
         self.count += 1
         run_dir = self.directory / f"run{self.count}"
@@ -171,6 +200,26 @@ def check(runs: Runs, option: str, layout: str) -> None:
 @pytest.mark.parametrize(("option", "layout"), FAST)
 def test_a_layout_trains_what_one_process_does(option, layout, fast):
     check(fast, option, layout)
+
+
+@pytest.mark.parametrize("option", ["tied", "untied", "lora"])
+def test_the_head_is_gathered_once_a_micro_batch(option, fast):
+    """With the embedding, where they are one matrix."""
+    assert fast.of(option, "fsdp-2")["head_gathers"] == 9
+
+
+def test_a_rank_reads_its_half_of_the_weights(fast):
+    whole = sum(file.stat().st_size for file in (fast.directory / "untied").glob("*.safetensors"))
+    read = fast.of("untied", "fsdp-2")["bytes_read"]
+    assert 0.4 * whole <= read <= 0.5 * whole
+
+
+def test_two_ranks_evaluate_as_one(fast):
+    """Seven rows: with batches of one, the second rank has a batch less."""
+    alone, shared = (fast.of("eval", layout)["evals"] for layout in (None, "fsdp-2"))
+    for size in (1, 8):
+        assert shared[size] == pytest.approx(alone[1], rel=1e-5)
+        assert shared[size][2] == alone[8][2] > 0
 
 
 @pytest.mark.slow  # Some hundred trainings.
