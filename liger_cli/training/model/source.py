@@ -136,7 +136,7 @@ def build_meta_model(
     with init_empty_weights(include_buffers=False) if has_buffers else torch.device("meta"):
         model = _build(source, config, **options)
     if has_buffers:
-        # accelerate gives each place of a parameter one of its own.
+        # accelerate gives each place of a parameter another one.
         model.tie_weights()
     if source.tokens is not None:
         extend_embeddings(model, source.tokens, source.name)

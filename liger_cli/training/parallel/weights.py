@@ -58,7 +58,7 @@ class WeightFiles:
             try:
                 opened = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
                 self._slices |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            # safetensors raises an error of its own kind for a damaged file.
+            # safetensors raises its own kind of error for a damaged file.
             except Exception as error:
                 raise ConfigError(f"{file} is no file of safetensors: {error}") from error
         return self
