@@ -241,6 +241,10 @@ class Keys(KeyChecks):
     save_total_limit: int | None = _run(
         None, "Checkpoints kept, the best among them; older ones are deleted.", ge=1
     )
+    save_consolidated: Literal["final", "every", "none"] = _run(
+        "final",
+        "Checkpoints of a sharded run that also get the safetensors which other programs load.",
+    )
     load_best_model_at_end: bool = _run(
         False, "Save whenever an evaluation is the best, which `best` in the directory links to."
     )

@@ -36,6 +36,7 @@ from liger_cli.training.model.new_tokens import write_tokens
 from liger_cli.training.objectives.objective import Part, Totals
 from liger_cli.training.objectives.table import make_objective
 from liger_cli.training.optim.optimizers import Schedule, make_optimizer
+from liger_cli.training.parallel.checkpoint import consolidate, save_sharded
 from liger_cli.training.prepared import PreparedRun
 from liger_cli.training.result import COUNTS, STEP_FIELDS, StepMetrics, TrainResult
 from liger_cli.training.runtime.async_scalars import AsyncScalars
@@ -124,11 +125,13 @@ class TrainSession:
         )
         self._state = TrainState(
             accelerator,
+            accelerator.unwrap_model(self._model),
             self._optimizer,
             self._scheduler,
             self._feed,
             run.inputs.train_identity,
             self._save_model,
+            self._write_whole,
         )
         self._evaluated: EvalResult | None = None
         self.num_done = 0
@@ -144,11 +147,24 @@ class TrainSession:
         )
 
     def _save_model(self, directory: Path) -> None:
-        model = self._run.accelerator.unwrap_model(self._model)
-        save_weights(model, directory)
-        if is_adapted(model) and self._run.inputs.source.tokens is not None:
-            write_tokens(directory, self._run.inputs.source.tokens)
-        self._run.inputs.preprocessing.save_pretrained(directory)
+        model, inputs, is_main = self._state.model, self._run.inputs, self._run.is_main
+        if self._state.is_sharded:
+            save_sharded(directory, model, self._optimizer, is_main=is_main)
+        elif is_main:
+            save_weights(model, directory)
+        if not is_main:
+            return
+        if is_adapted(model) and inputs.source.tokens is not None:
+            write_tokens(directory, inputs.source.tokens)
+        inputs.preprocessing.save_pretrained(directory)
+
+    def _write_whole(self, directory: Path) -> list[str]:
+        if is_adapted(self._state.model):
+            # It is whole already.
+            return []
+        accelerator = self._run.accelerator
+        part = (accelerator.process_index, accelerator.num_processes)
+        return list(consolidate(directory, directory, part=part).files)
 
     def settle(self) -> None:
         """Decide on torch_compile where it is auto, before anything of the run has begun."""
@@ -285,7 +301,8 @@ class TrainSession:
         """
         stops, is_late = self._sum_over_processes(stop_requested, self._saver.is_late)
         is_last = self.num_done == self._run.num_steps
-        is_saved = self._saver.save_if_due(self.num_done, now=is_last or stops > 0 or is_late > 0)
+        now = is_last or stops > 0 or is_late > 0
+        is_saved = self._saver.save_if_due(self.num_done, now=now, is_final=is_last)
         if stops > 0 and not is_last:
             raise interrupted(self.num_done, self._saver.newest)
         return is_saved

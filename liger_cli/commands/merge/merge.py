@@ -1,12 +1,14 @@
-"""An adapter put into its base model, so that the result needs no peft.
+"""A model for other programs: an adapter put into its base model, or shards put together.
 
 The sum of a weight and its change is made in float32 and rounded once to the dtype of the weight.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,15 +17,19 @@ from typing import Any
 
 import torch
 
+from liger_cli.common.numbers import format_count
+from liger_cli.common.readers import read_json
 from liger_cli.errors import ConfigError
 from liger_cli.training.checkpoints.files import write_failure, written_aside
 from liger_cli.training.checkpoints.run_lock import locked
+from liger_cli.training.checkpoints.shards import has_shards
 from liger_cli.training.model.adapters import load_adapter
 from liger_cli.training.model.dtypes import stored_dtype
 from liger_cli.training.model.source import ModelSource, load_model, resolve_model
 from liger_cli.training.model.tokenizers import Preprocessing
+from liger_cli.training.parallel.checkpoint import consolidate
 
-__all__ = ["Merged", "find_adapter", "merge_adapter"]
+__all__ = ["Merged", "Whole", "find_checkpoint", "merge"]
 
 _log = logging.getLogger(__name__)
 
@@ -45,9 +51,38 @@ class Merged:
     num_merged: int
     rounding: float
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        return (
+            f"{self.adapter}: {self.num_merged} modules merged into {self.base}",
+            f"{self.output}: {format_count(self.num_parameters)} parameters in {self.dtype}",
+        )
 
-def find_adapter(checkpoint: Path, notify: Callable[[str], None]) -> ModelSource:
-    """Return the source of an adapter's directory, or of the best or last checkpoint of its run.
+
+@dataclass(frozen=True)
+class Whole:
+    """A model that was put together from the files of several processes.
+
+    Attributes:
+        dtype: Of most parameters.
+        rounding: 0: no adapter is changed.
+    """
+
+    checkpoint: str
+    output: str
+    dtype: str
+    num_parameters: int
+    num_files: int
+    rounding: float = 0.0
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        size = f"{format_count(self.num_parameters)} parameters in {self.dtype}"
+        return f"{self.checkpoint}: put together", f"{self.output}: {size}"
+
+
+def find_checkpoint(checkpoint: Path, notify: Callable[[str], None]) -> ModelSource:
+    """Return the source of a checkpoint, or of the best or last one of a run.
 
     Raises:
         ConfigError: It is not a directory, or holds no model.
@@ -61,33 +96,35 @@ def find_adapter(checkpoint: Path, notify: Callable[[str], None]) -> ModelSource
     return resolve_model(os.path.join(".", checkpoint), notify)
 
 
-def merge_adapter(
+def merge(
     source: ModelSource,
     output: Path,
     *,
     dtype: torch.dtype | None = None,
     chat_template: str | None = None,
     notify: Callable[[str], None] | None = None,
-) -> Merged:
-    """Write the base model with the adapter in it: safetensors, configuration and tokenizer.
+) -> Merged | Whole:
+    """Write a model that needs no peft and no shards: safetensors, configuration and tokenizer.
 
     Args:
-        source: The adapter, as resolve_model found it.
+        source: An adapter or a sharded checkpoint, as resolve_model found it.
         output: A new or empty directory.
-        dtype: Of the result; that of the base model's files by default.
-        chat_template: A file or a name, in place of the adapter's own.
+        dtype: Of the result; that of the files of the base model or checkpoint by default.
+        chat_template: A file or a name, in place of the checkpoint's own.
         notify: Called with notices on the base model.
 
     Raises:
-        ConfigError: The source is not an adapter, or the directory is taken or in use.
+        ConfigError: The source is neither, or the directory is taken or in use.
+        DataError: A file of the checkpoint cannot be read.
         EnvironmentProblem: The directory cannot be written.
     """
-    if source.adapter is None:
+    is_sharded = source.path is not None and has_shards(source.path)
+    if source.adapter is None and not is_sharded:
         raise ConfigError(
             f"{source.name} is not an adapter but a whole model: there is nothing to merge",
             hint="It is used as it is: liger generate --model, liger eval --model.",
         )
-    if "quantization_config" in (source.config or {}):
+    if source.adapter is not None and "quantization_config" in (source.config or {}):
         raise ConfigError(
             f"the base model of {source.name} is quantized: a merge would round the adapter away",
             hint=f"write a model that is not as base_model_name_or_path in {source.adapter}",
@@ -96,7 +133,46 @@ def merge_adapter(
     place = output.resolve()
     # Two merges into one directory would write aside under one name.
     with locked(place.with_name(f".{place.name}.lock"), f"output {output}", notify or _log.warning):
+        _check_free(output)
+        if source.adapter is None:
+            return _put_together(output, source, preprocessing, dtype)
         return _merge_into(output, source, preprocessing, dtype, notify)
+
+
+def _check_free(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(
+            f"output {output} exists and is not an empty directory",
+            hint="Take another --output, or delete it.",
+        )
+
+
+def _put_together(
+    output: Path, source: ModelSource, preprocessing: Preprocessing, dtype: torch.dtype | None
+) -> Whole:
+    assert source.path is not None
+    try:
+        with written_aside(output.resolve()) as directory:
+            found = consolidate(source.path, directory, dtype=dtype)
+            _copy_configuration(source.path, directory, found.dtype)
+            preprocessing.save_pretrained(directory)
+    except Exception as error:
+        raise write_failure(error, output) from error
+    return Whole(
+        checkpoint=str(source.path),
+        output=str(output),
+        dtype=found.dtype,
+        num_parameters=found.num_parameters,
+        num_files=sum(name.endswith(".safetensors") for name in found.files),
+    )
+
+
+def _copy_configuration(checkpoint: Path, directory: Path, dtype: str) -> None:
+    values = {**read_json(checkpoint / "config.json"), "dtype": dtype}
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    (directory / "config.json").write_text(text, encoding="utf-8")
+    if (generation := checkpoint / "generation_config.json").is_file():
+        shutil.copyfile(generation, directory / generation.name)
 
 
 def _merge_into(
@@ -106,11 +182,6 @@ def _merge_into(
     dtype: torch.dtype | None,
     notify: Callable[[str], None] | None,
 ) -> Merged:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(
-            f"output {output} exists and is not an empty directory",
-            hint="Take another --output, or delete it.",
-        )
     assert source.adapter is not None
     base = replace(source, adapter=None)
     model: Any = load_model(base, dtype=dtype or stored_dtype(base), notify=notify)

@@ -72,7 +72,8 @@ def run_train(config: RunConfig, options: RunOptions = _DEFAULTS) -> RunReport |
             )
             return read_report(run.report_file) if run.is_main else None
         if run.checkpoint and run.is_main:
-            notify(describe_resume(run.checkpoint, run.config, run.device))
+            count = run.accelerator.num_processes
+            notify(describe_resume(run.checkpoint, run.config, run.device, count))
         check_memory(run.config, run.inputs.meta_model, run.device)
         eager = _run_baseline(run, options.baseline)
         if run.is_main:

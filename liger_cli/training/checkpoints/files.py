@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,15 @@ __all__ = [
     "BEST",
     "checkpoint_path",
     "delete_old",
+    "file_entries",
     "find_checkpoints",
     "find_damage",
+    "glob_names",
     "mark_best",
     "newest_whole",
     "read_manifest",
     "step_of",
+    "unfinished_path",
     "write_failure",
     "write_manifest",
     "written_aside",
@@ -148,18 +151,34 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return values
 
 
-def write_manifest(directory: Path, values: dict[str, Any]) -> None:
-    """Write values that can be read without loading anything, and what the files are known by."""
-    names = sorted(
-        str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
-    )
-    hashes = _hashes(directory, names)
-    files = {
-        name: {"bytes": (directory / name).stat().st_size, "sha256": hashes[name]} for name in names
-    }
+def write_manifest(
+    directory: Path, values: dict[str, Any], known: Mapping[str, Any] | None = None
+) -> None:
+    """Write values that can be read without loading anything, and what the files are known by.
+
+    Args:
+        known: The entries of files that need not be read again, by name.
+    """
+    known = known or {}
+    names = [name for name in glob_names(directory, "**/*") if name not in known]
+    files = dict(sorted({**known, **file_entries(directory, names)}.items()))
     content = {**values, "files": files}
     text = json.dumps({**content, "sha256": _hash_of(content)}, indent=1)
     (directory / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def glob_names(directory: Path, pattern: str) -> list[str]:
+    """Return the names of the files of a pattern, from the directory on."""
+    paths = directory.glob(pattern)
+    return sorted(str(path.relative_to(directory)) for path in paths if path.is_file())
+
+
+def file_entries(directory: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Return the size and the hash of each file, by name."""
+    hashes = _hashes(directory, names)
+    return {
+        name: {"bytes": (directory / name).stat().st_size, "sha256": hashes[name]} for name in names
+    }
 
 
 def _hash_of(values: dict[str, Any]) -> str:
@@ -178,6 +197,11 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def unfinished_path(target: Path) -> Path:
+    """Return where a directory is written before it becomes `target`."""
+    return target.with_name(f".{target.name}.unfinished")
+
+
 @contextlib.contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
     """Yield a directory to write into; it becomes `target` at the end, or nothing after an error.
@@ -186,7 +210,7 @@ def written_aside(target: Path) -> Iterator[Path]:
     call for the same target removes.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.unfinished")
+    unfinished = unfinished_path(target)
     replaced = target.with_name(f".{target.name}.replaced")
     for leftover in (unfinished, replaced):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ _FREE_KEYS = frozenset(
         "per_device_eval_batch_size",
         "profile_steps",
         "report_to",
+        "save_consolidated",
         "save_memory",
         "save_minutes",
         "save_steps",
@@ -64,6 +66,9 @@ _FREE_KEYS = frozenset(
         "use_regional_compilation",
     }
 )
+
+# Of these the rows of a step are a product, with the number of processes.
+_ROW_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 # What a key had the effect of before it existed, where that is not its default.
 _BEFORE_IT_EXISTED = {"padding_free": "false"}
@@ -125,28 +130,57 @@ def find_resumed(resume: str, output_dir: Path | None) -> list[Path]:
 def check_same_run(checkpoint: Path, config: RunConfig, num_processes: int) -> None:
     """Check that a run can resume from a checkpoint as if it had not stopped.
 
+    Another number of processes may, as long as a step has as many rows: they are the same then.
+
     Raises:
-        ConfigError: A key has a value that would make the steps to come others, or the checkpoint
-            was written by another number of processes.
+        ConfigError: A key has a value that would make the steps to come others, or a step would
+            have another number of rows.
     """
     manifest = read_manifest(checkpoint)
-    if manifest["num_processes"] != num_processes:
-        raise ConfigError(
-            f"{checkpoint} was written by {manifest['num_processes']} processes, and this launch "
-            f"has {num_processes}",
-            hint="Another number of them would share out the rows of a step otherwise.",
-        )
     changes = _changes(manifest, config)
-    if refused := [key for key in changes if key not in _FREE_KEYS]:
-        lines = [
-            f"{key} is {changes[key][1]!r}, but {checkpoint} was trained with {changes[key][0]!r}"
-            for key in refused
-        ]
-        raise ConfigError(
-            "\n".join(lines),
-            hint="A resumed run keeps its model, data, batches and optimizer. "
-            f"--model {checkpoint} without --resume starts a new run from its weights.",
-        )
+    old = _step(manifest["config"], manifest["num_processes"])
+    new = _step(config.model_dump(), num_processes)
+    has_same_rows = math.prod(old) == math.prod(new)
+    free = _FREE_KEYS.union(_ROW_KEYS) if has_same_rows else _FREE_KEYS
+    lines = [
+        f"{key} is {changes[key][1]!r}, but {checkpoint} was trained with {changes[key][0]!r}"
+        for key in changes
+        if key not in free
+    ]
+    hint = "A resumed run keeps its model, data, batches and optimizer. "
+    if not has_same_rows:
+        was, would_be = _rows_line(old), _rows_line(new)
+        lines.append(f"a step of {checkpoint} has {was}, and here it would have {would_be}")
+        hint = f"{_rows_hint(math.prod(old), new[0], num_processes)} "
+    if lines:
+        hint += f"--model {checkpoint} without --resume starts a new run from its weights."
+        raise ConfigError("\n".join(lines), hint=hint)
+
+
+def _step(config: Mapping[str, Any], num_processes: int) -> tuple[int, int, int]:
+    """Return rows of a micro-batch, micro-batches of a step, and processes."""
+    fields = RunConfig.model_fields
+    size, count = (config.get(key, fields[key].default) for key in _ROW_KEYS)
+    return size, count, num_processes
+
+
+def _rows_line(step: tuple[int, int, int]) -> str:
+    size, count, num_processes = step
+    ranks = "1 process" if num_processes == 1 else f"{num_processes} processes"
+    return f"{math.prod(step)} rows ({size} a micro-batch, {count} micro-batches, {ranks})"
+
+
+def _rows_hint(rows: int, size: int, num_processes: int) -> str:
+    """Return the keys with which a launch has so many rows a step, near those that it has."""
+    share, rest = divmod(rows, num_processes)
+    if rest:
+        fits = [str(count) for count in range(1, rows + 1) if rows % count == 0]
+        return f"{rows} rows can be shared by {', '.join(fits)} processes."
+    fitting = max(number for number in range(1, size + 1) if share % number == 0)
+    words = f"--gradient-accumulation-steps {share // fitting}"
+    if fitting != size:
+        words = f"--per-device-train-batch-size {fitting} {words}"
+    return f"{words} keeps the rows of a step."
 
 
 def saved_choice(checkpoint: Path | None) -> bool | None:
@@ -157,8 +191,10 @@ def saved_choice(checkpoint: Path | None) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def describe_resume(checkpoint: Path, config: RunConfig, device: torch.device) -> str:
-    """Return the line that names the checkpoint of a resumed run and the keys that have changed."""
+def describe_resume(
+    checkpoint: Path, config: RunConfig, device: torch.device, num_processes: int
+) -> str:
+    """Return the line that names the checkpoint of a resumed run and what has changed."""
     manifest = read_manifest(checkpoint)
     changes = _changes(manifest, config)
     changes.pop("output_dir", None)
@@ -167,6 +203,11 @@ def describe_resume(checkpoint: Path, config: RunConfig, device: torch.device) -
         notes.append(
             f"the device is {device.type} (was {manifest['device']}), so that its random numbers "
             "and roundings are others"
+        )
+    if manifest["num_processes"] != num_processes:
+        notes.append(
+            f"the number of processes is {num_processes} (was {manifest['num_processes']}): steps "
+            "have the same rows, random numbers (as of dropout) and roundings are others"
         )
     return "; ".join([f"resume: {checkpoint}, after step {manifest['step']}", *notes])
 

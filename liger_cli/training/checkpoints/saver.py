@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 class Saver:
-    """Writes the checkpoints of a run. Every process calls it, and the main one writes.
+    """Writes the checkpoints of a run. Every process calls it.
 
     Args:
         config: How often, and how many are kept.
@@ -59,15 +59,19 @@ class Saver:
         minutes = (time.monotonic() - self._saved_at) / 60
         return self._is_main and 0 < self._config.save_minutes <= minutes
 
-    def save_if_due(self, step: int, *, now: bool) -> bool:
+    def save_if_due(self, step: int, *, now: bool, is_final: bool) -> bool:
         """Write the checkpoint of a step if it is due or asked for; return whether it was written.
+
+        Args:
+            now: Whether it is asked for.
+            is_final: Whether the run ends with it.
 
         Raises:
             EnvironmentProblem: It cannot be written; those before it are as they were.
         """
         saves = self._is_on and (now or is_due(step, self._config.save_steps))
         if saves:
-            self._save(step)
+            self._save(step, is_final=is_final)
         return saves
 
     def evaluated(self, step: int) -> None:
@@ -78,11 +82,14 @@ class Saver:
         """
         is_saved = self.newest == checkpoint_path(self._run_dir, step)
         is_best = self._config.load_best_model_at_end and 0 < step == self._evals.best_step
-        if self._is_on and not is_saved and (is_best or self._evals.should_stop):
-            self._save(step, is_evaluated=True)
+        ends = self._evals.should_stop
+        # When it was saved nobody knew that it is the last.
+        is_short = ends and self._state.is_sharded and self._config.save_consolidated == "final"
+        if self._is_on and (is_short or not is_saved) and (is_best or ends):
+            self._save(step, is_evaluated=True, is_final=ends)
         self._mark_best()
 
-    def _save(self, step: int, *, is_evaluated: bool = False) -> None:
+    def _save(self, step: int, *, is_evaluated: bool = False, is_final: bool) -> None:
         # A checkpoint on the disk must not be ahead of the logs there.
         problem = self._sync_logs()
         self.newest = save_checkpoint(
@@ -91,6 +98,7 @@ class Saver:
             self._state,
             self._config,
             is_evaluated=is_evaluated,
+            is_final=is_final,
         )
         self._saved_at = time.monotonic()
         if self._is_main and self._config.save_total_limit is not None:

@@ -10,6 +10,8 @@ import torch
 from liger_cli.common.readers import MAX_BYTES, parse_json
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError, EnvironmentProblem
+from liger_cli.training.checkpoints.sharded_state import model_dtype
+from liger_cli.training.checkpoints.shards import has_shards
 from liger_cli.training.model.demo_model import converted_model
 from liger_cli.training.model.presets import ModelSource
 
@@ -64,6 +66,8 @@ def stored_dtype(source: ModelSource) -> torch.dtype:
     """
     folder = converted_model(source) if source.kind == "package" else source.path
     found = _largest_part(folder) if folder is not None and folder.is_dir() else None
+    if found is None and folder is not None and has_shards(folder):
+        found = str(model_dtype(folder)).removeprefix("torch.")
     config = source.config or {}
     name = found or config.get("dtype") or config.get("torch_dtype") or "float32"
     dtype = getattr(torch, str(name), None)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["CompositeOptimizer", "MasterWeights"]
+__all__ = ["CompositeOptimizer", "MasterWeights", "state_tree"]
 
 
 class CompositeOptimizer(torch.optim.Optimizer):
@@ -19,6 +20,10 @@ class CompositeOptimizer(torch.optim.Optimizer):
         # Schedules look up the learning rate here.
         self.defaults = dict(parts[0].defaults)
         self._share_groups()
+
+    @property
+    def parts(self) -> list[torch.optim.Optimizer]:
+        return self._parts
 
     def _share_groups(self) -> None:
         # The very dictionaries of the parts: the schedule writes the learning rate into them.
@@ -56,6 +61,15 @@ class MasterWeights(torch.optim.Optimizer):
             group["params"] = [self._master(parameter) for parameter in group["params"]]
         self._share_groups()
 
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        return self._inner
+
+    @property
+    def masters(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Parameters of half precision, each with its float32 copy."""
+        return list(zip(self._parameters, self._masters, strict=True))
+
     def _master(self, parameter: nn.Parameter) -> nn.Parameter:
         if parameter.dtype not in (torch.bfloat16, torch.float16):
             return parameter
@@ -92,3 +106,23 @@ class MasterWeights(torch.optim.Optimizer):
         self._share_groups()
         for master, values in zip(self._masters, state_dict["masters"], strict=True):
             master.copy_(values)
+
+
+def state_tree(
+    optimizer: Any,
+    of_plain: Callable[[torch.optim.Optimizer], Any],
+    of_master: Callable[[nn.Parameter, nn.Parameter], Any],
+) -> dict[str, Any]:
+    """Return a state that load_state_dict takes, put together from those of the plain optimizers.
+
+    Args:
+        optimizer: A plain one, or one of this module.
+        of_plain: Returns the state of a plain optimizer; they are asked in a fixed order.
+        of_master: Returns the value of a float32 copy, from the parameter and the copy.
+    """
+    if isinstance(optimizer, CompositeOptimizer):
+        return {"parts": [state_tree(part, of_plain, of_master) for part in optimizer.parts]}
+    if isinstance(optimizer, MasterWeights):
+        inner = state_tree(optimizer.inner, of_plain, of_master)
+        return {"inner": inner, "masters": [of_master(*pair) for pair in optimizer.masters]}
+    return dict(of_plain(optimizer))

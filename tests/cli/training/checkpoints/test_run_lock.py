@@ -205,11 +205,11 @@ def test_case_231_killed_run_is_gone_on_with(train, run_dir):
 def test_case_231_merge_into_one_directory(liger, tmp_path):
     from dataclasses import replace
 
-    from liger_cli.commands.merge.merge import merge_adapter
+    from liger_cli.commands.merge.merge import merge
     from liger_cli.training.model.presets import list_presets
 
     output = tmp_path / "merged"
     source = replace(next(iter(list_presets())), adapter=tmp_path)
     (tmp_path / ".merged.lock").write_text(values_of())
     with pytest.raises(ConfigError, match=f"output {output} is in use by a run"):
-        merge_adapter(source, output)
+        merge(source, output)

@@ -1,0 +1,301 @@
+"""Model and optimizer of all processes, in tensors that have the names of parameters.
+
+model.NAME is a parameter or buffer, optimizer.state.NAME.KEY a tensor that the optimizer has for
+it; `master` is the float32 copy of one in half precision. So whatever number of processes wrote
+them, one process or any other number reads them. What of the optimizer is no tensor is beside them
+in optimizer.pt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, empty
+
+from liger_cli.errors import DataError
+from liger_cli.training.checkpoints.shards import SHARDS, ShardReader, write_tensors
+from liger_cli.training.optim.composite_optimizers import state_tree
+
+__all__ = [
+    "is_sharded",
+    "model_dtype",
+    "model_entry",
+    "place_optimizer_state",
+    "read_model",
+    "read_optimizer",
+    "read_shards",
+    "saved_tensors",
+    "write_shards",
+]
+
+_REST = "optimizer.pt"
+_MASTER = "master"
+_MODEL, _STATE = "model.", "optimizer.state."
+
+
+def model_entry(name: str) -> str:
+    """Return the name under which a parameter or buffer of the model is kept."""
+    return _MODEL + name
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether processes have parts of the parameters."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers that a checkpoint keeps; of an adapted model the trained.
+
+    One with several names has the first.
+    """
+    # Brings parameters that FSDP has gathered back to their parts, which named_parameters does not.
+    state = model.state_dict(keep_vars=True)
+    if hasattr(model, "peft_config"):
+        state = {
+            name: value for name, value in state.items() if getattr(value, "requires_grad", False)
+        }
+    names: dict[int, str] = {}
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and names.setdefault(id(value), name) == name
+    }
+
+
+def write_shards(directory: Path, model: nn.Module, optimizer: Any = None) -> None:
+    """Write model and optimizer into directory/dcp, each process its part. All processes call it.
+
+    Raises:
+        RuntimeError: A process could not write its file; raised on all.
+        OSError: The first process could not write optimizer.pt; raised there alone.
+    """
+    saved = saved_tensors(model)
+    tensors = {_MODEL + name: value.detach() for name, value in saved.items()}
+    rest: list[dict[str, Any]] = []
+    if optimizer is not None:
+        found, rest = _split_state(optimizer, _names_of(saved, optimizer))
+        tensors |= found
+    write_tensors(directory / SHARDS, tensors)
+    if optimizer is not None and (not dist.is_initialized() or dist.get_rank() == 0):
+        torch.save(rest, directory / SHARDS / _REST)
+
+
+def _inner(optimizer: Any) -> Any:
+    # accelerate's wrapper has it.
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _names_of(saved: Mapping[str, Tensor], optimizer: Any) -> dict[int, str]:
+    """Return the name of each parameter, and of each float32 copy that of its parameter, by id."""
+    names = {id(value): name for name, value in saved.items()}
+
+    def name_copy(parameter: nn.Parameter, copy: nn.Parameter) -> None:
+        names[id(copy)] = names[id(parameter)]
+
+    state_tree(_inner(optimizer), lambda _: {}, name_copy)
+    return names
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return the parameters in the order of their numbers in state_dict."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _split_state(
+    optimizer: Any, names: Mapping[int, str]
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Return the tensors of an optimizer's state, and the rest of it for each plain optimizer."""
+    tensors: dict[str, Tensor] = {}
+    rest: list[dict[str, Any]] = []
+
+    def add_plain(part: torch.optim.Optimizer) -> dict[str, Any]:
+        state = part.state_dict()
+        order = [names[id(parameter)] for parameter in _parameters_of(part)]
+        values: dict[str, dict[str, Any]] = {}
+        for number, entries in state["state"].items():
+            for key, value in entries.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{_STATE}{order[number]}.{key}"] = value
+                else:
+                    values.setdefault(order[number], {})[key] = value
+        groups = [
+            {**group, "params": [order[number] for number in group["params"]]}
+            for group in state["param_groups"]
+        ]
+        rest.append({"param_groups": groups, "values": values})
+        return {}
+
+    def add_master(parameter: nn.Parameter, copy: nn.Parameter) -> None:
+        tensors[f"{_STATE}{names[id(parameter)]}.{_MASTER}"] = copy.detach()
+
+    state_tree(_inner(optimizer), add_plain, add_master)
+    return tensors, rest
+
+
+def read_shards(directory: Path, model: nn.Module, optimizer: Any = None) -> None:
+    """Read model and optimizer from directory/dcp, on any number of processes. All call it.
+
+    Raises:
+        DataError: A file or a tensor is missing, damaged or of another shape.
+    """
+    reader = ShardReader(directory / SHARDS)
+    reader.read(_model_entries(reader, model))
+    if optimizer is not None:
+        read_optimizer(directory, model, optimizer)
+
+
+def read_model(directory: Path, model: nn.Module) -> list[str]:
+    """Read the model from directory/dcp in this process alone.
+
+    Returns:
+        The names of parameters and buffers that are not in it.
+
+    Raises:
+        DataError: A file is missing or damaged, or a tensor has another shape.
+    """
+    reader = ShardReader(directory / SHARDS)
+    found = _model_entries(reader, model)
+    reader.read(found, alone=True)
+    ids = {id(value) for value in found.values()}
+    return [
+        name for name, value in model.state_dict(keep_vars=True).items() if id(value) not in ids
+    ]
+
+
+def model_dtype(directory: Path) -> torch.dtype:
+    """Return the floating dtype that most of the model's values in directory/dcp have.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    sizes = {torch.float32: 0}
+    for name, entry in ShardReader(directory / SHARDS).entries.items():
+        dtype = entry.properties.dtype
+        if name.startswith(_MODEL) and dtype.is_floating_point:
+            sizes[dtype] = sizes.get(dtype, 0) + math.prod(entry.size)
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _model_entries(reader: ShardReader, model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a model that are kept, by entry: one that is tied has several names."""
+    state = model.state_dict(keep_vars=True)
+    names = (name.removeprefix(_MODEL) for name in reader.entries if name.startswith(_MODEL))
+    return {_MODEL + name: state[name] for name in names if name in state}
+
+
+def read_optimizer(directory: Path, model: nn.Module, optimizer: Any) -> None:
+    """Read the optimizer from directory/dcp, on any number of processes. All call it.
+
+    Raises:
+        DataError: As read_shards.
+    """
+    reader = ShardReader(directory / SHARDS)
+    parts = iter(torch.load(directory / SHARDS / _REST, weights_only=True))
+    names = _names_of(saved_tensors(model), optimizer)
+    places: dict[str, Tensor] = {}
+
+    def place(name: str, parameter: nn.Parameter) -> Tensor:
+        return places.setdefault(name, _empty_like(parameter, reader.entries[name]))
+
+    keys: dict[str, list[str]] = {}
+    for entry in reader.entries:
+        if entry.startswith(_STATE):
+            name, _, key = entry.removeprefix(_STATE).rpartition(".")
+            keys.setdefault(name, []).append(key)
+
+    def of_plain(part: torch.optim.Optimizer) -> dict[str, Any]:
+        saved, order = next(parts), _parameters_of(part)
+        numbers = {names[id(parameter)]: number for number, parameter in enumerate(order)}
+        groups = saved["param_groups"]
+        if [name for group in groups for name in group["params"]] != list(numbers):
+            raise DataError(f"{directory} holds the optimizer of other parameters")
+        state = {}
+        for name, number in numbers.items():
+            state[number] = {
+                key: place(f"{_STATE}{name}.{key}", order[number])
+                for key in keys.get(name, ())
+                if key != _MASTER
+            } | saved["values"].get(name, {})
+        packed = [
+            {**group, "params": [numbers[name] for name in group["params"]]} for group in groups
+        ]
+        return {
+            "state": {number: found for number, found in state.items() if found},
+            "param_groups": packed,
+        }
+
+    def of_master(parameter: nn.Parameter, copy: nn.Parameter) -> Tensor:
+        return place(f"{_STATE}{names[id(parameter)]}.{_MASTER}", copy)
+
+    tree = state_tree(_inner(optimizer), of_plain, of_master)
+    reader.read(places)
+    optimizer.load_state_dict(tree)
+
+
+def _empty_like(parameter: Tensor, entry: Any) -> Tensor:
+    """Return a tensor without values for an optimizer's entry: spread out as its parameter is."""
+    shape, dtype = entry.size, entry.properties.dtype
+    if not shape:
+        # Counts of steps, which optimizers want on the host or move themselves.
+        return torch.empty((), dtype=dtype)
+    if not isinstance(parameter, DTensor):
+        return torch.empty(shape, dtype=dtype, device=parameter.device)
+    return empty(
+        shape,
+        dtype=dtype,
+        device_mesh=parameter.device_mesh,
+        placements=_placements(parameter, shape),
+    )
+
+
+def _placements(parameter: DTensor, shape: torch.Size) -> list[Any]:
+    """Return how an optimizer's tensor of a shape is spread out: by the dimensions it shares."""
+    return [
+        placement
+        if isinstance(placement, Shard)
+        and placement.dim < len(shape)
+        and shape[placement.dim] == parameter.shape[placement.dim]
+        else Replicate()
+        for placement in parameter.placements
+    ]
+
+
+def place_optimizer_state(optimizer: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state of whole tensors with each spread out as its parameter is.
+
+    Args:
+        optimizer: That is to load it.
+        state: What state_dict gave on one process, with every tensor on the host.
+    """
+    optimizer = _inner(optimizer)
+    if "parts" in state:
+        parts = zip(optimizer.parts, state["parts"], strict=True)
+        return {"parts": [place_optimizer_state(part, saved) for part, saved in parts]}
+    if "masters" in state:
+        pairs = zip(optimizer.masters, state["masters"], strict=True)
+        inner = place_optimizer_state(optimizer.inner, state["inner"])
+        return {"inner": inner, "masters": [_spread(copy, value) for (_, copy), value in pairs]}
+    order = _parameters_of(optimizer)
+    entries = {
+        number: {key: _spread(order[number], value) for key, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": entries}
+
+
+def _spread(parameter: Tensor, value: Any) -> Any:
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or not value.ndim:
+        return value
+    # Every process has the whole: none sends.
+    return distribute_tensor(
+        value.to(parameter.device),
+        parameter.device_mesh,
+        _placements(parameter, value.shape),
+        src_data_rank=None,
+    )
