@@ -118,17 +118,20 @@ def _split_state(
         state = part.state_dict()
         order = [names[id(parameter)] for parameter in _parameters_of(part)]
         values: dict[str, dict[str, Any]] = {}
+        copied = []
         for number, entries in state["state"].items():
             for key, value in entries.items():
+                name = f"{_STATE}{order[number]}.{key}"
                 if isinstance(value, Tensor):
-                    tensors[f"{_STATE}{order[number]}.{key}"] = value
+                    tensors[name] = value
+                    copied += [name] if _is_copied(value) else []
                 else:
                     values.setdefault(order[number], {})[key] = value
         groups = [
             {**group, "params": [order[number] for number in group["params"]]}
             for group in state["param_groups"]
         ]
-        rest.append({"param_groups": groups, "values": values})
+        rest.append({"param_groups": groups, "values": values, "copied": copied})
         return {}
 
     def add_master(parameter: nn.Parameter, copy: nn.Parameter) -> None:
@@ -136,6 +139,11 @@ def _split_state(
 
     state_tree(_inner(optimizer), add_plain, add_master)
     return tensors, rest
+
+
+def _is_copied(value: Tensor) -> bool:
+    """Return whether every process has the whole of a tensor that might be spread out."""
+    return isinstance(value, DTensor) and all(p.is_replicate() for p in value.placements)
 
 
 def read_shards(directory: Path, model: nn.Module, optimizer: Any = None) -> None:
@@ -193,72 +201,95 @@ def read_optimizer(directory: Path, model: nn.Module, optimizer: Any) -> None:
     """Read the optimizer from directory/dcp, on any number of processes. All call it.
 
     Raises:
-        DataError: As read_shards.
+        DataError: As read_shards, or optimizer.pt cannot be read.
     """
-    reader = ShardReader(directory / SHARDS)
-    parts = iter(torch.load(directory / SHARDS / _REST, weights_only=True))
-    names = _names_of(saved_tensors(model), optimizer)
-    places: dict[str, Tensor] = {}
+    saved = _SavedOptimizer(directory / SHARDS, _names_of(saved_tensors(model), optimizer))
+    state = state_tree(_inner(optimizer), saved.of_plain, saved.of_master)
+    saved.reader.read(saved.places)
+    optimizer.load_state_dict(state)
 
-    def place(name: str, parameter: nn.Parameter) -> Tensor:
-        return places.setdefault(name, _empty_like(parameter, reader.entries[name]))
 
-    keys: dict[str, list[str]] = {}
-    for entry in reader.entries:
-        if entry.startswith(_STATE):
-            name, _, key = entry.removeprefix(_STATE).rpartition(".")
-            keys.setdefault(name, []).append(key)
+class _SavedOptimizer:
+    """The state of an optimizer in a directory, as its plain parts take it.
 
-    def of_plain(part: torch.optim.Optimizer) -> dict[str, Any]:
-        saved, order = next(parts), _parameters_of(part)
-        numbers = {names[id(parameter)]: number for number, parameter in enumerate(order)}
+    Args:
+        directory: Of the shards.
+        names: Of parameters and their float32 copies, by id.
+
+    Attributes:
+        places: Tensors that were given out, without values yet, by entry.
+    """
+
+    def __init__(self, directory: Path, names: Mapping[int, str]) -> None:
+        self.reader = ShardReader(directory)
+        self.places: dict[str, Tensor] = {}
+        self._names = names
+        path = directory / _REST
+        try:
+            self._parts = iter(torch.load(path, weights_only=True))
+        # The file is missing or damaged, in the ways of an archive and of an unpickler.
+        except Exception as error:
+            raise DataError(f"{path} cannot be read: {error}") from error
+        self._keys: dict[str, list[str]] = {}
+        for entry in self.reader.entries:
+            if entry.startswith(_STATE):
+                name, _, key = entry.removeprefix(_STATE).rpartition(".")
+                self._keys.setdefault(name, []).append(key)
+
+    def of_plain(self, part: torch.optim.Optimizer) -> dict[str, Any]:
+        """Return the state of the next plain optimizer."""
+        saved, order = next(self._parts), _parameters_of(part)
+        numbers = {self._names[id(parameter)]: number for number, parameter in enumerate(order)}
         groups = saved["param_groups"]
         if [name for group in groups for name in group["params"]] != list(numbers):
-            raise DataError(f"{directory} holds the optimizer of other parameters")
-        state = {}
+            raise DataError(f"{self.reader.path} holds the optimizer of other parameters")
+        copied = set(saved["copied"])
+        state: dict[int, dict[str, Any]] = {}
         for name, number in numbers.items():
-            state[number] = {
-                key: place(f"{_STATE}{name}.{key}", order[number])
-                for key in keys.get(name, ())
-                if key != _MASTER
-            } | saved["values"].get(name, {})
+            found = saved["values"].get(name, {})
+            for key in self._keys.get(name, ()):
+                entry = f"{_STATE}{name}.{key}"
+                if key != _MASTER:
+                    found[key] = self._place(entry, order[number], is_copied=entry in copied)
+            if found:
+                state[number] = found
         packed = [
             {**group, "params": [numbers[name] for name in group["params"]]} for group in groups
         ]
-        return {
-            "state": {number: found for number, found in state.items() if found},
-            "param_groups": packed,
-        }
+        return {"state": state, "param_groups": packed}
 
-    def of_master(parameter: nn.Parameter, copy: nn.Parameter) -> Tensor:
-        return place(f"{_STATE}{names[id(parameter)]}.{_MASTER}", copy)
+    def of_master(self, parameter: nn.Parameter, copy: nn.Parameter) -> Tensor:
+        """Return the float32 copy of a parameter."""
+        return self._place(f"{_STATE}{self._names[id(parameter)]}.{_MASTER}", copy)
 
-    tree = state_tree(_inner(optimizer), of_plain, of_master)
-    reader.read(places)
-    optimizer.load_state_dict(tree)
-
-
-def _empty_like(parameter: Tensor, entry: Any) -> Tensor:
-    """Return a tensor without values for an optimizer's entry: spread out as its parameter is."""
-    shape, dtype = entry.size, entry.properties.dtype
-    if not shape:
-        # Counts of steps, which optimizers want on the host or move themselves.
-        return torch.empty((), dtype=dtype)
-    if not isinstance(parameter, DTensor):
-        return torch.empty(shape, dtype=dtype, device=parameter.device)
-    return empty(
-        shape,
-        dtype=dtype,
-        device_mesh=parameter.device_mesh,
-        placements=_placements(parameter, shape),
-    )
+    def _place(self, entry: str, parameter: Tensor, *, is_copied: bool = False) -> Tensor:
+        if entry not in self.reader.entries:
+            raise DataError(f"{self.reader.path} holds no {entry}")
+        found = self.reader.entries[entry]
+        shape, dtype = found.size, found.properties.dtype
+        if not shape:
+            # Counts of steps, which optimizers want on the host or move themselves.
+            place = torch.empty((), dtype=dtype)
+        elif not isinstance(parameter, DTensor):
+            place = torch.empty(shape, dtype=dtype, device=parameter.device)
+        else:
+            mesh = parameter.device_mesh
+            placements = _placements(parameter, shape, is_copied=is_copied)
+            place = empty(shape, dtype=dtype, device_mesh=mesh, placements=placements)
+        self.places[entry] = place
+        return place
 
 
-def _placements(parameter: DTensor, shape: torch.Size) -> list[Any]:
-    """Return how an optimizer's tensor of a shape is spread out: by the dimensions it shares."""
+def _placements(parameter: DTensor, shape: torch.Size, *, is_copied: bool = False) -> list[Any]:
+    """Return how an optimizer's tensor of a shape is spread out: by the dimensions it shares.
+
+    Args:
+        is_copied: Whether every process had the whole.
+    """
     return [
         placement
         if isinstance(placement, Shard)
+        and not (is_copied and shape != parameter.shape)
         and placement.dim < len(shape)
         and shape[placement.dim] == parameter.shape[placement.dim]
         else Replicate()

@@ -11,12 +11,12 @@ import forked_runs
 import torch
 
 
-def shard(model):
+def shard(model, mesh=None):
     """Shard a model in place: layer by layer, and the rest in one group."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    mesh = mesh or init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for layer in base.model.layers:
         fully_shard(layer, mesh=mesh)
