@@ -40,7 +40,7 @@ def load_patched(
     *,
     trains: bool = True,
     keep_base: Path | None = None,
-    load: Callable[..., Any] = load_model,
+    load: Callable[..., Any] | None = None,
 ) -> tuple[Any, PatchRecord]:
     """Load the model on a device, attach its adapter, patch it and compile it.
 
@@ -49,9 +49,9 @@ def load_patched(
         notify: Called with notices, such as weights that are missing.
         trains: False puts no new adapter on.
         keep_base: Where the base model of an adapter is saved that is nowhere else.
-        load: load_model, or a function of the same arguments.
+        load: A function of load_model's arguments that loads in its place.
     """
-    model: Any = load(
+    model: Any = (load or load_model)(
         source,
         dtype=parameter_dtype(config, device, adapts=adapts(config, source, trains=trains)),
         device=device,

@@ -111,6 +111,10 @@ def test_case_240_no_file_is_written_but_by_the_helper():
         "new_tokens.py": 1,  # the same
         "process.py": 1,  # the log of a process, in a temporary directory
         "ops.py": 1,  # a pipe
+        "launcher.py": 1,  # the log of a rank, in a temporary directory
+        "faults.py": 1,  # the fault of a rank, in the same
+        "ranks.py": 2,  # where the run is, in the same, and the null device
+        "agreement.py": 1,  # a file that other hosts look for, deleted at once
         "run_log.py": 1,  # a line at a time, after the helper has written the file
     }
     words = (

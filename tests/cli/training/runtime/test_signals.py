@@ -25,7 +25,7 @@ PLACES = [
     (TRAIN, "liger_cli.commands.train.prepare.load_inputs"),
     (TRAIN, "liger_cli.commands.train.prepare.inspect_model"),
     (TRAIN, "liger_cli.commands.train.run.check_memory"),
-    (TRAIN, "liger_cli.commands.train.run.load_patched"),
+    (TRAIN, "liger_cli.training.parallel.engine.load_patched"),
     (TRAIN, "liger_cli.commands.train.run.announce_kernels"),
     (TRAIN, "liger_cli.training.session.make_optimizer"),
     (EVAL, "liger_cli.commands.eval.run.load_inputs"),
