@@ -271,7 +271,7 @@ _RULES: dict[str, Rule] = {
     "tf32": lost("torch decides about TF32"),
     "lora_model_dir": lost("name the adapter as model, which continues to train it"),
     "resume_from_checkpoint": lost("liger train --resume CHECKPOINT"),
-    "deepspeed": lost("liger trains with accelerate and DDP"),
-    "fsdp": lost("liger trains with accelerate and DDP"),
-    "fsdp_config": lost("liger trains with accelerate and DDP"),
+    "deepspeed": lost("dp_shard_size -1 shards the model over all ranks (FSDP2)"),
+    "fsdp": lost("dp_shard_size -1 shards the model over all ranks (FSDP2)"),
+    "fsdp_config": lost("dp_shard_size -1 shards the model over all ranks (FSDP2)"),
 }

@@ -151,6 +151,6 @@ _RULES: dict[str, Rule] = {
         else lost("give each entry of dataset a weight")(found, key, value)
     ),
     "interleave_probs": lost("give each entry of dataset a weight"),
-    "deepspeed": lost("liger trains with accelerate and DDP"),
-    "fsdp": lost("liger trains with accelerate and DDP"),
+    "deepspeed": lost("dp_shard_size -1 shards the model over all ranks (FSDP2)"),
+    "fsdp": lost("dp_shard_size -1 shards the model over all ranks (FSDP2)"),
 }

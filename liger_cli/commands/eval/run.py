@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 from liger_cli.config import RunConfig
 from liger_cli.report import RunReport, TrainProgress, notify, show_patched
@@ -11,13 +13,15 @@ from liger_cli.report.build import add_evaluation, report_of
 from liger_cli.report.required_ops import parse_ops
 from liger_cli.training.document_check import check_documents
 from liger_cli.training.evaluate import evaluate_inputs
-from liger_cli.training.inputs import load_inputs
+from liger_cli.training.inputs import Inputs, load_inputs
 from liger_cli.training.launch.agreement import check_same_data, check_same_launch
 from liger_cli.training.memory.limits import check_memory
 from liger_cli.training.model.adapters import adapts
-from liger_cli.training.model.loading import load_patched
 from liger_cli.training.model.source import resolve_model
 from liger_cli.training.objectives.table import make_objective
+from liger_cli.training.parallel.engine import Engine, make_engine
+from liger_cli.training.parallel.mesh import ParallelPlan, explicit_plan
+from liger_cli.training.parallel.refusals import check_inputs, check_sharded
 from liger_cli.training.runtime.launch import make_accelerator, quiet_libraries
 from liger_cli.training.runtime.launch_variables import config_of_launch
 
@@ -42,14 +46,15 @@ def run_eval(config: RunConfig) -> RunReport | None:
     inputs = load_inputs(config, source=source, device=device, trains=False, notify=notify)
     if accelerator.num_processes > 1:
         check_same_data(inputs.identities, accelerator)
+    engine = _make_engine(config, inputs, accelerator)
     check_memory(config, inputs.meta_model, device, trains=False)
+    say: Callable[[str], None] = notify if is_main else lambda line: None
     loaded_as = inputs.attention.applied(config)
-    model, record = load_patched(loaded_as, inputs.source, device, notify, trains=False)
-    inputs = check_documents(
-        config, inputs, model, accelerator, notify if is_main else lambda line: None
-    )
+    model, record = engine.load(loaded_as, inputs.source, say, trains=False)
+    with engine.evaluation(model):
+        inputs = check_documents(config, inputs, model, accelerator, say)
     objective = make_objective(config, model, device)
-    model = accelerator.prepare_model(model, evaluation_mode=True)
+    model = engine.prepare_evaluated(model)
     if is_main:
         show_patched(report_of("eval", config, inputs, record))
     rows_at_once = config.per_device_eval_batch_size * accelerator.num_processes
@@ -76,3 +81,13 @@ def run_eval(config: RunConfig) -> RunReport | None:
     report = report_of("eval", config, inputs, record)
     add_evaluation(report, result)
     return report
+
+
+def _make_engine(config: RunConfig, inputs: Inputs, accelerator: Any) -> Engine:
+    """Return the engine of an evaluation: without a key every rank has a copy of the model."""
+    num_processes = accelerator.num_processes
+    plan = explicit_plan(config, num_processes) or ParallelPlan(dp_replicate=num_processes)
+    if plan.is_sharded:
+        check_sharded(config, inputs.source, accelerator.device)
+        check_inputs(inputs)
+    return make_engine(accelerator, plan)

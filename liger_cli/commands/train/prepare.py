@@ -27,8 +27,9 @@ from liger_cli.training.model.adapters import adapts, is_quantised, quantization
 from liger_cli.training.model.source import ModelSource, resolve_model
 from liger_cli.training.model.tokenizers import check_same_template
 from liger_cli.training.optim.optimizers import check_optimization
-from liger_cli.training.parallel.choice import check_sharded, choose_plan
+from liger_cli.training.parallel.choice import choose_plan
 from liger_cli.training.parallel.mesh import explicit_plan
+from liger_cli.training.parallel.refusals import check_sharded
 from liger_cli.training.prepared import PreparedRun
 from liger_cli.training.runtime import device_timer
 from liger_cli.training.runtime.launch import make_accelerator, quiet_libraries
@@ -83,7 +84,7 @@ def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]
     check_same_launch(config, accelerator)
     asked = explicit_plan(config, accelerator.num_processes)
     if asked is not None and asked.is_sharded:
-        check_sharded(config, source)
+        check_sharded(config, source, accelerator.device)
     quantization(config, source, accelerator.device)
     check_optimization(config, accelerator.device)
     check_trackers(config)
@@ -105,8 +106,6 @@ def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]
         if checkpoint is not None:
             check_same_template(checkpoint, config, inputs.preprocessing)
         parallel, line = choose_plan(config, inputs, accelerator)
-        if parallel.is_sharded:
-            check_sharded(config, source, has_images=inputs.data.has_images)
         if line is not None and accelerator.is_main_process:
             notify(line)
         batches = plan_batches(config, inputs.train, accelerator)

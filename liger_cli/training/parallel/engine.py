@@ -37,12 +37,16 @@ class Engine(Protocol):
         source: ModelSource,
         notify: Callable[[str], None],
         *,
+        trains: bool = True,
         keep_base: Path | None = None,
     ) -> tuple[Any, PatchRecord]:
-        """Load the model to train, with the arguments of load_patched (model/loading.py)."""
+        """Load the model of a run, with the arguments of load_patched (model/loading.py)."""
 
     def prepare(self, model: Any, optimizer: Any) -> tuple[Any, Any]:
         """Return the model and the optimizer as steps take them."""
+
+    def prepare_evaluated(self, model: Any) -> Any:
+        """Return the model of a run that only evaluates."""
 
     def micro_step(self, model: Any, *, is_last: bool) -> AbstractContextManager[None]:
         """Return the context of a forward and backward; the last ends the gradient of the step."""
@@ -82,9 +86,13 @@ class Accelerated(_OfAccelerator):
         source: ModelSource,
         notify: Callable[[str], None],
         *,
+        trains: bool = True,
         keep_base: Path | None = None,
     ) -> tuple[Any, PatchRecord]:
-        return load_patched(config, source, self.device, notify, keep_base=keep_base)
+        return load_patched(config, source, self.device, notify, trains=trains, keep_base=keep_base)
+
+    def prepare_evaluated(self, model: Any) -> Any:
+        return self._accelerator.prepare_model(model, evaluation_mode=True)
 
     def prepare(self, model: Any, optimizer: Any) -> tuple[Any, Any]:
         prepared: tuple[Any, Any] = self._accelerator.prepare(model, optimizer)
@@ -119,12 +127,16 @@ class Sharded(_OfAccelerator):
         source: ModelSource,
         notify: Callable[[str], None],
         *,
+        trains: bool = True,
         keep_base: Path | None = None,
     ) -> tuple[Any, PatchRecord]:
         from liger_cli.training.parallel.loading import load_sharded
 
         layout = Layout(config, self._plan, self.device)
-        return load_sharded(layout, source, notify, keep_base=keep_base)
+        return load_sharded(layout, source, notify, trains=trains, keep_base=keep_base)
+
+    def prepare_evaluated(self, model: Any) -> Any:
+        return model
 
     def prepare(self, model: Any, optimizer: Any) -> tuple[Any, Any]:
         # accelerate would wrap the model for DDP.

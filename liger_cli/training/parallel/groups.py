@@ -14,7 +14,7 @@ from torch import nn
 
 from liger_kernels.transformers.wrappers import inner_model
 
-__all__ = ["groups_of"]
+__all__ = ["groups_of", "has_separate_experts"]
 
 
 def groups_of(model: Any) -> list[nn.Module]:
@@ -29,6 +29,17 @@ def groups_of(model: Any) -> list[nn.Module]:
     embedding = inner.get_input_embeddings()
     found = [*([] if embedding is None else [embedding]), *_layers(inner)]
     return _without_shared(model, found)
+
+
+def has_separate_experts(model: Any) -> bool:
+    """Return whether a layer has a list of experts, some of which a batch may not call."""
+    return any(
+        isinstance(module, nn.ModuleList)
+        and len(module) > 1
+        and name.rpartition(".")[2] == "experts"
+        for layer in _layers(inner_model(model))
+        for name, module in layer.named_modules()
+    )
 
 
 def _layers(model: Any) -> list[nn.Module]:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from liger_cli.common.hub import fetch_weights
+from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError
 from liger_cli.training.model.demo_model import converted_model
 from liger_cli.training.model.loading import load_patched
@@ -38,6 +39,7 @@ def load_sharded(
     source: ModelSource,
     notify: Callable[[str], None],
     *,
+    trains: bool = True,
     keep_base: Path | None = None,
 ) -> tuple[Any, PatchRecord]:
     """Load, patch and shard the model of a run; every process calls it.
@@ -46,14 +48,21 @@ def load_sharded(
         layout: A sharded one.
         source: The model, or a checkpoint of it.
         notify: Called with notices, such as weights that are missing.
+        trains: False puts no new adapter on.
         keep_base: Where the base model of an adapter is saved that is nowhere else.
     """
-    found = _weights_of(layout, source)
+    found = _weights_of(layout.config, source, trains=trains)
     if isinstance(found, str):
         notify(f"parallel: every rank loads the whole model before it is sharded: {found}")
     load = load_model if isinstance(found, str) else load_hollow
     model, record = load_patched(
-        layout.config, source, layout.device, notify, keep_base=keep_base, load=load
+        layout.config,
+        source,
+        layout.device,
+        notify,
+        trains=trains,
+        keep_base=keep_base,
+        load=load,
     )
     if isinstance(found, str):
         shard_model(model, layout)
@@ -68,16 +77,18 @@ def load_sharded(
     return model, record
 
 
-def _weights_of(layout: Layout, source: ModelSource) -> tuple[WeightFiles, Weights] | str:
+def _weights_of(
+    config: RunConfig, source: ModelSource, *, trains: bool
+) -> tuple[WeightFiles, Weights] | str:
     """Return where the weights are, or why they cannot be read in parts."""
-    config = layout.config
+    is_new = trains and source.adapter is None and config.adapter != "none"
     if source.kind in ("random", "config"):
         return "its weights are random"
     if source.tokens is not None:
         return "the rows of new tokens are made of all others"
-    if source.adapter is None and config.adapter == "dora":
+    if is_new and config.adapter == "dora":
         return "a new dora adapter starts from the norms of the weights"
-    if source.adapter is None and config.adapter != "none" and config.lora_modules_to_save:
+    if is_new and config.lora_modules_to_save:
         return "lora_modules_to_save copies weights"
     paths = _paths(source)
     if paths is None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError, EnvironmentProblem
 from liger_cli.training.model.presets import ModelSource
-from liger_cli.training.parallel.choice import check_sharded
+from liger_cli.training.parallel.groups import has_separate_experts
 from liger_cli.training.parallel.mesh import ParallelPlan, explicit_plan
+from liger_cli.training.parallel.refusals import check_sharded
 
 SOURCE = ModelSource("random", "qwen3", None, {}, "", "qwen3")
 
@@ -58,17 +62,30 @@ def test_sizes_that_do_not_make_up_the_ranks_are_refused_with_those_that_do(
         ({"adapter": "lora", "load_in_4bit": True}, "4 or 8 bits .*DDP"),
         ({"adapter": "lora", "lora_target_parameters": "experts.down_proj"}, "DDP"),
         ({"auto_fit": True}, "auto_fit"),
+        ({"optim": "muon", "cpu_offload": True}, "optim muon .*--optim adamw_torch"),
     ],
 )
 def test_what_shards_cannot_do_is_refused_with_the_nearest(keys, words):
     config = RunConfig(model="qwen3", dp_shard_size=-1, **keys)
     with pytest.raises(ConfigError) as caught:
-        check_sharded(config, SOURCE)
+        check_sharded(config, SOURCE, torch.device("cuda"))
     assert re.search(words, f"{caught.value.message} {caught.value.hint}")
 
 
+def test_experts_in_separate_modules_are_found():
+    """A rank that does not call a module would leave the others waiting for it."""
+    shape = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 8, "num_hidden_layers": 1}
+    config = LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=2)
+    model = LlamaForCausalLM(config)
+    assert not has_separate_experts(model)
+    model.model.layers[0].mlp.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+    assert has_separate_experts(model)
+
+
 def test_a_sharded_run_does_the_rest():
-    check_sharded(RunConfig(model="qwen3", dp_shard_size=-1, optim="muon"), SOURCE)
+    check_sharded(
+        RunConfig(model="qwen3", dp_shard_size=-1, optim="muon"), SOURCE, torch.device("cuda")
+    )
 
 
 @pytest.mark.parametrize("key", ["reshard_after_forward=false", "cpu_offload=true"])

@@ -139,7 +139,7 @@ class Runs:
         ]
         self.data = directory / "data.jsonl"
         self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for name in {OPTIONS[option].get("model", "tied") for option, _ in table}:
+        for name in MODELS:
             save_model(name, directory / name)
         (directory / "random").mkdir()
         random = {**SHAPE, **MODELS["untied"]}
@@ -198,12 +198,12 @@ def check(runs: Runs, option: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize(("option", "layout"), FAST)
-def test_a_layout_trains_what_one_process_does(option, layout, fast):
+def test_case_85_87_a_layout_trains_what_one_process_does(option, layout, fast):
     check(fast, option, layout)
 
 
 @pytest.mark.parametrize("option", ["tied", "untied", "lora"])
-def test_the_head_is_gathered_once_a_micro_batch(option, fast):
+def test_case_84_the_head_is_gathered_once_a_micro_batch(option, fast):
     """With the embedding, where they are one matrix."""
     assert fast.of(option, "fsdp-2")["head_gathers"] == 9
 
@@ -214,7 +214,7 @@ def test_a_rank_reads_its_half_of_the_weights(fast):
     assert 0.4 * whole <= read <= 0.5 * whole
 
 
-def test_two_ranks_evaluate_as_one(fast):
+def test_case_89_two_ranks_evaluate_as_one(fast):
     """Seven rows: with batches of one, the second rank has a batch less."""
     alone, shared = (fast.of("eval", layout)["evals"] for layout in (None, "fsdp-2"))
     for size in (1, 8):

@@ -1,0 +1,99 @@
+"""Refusals of a sharded run, each with the nearest that works."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from liger_cli.config import RunConfig
+from liger_cli.errors import ConfigError
+from liger_cli.training.inputs import Inputs
+from liger_cli.training.model.adapters import is_quantised
+from liger_cli.training.model.presets import ModelSource
+from liger_cli.training.optim.optimizers import EIGHT_BIT
+from liger_cli.training.parallel.groups import has_separate_experts
+
+__all__ = ["check_inputs", "check_sharded"]
+
+_COPIES = "--dp-replicate-size with the number of ranks (DDP)"
+
+
+class _Refusal(NamedTuple):
+    """Whether something applies, why it is refused, and what works."""
+
+    applies: bool
+    reason: str
+    hint: str
+
+
+def check_sharded(config: RunConfig, source: ModelSource, device: torch.device) -> None:
+    """Refuse keys of a sharded run, before its data are read.
+
+    Args:
+        device: Where the run computes.
+
+    Raises:
+        ConfigError: With the nearest that works.
+    """
+    gathers = config.cpu_offload and config.optim in ("muon", "adafactor")
+    _raise_first(
+        _Refusal(
+            config.fp16,
+            "fp16 scales the loss, and shards have no scaler that all ranks agree on",
+            "--bf16 needs none.",
+        ),
+        _Refusal(
+            config.optim in EIGHT_BIT,
+            f"optim {config.optim} does not take shards of parameters",
+            "--optim adamw_torch_fused: its moments are shared by the ranks.",
+        ),
+        _Refusal(
+            gathers and device.type != "cpu",
+            f"optim {config.optim} sums over whole matrices, and GPUs do not sum shards on the "
+            "host, where cpu_offload keeps them",
+            "--optim adamw_torch goes element by element.",
+        ),
+        _Refusal(
+            is_quantised(config, source),
+            "weights of 4 or 8 bits are not sharded yet",
+            f"--adapter lora without load_in_4bit, or {_COPIES}.",
+        ),
+        _Refusal(
+            config.lora_target_parameters is not None,
+            "lora_target_parameters replaces parameters that are sharded",
+            f"--lora-target-modules, or {_COPIES}.",
+        ),
+        _Refusal(
+            config.auto_fit,
+            "auto_fit is for one process: the others would wait for the one that ran out",
+            "A smaller --per-device-train-batch-size.",
+        ),
+    )
+
+
+def check_inputs(inputs: Inputs) -> None:
+    """Refuse a model or data whose ranks would not call the same modules.
+
+    Raises:
+        ConfigError: With the nearest that works.
+    """
+    _raise_first(
+        _Refusal(
+            has_separate_experts(inputs.meta_model),
+            "its experts are separate modules, and a rank whose tokens choose none of them would "
+            "not take part",
+            f"transformers 5 holds them in one, or {_COPIES}.",
+        ),
+        _Refusal(
+            inputs.data.has_images,
+            "ranks whose rows have no images would not take part in the vision model",
+            f"{_COPIES}.",
+        ),
+    )
+
+
+def _raise_first(*refusals: _Refusal) -> None:
+    for refusal in refusals:
+        if refusal.applies:
+            raise ConfigError(f"a sharded run: {refusal.reason}", hint=refusal.hint)
