@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import socket
 import time
@@ -71,6 +72,19 @@ class Hosts:
             time.sleep(0.1)
         return found
 
+    def leave(self) -> None:
+        """Let the host that has the store end."""
+        self._set(f"left/{self.number}", b"1")
+
+    def wait_for_others(self) -> None:
+        """Wait until the hosts that have said how they ended need the store no more."""
+        deadline = time.monotonic() + _FAULT_S
+        others = {i for i in range(self._num_hosts) if i != self.number}
+        others = {i for i in others if self._has(f"end/{i}", default=False)}
+        while others and time.monotonic() < deadline:
+            others = {i for i in others if not self._has(f"left/{i}", default=True)}
+            time.sleep(0.05)
+
     def _has(self, key: str, *, default: bool) -> bool:
         try:
             return bool(self._store.check([key]))
@@ -96,7 +110,11 @@ def meet(plan: LaunchPlan) -> Iterator[Hosts]:
         parameters = _parameters(plan, host, port)
         handler = rendezvous.get_rendezvous_handler(parameters)
         found = handler.next_rendezvous()
-        number, nproc = _number_hosts(found.store, found.rank, plan)
+        # Its host number, or a number after that of the host which the endpoint names.
+        wish = plan.node_rank
+        if wish is None:
+            wish = 0 if parameters.get_as_bool("is_host") else 1 + found.rank
+        number, nproc = _number_hosts(found.store, found.rank, (wish, plan.nproc), plan.nnodes)
     except (RuntimeError, OSError) as error:
         where = f"--rdzv-endpoint {host}:{port}" if plan.endpoint else "on this host"
         raise EnvironmentProblem(
@@ -104,19 +122,26 @@ def meet(plan: LaunchPlan) -> Iterator[Hosts]:
             hint="Every host is started with the same --nnodes and --rdzv-endpoint, another "
             "--node-rank each; host 0 must be reachable at that address and port.",
         ) from error
-    info = found.bootstrap_store_info
-    assert info is not None  # every rendezvous but a static one has it
+    # Ranks meet at the same store: its address is known to reach it from every host.
+    store: Any = found.store  # a PrefixStore of the one that listens
+    hosts = Hosts(store, (host, store.underlying_store.port), number, nproc)
+    has_store = parameters.get_as_bool("is_host")
     try:
-        yield Hosts(found.store, (info.master_addr, info.master_port), number, nproc)
+        yield hosts
     finally:
+        if has_store:
+            hosts.wait_for_others()
         handler.shutdown()
+        if not has_store:
+            hosts.leave()
 
 
 def _parameters(plan: LaunchPlan, host: str, port: int) -> RendezvousParameters:
     """Return the rendezvous of a plan, once the host that holds its store listens."""
     theirs, ours = _addresses(host, port)
-    # The way of a host to itself begins where it ends.
-    is_host = theirs == ours if plan.node_rank is None else plan.node_rank == 0
+    # The way of a host to itself begins where it ends; its own name may be an address of loopback.
+    is_own = theirs in (ours, "::1") or theirs.startswith("127.")
+    is_host = is_own if plan.node_rank is None else plan.node_rank == 0
     if plan.endpoint is not None and not is_host:
         _wait_for(host, port)
     return RendezvousParameters(
@@ -125,7 +150,7 @@ def _parameters(plan: LaunchPlan, host: str, port: int) -> RendezvousParameters:
         run_id="liger",
         min_nodes=plan.nnodes,
         max_nodes=plan.nnodes,
-        # The name of this host may be unknown to the others.
+        # Without it torch looks up the full name of this host, which may take long.
         local_addr=ours,
         is_host=is_host,
         timeout=_JOIN_S,
@@ -157,15 +182,17 @@ def _wait_for(host: str, port: int) -> None:
             time.sleep(0.5)
 
 
-def _number_hosts(store: Any, joined_as: int, plan: LaunchPlan) -> tuple[int, list[int]]:
-    """Return the number of this host and the processes of all, in the order of --node-rank."""
+def _number_hosts(
+    store: Any, joined_as: int, mine: tuple[int, int], num_hosts: int
+) -> tuple[int, list[int]]:
+    """Return the number of this host, and the processes of all hosts in their order.
+
+    Args:
+        mine: A number that orders the hosts, and the processes of this one.
+    """
     store.set_timeout(timedelta(seconds=60))
-    mine = f"{-1 if plan.node_rank is None else plan.node_rank} {plan.nproc}"
-    store.set(f"nproc/{joined_as}", mine)
-    hosts = []
-    for i in range(plan.nnodes):
-        node_rank, nproc = map(int, store.get(f"nproc/{i}").split())
-        hosts.append((i if node_rank < 0 else node_rank, i, nproc))
-    hosts.sort()
-    number = next(n for n, (_, i, _) in enumerate(hosts) if i == joined_as)
-    return number, [nproc for *_, nproc in hosts]
+    store.set(f"host/{joined_as}", json.dumps(mine))
+    hosts = [(*json.loads(store.get(f"host/{i}")), i) for i in range(num_hosts)]
+    hosts.sort(key=lambda host: (host[0], host[2]))
+    number = next(n for n, (*_, i) in enumerate(hosts) if i == joined_as)
+    return number, [nproc for _, nproc, _ in hosts]

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -51,6 +52,11 @@ def run_ranks(command: Sequence[str], plan: LaunchPlan) -> None:
         _pipe() as stdin,
     ):
         folder = Path(name)
+        if not 0 <= plan.log_rank - hosts.first_rank < plan.nproc:
+            sys.stderr.write(
+                f"{plan.nproc} of {hosts.num_ranks} ranks run here, from rank {hosts.first_rank}; "
+                f"the host of rank {plan.log_rank} shows the run\n"
+            )
         ranks: list[_Process] = []
         try:
             for local in range(plan.nproc):

@@ -12,6 +12,7 @@ import time
 
 import psutil
 import pytest
+import torch
 from run_files import metrics, names
 
 HOST = socket.gethostname()
@@ -127,6 +128,44 @@ def test_a_rank_that_hangs_is_named(start, run_dir):
     assert process.returncode == 1
     [error] = errors(err)
     assert f"waited longer than ddp_timeout for rank 1 on {HOST}" in error
+
+
+@pytest.mark.parametrize("is_shared", [True, False], ids=["shared", "elsewhere"])
+def test_two_launchers_train_one_run(start, run_dir, tmp_path, is_shared):
+    """Without --output-dir as a full path each host has a directory of its own folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    hosts = []
+    for node_rank in (1, 0):
+        folder = tmp_path / f"host{0 if is_shared else node_rank}"
+        folder.mkdir(exist_ok=True)
+        words = ("--nproc", 1, "--nnodes", 2, "--node-rank", node_rank, "--rdzv-endpoint", endpoint)
+        hosts.append(start(*words, "--max-steps", 2, "--output-dir", "run", cwd=folder))
+    ends = [process.communicate(timeout=280) for process in hosts]
+    assert [process.returncode for process in hosts] == [0 if is_shared else 3] * 2, ends
+    if is_shared:
+        checkpoint = tmp_path / "host0" / "run" / "checkpoint-2"
+        assert len(list(checkpoint.glob("rng-*.pt"))) == 2
+        assert [errors(err) for _, err in ends] == [[], []]
+    else:
+        for _, err in ends:
+            [error] = errors(err)
+            assert f"output_dir {tmp_path}/host1/run of rank 1 on {HOST} is not" in error
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_killed_rank_on_a_gpu_ends_all(start, run_dir):
+    process = start(*ENDLESS, "--no-use-cpu")
+    wait_for_steps(process, run_dir)
+    since = time.monotonic()
+    ranks_of(process)[1].kill()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - since < 30
+    assert process.returncode == 5
+    [error] = errors(err)
+    assert error.startswith(f"error: rank 1 on {HOST}: killed (signal 9)")
 
 
 def test_an_error_of_rank_0_alone_is_said_once(start, run_dir):
