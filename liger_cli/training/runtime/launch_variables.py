@@ -11,6 +11,11 @@ from collections.abc import Callable, Mapping
 
 from liger_cli.config import RunConfig
 from liger_cli.errors import EnvironmentProblem
+from liger_cli.training.runtime.launch_translation import (
+    deepspeed_hint,
+    fsdp_hint,
+    parallelism_hint,
+)
 
 __all__ = ["HARMLESS", "HONOURED", "REFUSED", "config_of_launch"]
 
@@ -18,28 +23,50 @@ _OFF = ("", "0", "f", "false", "n", "no", "off")
 _USE_CPU = "ACCELERATE_USE_CPU"
 
 # What is asked for and a hint, or None where the value asks for nothing that config does not.
-Problem = Callable[[str, RunConfig], tuple[str, str] | None]
+Problem = Callable[[str, RunConfig, Mapping[str, str]], tuple[str, str] | None]
+
+
+def _other_way(kind: str, hint: Callable[[Mapping[str, str]], str]) -> Problem:
+    """Return a check of a flag that asks for a kind of run which keys ask for here.
+
+    Args:
+        hint: (variables) -> the keys that mean the same.
+    """
+
+    def check(value: str, config: RunConfig, environ: Mapping[str, str]) -> tuple[str, str] | None:
+        if _is_off(value):
+            return None
+        return f"for {kind}; keys of the run say that here, not the launch", hint(environ)
+
+    return check
 
 
 def _unknown_kind(kind: str) -> Problem:
-    """Return a check of a flag that asks for a kind of run."""
+    """Return a check of a flag that asks for a kind of run which there is not."""
 
-    def check(value: str, config: RunConfig) -> tuple[str, str] | None:
+    def check(value: str, config: RunConfig, environ: Mapping[str, str]) -> tuple[str, str] | None:
         if _is_off(value):
             return None
         return (
-            f"for {kind}; this version trains on one process or with data parallelism (DDP)",
-            "accelerate launch --multi_gpu, or torchrun, starts data parallelism.",
+            f"for {kind}, with which this version does not train",
+            "liger train --nproc auto, torchrun or accelerate launch --multi_gpu starts a process "
+            "for each GPU.",
         )
 
     return check
 
 
-def _size_above_one(value: str, config: RunConfig) -> tuple[str, str] | None:
-    return None if value.strip() in ("", "1") else _unknown_kind("a parallelism")(value, config)
+def _size_above_one(
+    value: str, config: RunConfig, environ: Mapping[str, str]
+) -> tuple[str, str] | None:
+    if value.strip() in ("", "1"):
+        return None
+    return _other_way("a parallelism", parallelism_hint)(value, config, environ)
 
 
-def _other_precision(value: str, config: RunConfig) -> tuple[str, str] | None:
+def _other_precision(
+    value: str, config: RunConfig, environ: Mapping[str, str]
+) -> tuple[str, str] | None:
     asked = value.strip().lower()
     ours = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
     # "no" is also what the launcher writes where it is asked for nothing.
@@ -51,13 +78,15 @@ def _other_precision(value: str, config: RunConfig) -> tuple[str, str] | None:
     return "for a precision that this version does not have", "--bf16 and --fp16 are there."
 
 
-def _compiles(value: str, config: RunConfig) -> tuple[str, str] | None:
+def _compiles(value: str, config: RunConfig, environ: Mapping[str, str]) -> tuple[str, str] | None:
     if _is_off(value):
         return None
     return "for torch.compile", "Compilation is a key of the run: --torch-compile."
 
 
-def _other_accumulation(value: str, config: RunConfig) -> tuple[str, str] | None:
+def _other_accumulation(
+    value: str, config: RunConfig, environ: Mapping[str, str]
+) -> tuple[str, str] | None:
     ours = config.gradient_accumulation_steps
     if value.strip() in ("", str(ours)):
         return None
@@ -68,11 +97,11 @@ def _other_accumulation(value: str, config: RunConfig) -> tuple[str, str] | None
 
 
 REFUSED: Mapping[str, Problem] = {
-    "ACCELERATE_USE_DEEPSPEED": _unknown_kind("DeepSpeed"),
-    "ACCELERATE_USE_FSDP": _unknown_kind("FSDP"),
+    "ACCELERATE_USE_DEEPSPEED": _other_way("DeepSpeed", deepspeed_hint),
+    "ACCELERATE_USE_FSDP": _other_way("FSDP", fsdp_hint),
     "ACCELERATE_USE_MEGATRON_LM": _unknown_kind("Megatron-LM"),
     "ACCELERATE_USE_SAGEMAKER": _unknown_kind("SageMaker"),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": _unknown_kind("a ParallelismConfig"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": _other_way("a ParallelismConfig", parallelism_hint),
     "ACCELERATE_IN_TPU_POD": _unknown_kind("a TPU pod"),
     "ACCELERATE_DOWNCAST_BF16": _unknown_kind("bf16 on a TPU"),
     # Without the flag accelerate would leave these out.
@@ -117,7 +146,7 @@ def config_of_launch(config: RunConfig, environ: Mapping[str, str] = os.environ)
         EnvironmentProblem: A variable asks for another kind of run than config and this version do.
     """
     for name, check in REFUSED.items():
-        problem = check(environ[name], config) if name in environ else None
+        problem = check(environ[name], config, environ) if name in environ else None
         if problem is not None:
             asks, hint = problem
             raise EnvironmentProblem(f"the launch asks {asks} ({name}={environ[name]})", hint=hint)

@@ -94,6 +94,100 @@ def test_case_242_every_variable_of_accelerate_is_in_one_table():
         assert sum(fnmatch.fnmatch(name, pattern) for pattern in tables) == 1, name
 
 
+# Variables of a launch, and the flags that mean the same.
+FSDP = {"ACCELERATE_USE_FSDP": "true"}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+MESH = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+KEEPS = "--dp-shard-size -1 --no-reshard-after-forward"
+TRANSLATED = [
+    ({**FSDP}, "--dp-shard-size -1"),
+    (
+        {
+            **FSDP,
+            "FSDP_VERSION": "2",
+            "FSDP_SHARDING_STRATEGY": "NO_SHARD",
+            "FSDP_RESHARD_AFTER_FORWARD": "true",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_OFFLOAD_PARAMS": "false",
+        },
+        "--dp-shard-size -1",
+    ),
+    ({**FSDP, "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false"}, KEEPS),
+    ({**FSDP, "FSDP_SHARDING_STRATEGY": "SHARD_GRAD_OP"}, KEEPS),
+    ({**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "shard_grad_op"}, KEEPS),
+    ({**FSDP, "FSDP_SHARDING_STRATEGY": "3"}, ""),
+    (
+        {**FSDP, "FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"},
+        "--dp-replicate-size HOSTS --dp-shard-size -1",
+    ),
+    (
+        {
+            **FSDP,
+            "FSDP_OFFLOAD_PARAMS": "true",
+            "FSDP_ACTIVATION_CHECKPOINTING": "true",
+            "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+            "ACCELERATE_MIXED_PRECISION": "bf16",
+        },
+        "--dp-shard-size -1 --cpu-offload --gradient-checkpointing --save-consolidated every "
+        "--bf16",
+    ),
+    ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "--dp-shard-size -1"),
+    ({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, KEEPS),
+    (
+        {
+            **DEEPSPEED,
+            "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1",
+            "ACCELERATE_GRADIENT_CLIPPING": "0.5",
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        },
+        "--max-grad-norm 0.5 --gradient-accumulation-steps 4",
+    ),
+    (
+        {
+            **DEEPSPEED,
+            "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+            "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu",
+        },
+        "--dp-shard-size -1 --cpu-offload",
+    ),
+    (
+        {
+            **MESH,
+            "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+            "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4",
+            "PARALLELISM_CONFIG_TP_SIZE": "1",
+        },
+        "--dp-replicate-size 2 --dp-shard-size 4",
+    ),
+]
+
+
+@pytest.mark.parametrize(("environ", "flags"), TRANSLATED)
+def test_case_242_a_refused_launch_names_the_keys_that_mean_the_same(environ, flags):
+    with pytest.raises(EnvironmentProblem) as error:
+        config_of_launch(RunConfig(model="qwen3"), environ)
+    line = f"The same by keys of the run, without that launch: liger train --nproc auto {flags}"
+    assert error.value.hint == line.rstrip()
+
+
+@pytest.mark.parametrize(
+    ("environ", "unknown"),
+    [
+        ({**MESH, "PARALLELISM_CONFIG_TP_SIZE": "2"}, "PARALLELISM_CONFIG_TP_SIZE=2"),
+        ({**FSDP, "FSDP_IGNORED_MODULES": "head"}, "FSDP_IGNORED_MODULES=head"),
+        ({**FSDP, "ACCELERATE_MIXED_PRECISION": "fp8"}, "ACCELERATE_MIXED_PRECISION=fp8"),
+        (
+            {**DEEPSPEED, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"},
+            "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE=nvme",
+        ),
+    ],
+)
+def test_case_242_what_has_no_counterpart_is_named(environ, unknown):
+    with pytest.raises(EnvironmentProblem) as error:
+        config_of_launch(RunConfig(model="qwen3"), environ)
+    assert error.value.hint.endswith(f"This version has nothing like {unknown}.")
+
+
 # What `accelerate launch` writes where it is asked for nothing, and values that agree.
 @pytest.mark.parametrize(
     ("environ", "options"),
