@@ -21,7 +21,7 @@ def test_train_config_loads(path):
 
 def test_every_kind_of_training_has_a_file():
     names = {path.stem for path in (CONFIGS / "train").glob("*.yaml")}
-    assert {"sft", "full", "pretrain", "eval"} <= names
+    assert {"sft", "full", "pretrain", "eval", "ddp", "fsdp2"} <= names
 
 
 def test_every_folder_has_a_loader():
