@@ -54,6 +54,9 @@ def time_out():
 def stop_after_step(*signal):
     fail(Interrupted("interrupted after step 3; its checkpoint is checkpoint-3"))
 
+def be_ready():
+    open(os.environ["READY"] + f"/{rank.number}", "w").close()
+
 def hang():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(100)
@@ -67,8 +70,8 @@ def program(code):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """Wait a second where a real launch waits five or eight."""
-    monkeypatch.setattr(launcher, "_GRACE_S", 1.0)
+    """Wait less than a real launch, which waits five seconds and eight."""
+    monkeypatch.setattr(launcher, "_GRACE_S", 3.0)
     monkeypatch.setattr(launcher, "_STOP_S", 1.0)
 
 
@@ -135,7 +138,8 @@ ENDS = {
     ),
     "all-lose": ("lose()", (LigerError, "Connection closed by peer", "")),
     "two-faults": (
-        "fail(DataError('the second')) if rank.number else time.sleep(0.5) or "
+        "if rank.number: fail(DataError('the second'))\n"
+        "while not rank.fault_file.with_name('rank1.json').exists(): time.sleep(0.01)\n"
         "fail(EnvironmentProblem('the third'))",
         (DataError, "rank 1 on .*: the second", ""),
     ),
@@ -147,8 +151,8 @@ def test_first_fault_is_the_end(case):
     code, (kind, message, hint) = ENDS[case]
     since = time.monotonic()
     end = end_of(code)
-    # Of which two are the waits.
-    assert time.monotonic() - since < 15
+    # Of which four are the waits.
+    assert time.monotonic() - since < 25
     assert type(end) is kind
     assert re.search(message, end.message), end.message
     assert hint in (end.hint or "")
@@ -197,27 +201,33 @@ def test_the_checkpoint_to_continue_from_is_named(tmp_path):
 
 
 @pytest.fixture
-def signals():
-    """Send signals to this process after seconds."""
-    timers = []
+def signals(tmp_path, monkeypatch):
+    """Send signals to this process, the first as soon as two ranks call `be_ready`."""
+    monkeypatch.setenv("READY", str(tmp_path))
+    threads = []
 
-    def send(number, *after):
-        for seconds in after:
-            timer = threading.Timer(seconds, os.kill, (os.getpid(), number))
-            timers.append(timer)
-            timer.start()
+    def send(number, *pauses):
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.05)
+        for pause in (0.0, *pauses):
+            time.sleep(pause)
+            os.kill(os.getpid(), number)
 
-    yield send
-    for timer in timers:
-        timer.join()
+    def start(*words):
+        threads.append(threading.Thread(target=send, args=words))
+        threads[0].start()
+
+    yield start
+    for thread in threads:
+        thread.join()
 
 
 STOPS = {
     "after-a-step": (
-        "signal.signal(signal.SIGTERM, stop_after_step)\ntime.sleep(100)",
+        "signal.signal(signal.SIGTERM, stop_after_step)\nbe_ready()\ntime.sleep(100)",
         "interrupted after step 3; its checkpoint is checkpoint-3",
     ),
-    "before-its-handlers": ("time.sleep(100)", "interrupted"),
+    "before-its-handlers": ("be_ready()\ntime.sleep(100)", "interrupted"),
 }
 
 
@@ -225,26 +235,27 @@ STOPS = {
 @pytest.mark.parametrize("case", STOPS)
 def test_a_signal_of_the_launcher_stops_the_ranks(case, number, signals):
     code, message = STOPS[case]
-    signals(number, 2)
+    signals(number)
     end = end_of(code)
     assert type(end) is Interrupted
     assert end.message == message
 
 
 def test_a_second_signal_ends_what_does_not_stop(signals):
-    signals(signal.SIGINT, 2, 3.5)
+    signals(signal.SIGINT, 1.5)
     since = time.monotonic()
-    end = end_of("hang()")
+    end = end_of("signal.signal(signal.SIGTERM, signal.SIG_IGN)\nbe_ready()\nhang()")
     assert type(end) is Interrupted
-    assert time.monotonic() - since < 15
+    assert time.monotonic() - since < 25
 
 
 def test_an_error_while_stopping_is_no_interruption(signals):
-    signals(signal.SIGTERM, 2)
+    signals(signal.SIGTERM)
     code = """
     def full(*signal):
         fail(EnvironmentProblem("the disk is full")) if rank.number == 0 else lose()
     signal.signal(signal.SIGTERM, full)
+    be_ready()
     time.sleep(100)
     """
     end = end_of(code)
@@ -258,7 +269,7 @@ from liger_cli.common.failures import show_error
 from liger_cli.errors import LigerError
 from liger_cli.training.launch import launcher
 from liger_cli.training.launch.plan import LaunchPlan
-launcher._GRACE_S = launcher._STOP_S = 1.0
+launcher._GRACE_S, launcher._STOP_S = 3.0, 1.0
 try:
     launcher.run_ranks([sys.executable, "-c", CODE], LaunchPlan(**PLAN))
 except LigerError as error:
