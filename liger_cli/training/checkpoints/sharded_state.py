@@ -24,10 +24,11 @@ from liger_cli.training.optim.composite_optimizers import state_tree
 
 __all__ = [
     "is_sharded",
+    "missing_names",
     "model_dtype",
     "model_entry",
     "place_optimizer_state",
-    "read_model",
+    "read_named",
     "read_optimizer",
     "read_shards",
     "saved_tensors",
@@ -153,27 +154,38 @@ def read_shards(directory: Path, model: nn.Module, optimizer: Any = None) -> Non
         DataError: A file or a tensor is missing, damaged or of another shape.
     """
     reader = ShardReader(directory / SHARDS)
-    reader.read(_model_entries(reader, model))
+    reader.read(_kept(reader, model.state_dict(keep_vars=True)))
     if optimizer is not None:
         read_optimizer(directory, model, optimizer)
 
 
-def read_model(directory: Path, model: nn.Module) -> list[str]:
-    """Read the model from directory/dcp in this process alone.
+def read_named(directory: Path, places: Mapping[str, Tensor], *, alone: bool = False) -> None:
+    """Read parameters and buffers of a model from directory/dcp into tensors of these names.
 
-    Returns:
-        The names of parameters and buffers that are not in it.
+    Args:
+        places: Others than those that are kept are left as they are.
+        alone: Whether this process reads by itself; else all of them call it.
 
     Raises:
-        DataError: A file is missing or damaged, or a tensor has another shape.
+        DataError: As read_shards.
     """
     reader = ShardReader(directory / SHARDS)
-    found = _model_entries(reader, model)
-    reader.read(found, alone=True)
+    reader.read(_kept(reader, places), alone=alone)
+
+
+def missing_names(directory: Path, model: nn.Module) -> list[str]:
+    """Return the parameters and buffers of a model that directory/dcp does not have.
+
+    Args:
+        model: It may be without weights.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    state = model.state_dict(keep_vars=True)
+    found = _kept(ShardReader(directory / SHARDS), state)
     ids = {id(value) for value in found.values()}
-    return [
-        name for name, value in model.state_dict(keep_vars=True).items() if id(value) not in ids
-    ]
+    return [name for name, value in state.items() if id(value) not in ids]
 
 
 def model_dtype(directory: Path) -> torch.dtype:
@@ -190,11 +202,10 @@ def model_dtype(directory: Path) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def _model_entries(reader: ShardReader, model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a model that are kept, by entry: one that is tied has several names."""
-    state = model.state_dict(keep_vars=True)
+def _kept(reader: ShardReader, places: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that are kept, by entry: one that is tied has several names."""
     names = (name.removeprefix(_MODEL) for name in reader.entries if name.startswith(_MODEL))
-    return {_MODEL + name: state[name] for name in names if name in state}
+    return {_MODEL + name: places[name] for name in names if name in places}
 
 
 def read_optimizer(directory: Path, model: nn.Module, optimizer: Any) -> None:

@@ -12,9 +12,7 @@ import torch
 
 from liger_cli.common.hub import fetch_config, loading_error
 from liger_cli.common.readers import check_regular_files, expand_path, read_json
-from liger_cli.errors import ConfigError, DataError, LigerError
-from liger_cli.training.checkpoints.sharded_state import read_model
-from liger_cli.training.checkpoints.shards import SHARDS, has_shards
+from liger_cli.errors import ConfigError, LigerError
 from liger_cli.training.model.adapters import ADAPTER_CONFIG, find_base, load_adapter, with_adapter
 from liger_cli.training.model.build_limits import check_sizes, counted_modules
 from liger_cli.training.model.demo_model import converted_model
@@ -23,6 +21,12 @@ from liger_cli.training.model.names import check_model_name, preset_of
 from liger_cli.training.model.new_tokens import extend_embeddings
 from liger_cli.training.model.presets import ModelSource, list_presets, read_preset
 from liger_cli.training.model.run_models import find_run_model
+from liger_cli.training.model.shard_loading import (
+    check_plain,
+    has_only_shards,
+    has_weights,
+    load_shards,
+)
 from liger_cli.training.model.tokenizers import load_tokenizer
 from liger_kernels.nearest import nearest_name
 
@@ -41,7 +45,6 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 _WHOLE_MODEL = ("model*.safetensors*", "pytorch_model*.bin*")
 
 
@@ -188,8 +191,9 @@ def load_model(
     notice = notify or _log.warning
     if source.kind in ("random", "config"):
         model = _build_random(source, config, device, seed, options)
-    elif _is_sharded(source):
-        model = _load_shards(source, config, device, options)
+    elif has_only_shards(source):
+        check_plain(source, options)
+        model = load_shards(source, lambda: _build(source, config, **options), device)
     else:
         place = _find_weights(source, notify)
         model = _load_weights(place, source, config, device, options, notice)
@@ -355,45 +359,10 @@ def _load_weights(
     return model.eval() if "quantization_config" in options else model.to(device).eval()
 
 
-def _is_sharded(source: ModelSource) -> bool:
-    """Return whether the weights are in the files of several processes alone."""
-    path = source.path
-    return (
-        source.kind == "directory"
-        and path is not None
-        and has_shards(path)
-        and not _holds(path, _WEIGHTS)
-    )
-
-
-def _load_shards(
-    source: ModelSource, config: PretrainedConfig, device: torch.device, options: dict[str, Any]
-) -> PreTrainedModel:
-    """Return the model of a sharded checkpoint, read straight into its place on the device."""
-    try:
-        from transformers.initialization import no_init_weights
-    except ImportError:
-        # Before transformers 5.
-        from transformers.modeling_utils import no_init_weights
-    if "quantization_config" in options:
-        raise ConfigError(
-            f"{source.path} is a sharded checkpoint, whose weights are not quantised as they load",
-            hint=f"liger merge {source.path} -o DIR writes a model that load_in_4bit and "
-            "load_in_8bit take.",
-        )
-    assert source.path is not None
-    with no_init_weights(), device:
-        model = _build(source, config, **options)
-    model.tie_weights()
-    if missing := read_model(source.path, model):
-        raise DataError(f"{source.path / SHARDS} holds no {missing[0]}, which the model has")
-    return model.eval()
-
-
 def _check_weights(source: ModelSource) -> None:
     if source.kind != "directory" or source.path is None:
         return
-    if not _holds(source.path, _WEIGHTS):
+    if not has_weights(source.path):
         raise ConfigError(
             f"{source.path} has a config.json and no weights (model.safetensors)",
             hint=f"--model {source.path / 'config.json'} takes random weights of its shape",

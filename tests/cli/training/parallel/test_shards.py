@@ -154,7 +154,7 @@ def test_model_of_another_shape_is_refused(written):
 
 def test_quantisation_of_shards_names_the_way(written):
     source = resolve_model(str(written / "adamw"))
-    with pytest.raises(ConfigError, match="sharded checkpoint") as caught:
+    with pytest.raises(ConfigError, match="sharded checkpoint, whose weights cannot be quantised") as caught:
         load_model(source, quantization_config=object())
     assert f"liger merge {written / 'adamw'} -o DIR" in caught.value.hint
 
