@@ -1,12 +1,13 @@
 """A model of a sharded run: patched, and each process with its shards of the weights.
 
 The model is built, adapted, patched and sharded without weights. Then each process reads its rows
-of each matrix from the safetensors; only what transformers converts as it loads is read whole, one
-conversion at a time.
+of each matrix from the safetensors, or from the shards of a checkpoint; only what transformers
+converts as it loads is read whole, one conversion at a time.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from liger_cli.common.hub import fetch_weights
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError
+from liger_cli.training.checkpoints.sharded_state import read_named
 from liger_cli.training.model.demo_model import converted_model
 from liger_cli.training.model.loading import load_patched
 from liger_cli.training.model.presets import ModelSource
+from liger_cli.training.model.shard_loading import check_complete, has_only_shards
 from liger_cli.training.model.source import build_meta_model, load_model
 from liger_cli.training.parallel.hollow import is_hollow, load_hollow, replace_parameters
 from liger_cli.training.parallel.mesh import Layout
@@ -71,16 +74,18 @@ def load_sharded(
     shard_model(model, layout)
     home = torch.device("cpu") if layout.config.cpu_offload else layout.device
     replace_parameters(model, lambda p: _materialized(p, home))
-    files, weights = found
-    with files:
-        _fill(model, files, weights)
+    found(model)
     return model, record
 
 
 def _weights_of(
     config: RunConfig, source: ModelSource, *, trains: bool
-) -> tuple[WeightFiles, Weights] | str:
-    """Return where the weights are, or why they cannot be read in parts."""
+) -> Callable[[Any], None] | str:
+    """Return what reads the weights into the shards, or why they cannot be read in parts.
+
+    Raises:
+        DataError: A sharded checkpoint lacks a part of the model.
+    """
     is_new = trains and source.adapter is None and config.adapter != "none"
     if source.kind in ("random", "config"):
         return "its weights are random"
@@ -90,6 +95,10 @@ def _weights_of(
         return "a new dora adapter starts from the norms of the weights"
     if is_new and config.lora_modules_to_save:
         return "lora_modules_to_save copies weights"
+    if has_only_shards(source):
+        assert source.path is not None
+        check_complete(source.path, build_meta_model(_bare(source)))
+        return functools.partial(_fill_from_shards, source.path)
     paths = _paths(source)
     if paths is None:
         return "its weights are not in safetensors"
@@ -100,7 +109,7 @@ def _weights_of(
         weights = Weights.of(model, files)
     if weights.missing:
         return f"{weights.missing[0]} is in none of its files"
-    return files, weights
+    return functools.partial(_fill, files, weights)
 
 
 def _bare(source: ModelSource) -> ModelSource:
@@ -129,15 +138,29 @@ def _materialized(parameter: Tensor, home: torch.device) -> Tensor | None:
     )
 
 
-@torch.no_grad()
-def _fill(model: Any, files: WeightFiles, weights: Weights) -> None:
-    """Read the shards of a model, and its saved buffers.
+def _places(model: Any) -> dict[str, Tensor]:
+    """Return the shards of a model and its buffers, by the names that they have in files."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    return {_name_in_files(name): tensor for name, tensor in named}
+
+
+def _fill_from_shards(checkpoint: Path, model: Any) -> None:
+    """Read the shards of a model, and its saved buffers, from those of a checkpoint."""
+    read_named(checkpoint, _places(model))
+
+
+def _fill(files: WeightFiles, weights: Weights, model: Any) -> None:
+    """Read the shards of a model, and its saved buffers, from safetensors.
 
     Raises:
         ConfigError: A tensor of the files has another shape.
     """
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    places = {_name_in_files(name): tensor for name, tensor in named}
+    with files, torch.no_grad():
+        _copy(files, weights, model)
+
+
+def _copy(files: WeightFiles, weights: Weights, model: Any) -> None:
+    places = _places(model)
     done: set[int] = set()
     for name, stored in weights.direct.items():
         place = places[name]

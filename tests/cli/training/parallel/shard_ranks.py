@@ -10,26 +10,27 @@ import forked_runs
 import torch
 import torch.distributed as dist
 import zoo
-from sharded_runs import shard
-from torch.distributed.device_mesh import init_device_mesh
 
 from liger_cli.config import RunConfig
 from liger_cli.training.checkpoints import sharded_state
 from liger_cli.training.optim.optimizers import make_optimizer
 from liger_cli.training.parallel.checkpoint import read_shards, save_sharded
+from liger_cli.training.parallel.mesh import Layout, ParallelPlan
+from liger_cli.training.parallel.wrapping import shard_model
 
 # A family, whether head and embedding are one, and keys of the optimizer.
 CASES = {
     "adamw": ("llama", False, {}),
     "sgd": ("llama", True, {"optim": "sgd", "optim_args": "momentum=0.9"}),
     "muon-master": ("llama", True, {"optim": "muon", "dtype": "bfloat16", "master_weights": True}),
+    "adafactor": ("llama", False, {"optim": "adafactor"}),
     "moe": ("qwen3_moe", False, {}),
     "lora": ("llama", False, {"adapter": "lora"}),
 }
 
 
-def build(name, mesh=None):
-    """Return the model of a case and its optimizer, after two steps; sharded over a mesh.
+def build(name, plan=None):
+    """Return the model of a case and its optimizer, after two steps; sharded where it has a plan.
 
     Every rank sees the same rows, so that gradients are those of one process.
     """
@@ -42,8 +43,8 @@ def build(name, mesh=None):
 
         settings = peft.LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM")
         model = peft.get_peft_model(model, settings)
-    if mesh is not None:
-        shard(model, mesh)
+    if plan is not None:
+        shard_model(model, Layout(config, plan, torch.device("cpu")))
     return model, make_optimizer(config, model)
 
 
@@ -69,9 +70,9 @@ def state_of(model, optimizer):
     return whole, [{**part, "copied": []} for part in rest]
 
 
-def write(rank, mesh, out):
+def write(rank, plan, out):
     for name in CASES:
-        model, optimizer = build(name, mesh)
+        model, optimizer = build(name, plan)
         train(model, optimizer)
         (out / name).mkdir(exist_ok=True)
         dist.barrier()
@@ -81,20 +82,20 @@ def write(rank, mesh, out):
             torch.save(state, out / name / "wanted.pt")
 
 
-def read(rank, mesh, out):
+def read(rank, plan, out):
     """Read each case into a model with other weights, and keep what it has then."""
     for name in CASES:
-        model, optimizer = build(name, mesh)
+        model, optimizer = build(name, plan)
         read_shards(out / name, model, optimizer)
         state = state_of(model, optimizer)
         if rank == 0:
             torch.save(state, out / name / "found.pt")
 
 
-def load_whole(rank, mesh, out):
+def load_whole(rank, plan, out):
     """Load the state that one process has saved by torch alone."""
     for name in CASES:
-        model, optimizer = build(name, mesh)
+        model, optimizer = build(name, plan)
         saved = torch.load(out / name / "whole.pt", weights_only=True)
         optimizer.load_state_dict(sharded_state.place_optimizer_state(optimizer, saved))
         state = state_of(model, optimizer)
@@ -107,13 +108,12 @@ def run_rank(do, sizes, rank, store, out):
     world = math.prod(sizes)
     store = dist.FileStore(str(store), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    names = ("dp_replicate", "dp_shard")[-len(sizes) :]
-    do(rank, init_device_mesh("cpu", sizes, mesh_dim_names=names), out)
+    do(rank, ParallelPlan(*sizes), out)
     dist.destroy_process_group()
 
 
 def run_ranks(do, sizes, out):
-    """Call a function on the ranks of a mesh."""
+    """Call a function on the ranks of a plan: copies and shards of each."""
     store = Path(out) / "store"
     if store.exists():
         store.unlink()

@@ -1,53 +1,24 @@
-"""Runs of `liger train` on several ranks, in forked processes, with a model sharded by hand."""
+"""Runs of `liger train` on several ranks, in forked processes, each with shards of the model."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import socket
 
 import forked_runs
-import torch
 
 
-def shard(model, mesh=None):
-    """Shard a model in place: layer by layer, and the rest in one group."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = mesh or init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for layer in base.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
-
-
-def run_sharded(words, fault=None, **options):
-    """`liger WORDS` as one of several ranks, whose model is sharded when it was loaded.
+def run_rank(words, fault=None, error_file=None, **options):
+    """`liger WORDS` as one of several ranks.
 
     fault: "kill" or "full", and the number of the save in whose write it happens.
+    error_file: Where the rank writes the error that ends it, as torchrun asks it to.
     """
-    from accelerate import Accelerator
-
-    from liger_cli.commands.train import run
-
-    load = run.load_patched
-
-    def load_sharded(*args, **more):
-        model, record = load(*args, **more)
-        shard(model)
-        return model, record
-
-    def clip(self, parameters, max_norm):
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm).full_tensor()
-
-    run.load_patched = load_sharded
-    Accelerator.prepare = lambda self, *parts: parts
-    Accelerator.no_sync = lambda self, model: contextlib.nullcontext()
-    Accelerator.clip_grad_norm_ = clip
     if fault is not None:
         fail_in_write(*fault)
+    if error_file is not None:
+        os.environ["TORCHELASTIC_ERROR_FILE"] = str(error_file)
     forked_runs.run(words, **options)
 
 
@@ -72,7 +43,7 @@ def launch(num_processes, *words, faulty=None, logs=None):
     """Run `liger WORDS` on so many ranks and return their exit codes; None of one that hangs.
 
     faulty: A rank and its fault.
-    logs: A directory for what each rank prints.
+    logs: A directory for the error of each rank.
     """
     if num_processes == 1:
         process = forked_runs.start(*words)
@@ -81,14 +52,15 @@ def launch(num_processes, *words, faulty=None, logs=None):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    words = (*words, "--dp-shard-size", -1)
     ranks = []
     for rank in range(num_processes):
         options = {"rank": rank, "num_processes": num_processes, "port": port}
         if faulty is not None and faulty[0] == rank:
             options["fault"] = faulty[1:]
         if logs is not None:
-            options["log"] = logs / f"rank-{rank}.txt"
-        ranks.append(forked_runs._FORKS.Process(target=run_sharded, args=(words,), kwargs=options))
+            options["error_file"] = logs / f"rank-{rank}.json"
+        ranks.append(forked_runs._FORKS.Process(target=run_rank, args=(words,), kwargs=options))
     for process in ranks:
         process.start()
     for process in ranks:

@@ -102,11 +102,10 @@ def test_full_disk_of_one_rank_is_the_same_error_on_all(rows, tmp_path):
     run = tmp_path / "run"
     codes = launch(2, *words_of(rows, run, 2), faulty=(1, "full", 1), logs=tmp_path)
     assert codes == [3, 3]
-    said = [(tmp_path / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
+    said = [(tmp_path / f"rank-{rank}.json").read_text() for rank in (0, 1)]
     for text in said:
-        error = text[text.index("error: ") :]
-        assert f"{run / 'checkpoint-4'} cannot be written: process 1: [Errno 28]" in error
-        assert "The earlier checkpoint-2 is as it was: --resume auto continues from it." in error
+        assert f"{run / 'checkpoint-4'} cannot be written: process 1: [Errno 28]" in text
+        assert "The earlier checkpoint-2 is as it was: --resume auto continues from it." in text
     assert names(run) == ["checkpoint-2"]
     assert find_damage(run / "checkpoint-2") is None
     assert not list(run.glob(".*"))
