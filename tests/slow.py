@@ -143,6 +143,11 @@ SLOW = {
         "the commands of a page a case",
         "own-template|new-tokens",
     ),
+    "test_case_93_on_the_same_ranks_a_resume_is_exact": ("the killed run shows it too", NONE),
+    "test_kill_in_a_save_keeps_the_checkpoints_before": ("four ranks a case", "^1$"),
+    "test_adapter_of_a_sharded_run_is_that_of_one_process": ("four trainings and a merge", NONE),
+    "test_which_checkpoints_have_whole_files": ("two ranks a case", NONE),
+    "test_other_ranks_read_what_two_have_written": ("three or four ranks a case", "^3$"),
     "test_when_it_evaluates": ("a training a case", "words[0-2]"),
     "test_step_case_17_42_57_71_73_83": (
         "a step of two models for each op of each family",

@@ -81,7 +81,7 @@ def load_sharded(
 def _weights_of(
     config: RunConfig, source: ModelSource, *, trains: bool
 ) -> Callable[[Any], None] | str:
-    """Return what reads the weights into the shards, or why they cannot be read in parts.
+    """Return a function that reads the weights into shards, or why they cannot be read in parts.
 
     Raises:
         DataError: A sharded checkpoint lacks a part of the model.

@@ -100,7 +100,8 @@ def test_kill_in_a_save_keeps_the_checkpoints_before(rows, whole, tmp_path, rank
 
 def test_full_disk_of_one_rank_is_the_same_error_on_all(rows, tmp_path):
     run = tmp_path / "run"
-    codes = launch(2, *words_of(rows, run, 2), faulty=(1, "full", 1), logs=tmp_path)
+    words = words_of(rows, run, 2, "--save-consolidated", "every")
+    codes = launch(2, *words, faulty=(1, "full", 1), logs=tmp_path)
     assert codes == [3, 3]
     said = [(tmp_path / f"rank-{rank}.json").read_text() for rank in (0, 1)]
     for text in said:
@@ -108,7 +109,29 @@ def test_full_disk_of_one_rank_is_the_same_error_on_all(rows, tmp_path):
         assert "The earlier checkpoint-2 is as it was: --resume auto continues from it." in text
     assert names(run) == ["checkpoint-2"]
     assert find_damage(run / "checkpoint-2") is None
+    assert weights(run / "checkpoint-2")
     assert not list(run.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "whole_ones"),
+    [
+        (("--save-consolidated", "none"), []),
+        # The first evaluation is the best: at the second the run ends, after it was saved.
+        (("--eval-fraction", 0.2, "--eval-steps", 1, "--early-stopping-patience", 1), [2]),
+    ],
+    ids=["none", "early-end"],
+)
+def test_which_checkpoints_have_whole_files(rows, tmp_path, words, whole_ones):
+    run = tmp_path / "run"
+    more = ("--save-steps", 1, "--max-steps", 3, "--learning-rate", 10, *words)
+    assert launch(2, *words_of(rows, run, 2, *more)) == [0, 0]
+    steps = [
+        int(path.parent.name.split("-")[1]) for path in run.glob("checkpoint-*/model.safetensors")
+    ]
+    assert steps == whole_ones
+    assert len(names(run)) == (whole_ones or [3])[-1]
+    assert all(find_damage(run / name) is None for name in names(run))
 
 
 @pytest.fixture
@@ -134,6 +157,7 @@ def test_commands_read_shards(rows, sharded, liger, tmp_path):
     assert said[0].out == said[1].out
     assert liger("inspect", "--model", sharded).code == 0
     assert liger("compare", sharded.parent, sharded.parent).code == 0
+    assert liger("verify", "--model", sharded, "--use-cpu").code == 0
     again = tmp_path / "again"
     done = liger(
         *("train", "--model", sharded, "--dataset", rows, "-o", again, "--use-cpu"),
@@ -175,7 +199,7 @@ def test_resume_with_other_rows_names_the_keys_that_keep_them(rows, sharded, lig
     assert "the number of processes is 1 (was 2): steps have the same rows, random" in line
 
 
-def test_adapter_is_whole(rows, tmp_path, liger):
+def test_adapter_of_a_sharded_run_is_that_of_one_process(rows, tmp_path, liger):
     """accelerate #4206: peers save 1/N of it."""
     one, two = tmp_path / "one", tmp_path / "two"
     more = ("--adapter", "lora", "--max-steps", 2, "--save-steps", 1)
@@ -190,8 +214,7 @@ def test_adapter_is_whole(rows, tmp_path, liger):
     # The shards hold the adapter alone.
     shard = torch.load(two / "checkpoint-1" / "dcp" / "optimizer.pt", weights_only=True)
     assert all("lora_" in name for group in shard[0]["param_groups"] for name in group["params"])
-    for step in (2,):
-        shutil.rmtree(two / f"checkpoint-{step}")
+    shutil.rmtree(two / "checkpoint-2")
     done = liger(*words_of(rows, two, 1, *more, "--resume", "auto"))
     assert done.code == 0, done.err
     assert distance(two / "checkpoint-2", one / "checkpoint-2") <= 1e-6

@@ -10,6 +10,7 @@ import shutil
 import pytest
 import torch
 import zoo
+from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from shard_ranks import CASES, build, load_whole, read, run_ranks, state_of, train, write
 from transformers import AutoModelForCausalLM
@@ -105,6 +106,20 @@ def test_whole_files_are_those_of_save_pretrained(written, tmp_path, name):
     direct = load_model(resolve_model(str(written / name)), dtype=model.dtype)
     for key, value in direct.state_dict().items():
         assert torch.equal(value, model.state_dict()[key]), key
+
+
+def test_case_85_adapter_is_written_whole(written):
+    """accelerate #4206: peers write 1/N of it."""
+    model, _ = build("lora")
+    found = load_peft_weights(str(written / "lora"), device="cpu")
+    assert found.keys() == get_peft_model_state_dict(model).keys()
+    set_peft_model_state_dict(model, found)
+    trained, _ = kept(written / "lora", "wanted")
+    assert any(bool(value.any()) for name, value in found.items() if "lora_B" in name)
+    for name, value in model.named_parameters():
+        if value.requires_grad:
+            assert torch.equal(value, trained[f"model.{name}"]), name
+    assert all("lora_" in name for name in trained)
 
 
 def test_one_tensor_is_in_memory_at_a_time(written, tmp_path, monkeypatch):
