@@ -16,6 +16,7 @@ NONE = "(?!)"
 SLOW = {
     "test_torch_compile_takes_part": ("Inductor compiles C++ for every op", NONE),
     "test_a_compiled_side_compiles_in_its_first_step_alone_case_103": ("three compiled runs", NONE),
+    "test_every_output_compiles_into_one_graph": ("two compiled losses", "frozen"),
     "test_layers_alone_keep_attention_from_a_mask": ("two compiled models", NONE),
     "test_compiled_run_equals_the_other": ("two trainings a case", NONE),
     "test_remedies_that_fit_come_first": ("forty estimates of one model", NONE),

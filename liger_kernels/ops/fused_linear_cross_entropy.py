@@ -195,6 +195,7 @@ def fused_linear_cross_entropy(
         needs=needs_of(hidden, weight, bias),
         class_weight=class_weight,
         label_count=count,
+        is_per_token=reduction == "none",
     )
     x = hidden.reshape(-1, hidden.shape[-1]).to(device)
     if torch.compiler.is_compiling():

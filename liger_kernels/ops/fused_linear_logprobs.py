@@ -229,6 +229,7 @@ def linear_logprobs(
         differentiable=with_gradient,
         needs=needs_of(hidden, weight, bias) if with_gradient else (False, False, False),
         label_count=count,
+        is_per_token=True,
     )
     x = hidden.reshape(-1, hidden.shape[-1]).to(weight.device)
     apply = compiled if torch.compiler.is_compiling() else PerTokenLoss.apply

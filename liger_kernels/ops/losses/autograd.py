@@ -176,15 +176,16 @@ class PerTokenLoss(torch.autograd.Function):
 # torch.compile does not look into an operator: inside, chunks and kernels run as in eager code.
 
 
-def _rebuilt(label, class_weight, options, compute_dtype, names, needs):
+def _rebuilt(label, class_weight, options, compute_dtype, names, needs, is_per_token=True):
     """Rebuild the call from an operator's arguments; the host waits for the label count here."""
     count = None
     if options.ignore_index is not None and not is_capturing(label):
         count = count_labels(label, options.ignore_index)
     outputs, differentiable = (tuple(words.split()) for words in names)
     return LinearLossCall(
-        label, options, compute_dtype, outputs, differentiable, tuple(needs), class_weight, count
-    )
+        label, options, compute_dtype, outputs, differentiable, tuple(needs), class_weight, count,
+        is_per_token,
+    )  # fmt: skip
 
 
 def _grad_dtypes(weight, compute_dtype):
@@ -215,7 +216,8 @@ def _head_loss_op(
     """Return the outputs, and of a sum or mean also the gradients that are needed."""
     options = LossOptions(ignore_index, label_smoothing, z_loss, softcap, scale)
     names = outputs, differentiable
-    call = _rebuilt(label, class_weight, options, compute_dtype, names, needs)
+    is_per_token = inverse is None
+    call = _rebuilt(label, class_weight, options, compute_dtype, names, needs, is_per_token)
     if inverse is None:
         values, kept = per_token_fwd(hidden, weight, bias, call)
         return [*values, *kept]

@@ -12,6 +12,8 @@ _GPU_BYTES = ((255_999, 512 << 20), (1 << 62, 960 << 20))
 # The same without a weight gradient: with the gradient of hidden as much as the first, unless that
 # leaves less than the second.
 _FROZEN_BYTES, _LEAST_FROZEN_BYTES = 300 << 20, 192 << 20
+# The same for values of each token.
+_VALUE_BYTES = 512 << 20
 # Tiles of tokens a chunk has, whatever they take, with a weight gradient and without.
 _LEAST_TILES, _LEAST_FROZEN_TILES = 8, 2
 # More gain nothing, unless they keep the weight gradient's sum in bf16.
@@ -49,19 +51,29 @@ def chunk_tokens(
     vocab: int,
     dtype: torch.dtype,
     device: torch.device,
-    needs_weight: bool = True,
+    needs_weight: bool | None = True,
     sms: int | None = None,
 ) -> int:
     """Return how many tokens a chunk has: all have as many, but for the last.
 
-    sms is the number of multiprocessors of a GPU, by default that of device.
+    Args:
+        num_rows: Tokens.
+        width: Of hidden.
+        vocab: Of the logits.
+        dtype: Of the logits.
+        device: Where they are computed.
+        needs_weight: Whether there is a weight gradient; None for values of each token, which
+            are the same to the bit whatever has a gradient, and so are their chunks.
+        sms: Multiprocessors of a GPU, by default those of device.
     """
     if device.type == "cpu":
         num_chunks = max(1, cdiv(num_rows, max(_CPU_GRAIN, _CPU_BYTES // (4 * vocab))))
         # A tail of four tokens would cost a whole reading of the weight.
         return max(1, cdiv(cdiv(num_rows, num_chunks), _CPU_GRAIN)) * _CPU_GRAIN
     least, num_bytes = _LEAST_TILES, lookup(_GPU_BYTES, vocab)
-    if not needs_weight:
+    if needs_weight is None:
+        num_bytes, needs_weight = _VALUE_BYTES, True
+    elif not needs_weight:
         least = _LEAST_FROZEN_TILES
         num_bytes = max(_LEAST_FROZEN_BYTES, _FROZEN_BYTES - num_rows * width * dtype.itemsize)
     most = max(least, num_bytes // (_TILE_TOKENS * vocab * dtype.itemsize))

@@ -45,6 +45,8 @@ class LinearLossCall:
     class_weight: torch.Tensor | None = None  # (V,) in the wide dtype
     # Of the tokens that take part, at most; None: all do.
     label_count: LabelCount | None = None
+    # Whether the outputs are values of each token, not one sum.
+    is_per_token: bool = False
 
 
 @dataclass
@@ -122,9 +124,10 @@ def _sweep(hidden, weight, bias, call, outputs, coefs, kept):
         num_rows, label = rows.numel(), label[rows]
         coefs = None if coefs is None else coefs.map(lambda t: _of_rows(t, rows))
         kept = None if kept is None else kept.map(lambda t: t[rows])
-    # With neither gradient the weight is only read, as when it is frozen. Backward has the chunks
-    # of forward: a product of another size may round its logits otherwise.
-    chunk = chunk_tokens(num_rows, width, vocab, dtype, device, call.needs[1])
+    # With neither gradient the weight is only read, as when it is frozen. Of values per token every
+    # sweep has the same chunks: a product of another size may round its logits otherwise.
+    needs_weight = None if call.is_per_token else call.needs[1]
+    chunk = chunk_tokens(num_rows, width, vocab, dtype, device, needs_weight)
     has_grads = coefs is not None and any(call.needs)
     needs_hidden, needs_weight, needs_bias = call.needs if has_grads else (False, False, False)
     found = {
@@ -175,13 +178,18 @@ def _sweep(hidden, weight, bias, call, outputs, coefs, kept):
 def _rows_of_chunk(z, label, call, coefs, found, kept, part):
     """Fill the outputs of a chunk's rows from logits z, which become their gradient."""
     coefs = None if coefs is None else coefs.map(lambda t: t[part])
-    class_weight = call.class_weight
-    if kept is not None:
-        rows = kept.map(lambda t: t[part])
-        gradient_rows(z, label, call.options, rows, coefs=coefs, class_weight=class_weight)
-        return
-    gradient = {} if coefs is None else {"coef": coefs.loss, "dx": z}
+    rows = None if kept is None else kept.map(lambda t: t[part])
+    options = {"class_weight": call.class_weight}
     outputs = {name: out[part] for name, out in found.items()}
-    loss_rows(
-        z, label, call.options, class_weight=class_weight, overwrite=True, **gradient, **outputs
-    )
+    if call.is_per_token and kept is None:
+        # The gradient apart from the outputs, which are then the same to the bit without it.
+        if coefs is not None:
+            like = {"dtype": coefs.loss.dtype, "device": z.device}
+            outputs = {name: torch.empty(len(z), **like) for name in KeptRows._fields[:2]} | outputs
+            rows = KeptRows(outputs["peak"], outputs["log_total"])
+        loss_rows(z, label, call.options, overwrite=coefs is None, **options, **outputs)
+    elif kept is None:
+        gradient = {} if coefs is None else {"coef": coefs.loss, "dx": z}
+        loss_rows(z, label, call.options, overwrite=True, **options, **gradient, **outputs)
+    if rows is not None:
+        gradient_rows(z, label, call.options, rows, coefs=coefs, **options)

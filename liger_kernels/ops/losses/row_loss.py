@@ -79,10 +79,12 @@ def loss_rows(
         loss_rows_torch(call, x, label, None if coef is None else Coefs(coef), dx, outputs)
         return
     is_wide = (
-        x.element_size() > 2
+        # Read once, and with whatever outputs in the same order: the values are the same bits.
+        dx is None
+        or x.element_size() > 2
         or options.softcap is not None
         or options.label_smoothing != 0.0
-        or bool({"entropy", "best", "mean"} & outputs.keys())
+        or bool({"entropy", "best"} & outputs.keys())
     )
     launch = _launch_of(
         _shape_of(vocab, is_wide),

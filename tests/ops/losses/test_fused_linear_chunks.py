@@ -73,6 +73,8 @@ HEADS = {
 }
 
 
+# Of values per token: whatever has a gradient, within 512 MiB.
+VALUES = {(8192, 4096, 128256): 2048, (4096, 2048, 151936): 1536, (8192, 2304, 256000): 1024}
 H100 = {"device": torch.device("cuda"), "sms": 132}
 
 
@@ -83,6 +85,15 @@ def test_chunks_of_the_benchmark(shape, chunks):
     found = [chunk_size.chunk_tokens(n, *sizes, **H100) for n in (tokens, tokens * 2 // 5)]
     found.append(chunk_size.chunk_tokens(tokens, *sizes, needs_weight=False, **H100))
     assert tuple(found) == chunks
+
+
+@pytest.mark.parametrize(("shape", "chunk"), VALUES.items(), ids=str)
+def test_chunks_of_values_per_token(shape, chunk):
+    tokens, width, vocab = shape
+    sizes = tokens, width, vocab, torch.bfloat16
+    assert chunk_size.chunk_tokens(*sizes, needs_weight=None, **H100) == chunk
+    # With the gradient of hidden, kept and returned.
+    assert 2 * (chunk * vocab + tokens * width) <= 599 << 20
 
 
 @pytest.mark.parametrize("needs_weight", [True, False])

@@ -126,7 +126,8 @@ def test_with_a_frozen_head_backward_has_no_logits(work, device):
         work.clear()
         found, grads = outcome(fused_linear_logprobs, frozen, ids, outputs=names, ignore_index=-100)
         made = tuple({"logprob": "loss", "correct": "best"}[name] for name in names)
-        assert work == [("rows", (made, True))]
+        kept = ("peak", "log_total", *made)
+        assert work == [("rows", (kept, False)), ("gradient", (True, False, False))]
         true, wanted = outcome(
             fused_linear_logprobs_ref, frozen, ids, torch.float64, outputs=names, ignore_index=-100
         )
@@ -177,6 +178,43 @@ def test_half_precision_is_no_worse_than_eager(is_frozen, dtype, device):
         if true is not None:
             floor = (4 if INTERPRETED else 1) * FLOOR[dtype]
             assert error(ours, true) <= 2 * error(eager, true) + floor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_are_the_same_bits_whatever_has_a_gradient_or_is_asked_for(dtype, device):
+    """A reference that is the policy, in evaluation, has a log-ratio of 0 and not of a rounding."""
+    hidden, weight, bias = head(6, 24, 1500, dtype=dtype, device=device)
+    ids = labels(6, vocab=1500, ignored=2, device=device)
+    found = []
+    for names in (("logprob",), ("logprob", "entropy"), LOGPROB_OUTPUTS):
+        for trained in ((True, True, True), (True, False, False), (False, False, False)):
+            tensors = [
+                t.detach().requires_grad_(is_trained)
+                for t, is_trained in zip((hidden, weight, bias), trained, strict=True)
+            ]
+            values = fused_linear_logprobs(
+                *tensors[:2], ids, bias=tensors[2], outputs=names, ignore_index=-100
+            )
+            found.append(values.logprob.detach())
+    assert all(torch.equal(value, found[0]) for value in found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2000, 4096, 128256), (1000, 2048, 151936)], ids=str)
+def test_values_are_the_same_bits_on_a_gpu(shape, device):
+    tokens, width, vocab = shape
+    hidden = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(vocab, width, device=device, dtype=torch.bfloat16) * 0.02
+    ids = torch.randint(0, vocab, (tokens,), device=device)
+    found = []
+    for names in (("logprob",), ("logprob", "entropy"), LOGPROB_OUTPUTS):
+        for trained in itertools.product([True, False], repeat=2):
+            hidden, weight = (
+                t.detach().requires_grad_(is_trained)
+                for t, is_trained in zip((hidden, weight), trained, strict=True)
+            )
+            found.append(fused_linear_logprobs(hidden, weight, ids, outputs=names).logprob.detach())
+    assert all(torch.equal(value, found[0]) for value in found)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
@@ -318,7 +356,7 @@ def test_reduction_none_of_the_loss_keeps_rows_too(work, device):
 
 @not_interpreted
 @pytest.mark.parametrize("trained", ["all", "frozen"])
-def test_compiles_into_one_graph(trained, device, true_allocators):
+def test_every_output_compiles_into_one_graph(trained, device, true_allocators):
     hidden, weight, bias = head(8, 12, 33, device=device)
     if trained == "frozen":
         weight, bias = weight.detach(), bias.detach()
