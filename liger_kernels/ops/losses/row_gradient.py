@@ -36,6 +36,7 @@ def _gradient_kernel(
     stride_entropy_coefm,
     stride_lse_coefm,
     V,
+    stop,  # columns that are read and written, V or a few more
     num_blocks,
     label_smoothing,
     z_loss,
@@ -67,7 +68,7 @@ def _gradient_kernel(
     # An ignored row is not read: its kept numbers are 0, which large logits would overflow with.
     x = tl.load(
         x_ptr + row * stride_xm + cols,
-        mask=cols < tl.where(is_ignored, 0, V),
+        mask=cols < tl.where(is_ignored, 0, stop),
         other=0.0,
         eviction_policy="evict_first",
     )
@@ -114,7 +115,7 @@ def _gradient_kernel(
     tl.store(
         x_ptr + row * stride_xm + cols,
         dz.to(x_ptr.dtype.element_ty),
-        mask=cols < V,
+        mask=cols < stop,
         eviction_policy="evict_first",
     )
 
@@ -130,7 +131,8 @@ def gradient_rows(
 ) -> None:
     """Overwrite logits x (M, V) with their gradient.
 
-    Rows of x are packed, at any stride; label and coefs (M,) may have any stride, 0 too;
+    Rows of x are packed, at any stride; what lies between V and the next multiple of 16 columns is
+    overwritten where rows are that far apart. label and coefs (M,) may have any stride, 0 too;
     class_weight (V,) is wide; kept is of the same logits.
     """
     num_rows, vocab = x.shape
@@ -162,6 +164,8 @@ def _launch_of(
 ) -> Launch:
     stride_x, stride_coef, stride_entropy_coef, stride_lse_coef = strides
     block = min(_BLOCK, next_power_of_2(vocab))
+    # Up to a multiple of 16, so that an odd vocabulary is read and written in vectors.
+    padded = cdiv(vocab, 16) * 16
     return Launch(
         _gradient_kernel,
         (num_rows * cdiv(vocab, block),),
@@ -170,6 +174,7 @@ def _launch_of(
         stride_entropy_coefm=stride_entropy_coef or 0,
         stride_lse_coefm=stride_lse_coef or 0,
         V=vocab,
+        stop=padded if stride_x is not None and stride_x >= padded else vocab,
         num_blocks=cdiv(vocab, block),
         label_smoothing=options.label_smoothing,
         z_loss=options.z_loss,

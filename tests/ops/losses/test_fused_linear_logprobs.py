@@ -20,6 +20,9 @@ from liger_kernels.ops.fused_linear_logprobs import (
 )
 from liger_kernels.ops.losses import linear_loss
 from liger_kernels.ops.losses.label_count import LabelCount
+from liger_kernels.ops.losses.options import LossOptions
+from liger_kernels.ops.losses.row_gradient import gradient_rows
+from liger_kernels.ops.losses.row_loss_torch import Coefs, KeptRows
 
 OPTIONS = {"temperature": 1.3, "softcap": 3.0, "scale": 0.5, "ignore_index": -100}
 
@@ -390,6 +393,26 @@ def test_wrong_arguments_are_named(arguments, message, device):
     hidden, weight, _ = head(2, 4, 8, device=device)
     with pytest.raises(ValueError, match=message):
         fused_linear_logprobs(hidden, weight, labels(2, vocab=8, device=device), **arguments)
+
+
+@pytest.mark.parametrize("pitch", [33, 48, 50])
+def test_rows_that_are_far_apart_have_the_gradient_of_packed_ones(pitch, device):
+    """On a GPU rows begin at multiples of 16, and are read and written to the next one."""
+    logits = make(5, 33, seed=1, device=device).detach()
+    ids = labels(5, vocab=33, ignored=1, device=device)
+    coefs = Coefs(make(5, seed=2, device=device).detach(), make(5, seed=3, device=device).detach())
+    peak = logits.amax(1)
+    log_total = (logits - peak[:, None]).exp().sum(1).log()
+    log_p = logits - (peak + log_total)[:, None]
+    kept = KeptRows(peak, log_total, -(log_p.exp() * log_p).sum(1))
+    x = torch.full((5, pitch), float("nan"), device=device)[:, :33].copy_(logits)
+    gradient_rows(x, ids, LossOptions(ignore_index=-100), kept, coefs=coefs)
+    z = logits.double().requires_grad_()
+    true = z.log_softmax(-1)
+    nll = -true.gather(1, ids.clamp(0)[:, None])[:, 0] * (ids >= 0)
+    entropy = -(true.exp() * true).sum(1) * (ids >= 0)
+    (wanted,) = torch.autograd.grad((nll * coefs.loss + entropy * coefs.entropy).sum(), z)
+    assert error(x, wanted) < 2 * FP32
 
 
 # On a GPU

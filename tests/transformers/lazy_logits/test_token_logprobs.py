@@ -236,6 +236,21 @@ def test_ddp_reduces_the_gradients(head, find_unused, process_group, monkeypatch
     check(model, ddp)
 
 
+@pytest.mark.parametrize("targets", [("q_proj",), ("q_proj", "lm_head")], ids="-".join)
+def test_a_new_adapter_and_the_model_below_it_differ_by_exactly_0(targets, monkeypatch):
+    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 5 * VOCAB)
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make(), peft.LoraConfig(r=4, target_modules=list(targets))).train()
+    install_head(model, FUSED)
+    inputs, labels = given()
+    outputs = ("logprob", "mean_logit", "entropy")
+    policy = token_logprobs(model, inputs, labels, outputs=outputs).logprob
+    with torch.no_grad(), model.disable_adapter():
+        reference = token_logprobs(model, inputs, labels).logprob
+    assert policy.requires_grad
+    assert torch.equal(policy, reference)
+
+
 @pytest.mark.parametrize("family", zoo.MULTIMODAL)
 def test_images_pass_through(family):
     model = zoo.build(family).train()

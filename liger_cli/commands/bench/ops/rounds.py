@@ -175,7 +175,7 @@ def _row(workload: Workload, bench: _Bench) -> OpRow:
     ]
     if peer_arm is not None:
         sides.append(peer_arm)
-    if row.op == LOGPROBS:
+    if row.op == LOGPROBS and workload.options:
         bench.peers.setdefault(TRL, trl_version())
     _measure_row(row, workload, sides, bench)
     if peer_arm is not None and peer_arm.version is not None:
