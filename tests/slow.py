@@ -36,6 +36,7 @@ SLOW = {
         "three processes; tests of layouts in parallel/ start ranks",
         NONE,
     ),
+    "test_two_processes_train_by_the_weights_of_rows_what_one_does": ("three processes", NONE),
     "test_runs_by_a_kernel_have_the_steps_of_runs_by_a_mask": (
         "two trainings a case",
         "^accumulation$",

@@ -8,7 +8,7 @@ from typing import Any
 from liger_cli.data.rows import Row
 from liger_cli.errors import DataError
 
-__all__ = ["EMPTY", "kept_answers", "num_empty_answers"]
+__all__ = ["EMPTY", "answer_weights", "num_empty_answers"]
 
 # What is noted of a row that is trained, by its name in reports.
 EMPTY = "answers without a text, of which the end alone is trained"
@@ -17,8 +17,8 @@ EMPTY = "answers without a text, of which the end alone is trained"
 _TAIL = 20
 
 
-def kept_answers(shown: Sequence[str], row: Row, *, assistant_only: bool) -> list[bool]:
-    """Return for each answer, as the template shows it, whether the row's marks let it be trained.
+def answer_weights(shown: Sequence[str], row: Row, *, assistant_only: bool) -> list[float]:
+    """Return the weight of each answer as the template shows it, by the row's marks; 0: left out.
 
     Args:
         shown: The text of each trained part of the rendered conversation, in order.
@@ -29,28 +29,32 @@ def kept_answers(shown: Sequence[str], row: Row, *, assistant_only: bool) -> lis
         DataError: A mark asks for what is not done, or an answer has no sure place.
     """
     if not any(mark is not None for mark in row.marks):
-        return [True] * len(shown)
+        return [1.0] * len(shown)
     for i, (message, mark) in enumerate(zip(row.messages, row.marks, strict=True)):
-        if mark is assistant_only and message["role"] != "assistant":
-            raise _no_answer(i, message["role"], row.where, assistant_only)
+        if message["role"] == "assistant" or mark is None:
+            continue
+        if (mark > 0) is assistant_only or mark not in (0, 1):
+            raise _no_answer(i, message["role"], mark, row.where, assistant_only)
     answers = [
-        (message, mark is not False)
+        (message, 1.0 if mark is None else mark)
         for message, mark in zip(row.messages, row.marks, strict=True)
         if message["role"] == "assistant"
     ]
     if len(answers) != len(shown):
         # An answer without a text may show nothing.
-        answers = [(message, keep) for message, keep in answers if _says_something(message)]
+        answers = [(message, weight) for message, weight in answers if _says_something(message)]
     is_sure = len(answers) == len(shown) and all(
         _tail(message) in text for (message, _), text in zip(answers, shown, strict=True)
     )
-    if not is_sure and not all(keep for _, keep in answers):
+    weights = [float(weight) for _, weight in answers]
+    if not is_sure and any(weight != 1 for weight in weights):
+        what = "are marked not to be trained" if 0 in weights else "have a weight"
         raise DataError(
-            f"{row.where}: some answers are marked not to be trained, and the chat template does "
-            "not show each answer as one text, so their place is not sure",
+            f"{row.where}: some answers {what}, and the chat template does not show each answer as "
+            "one text, so their place is not sure",
             hint="leave the row out, or cut it behind the last answer that is trained",
         )
-    return [keep for _, keep in answers] if is_sure else [True] * len(shown)
+    return weights if is_sure else [1.0] * len(shown)
 
 
 def num_empty_answers(row: Row) -> int:
@@ -60,14 +64,19 @@ def num_empty_answers(row: Row) -> int:
     marks = row.marks or [None] * len(row.messages)
     return sum(
         message["role"] == "assistant"
-        and mark is not False
+        and mark != 0
         and isinstance(message["content"], str)
         and not _says_something(message)
         for message, mark in list(zip(row.messages, marks, strict=True))[row.num_prompt :]
     )
 
 
-def _no_answer(i: int, role: str, where: str, assistant_only: bool) -> DataError:
+def _no_answer(i: int, role: str, mark: float, where: str, assistant_only: bool) -> DataError:
+    if mark not in (0, 1):
+        return DataError(
+            f"{where}: message {i} of {role} has the weight {mark:g}; only answers have one",
+            hint="a weight of the row is that of all its tokens",
+        )
     if assistant_only:
         return DataError(
             f"{where}: message {i} of {role} is marked to be trained; only answers are",

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
-from liger_cli.data.encode import IGNORED
+from liger_cli.data.encode import IGNORED, WEIGHTS
 from liger_cli.data.packing import answers_of
 from liger_cli.data.pair_formats import FIGURES
 
@@ -25,8 +25,10 @@ __all__ = [
     "BatchPlan",
     "count_labels",
     "count_tokens",
+    "count_weight",
     "load_windows",
     "placeholder",
+    "without_nulls",
 ]
 
 _Row = TypeVar("_Row")
@@ -102,12 +104,20 @@ class _Rows:
         return placeholder(self._examples[0])
 
 
+def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of a table without the columns that other rows have alone."""
+    return {name: value for name, value in row.items() if value is not None}
+
+
 def placeholder(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a short row without labels, which is computed and counts nothing."""
     ids = answers_of(row)[0]["input_ids"][:2]
     # A batch has the figures of its pairs, of which there are none here.
     figures: dict[str, list[float]] = {name: [] for name in FIGURES if name in row}
-    return {"input_ids": ids, "labels": [IGNORED] * len(ids), "num_tokens": 0, **figures}
+    # Every batch of data with weights has them, so that all processes compute alike.
+    weights = {WEIGHTS: None} if WEIGHTS in row else {}
+    labels = [IGNORED] * len(ids)
+    return {"input_ids": ids, "labels": labels, "num_tokens": 0, **figures, **weights}
 
 
 def load_windows(
@@ -143,6 +153,14 @@ def load_windows(
 def count_labels(batch: Mapping[str, torch.Tensor]) -> int:
     """Return how many tokens of a batch are trained on: labels that something is before of."""
     return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def count_weight(batch: Mapping[str, torch.Tensor]) -> float:
+    """Return the sum of the weights of the tokens that are trained on, in float64."""
+    if WEIGHTS not in batch:
+        return count_labels(batch)
+    is_trained = batch["labels"][:, 1:] != IGNORED
+    return float(batch[WEIGHTS][:, 1:][is_trained].sum(dtype=torch.float64))
 
 
 def count_tokens(batch: Mapping[str, torch.Tensor]) -> int:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from liger_cli.common.environment import cache_directory
 from liger_cli.common.readers import read_json
+from liger_cli.data.encode import WEIGHTED, WEIGHTS
 
 if TYPE_CHECKING:
     import pyarrow
@@ -184,7 +185,7 @@ def _read(folder: Path, notify: Callable[[str], None]) -> Tokenised | None:
         counts = content["counts"]
         if content["sha256"] != _seal(folder / _ROWS, counts):
             raise ValueError("the content is not what was written")
-        return Tokenised(datasets.Dataset.from_file(str(folder / _ROWS)), Counts(**counts))
+        return _tokenised(datasets.Dataset.from_file(str(folder / _ROWS)), Counts(**counts))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         notify(f"the cached data {folder} are damaged and are tokenized again: {error}")
         shutil.rmtree(folder)
@@ -226,4 +227,11 @@ def _in_memory(tables: Iterable[tuple[pyarrow.Table, Counts]]) -> Tokenised:
             yield table
 
     rows = pyarrow.concat_tables(counted())
-    return Tokenised(datasets.Dataset(datasets.table.InMemoryTable(rows)), counts)
+    return _tokenised(datasets.Dataset(datasets.table.InMemoryTable(rows)), counts)
+
+
+def _tokenised(rows: Any, counts: Counts) -> Tokenised:
+    """Return rows without the column of weights where no row has any."""
+    if WEIGHTED not in counts.left_out and WEIGHTS in rows.column_names:
+        rows = rows.remove_columns(WEIGHTS)
+    return Tokenised(rows, counts)

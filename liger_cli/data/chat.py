@@ -37,12 +37,14 @@ class Conversation(NamedTuple):
         trained: The parts to train on, in their order.
         left_out: What is not trained although it was said, by its name, and how often.
         messages: Those that were rendered.
+        weights: The parts with a weight other than 0 and 1, each with it.
     """
 
     text: str
     trained: tuple[Span, ...]
     left_out: Counter[str]
     messages: tuple[Message, ...]
+    weights: tuple[tuple[Span, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from liger_cli.data.encode import IGNORED
-from liger_cli.data.packing import document_lengths, join_rows
+from liger_cli.data.encode import IGNORED, WEIGHTS
+from liger_cli.data.packing import document_lengths, join_rows, weights_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,7 +18,7 @@ __all__ = ["TOKEN_KEYS", "Collator"]
 
 # Columns of a processor beside the ids: which tokens belong to an image.
 TOKEN_KEYS = ("token_type_ids", "mm_token_type_ids")
-_OWN_KEYS = ("input_ids", "labels", "position_ids", "num_tokens")
+_OWN_KEYS = ("input_ids", "labels", "position_ids", "num_tokens", WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,9 @@ class Collator:
             "input_ids": _pad(rows, "input_ids", length, self.pad_token_id),
             "labels": _pad(rows, "labels", length, IGNORED),
         }
+        if any(WEIGHTS in row for row in rows):
+            weights = [{WEIGHTS: weights_of(row)} for row in rows]
+            batch[WEIGHTS] = _pad(weights, WEIGHTS, length, 0.0)
         if is_packed:
             # The padding of a row is one more document, so that no document sees it.
             batch["position_ids"] = torch.stack([_positions(row, length) for row in rows])
@@ -93,7 +96,7 @@ class Collator:
         return batch
 
 
-def _pad(rows: Sequence[Mapping[str, Any]], key: str, length: int, value: int) -> torch.Tensor:
+def _pad(rows: Sequence[Mapping[str, Any]], key: str, length: int, value: float) -> torch.Tensor:
     padded = torch.full((len(rows), length), value)
     for i, row in enumerate(rows):
         if key in row:

@@ -14,7 +14,7 @@ from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from liger_cli.data.answers import EMPTY, kept_answers, num_empty_answers
+from liger_cli.data.answers import EMPTY, answer_weights, num_empty_answers
 from liger_cli.data.borders import TokenBorders
 from liger_cli.data.chat import ChatRenderer, Conversation
 from liger_cli.data.clip import TextClipper
@@ -25,9 +25,13 @@ from liger_cli.errors import DataError, ExtensionPanic, panics_raised
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "Encoded", "Encoder", "labels_of"]
+__all__ = ["IGNORED", "WEIGHTED", "WEIGHTS", "Encoded", "Encoder", "default_weights", "labels_of"]
 
 IGNORED = -100
+# The column of the weights of tokens, where some are neither 0 nor 1.
+WEIGHTS = "label_weights"
+# Rows that have it, by their name in reports.
+WEIGHTED = "rows whose loss has a weight other than 0 and 1"
 
 
 class Encoded(NamedTuple):
@@ -35,11 +39,14 @@ class Encoded(NamedTuple):
 
     Args:
         left_out: What of a conversation is not trained although it was said, by its name.
+        weights: Of the tokens, times which their loss counts; 0 where there is no label. None
+            where all labels have 1.
     """
 
     input_ids: list[int]
     labels: list[int]
     left_out: Mapping[str, int] = MappingProxyType({})
+    weights: list[float] | None = None
 
 
 class Segment(NamedTuple):
@@ -94,7 +101,10 @@ class Encoder:
             "text": map(self._label, segments, self._tokenise(segments)),
             "token ids": map(_encoded_ids, of_kind("token ids")),
         }
-        return [next(made[kind]) for kind in kinds]
+        return [
+            _with_weight(next(made[kind]), row.weight)
+            for row, kind in zip(rows, kinds, strict=True)
+        ]
 
     def _encode_conversations(self, rows: Sequence[Row], renderer: ChatRenderer) -> list[Encoded]:
         found = [self._clipped_chat(self.conversation(row, renderer)) for row in rows]
@@ -132,7 +142,10 @@ class Encoder:
         answers = chat.trained if self.assistant_only else rendered(True).trained
         shown = [chat.text[begin:end] for begin, end in answers]
         row = replace(row, messages=chat.messages)
-        kept = kept_answers(shown, row, assistant_only=self.assistant_only)
+        weights = answer_weights(shown, row, assistant_only=self.assistant_only)
+        pairs = zip(answers, weights, strict=True)
+        chat = chat._replace(weights=tuple(pair for pair in pairs if pair[1] not in (0, 1)))
+        kept = [weight > 0 for weight in weights]
         if self.assistant_only:
             return chat._replace(
                 trained=tuple(span for span, keeps in zip(answers, kept, strict=True) if keeps)
@@ -152,7 +165,14 @@ class Encoder:
             return self._ids([chat.text[:place]])[0]
 
         borders = TokenBorders(chat.text, ids, ids_before, self.decode, row.where, offsets)
-        return Encoded(ids, labels_of(ids, chat.trained, borders), chat.left_out)
+        labels = labels_of(ids, chat.trained, borders)
+        weights = None
+        if chat.weights:
+            weights = default_weights(labels)
+            for span, weight in chat.weights:
+                first, end = borders.tokens(span)
+                weights[first:end] = [weight * known for known in weights[first:end]]
+        return Encoded(ids, labels, chat.left_out, weights)
 
     def _clipped_chat(self, chat: Conversation) -> Conversation:
         """Return the beginning of a long conversation, which has more than max_length tokens."""
@@ -160,7 +180,12 @@ class Encoder:
         if (end := len(first.text)) == len(chat.text):
             return chat
         trained = tuple((begin, min(last, end)) for begin, last in chat.trained if begin < end)
-        return chat._replace(text=first.text, trained=trained)
+        weights = tuple(
+            ((begin, min(last, end)), weight)
+            for (begin, last), weight in chat.weights
+            if begin < end
+        )
+        return chat._replace(text=first.text, trained=trained, weights=weights)
 
     def _clipped(self, segments: list[Segment]) -> list[Segment]:
         """Return the first segments of a long row, which have more than max_length tokens."""
@@ -216,7 +241,7 @@ class Encoder:
             if (len(row.parts) - 1 - i) % 2:
                 yield text, not self.completion_only
             else:
-                yield text, not marks or marks[i // 2] is not False
+                yield text, not marks or marks[i // 2] != 0
 
     def _kind(self, row: Row) -> str:
         if row.token_ids:
@@ -294,6 +319,21 @@ class Encoder:
         return result
 
 
+def default_weights(labels: Sequence[int]) -> list[float]:
+    """Return the weights of tokens whose labels are given: 1, and 0 where there is no label."""
+    return [float(label != IGNORED) for label in labels]
+
+
+def _with_weight(encoded: Encoded, weight: float) -> Encoded:
+    """Return a row with the weight of the whole row, which is not 0, times those of its tokens."""
+    known = encoded.weights
+    if weight in (0, 1) and known is None:
+        return encoded
+    known = default_weights(encoded.labels) if known is None else known
+    weights = [weight * one for one in known]
+    return encoded._replace(weights=None if {*weights} <= {0, 1} else weights)
+
+
 def _encoded_ids(row: Row) -> Encoded:
     """Return a row that is token ids already."""
     labels = list(row.labels) if row.is_trained else [IGNORED] * len(row.labels)
@@ -303,7 +343,7 @@ def _encoded_ids(row: Row) -> Encoded:
 def _without_prompt(row: Row) -> Row:
     """Return a row whose answers in the prompt are marked not to be trained."""
     marks = (
-        False if i < row.num_prompt and message["role"] == "assistant" else mark
+        0.0 if i < row.num_prompt and message["role"] == "assistant" else mark
         for i, (message, mark) in enumerate(zip(row.messages, row.marks, strict=True))
     )
     return replace(row, marks=tuple(marks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +21,7 @@ __all__ = [
     "Marks",
     "find_format",
     "find_shape",
-    "message_mark",
+    "message_weight",
     "row_marks",
 ]
 
@@ -64,7 +65,7 @@ _ALL = tuple(FORMATS)
 _TEXTS = tuple(name for name in FORMATS if name != "token ids")
 
 # How a field is read:
-#   weight  1: trained, 0: not; between them there is nothing
+#   weight  a number from 0 on, times which the loss of its tokens counts; 0: not trained
 #   train   true: trained, false: not
 #   train?  the same where the value is true or false; anything else is a figure about the row
 #   masked  true: not trained, false: trained
@@ -124,13 +125,13 @@ class Marks:
 
     Args:
         fields: Those that were read.
-        is_trained: Whether anything of the row is trained.
+        weight: Times which the loss of its tokens counts; 0: nothing of the row is trained.
         only_last: Whether of several answers only the last is trained.
         mask: Of each message whether it is trained, by the column of that name.
     """
 
     fields: tuple[str, ...] = ()
-    is_trained: bool = True
+    weight: float = 1.0
     only_last: bool = False
     mask: tuple[str, tuple[bool, ...]] | None = None
 
@@ -173,12 +174,11 @@ def row_marks(content: Mapping[str, Any], form: str, where: str) -> Marks:
     if len(given) > 1:
         raise DataError(f"{where}: loss_mask and mask are both there; keep one of them")
     kinds = {name: kind for name, kind in kinds.items() if name not in dict(given)}
-    found = {name: (kind, truth) for name, kind, truth in _read(content, kinds, "", where)}
-    trained = {name: truth for name, (kind, truth) in found.items() if kind in _TRAINED}
-    _check_agreement(trained, "", where)
+    found = {name: (kind, weight) for name, kind, weight in _read(content, kinds, "", where)}
+    weight = _agreed({name: one for name, one in found.items() if one[0] in _TRAINED}, "", where)
     return Marks(
         (*found, *dict(given)),
-        is_trained=all(trained.values()),
+        weight=1.0 if weight is None else weight,
         only_last=any(truth for kind, truth in found.values() if kind == "last"),
         mask=given[0] if given else None,
     )
@@ -192,12 +192,12 @@ def _mask(content: Mapping[str, Any], name: str, where: str) -> tuple[bool, ...]
     marks = [_truth(entry) for entry in value]
     for i, mark in enumerate(marks):
         if mark is None:
-            raise _not_allowed(f"{name}[{i}]", "weight", value[i], where)
+            raise _not_allowed(f"{name}[{i}]", "list", value[i], where)
     return tuple(mark is True for mark in marks)
 
 
-def message_mark(message: Mapping[str, Any], name: str, where: str) -> bool | None:
-    """Return whether the fields of a message say that it is trained, or None: they say nothing.
+def message_weight(message: Mapping[str, Any], name: str, where: str) -> float | None:
+    """Return the weight that the fields of a message say it has, or None: they say nothing.
 
     Args:
         name: Of the message, for errors: messages[3].
@@ -207,12 +207,13 @@ def message_mark(message: Mapping[str, Any], name: str, where: str) -> bool | No
     """
     _check_spelling(message, MESSAGE_FIELDS, f"{name}.", where)
     read = _read(message, MESSAGE_FIELDS, f"{name}.", where)
-    found = {key: truth for key, kind, truth in read if kind in _TRAINED}
-    _check_agreement(found, f"{name}.", where)
-    return next(iter(found.values()), None)
+    found = {key: (kind, weight) for key, kind, weight in read if kind in _TRAINED}
+    return _agreed(found, f"{name}.", where)
 
 
 _TRAINED = ("weight", "train", "train?", "masked")
+# Others are a mistake sooner than a wish, and products of small ones would be 0 in float32.
+_MIN_WEIGHT, _MAX_WEIGHT = 1e-6, 1e6
 
 
 def _check_spelling(
@@ -244,8 +245,8 @@ def _letters(name: object) -> str:
 
 def _read(
     content: Mapping[str, Any], kinds: Mapping[str, Kind], prefix: str, where: str
-) -> Iterator[tuple[str, Kind, bool]]:
-    """Return the fields that are there, each with its kind and whether it says yes."""
+) -> Iterator[tuple[str, Kind, float]]:
+    """Return the fields that are there, each with its kind and weight: 1 for yes, 0 for no."""
     for name, kind in kinds.items():
         value = content.get(name)
         if value is None or value == "":
@@ -258,6 +259,9 @@ def _read(
                 "list of 0 and 1, one for each message, or for each of input_ids; a column that "
                 "means something else takes another name",
             )
+        if kind == "weight" and (weight := _weight(value)) is not None:
+            yield name, kind, weight
+            continue
         if truth is None:
             if kind in ("good", "train?"):
                 continue
@@ -269,7 +273,16 @@ def _read(
                 hint="keep the rows labelled true; a label that means something else takes "
                 "another name",
             )
-        yield name, kind, not truth if kind == "masked" else truth
+        yield name, kind, float(not truth if kind == "masked" else truth)
+
+
+def _weight(value: Any) -> float | None:
+    """Return a number from 0 on, which tables such as CSV have as text; None for anything else."""
+    try:
+        number = float(value) if isinstance(value, str | int | float) else math.nan
+    except ValueError:
+        number = math.nan
+    return number if number == 0 or _MIN_WEIGHT <= number <= _MAX_WEIGHT else None
 
 
 def _truth(value: Any) -> bool | None:
@@ -280,9 +293,11 @@ def _truth(value: Any) -> bool | None:
 
 
 def _not_allowed(label: str, kind: Kind, value: Any, where: str) -> DataError:
-    if kind == "weight":
+    if kind in ("weight", "list"):
+        allowed = f"0 (not trained) and numbers from {_MIN_WEIGHT:f} to {_MAX_WEIGHT:.0f}"
+        allowed = allowed if kind == "weight" else "0 (not trained) and 1 (trained)"
         return DataError(
-            f"{where}: {label} is {_shown(value)}; allowed are 0 (not trained) and 1 (trained)",
+            f"{where}: {label} is {_shown(value)}; allowed are {allowed}",
             hint="a share of the rows of a file is written NAME:WEIGHT in dataset; a column that "
             "means something else takes another name",
         )
@@ -292,13 +307,23 @@ def _not_allowed(label: str, kind: Kind, value: Any, where: str) -> DataError:
     )
 
 
-def _check_agreement(trained: Mapping[str, bool], prefix: str, where: str) -> None:
-    if len(set(trained.values())) > 1:
-        said = " and ".join(
-            f"{prefix}{name} says {'trained' if truth else 'not trained'}"
-            for name, truth in trained.items()
+def _agreed(said: Mapping[str, tuple[str, float]], prefix: str, where: str) -> float | None:
+    """Return the weight that fields agree on, by name with kind; None where there are none.
+
+    Raises:
+        DataError: They contradict each other.
+    """
+    if len({weight > 0 for _, weight in said.values()}) > 1:
+        words = " and ".join(
+            f"{prefix}{name} says {'trained' if weight else 'not trained'}"
+            for name, (_, weight) in said.items()
         )
-        raise DataError(f"{where}: {said}; keep one of them")
+        raise DataError(f"{where}: {words}; keep one of them")
+    weights = {name: weight for name, (kind, weight) in said.items() if kind == "weight"}
+    if len(set(weights.values())) > 1:
+        words = " and ".join(f"{prefix}{name} is {weight:g}" for name, weight in weights.items())
+        raise DataError(f"{where}: {words}; keep one of them")
+    return next(iter(weights.values()), next((weight for _, weight in said.values()), None))
 
 
 def _shown(value: Any) -> str:

@@ -105,9 +105,13 @@ class ImageRows:
         """Return input_ids, labels, what the processor makes of the images, last_image: the place
         of the last token of an image, or -1; and left_out, as of a Conversation.
         """
+        if row.has_weights:
+            raise DataError(f"{row.where}: rows with images have no loss weights but 0 and 1")
         if not row.images:
             [encoded] = self.encoder.encode([row], self._renderer)
-            return {**encoded._asdict(), "last_image": -1}
+            found = {**encoded._asdict(), "last_image": -1}
+            del found["weights"]
+            return found
         chat = self.encoder.conversation(row, self._renderer)
         text, placeholder = chat.text, self._placeholder
         images = [_open(image, row.where) for image in row.images]

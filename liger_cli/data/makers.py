@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from liger_cli.config.datasets import DatasetEntry
 from liger_cli.data.cache import Counts
 from liger_cli.data.chat import ChatRenderer
-from liger_cli.data.encode import IGNORED, Encoder
+from liger_cli.data.encode import IGNORED, WEIGHTED, WEIGHTS, Encoder
 from liger_cli.data.images import ImagesFound
 from liger_cli.data.rows import Record, Row, RowFormat, only_last
 from liger_cli.data.thoughts import Reasoning
 from liger_cli.data.used import count_names
-from liger_cli.errors import ConfigError
+from liger_cli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -70,14 +70,19 @@ class RowMaker:
     entry: DatasetEntry
 
     def __call__(self, records: Sequence[Record]) -> tuple[pyarrow.Table, Counts]:
-        """Return a table of the rows that have a token to train on, and the counts of records."""
+        """Return a table of the rows that have a token to train on, and the counts of records.
+
+        The column of weights is null in rows without.
+        """
+        import pyarrow
+
         rows = [self.row(record) for record in records]
         for row in rows:
             if row.images:
                 raise ImagesFound(row.where)
         counts = Counts()
         count_names(counts, rows, self.renderer)
-        kept: list[tuple[list[int], list[int]]] = []
+        kept: list[tuple[list[int], list[int], list[float] | None]] = []
         max_length = None if self.options.as_stream else self.options.max_length
         for row, encoded in zip(rows, self.encoder.encode(rows, self.renderer), strict=True):
             ids, labels = encoded.input_ids[:max_length], encoded.labels[:max_length]
@@ -89,14 +94,30 @@ class RowMaker:
                 counts.dropped_rows += 1
                 continue
             self.encoder.check_vocabulary(ids, row.where, self.options.vocab_size)
-            kept.append((ids, labels))
+            weights = None if encoded.weights is None else encoded.weights[:max_length]
+            if weights is not None:
+                self._check_weighted(row)
+                counts.add_left_out({WEIGHTED: 1})
+            kept.append((ids, labels, weights))
             counts.rows += 1
             counts.tokens += len(ids)
             counts.trained_tokens += num_trained
             counts.truncated_rows += len(encoded.input_ids) > len(ids)
             counts.add_left_out(encoded.left_out)
-        columns = {"input_ids": [ids for ids, _ in kept], "labels": [labels for _, labels in kept]}
-        return ids_table(columns), counts
+        table = ids_table(
+            {"input_ids": [ids for ids, *_ in kept], "labels": [labels for _, labels, _ in kept]}
+        )
+        kind = pyarrow.list_(pyarrow.float32())
+        column = pyarrow.array([weights for *_, weights in kept], kind)
+        return table.append_column(WEIGHTS, column), counts
+
+    def _check_weighted(self, row: Row) -> None:
+        if self.options.as_stream:
+            raise DataError(
+                f"{row.where}: the weight of the row is {row.weight:g}, and text_mode stream joins "
+                "all texts",
+                hint="text_mode document keeps them apart",
+            )
 
     def row(self, record: Record) -> Row:
         """Return the checked row of a record.

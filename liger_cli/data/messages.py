@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from liger_cli.data.calls import check_calls
-from liger_cli.data.formats import MESSAGE_FIELDS, message_mark
+from liger_cli.data.formats import MESSAGE_FIELDS, message_weight
 from liger_cli.data.names import RowNames, join_names
 from liger_cli.data.values import check_list, check_text, describe
 from liger_cli.errors import DataError
@@ -24,14 +24,15 @@ class Messages:
 
     Args:
         messages: With role and content at least.
-        marks: Of each, whether it says that it is trained; None where it says nothing.
+        marks: Of each, the weight that it says it has, 0 for not trained; None where it says
+            nothing.
         fields: Their fields that are used, with their names in the data.
         unused: Those that are not, with the column before them.
         others: Those that a chat template may use, likewise.
     """
 
     messages: tuple[Mapping[str, Any], ...]
-    marks: tuple[bool | None, ...]
+    marks: tuple[float | None, ...]
     fields: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
@@ -77,7 +78,7 @@ def read_messages(turns: Any, name: str, where: str, names: RowNames) -> Message
             taken = names.naming.message_fields.values()
             unused |= dict.fromkeys(f"{name}.{key}" for key in hidden if key not in taken)
         fields |= dict.fromkeys(map(names.field, used))
-        marks.append(message_mark(turn, place, where))
+        marks.append(message_weight(turn, place, where))
     return Messages(tuple(messages), tuple(marks), tuple(fields), tuple(unused), tuple(others))
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from liger_cli.data.encode import WEIGHTS
 from liger_cli.errors import ConfigError
 
 _MAX_ROWS = 2**26
@@ -98,9 +100,15 @@ class Joined:
         row = int(self.order[number])
         for part in self.parts:
             if row < len(part):
-                return dict(part[row])
+                return {**self._absent, **part[row]}
             row -= len(part)
         raise IndexError(number)
+
+    @cached_property
+    def _absent(self) -> dict[str, None]:
+        """The columns of weights of the parts that have none, as they are in a part that has."""
+        has_weights = any(WEIGHTS in getattr(part, "column_names", ()) for part in self.parts)
+        return {WEIGHTS: None} if has_weights else {}
 
     def select(self, numbers: Sequence[int]) -> Joined:
         return Joined(self.parts, self.order[np.asarray(numbers, dtype=int)])

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from transformers import masking_utils
 
+from liger_cli.data.encode import WEIGHTS, default_weights
 from liger_cli.data.pair_formats import ANSWERS, FIGURES
 from liger_cli.errors import ConfigError
 from liger_kernels.transformers.wrappers import forward_takes, inner_model
@@ -37,6 +38,7 @@ __all__ = [
     "packing_problem",
     "refuse_packing",
     "row_lengths",
+    "weights_of",
 ]
 
 Strategy = Literal["bfd", "sequential"]
@@ -108,6 +110,12 @@ def answer_lengths(row: Mapping[str, Any]) -> list[int]:
     return [len(answer["input_ids"]) for answer in answers_of(row)]
 
 
+def weights_of(row: Mapping[str, Any]) -> Sequence[float]:
+    """Return the weights of the tokens of a row, which it may have as a column."""
+    given: Sequence[float] | None = row.get(WEIGHTS)
+    return default_weights(row["labels"]) if given is None else given
+
+
 def join_rows(documents: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Return one row of input_ids, labels and position_ids, which restart at each document.
 
@@ -120,6 +128,8 @@ def join_rows(documents: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         row["input_ids"] += answer["input_ids"]
         row["labels"] += answer["labels"]
         row["position_ids"] += range(len(answer["input_ids"]))
+    if any(WEIGHTS in answer for answer in answers):
+        row[WEIGHTS] = [weight for answer in answers for weight in weights_of(answer)]
     if len(answers) > len(documents):
         row["answer_ids"] = [n for n, one in enumerate(answers) for _ in one["input_ids"]]
         for name in FIGURES:

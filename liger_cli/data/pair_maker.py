@@ -64,6 +64,8 @@ class PairMaker:
 
     def _kept(self, pair: Pair, encoded: tuple[Encoded, ...], counts: Counts) -> list[list[int]]:
         """Return the columns of a pair, which is counted; none where it is left out."""
+        if any(one.weights is not None for one in encoded):
+            raise DataError(f"{pair.chosen.where}: pairs have no loss weights but 0 and 1")
         size = self.options.max_length
         cut = [values[:size] for one in encoded for values in (one.input_ids, one.labels)]
         answers = [(cut[0], cut[1]), (cut[2], cut[3])]

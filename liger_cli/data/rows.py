@@ -43,8 +43,9 @@ class Row:
             each turn; or nothing in a conversation.
         messages: Of a conversation, with role and content at least. An instruction has both: it
             is a conversation where the tokenizer has a chat template.
-        marks: Of each message, whether it says that it is trained; None where it says nothing.
-        is_trained: Whether anything of the row is trained.
+        marks: Of each message, the weight that it says it has, 0 for not trained; None where it
+            says nothing.
+        weight: Of the whole row, times that of each message; 0 where nothing of it is trained.
         is_text: Whether its parts are what is trained, with a chat template too.
         num_prompt: Messages that are the prompt, where a row has prompt and completion.
         token_ids: The ids, where a row has them and no text.
@@ -60,8 +61,8 @@ class Row:
     messages: tuple[Mapping[str, Any], ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
     images: tuple[Any, ...] = ()
-    marks: tuple[bool | None, ...] = ()
-    is_trained: bool = True
+    marks: tuple[float | None, ...] = ()
+    weight: float = 1.0
     is_text: bool = False
     num_prompt: int = 0
     fields: tuple[str, ...] = ()
@@ -69,6 +70,16 @@ class Row:
     seen: tuple[str, ...] = ()
     token_ids: tuple[int, ...] = ()
     labels: tuple[int, ...] = ()
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether anything of the row is trained."""
+        return self.weight > 0
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether a weight is neither 0 nor 1."""
+        return any(weight not in (None, 0, 1) for weight in (self.weight, *self.marks))
 
 
 @dataclass(frozen=True)
@@ -175,7 +186,7 @@ def make_row(
         columns=tuple(shown),
         seen=tuple(names.shown(name) for name in names.columns if name in content),
         unused=(*(names.shown(name) for name in content if name in given - used), *row.unused),
-        is_trained=fields.is_trained,
+        weight=fields.weight,
     )
 
 
@@ -267,7 +278,7 @@ def _chat_row(content: Mapping[str, Any], read: Messages, place: _Place) -> Row:
     )
 
 
-def _with_mask(row: Row, mask: tuple[str, tuple[bool, ...]]) -> tuple[bool | None, ...]:
+def _with_mask(row: Row, mask: tuple[str, tuple[bool, ...]]) -> tuple[float | None, ...]:
     """Return the marks of messages that the column of a mask gives.
 
     Raises:
@@ -280,13 +291,14 @@ def _with_mask(row: Row, mask: tuple[str, tuple[bool, ...]]) -> tuple[bool | Non
         raise DataError(
             f"{row.where}: {name} has {len(values)} marks for {len(row.messages)} messages"
         )
-    marks: list[bool | None] = [None] * added
+    marks: list[float | None] = [None] * added
     for i, value in enumerate(values, start=added):
-        if row.marks[i] not in (None, value):
+        said = row.marks[i]
+        if said is not None and (said > 0) != value:
             raise DataError(
                 f"{row.where}: {name}[{i - added}] and its message contradict each other"
             )
-        marks.append(value)
+        marks.append(float(value) if said is None else said)
     return tuple(marks)
 
 
@@ -295,13 +307,13 @@ def only_last(row: Row) -> Row:
     answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
     marks = list(row.marks or [None] * len(row.messages))
     for i in answers[:-1]:
-        marks[i] = False
+        marks[i] = 0.0
     return replace(row, marks=tuple(marks))
 
 
 def _with_system(
-    messages: tuple[Mapping[str, Any], ...], marks: tuple[bool | None, ...], text: Any, where: str
-) -> tuple[tuple[Mapping[str, Any], ...], tuple[bool | None, ...]]:
+    messages: tuple[Mapping[str, Any], ...], marks: tuple[float | None, ...], text: Any, where: str
+) -> tuple[tuple[Mapping[str, Any], ...], tuple[float | None, ...]]:
     """Put the text of the column system before the messages."""
     system = {"role": "system", "content": check_text(text, "system", where)}
     if messages[0]["role"] != "system":

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from liger_cli.config.datasets import DatasetEntry, datasets_name
+from liger_cli.data.batches import without_nulls
 from liger_cli.data.cache import Counts
 from liger_cli.data.examples import (
     BATCH,
@@ -156,7 +157,7 @@ class _Blocks:
                 tables = join_texts(tables, maker.options.max_length)
             try:
                 for table, added in tables:
-                    rows += table.to_pylist()
+                    rows += map(without_nulls, table.to_pylist())
                     counts.add(added)
             except ImagesFound as image:
                 raise DataError(f"{image.where}: images are not streamed") from None

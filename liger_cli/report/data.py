@@ -48,6 +48,7 @@ class RowPreview:
         listed: Each token, where that was asked for.
         answer: chosen or rejected, of a pair, which has a row for both.
         figures: Margin and log-probabilities of a pair, where it has them.
+        weights: Of the loss of each token, where some are neither 0 nor 1.
     """
 
     tokens: int
@@ -56,6 +57,7 @@ class RowPreview:
     listed: tuple[TokenPreview, ...] | None = None
     answer: str | None = None
     figures: Mapping[str, float] | None = None
+    weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class DataPreview:
         """Return it as plain JSON values."""
         content = {"command": "data preview", **asdict(self)}
         for part in (content, *content["rows"]):
-            for name in ("listed", "answer", "figures", "pairs"):
+            for name in ("listed", "answer", "figures", "weights", "pairs"):
                 if part.get(name, ...) is None:
                     del part[name]
         return content
@@ -129,7 +131,8 @@ def show_preview(preview: DataPreview, *, as_json: bool) -> None:
         show_lines(_heading(number, row, preview))
         console.print(_text(row, in_colour=console.color_system is not None), soft_wrap=True)
         if row.listed is not None:
-            show_table(("place", "id", "piece", "label"), _token_rows(row.listed))
+            columns = ("place", "id", "piece", "label", *(["weight"] if row.weights else []))
+            show_table(columns, _token_rows(row.listed, row.weights))
         show_lines("")
     show_lines(*_figures(preview), "")
     most = max(bar.rows for bar in preview.histogram)
@@ -161,11 +164,16 @@ def _heading(number: int, row: RowPreview, preview: DataPreview) -> str:
     return "; ".join([f"{place}: {share.format('scored')}", *figures])
 
 
-def _token_rows(tokens: tuple[TokenPreview, ...]) -> list[tuple[str, ...]]:
-    return [
+def _token_rows(
+    tokens: tuple[TokenPreview, ...], weights: tuple[float, ...] | None
+) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [
         (str(i), str(token.id), printable(token.piece), str(token.label))
         for i, token in enumerate(tokens)
     ]
+    if weights is None:
+        return rows
+    return [(*row, f"{weight:g}") for row, weight in zip(rows, weights, strict=True)]
 
 
 def _text(row: RowPreview, *, in_colour: bool) -> Text:

@@ -240,7 +240,7 @@ class TrainSession:
         accelerator, step = self._run.accelerator, self.num_done + 1
         batches = next(self._windows)
         own = sum(map(self._objective.count, batches), Totals())
-        totals = Totals(*self._sum_over_processes(*astuple(own)))
+        totals = own.like(self._sum_over_processes(*astuple(own)))
         is_first = step == self._first_step + 1
         with self._record.count_calls() if is_first else contextlib.nullcontext():
             part = self._gradients.add(step, batches, totals)
@@ -358,11 +358,12 @@ class TrainSession:
             stop=EarlyStop(self.num_done, self._evals.num_vain) if is_early else None,
         )
 
-    def _sum_over_processes(self, *numbers: int) -> list[int]:
+    def _sum_over_processes(self, *numbers: float) -> list[float]:
         accelerator = self._run.accelerator
         if accelerator.num_processes == 1:
             return list(numbers)
-        counts = torch.tensor(numbers, dtype=torch.int64, device=accelerator.device)
+        # Counts are exact in it.
+        counts = torch.tensor(numbers, dtype=torch.float64, device=accelerator.device)
         return accelerator.reduce(counts, "sum").tolist()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from liger_cli.config import RunConfig
-from liger_cli.data.encode import IGNORED
+from liger_cli.data.encode import IGNORED, WEIGHTS
 from liger_cli.data.packing import Strategy, answer_lengths, answers_of, row_lengths
 from liger_cli.data.padding import packed_share, padding_share
 from liger_cli.data.pair_facts import compare_pairs
@@ -110,7 +110,14 @@ def _render_one(row: Mapping[str, Any], tokenizer: Any, *, with_ids: bool) -> Ro
         pieces.append(Piece(text, is_trained))
     listed = [TokenPreview(token, _piece(token, tokenizer), label) for token, label in pairs]
     num_trained = sum(label != IGNORED for _, label in pairs)
-    return RowPreview(len(pairs), num_trained, tuple(pieces), tuple(listed) if with_ids else None)
+    weights = row.get(WEIGHTS)
+    return RowPreview(
+        len(pairs),
+        num_trained,
+        tuple(pieces),
+        tuple(listed) if with_ids else None,
+        weights=None if weights is None else tuple(weights),
+    )
 
 
 def _piece(token: int, tokenizer: Any) -> str:

@@ -27,17 +27,25 @@ class Totals:
     Attributes:
         tokens: Those that are not padding.
         labels: Tokens that are trained on.
+        weight: The sum of their weights, each of which is 1 by default.
+        weighted: Tokens that are trained on in batches with a column of weights.
         pairs: Pairs of a chosen and a rejected answer.
         chosen_labels: Tokens of chosen answers.
     """
 
     tokens: int = 0
     labels: int = 0
+    weight: float = 0.0
+    weighted: int = 0
     pairs: int = 0
     chosen_labels: int = 0
 
     def __add__(self, other: Totals) -> Totals:
         return Totals(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+
+    def like(self, values: Sequence[float]) -> Totals:
+        """Return totals of these values, of the types that the fields have here."""
+        return Totals(*(type(own)(v) for own, v in zip(astuple(self), values, strict=True)))
 
     @classmethod
     def num_fields(cls) -> int:

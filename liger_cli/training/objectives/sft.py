@@ -1,6 +1,8 @@
 """The next token: supervised fine-tuning, whose loss is the model's own.
 
-A step is a mean over its trained tokens.
+A step is a mean over its trained tokens, by their weights where data have some: then the sum of
+weight x loss by the sum of weights. The loss of an evaluation is weighted alike; its accuracy and
+entropy count every token once.
 
 In evaluation the loss comes from the model's forward too, which materializes no logits where its
 head is patched. The arguments of its cross-entropy are recorded: from them, accuracy and entropy
@@ -19,11 +21,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from liger_cli.data.batches import count_labels, count_tokens
-from liger_cli.data.encode import IGNORED
+from liger_cli.data.batches import count_labels, count_tokens, count_weight
+from liger_cli.data.encode import IGNORED, WEIGHTS
 from liger_cli.training.eval_result import EvalResult
 from liger_cli.training.forward import LossOf
 from liger_cli.training.objectives.objective import Batch, Part, Totals
+from liger_cli.training.objectives.weighted import evaluated_sums, weighted_loss
 from liger_kernels.transformers.lazy_logits.deferred import is_lazy_head
 from liger_kernels.transformers.wrappers import forward_parameters
 
@@ -48,12 +51,22 @@ class NextToken:
         self._device = device
 
     def count(self, batch: Batch) -> Totals:
-        return Totals(tokens=count_tokens(batch), labels=count_labels(batch))
+        num_labels = count_labels(batch)
+        return Totals(
+            tokens=count_tokens(batch),
+            labels=num_labels,
+            weight=count_weight(batch),
+            weighted=num_labels if WEIGHTS in batch else 0,
+        )
 
     def begin(self, model: Any, batches: Sequence[Batch], totals: Totals) -> None:
         """Do nothing: the parts of a step do not depend on one another."""
 
     def part(self, model: Any, batch: Batch, totals: Totals) -> Part:
+        if totals.weighted:
+            # All batches of the step, on all processes: a model in shards has to be gathered alike.
+            loss = weighted_loss(model, batch, self._device) / totals.weight
+            return Part(loss.float(), torch.zeros(0))
         return Part(self._loss_of(model, batch, totals.labels), torch.zeros(0))
 
     def evaluation(self, model: Any) -> TokenEvaluation:
@@ -63,30 +76,39 @@ class NextToken:
 class TokenEvaluation:
     """Loss, accuracy and entropy over all tokens with a label, whatever the batches.
 
-    Its sums are those of the loss, the right tokens, the entropies, and the labels.
+    Its sums are those of the loss, the right tokens, the entropies, the labels, and their weights.
     """
 
-    num_sums = 4
+    num_sums = 5
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model = model
+        self._device = device
         self._loss_of = LossOf(model, device)
         self._options = _options(model)
 
     def sums(self, batch: Batch) -> torch.Tensor:
+        counts = (count_labels(batch), count_weight(batch))
+        if WEIGHTS in batch:
+            found = evaluated_sums(self._model, batch, self._device)
+        else:
+            found = self._recorded_sums(batch)
+        return torch.tensor([*found, *counts], dtype=torch.float64)
+
+    def _recorded_sums(self, batch: Batch) -> tuple[float, float, float]:
+        """Return the sums of the loss, the right tokens and the entropies by the model's loss."""
         uncompiled = functools.partial(nn.Module._call_impl, self._model)
         with _RecordedLosses() as noted:
             loss = self._loss_of(uncompiled, batch, 1, **self._options)
-        num_labels = count_labels(batch)
         stats = sum((_token_sums(*call) for call in noted.calls), torch.zeros(3))
         correct, entropy, num_noted = stats.tolist()
-        if num_noted != num_labels:
+        if num_noted != count_labels(batch):
             correct = entropy = math.nan
-        return torch.tensor([float(loss), correct, entropy, num_labels], dtype=torch.float64)
+        return float(loss), correct, entropy
 
     def result(self, sums: torch.Tensor) -> EvalResult:
-        loss_sum, correct, entropy, num_labels = sums.tolist()
-        mean = loss_sum / num_labels
+        loss_sum, correct, entropy, num_labels, weight = sums.tolist()
+        mean = loss_sum / weight
         is_known = math.isfinite(correct)
         return EvalResult(
             loss=mean,

@@ -74,7 +74,7 @@ TURNS = ("messages", "conversations")
 TEXT_FORMATS = [form for form in FORMATS if form != "token ids"]
 # By kind: values that say no, values that say yes, and values that are refused.
 VALUES = {
-    "weight": ((0, 0.0, False, "0"), (1, 1.0, True), (0.5, 2, -1, "much", [0])),
+    "weight": ((0, 0.0, False, "0"), (1, 1.0, True, 0.5, "2"), (-1, 2e6, 1e-9, "much", "nan", [0])),
     "train": ((False, 0, "false"), (True, 1, "True"), (0.5, "no", [1, 0], {"a": 1})),
     "train?": ((False, 0), (True, 1), ()),
     "masked": ((True, 1), (False, 0), (0.3, "some")),

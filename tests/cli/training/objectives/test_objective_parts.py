@@ -31,7 +31,7 @@ def test_parts_add_up_to_the_mean_over_all_trained_tokens(size):
     objective = NextToken(model, CPU)
     batches = [Collator()(ROWS[i : i + size]) for i in range(0, len(ROWS), size)]
     totals = sum(map(objective.count, batches), Totals())
-    assert totals == Totals(tokens=26, labels=22)
+    assert totals == Totals(tokens=26, labels=22, weight=22)
     parts = [objective.part(model, batch, totals) for batch in batches]
     total = parts[0]
     for part in parts[1:]:

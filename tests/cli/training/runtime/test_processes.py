@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from typing import Any
 
@@ -51,6 +52,24 @@ def test_case_271_two_processes_train_the_weights_of_one(data, tmp_path, alone, 
     launch(2, words_of(data, two, *rows, 2, *shared))
     counts = ("step", "tokens", "trained_tokens")
     assert metrics(two, *counts) == metrics(one, *counts)
+    for of_two, of_one in zip(
+        metrics(two, "loss", "grad_norm"), metrics(one, "loss", "grad_norm"), strict=True
+    ):
+        assert of_two == pytest.approx(of_one, rel=1e-5)
+    final = weights(one / "checkpoint-3")
+    assert distance(weights(two / "checkpoint-3"), final) <= 1e-6
+    assert distance(weights(one / "checkpoint-1"), final) >= 1e-3
+
+
+def test_two_processes_train_by_the_weights_of_rows_what_one_does(data, tmp_path):
+    """Some batches have weights and others none; their sum is over both processes."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows = [{**row, "loss_weight": 0.1 + i} if i % 3 == 0 else row for i, row in enumerate(rows)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, two = tmp_path / "one", tmp_path / "two"
+    size = ("--per-device-train-batch-size", 2, "--gradient-accumulation-steps")
+    launch(1, words_of(data, one, *size, 4))
+    launch(2, words_of(data, two, *size, 2, "--padding-free"))
     for of_two, of_one in zip(
         metrics(two, "loss", "grad_norm"), metrics(one, "loss", "grad_norm"), strict=True
     ):
