@@ -22,6 +22,7 @@ from liger_cli.common.hub import fetch_weights
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError
 from liger_cli.training.checkpoints.sharded_state import read_named
+from liger_cli.training.model.adapters import is_quantised
 from liger_cli.training.model.demo_model import converted_model
 from liger_cli.training.model.loading import load_patched
 from liger_cli.training.model.presets import ModelSource
@@ -91,6 +92,8 @@ def _weights_of(
         return "its weights are random"
     if source.tokens is not None:
         return "the rows of new tokens are made of all others"
+    if is_quantised(config, source):
+        return "weights of 4 bits are packed as they load"
     if is_new and config.adapter == "dora":
         return "a new dora adapter starts from the norms of the weights"
     if is_new and config.lora_modules_to_save:

@@ -55,9 +55,14 @@ def check_sharded(config: RunConfig, source: ModelSource, device: torch.device) 
             "--optim adamw_torch goes element by element.",
         ),
         _Refusal(
-            is_quantised(config, source),
-            "weights of 4 or 8 bits are not sharded yet",
-            f"--adapter lora without load_in_4bit, or {_COPIES}.",
+            is_quantised(config, source) and not _has_four_bits(config, source),
+            "quantised weights other than those of load_in_4bit cannot be gathered",
+            f"--load-in-4bit, or {_COPIES}.",
+        ),
+        _Refusal(
+            config.cpu_offload and is_quantised(config, source),
+            "cpu_offload takes no weights of 4 bits",
+            "They and the shards of an adapter are small: leave cpu_offload out.",
         ),
         _Refusal(
             config.lora_target_parameters is not None,
@@ -70,6 +75,11 @@ def check_sharded(config: RunConfig, source: ModelSource, device: torch.device) 
             "A smaller --per-device-train-batch-size.",
         ),
     )
+
+
+def _has_four_bits(config: RunConfig, source: ModelSource) -> bool:
+    stored = (source.config or {}).get("quantization_config")
+    return config.load_in_4bit or (isinstance(stored, dict) and bool(stored.get("load_in_4bit")))
 
 
 def check_inputs(inputs: Inputs) -> None:

@@ -39,6 +39,23 @@ def shard_model(model: Any, layout: Layout) -> None:
         fully_shard(group, reshard_after_forward=config.reshard_after_forward, **options)
     # Backward begins with the head: to reshard it would gather it twice.
     fully_shard(model, reshard_after_forward=False, **options)
+    for part in sharded_parts(model):
+        _keep_quant_states(part)
+
+
+def _keep_quant_states(part: Any) -> None:
+    """Let the gathered weights of 4 bits in a group have the state that unpacks them.
+
+    bitsandbytes has it on the parameter, whose place the gathered one takes, and on the layer.
+    """
+    layers = [layer for layer in part.modules() if getattr(layer, "quant_state", None) is not None]
+
+    def set_states(*_: Any) -> None:
+        for layer in layers:
+            layer.weight.quant_state = layer.quant_state
+
+    if layers:
+        part.register_forward_pre_hook(set_states)
 
 
 def _offloading(layout: Layout) -> OffloadPolicy:
