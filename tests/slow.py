@@ -304,6 +304,8 @@ SLOW = {
     "test_a_signal_stops_all_after_the_same_step": ("three processes with torch a case", NONE),
     "test_sigterm_of_one_rank_stops_all": ("three processes with torch", NONE),
     "test_a_killed_rank_ends_all_and_the_run_continues": ("six processes with torch", NONE),
+    "test_a_host_whose_launcher_is_killed_ends_the_other": ("two processes with torch", NONE),
+    "test_srun_starts_what_torchrun_does": ("two processes with torch", NONE),
     "test_two_launchers_train_one_run": ("four processes with torch a case", NONE),
     "test_a_rank_that_hangs_is_named": ("three processes with torch", NONE),
     "test_an_error_of_rank_0_alone_is_said_once": ("three processes with torch", NONE),

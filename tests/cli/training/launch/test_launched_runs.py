@@ -23,7 +23,7 @@ def start(data, run_dir):
     """Start `liger train` on the small data in a process, with more words."""
     started = []
 
-    def launch(*words, command=("-m", "liger_cli"), cwd=None):
+    def launch(*words, command=("-m", "liger_cli"), cwd=None, environ=None):
         train = ["train", "-m", "qwen3", "-d", data, "-o", run_dir, "--use-cpu"]
         train += ["--max-length", 64, "--per-device-train-batch-size", 2]
         process = subprocess.Popen(
@@ -32,7 +32,7 @@ def start(data, run_dir):
             stderr=subprocess.PIPE,
             text=True,
             cwd=cwd,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})},
         )
         started.append(process)
         return process
@@ -152,6 +152,24 @@ def test_two_launchers_train_one_run(start, run_dir, tmp_path, is_shared):
         for _, err in ends:
             [error] = errors(err)
             assert f"output_dir {tmp_path}/host1/run of rank 1 on {HOST} is not" in error
+
+
+def test_srun_starts_what_torchrun_does(start, run_dir):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_PORT": port}
+    step |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_NODEID": "0", "SLURM_JOB_ID": "7"}
+    ranks = [
+        start("--max-steps", 2, environ={**step, "SLURM_PROCID": rank, "SLURM_LOCALID": rank})
+        for rank in ("0", "1")
+    ]
+    ends = [process.communicate(timeout=280) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], ends
+    assert len(list((run_dir / "checkpoint-2").glob("rng-*.pt"))) == 2
+    assert "train 2/2" in ends[0][1]
+    assert ends[1][0] == ""
+    assert "train" not in ends[1][1]
 
 
 @pytest.mark.gpu

@@ -296,6 +296,30 @@ def test_a_killed_launcher_leaves_no_rank():
         time.sleep(0.1)
 
 
+def free_endpoint():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return ("127.0.0.1", free.getsockname()[1])
+
+
+def test_a_host_whose_launcher_is_killed_ends_the_other(tmp_path):
+    """The first host, which has the store; its ranks say nothing either."""
+    code = f"open({str(tmp_path)!r} + f'/{{rank.number}}', 'w').close()\nhang()"
+    common = {"nproc": 1, "nnodes": 2, "endpoint": free_endpoint()}
+    first, second = (start_launcher(code, node_rank=number, **common) for number in (0, 1))
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.iterdir())) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    since = time.monotonic()
+    first.kill()
+    first.communicate()
+    _, err = second.communicate(timeout=60)
+    assert time.monotonic() - since < 30
+    assert second.returncode == 3
+    assert "error: the launcher of host 0 cannot be reached" in err
+
+
 @pytest.mark.parametrize(
     ("code", "exit_code", "said"),
     [
@@ -306,10 +330,7 @@ def test_a_killed_launcher_leaves_no_rank():
 )
 def test_two_launchers_are_one_launch(code, exit_code, said):
     """The hosts have one rank and two."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = ("127.0.0.1", free.getsockname()[1])
-    common = {"nnodes": 2, "endpoint": endpoint}
+    common = {"nnodes": 2, "endpoint": free_endpoint()}
     second = start_launcher(code, nproc=2, node_rank=1, **common)
     first = start_launcher(code, nproc=1, node_rank=0, **common)
     ends = [process.communicate(timeout=120) for process in (first, second)]
