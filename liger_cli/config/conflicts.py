@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 
 from liger_cli.config.keys import Keys
+from liger_cli.config.objective_conflicts import OBJECTIVE_CONFLICTS
 
 __all__ = ["CONFLICTS", "METRIC_SCHEDULES"]
 
@@ -219,4 +220,5 @@ CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...] = (
         "streaming collates in the run's own process; set dataloader_num_workers to 0",
         lambda c: c.streaming and c.dataloader_num_workers > 0,
     ),
+    *OBJECTIVE_CONFLICTS,
 )

@@ -74,6 +74,19 @@ _ELSEWHERE = {
     "resize_token_embeddings_to_32x": "resize_to_multiple_of",
     "neftune_alpha": "neftune_noise_alpha",
     "auto_find_batch_size": "auto_fit",
+    "stage": "objective",
+    "rl": "objective",
+    "pref_beta": "beta",
+    "rl_beta": "beta",
+    "dpo_beta": "beta",
+    "pref_loss": "loss_type",
+    "dpo_loss_type": "loss_type",
+    "dpo_label_smoothing": "label_smoothing",
+    "ref_model": "reference",
+    "reference_free": "reference",
+    "precompute_ref_log_probs": "reference",
+    "dpo_use_weighting": "use_weighting",
+    "pref_ftx": "loss_weights",
 }
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import WithJsonSchema
 
 from liger_cli.config.datasets import ENTRY_SCHEMA, read_entry
+from liger_cli.config.objectives import OBJECTIVES
 
 __all__ = ["EvalSets", "join_sets", "metric_names", "read_sets"]
 
@@ -32,8 +33,6 @@ EvalSets = Annotated[
 ]
 
 _NAMED = re.compile(r"([A-Za-z_][\w.-]*)=(.*)", re.DOTALL)
-
-_METRICS = ("loss", "perplexity", "token_accuracy", "entropy")
 
 
 def join_sets(value: object) -> object:
@@ -105,6 +104,7 @@ def _sets_of_entries(entries: list[dict[str, Any]]) -> dict[str, str | list[dict
     }
 
 
-def metric_names(sets: Iterable[str]) -> list[str]:
+def metric_names(sets: Iterable[str], objective: str = "sft") -> list[str]:
     """Return the metrics of all evaluation data, then of each set as NAME_loss and so on."""
-    return [f"{name}_{metric}" if name else metric for name in ["", *sets] for metric in _METRICS]
+    metrics = ("loss", *OBJECTIVES[objective].metrics)
+    return [f"{name}_{metric}" if name else metric for name in ["", *sets] for metric in metrics]

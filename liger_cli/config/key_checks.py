@@ -11,7 +11,15 @@ from pydantic import BaseModel, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from liger_cli.config.eval_sets import join_sets, metric_names, read_sets
-from liger_cli.config.pairs import are_pairs, join_pairs, join_ranks, read_ranks, split_names
+from liger_cli.config.objectives import GENERATING, OBJECTIVES
+from liger_cli.config.pairs import (
+    are_pairs,
+    join_pairs,
+    join_ranks,
+    read_numbers,
+    read_ranks,
+    split_names,
+)
 
 __all__ = ["TRACKERS", "KeyChecks"]
 
@@ -96,14 +104,45 @@ class KeyChecks(BaseModel):
     @classmethod
     def _known_metric(cls, value: str | None, info: ValidationInfo) -> str | None:
         # Which sets there are is not known where eval_dataset is wrong itself.
-        if value is None or "eval_dataset" not in info.data:
+        if value is None or not {"eval_dataset", "objective"} <= info.data.keys():
             return value
-        known = metric_names(name for name in read_sets(info.data["eval_dataset"]) if name)
+        sets = [name for name in read_sets(info.data["eval_dataset"]) if name]
+        known = metric_names(sets, info.data["objective"])
         # HF's names begin with eval_; a set's name may as well.
         value = value if value in known else value.removeprefix("eval_")
         if value not in known:
             raise ValueError(f"should be one of {', '.join(known)}")
         return value
+
+    @field_validator("objective", mode="before", check_fields=False)
+    @classmethod
+    def _no_generation(cls, value: object) -> object:
+        if isinstance(value, str) and value in GENERATING:
+            why = (
+                f"objective {value} generates answers and needs a reward for them: use TRL's "
+                "trainer on a patched model and reference, as in docs/preferences.md (objectives "
+                f"that generate); objectives here are {', '.join(OBJECTIVES)}"
+            )
+            raise PydanticCustomError("objective", "{why}", {"why": why})
+        return value
+
+    @field_validator("loss_weights", check_fields=False)
+    @classmethod
+    def _some_weights(cls, value: str | None) -> str | None:
+        if value is not None and min(read_numbers(value)) < 0:
+            raise ValueError("should be numbers of at least 0")
+        return value
+
+    @field_validator("loss_type", check_fields=False)
+    @classmethod
+    def _known_losses(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        names = ["alphapo" if name == "alpha" else name for name in split_names(value)]
+        known = list(dict.fromkeys(name for keys in OBJECTIVES.values() for name in keys.losses))
+        if not names or not set(names) <= set(known) or len(set(names)) < len(names):
+            raise ValueError(f"should be different ones of {', '.join(known)}")
+        return ",".join(names)
 
     @field_validator("lora_rank_pattern", mode="before", check_fields=False)
     @classmethod

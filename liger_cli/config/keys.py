@@ -21,7 +21,7 @@ from liger_cli.config.key_checks import TRACKERS, KeyChecks
 from liger_cli.config.pairs import (
     Pairs,
 )
-from liger_cli.config.value_types import Names, Tokens
+from liger_cli.config.value_types import Names, Numbers, Tokens
 
 __all__ = ["ALIASES", "Keys"]
 
@@ -98,6 +98,46 @@ class Keys(KeyChecks):
 
     objective: Literal["sft", "dpo", "orpo", "cpo", "simpo", "ipo"] = _objective(
         "sft", "sft: the next token; the others learn from pairs of a chosen and a rejected answer."
+    )
+    beta: float = _objective(
+        0.1, "Weight of the reference or the margin in a reward; of orpo, of its odds ratio.", ge=0
+    )
+    loss_type: Names | None = _objective(
+        None, "Losses of dpo, or the one of cpo (docs/preferences.md). null: sigmoid."
+    )
+    loss_weights: Numbers | None = _objective(None, "Weights of several losses. null: 1 each.")
+    label_smoothing: float = _objective(
+        0.0, "Share of pairs that are taken to be the wrong way round.", ge=0, lt=0.5
+    )
+    cpo_alpha: float | None = _objective(
+        None, "Weight of the likelihood of chosen answers. null: 1, of simpo and alphapo 0.", ge=0
+    )
+    simpo_gamma: float = _objective(0.5, "Margin that simpo and alphapo ask for.", ge=0)
+    alpha: float = _objective(0.0, "Shape of the rewards of cpo (AlphaPO); 0: log-likelihoods.")
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
+        _objective("reverse_kl", "Divergence that keeps dpo near its reference.")
+    )
+    f_alpha_divergence_coef: float = _objective(0.5, "Exponent of alpha_divergence.")
+    discopop_tau: float = _objective(0.05, "Temperature of discopop.", gt=0)
+    ld_alpha: float | None = _objective(
+        None, "Weight of tokens beyond the shorter answer of a pair (LD-DPO). null: 1.", ge=0, le=1
+    )
+    use_weighting: bool = _objective(
+        False, "Weigh pairs by the likelihood that the model gives them (WPO)."
+    )
+    reference: str = _objective(
+        "auto",
+        "Model that dpo stays near: adapter_off, model (as it was), precompute (its values, before "
+        "the first step), none, or another model. auto: without the new adapter, else precompute.",
+        min_length=1,
+    )
+    sync_ref_model: bool = _objective(False, "Move the reference towards the model (TR-DPO).")
+    ref_model_mixup_alpha: float = _objective(
+        0.6, "Part of the model in the reference then.", gt=0, le=1
+    )
+    ref_model_sync_steps: int = _objective(512, "Steps between these moves.", ge=1)
+    disable_dropout: bool = _objective(
+        True, "Train without dropout on pairs, so that both answers are seen by the same model."
     )
 
     dataset: Datasets = _data(
@@ -250,10 +290,12 @@ class Keys(KeyChecks):
     )
     metric_for_best_model: str | None = _run(
         None,
-        "loss (the default), perplexity, token_accuracy, entropy; of a named set NAME_loss.",
+        "loss (the default), perplexity, token_accuracy, entropy; of pairs rewards/accuracies, "
+        "rewards/margins and more; of a named set NAME_loss.",
     )
     greater_is_better: bool | None = _run(
-        None, "Whether the best metric is the largest; by default that of an accuracy is."
+        None,
+        "Whether the best metric is the largest; by default that of accuracies and margins is.",
     )
     early_stopping_patience: int | None = _run(
         None, "Evaluations in turn without a better metric that end the run.", ge=1

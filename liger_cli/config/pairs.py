@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ __all__ = [
     "are_pairs",
     "join_pairs",
     "join_ranks",
+    "read_numbers",
     "read_pairs",
     "read_ranks",
     "split_names",
@@ -28,6 +30,23 @@ _PAIR = re.compile(r"[A-Za-z_]\w*\s*=[^,=]+")
 def split_names(text: str | None) -> list[str]:
     """Return the entries of a comma-separated list."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
+def read_numbers(text: str | None) -> list[float]:
+    """Return the numbers of a comma-separated list.
+
+    Raises:
+        ValueError: An entry is no finite number.
+    """
+    numbers = []
+    for word in split_names(text):
+        try:
+            numbers.append(float(word))
+        except ValueError:
+            raise ValueError(f"should be numbers, separated by commas; {word!r} is none") from None
+    if not all(map(math.isfinite, numbers)) or (text is not None and not numbers):
+        raise ValueError("should be finite numbers, separated by commas")
+    return numbers
 
 
 def join_pairs(value: object) -> object:

@@ -274,8 +274,8 @@ def _advice(entry: Entry) -> str:
 
 
 def _invalid(key: str, detail: Mapping[str, Any]) -> str:
-    if detail["type"] == "ops":
-        # The library's own sentence, which names the op or the list.
+    if detail["type"] in ("ops", "objective"):
+        # A whole sentence, which names the op, the list or the objective.
         return shorten(detail["msg"], 400)
     message = re.sub("^(Value error, |Input |String )", "", detail["msg"])
     value = detail["input"]

@@ -11,7 +11,8 @@ from liger_cli.config.conflicts import CONFLICTS
 from liger_cli.config.datasets import DatasetEntry, Naming, datasets_name, read_datasets
 from liger_cli.config.eval_sets import read_sets
 from liger_cli.config.keys import Keys
-from liger_cli.config.pairs import read_pairs, read_ranks, split_names
+from liger_cli.config.objectives import OBJECTIVES, RISING_METRICS
+from liger_cli.config.pairs import read_numbers, read_pairs, read_ranks, split_names
 from liger_cli.config.yaml_file import to_yaml
 
 __all__ = ["RunConfig"]
@@ -60,6 +61,26 @@ class RunConfig(Keys):
         return 2 if self.trains_pairs else 1
 
     @property
+    def losses(self) -> dict[str, float]:
+        """The losses of the objective with their weights; none of one without a loss_type."""
+        names = split_names(self.loss_type or OBJECTIVES[self.objective].loss_type)
+        weights = read_numbers(self.loss_weights) or [1.0] * len(names)
+        return dict(zip(names, weights, strict=True))
+
+    @property
+    def likelihood_weight(self) -> float:
+        """cpo_alpha, or its default for the objective and the loss."""
+        if self.cpo_alpha is not None:
+            return self.cpo_alpha
+        return 0.0 if "alphapo" in self.losses else OBJECTIVES[self.objective].cpo_alpha
+
+    def with_objective_defaults(self) -> RunConfig:
+        """Return the same with the defaults that the objective gives to keys left at null."""
+        reads = OBJECTIVES[self.objective].reads
+        values = {"loss_type": ",".join(self.losses), "cpo_alpha": self.likelihood_weight}
+        return self.model_copy(update={key: values[key] for key in values if key in reads})
+
+    @property
     def naming(self) -> Naming:
         """The names of columns, roles and fields in all datasets."""
         return Naming(self.columns or {}, self.roles or {}, self.message_fields or {})
@@ -84,7 +105,8 @@ class RunConfig(Keys):
         """The metric that ranks the evaluations, and whether the largest is the best."""
         metric = self.metric_for_best_model or "loss"
         greater = self.greater_is_better
-        return metric, metric.endswith("accuracy") if greater is None else greater
+        is_rising = metric.endswith(tuple(RISING_METRICS))
+        return metric, is_rising if greater is None else greater
 
     @property
     def trackers(self) -> list[str]:

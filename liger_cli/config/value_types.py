@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, WithJsonSchema
 
-__all__ = ["Names", "Tokens"]
+__all__ = ["Names", "Numbers", "Tokens"]
 
 
 def _join_names(value: object) -> object:
@@ -20,6 +20,29 @@ Names = Annotated[
     str,
     BeforeValidator(_join_names),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+
+
+def _join_numbers(value: object) -> object:
+    """Join a number or a YAML list of numbers to the comma-separated string that it means."""
+    numbers = value if isinstance(value, list) else [value]
+    if all(isinstance(x, int | float) and not isinstance(x, bool) for x in numbers):
+        return ",".join(map(str, numbers))
+    return value
+
+
+Numbers = Annotated[
+    str,
+    BeforeValidator(_join_numbers),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "number"},
+                {"type": "array", "items": {"type": "number"}},
+            ]
+        }
+    ),
 ]
 
 

@@ -312,6 +312,7 @@ def step_charts(
             _used(_by_set(evaluations, "token_accuracy", divisor=0.01)),
             title="Token accuracy in evaluation",
         ),
+        *_preference_charts(steps, evaluations),
     ]
     return [chart for chart in charts if any(len(points) > 1 for points in chart.lines.values())]
 
@@ -321,10 +322,10 @@ def _by_set(
 ) -> dict[str, dict[int, float]]:
     """Return a figure of each evaluation set by step, and of all together where they are many."""
     names = dict.fromkeys(
-        column.removeprefix("eval_").removesuffix("_perplexity")
+        re.sub("^eval_|_(perplexity|pairs)$", "", column)
         for row in evaluations
         for column in row
-        if re.fullmatch("eval_.+_perplexity", column)
+        if re.fullmatch("eval_.+_(perplexity|pairs)", column)
     )
     columns = {f"evaluation of {name}": f"eval_{name}_{key}" for name in names}
     if len(columns) != 1:
@@ -334,6 +335,24 @@ def _by_set(
         name: {step: value / divisor for step, value in _column(evaluations, column).items()}
         for name, column in columns.items()
     }
+
+
+def _preference_charts(
+    steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+) -> list[Curves]:
+    """Return rewards of pairs over the steps of a run, and in its evaluations."""
+    charts = []
+    for title, keys in (
+        ("Reward accuracy", ("rewards/accuracies",)),
+        ("Rewards", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
+        ("Log-probability of answers", ("logps/chosen", "logps/rejected")),
+    ):
+        lines = {key.rpartition("/")[2]: _column(steps, key) for key in keys}
+        lines |= {
+            f"{key.rpartition('/')[2]}, evaluation": _column(evaluations, key) for key in keys
+        }
+        charts.append(Curves("step", title.lower(), _used(lines), title=title))
+    return charts
 
 
 def _metric(

@@ -18,11 +18,11 @@ def eval_table(report: RunReport) -> Table | None:
     """Return the figures of each evaluation set, and of all together; None without named sets."""
     if not report.eval_sets:
         return None
-    rows = [
-        (name, *(_words(part).get(key, "") for key in _FIGURES))
-        for name, part in parts_by_name(report).items()
-    ]
-    return Table.with_used_columns("Evaluation", ("evaluation", *_FIGURES), rows)
+    words = {name: _words(part) for name, part in parts_by_name(report).items()}
+    more = [key for one in words.values() for key in one if key not in _FIGURES]
+    keys = list(dict.fromkeys((*_FIGURES[:-1], *more, _FIGURES[-1])))
+    rows = [(name, *(one.get(key, "") for key in keys)) for name, one in words.items()]
+    return Table.with_used_columns("Evaluation", ("evaluation", *keys), rows)
 
 
 def eval_lines(report: RunReport) -> list[str]:
@@ -69,4 +69,8 @@ def _words(part: EvalPart) -> dict[str, str]:
         words["token accuracy"] = f"{part.token_accuracy:.1%}"
     if part.entropy is not None:
         words["entropy"] = f"{part.entropy:.2f}"
+    for key, value in part.means.items():
+        words[key] = "-" if value is None else f"{value:.4g}"
+    if part.pairs is not None:
+        words["pairs"] = format_count(part.pairs)
     return {**words, "tokens": format_count(part.tokens)}

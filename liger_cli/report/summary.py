@@ -210,6 +210,9 @@ def _eval_tiles(part: EvalPart) -> list[Tile]:
     if part.token_accuracy is not None:
         tokens = f"on {format_count(part.tokens)} tokens with a label"
         tiles.append(Tile("Token accuracy", f"{part.token_accuracy:.1%}", tokens))
+    if (accuracy := part.means.get("rewards/accuracies")) is not None:
+        pairs = f"of {format_count(part.pairs or 0)} pairs the chosen answer has the larger reward"
+        tiles.append(Tile("Reward accuracy", f"{accuracy:.1%}", pairs))
     return tiles
 
 

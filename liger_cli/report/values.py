@@ -10,7 +10,13 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 from liger_cli.common.numbers import finite
 from liger_cli.common.outputs import write_file
@@ -141,13 +147,32 @@ class AttentionPart(_Part):
 
 
 class EvalPart(_Part):
-    """Token-weighted evaluation; tokens are those with a label. entropy is in nats a token."""
+    """Evaluation over all tokens with a label, or over all pairs; entropy is in nats a token.
+
+    Of pairs there are TRL's names beside, such as rewards/accuracies.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Finite]
 
     loss: Finite
-    perplexity: Finite
-    token_accuracy: Finite
+    perplexity: Finite = None
+    token_accuracy: Finite = None
     entropy: Finite = None
     tokens: int
+    pairs: int | None = None
+
+    @property
+    def means(self) -> dict[str, float | None]:
+        """The means over pairs, by name."""
+        return dict(self.__pydantic_extra__)
+
+    @model_serializer(mode="wrap")
+    def _given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the figures that this kind of evaluation has not."""
+        values: dict[str, Any] = serialize(self)
+        given = self.model_fields_set | self.__pydantic_extra__.keys()
+        return {name: value for name, value in values.items() if name in given}
 
 
 class BestPart(_Part):

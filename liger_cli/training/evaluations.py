@@ -14,12 +14,11 @@ from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError
 from liger_cli.training.checkpoints.files import checkpoint_path
 from liger_cli.training.checkpoints.run_log import JsonLines
-from liger_cli.training.eval_result import FIGURES, EvalResult
+from liger_cli.training.eval_result import EvalResult, logged_name, plain_name, required_names
 
 __all__ = ["EVAL_LOG", "Best", "EarlyStop", "Evaluations", "eval_interval", "evaluated_values"]
 
 EVAL_LOG = "eval.jsonl"
-_EVAL_FIELDS = tuple(f"eval_{name}" for name in FIGURES)
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,10 @@ class Evaluations:
 
     def __init__(self, config: RunConfig, run_dir: Path, *, last_step: int, write: bool) -> None:
         self._log = JsonLines(
-            run_dir / EVAL_LOG, required=_EVAL_FIELDS, last_step=last_step, write=write
+            run_dir / EVAL_LOG,
+            required=required_names(config.objective),
+            last_step=last_step,
+            write=write,
         )
         self._run_dir = run_dir
         self._metric, self._is_greater_better = config.best_metric
@@ -77,7 +79,7 @@ class Evaluations:
                 f"metric_for_best_model is {self._metric}, which nobody knows of this model: its "
                 f"loss is not one cross-entropy of its tokens; there are {known}"
             )
-        row = {"step": step, **{f"eval_{name}": value for name, value in values.items()}}
+        row = {"step": step, **{logged_name(name): value for name, value in values.items()}}
         self._log.write(row)
         self._note(row)
 
@@ -113,7 +115,7 @@ class Evaluations:
     def _note(self, row: dict[str, Any]) -> None:
         # Before the first step the model is what training is measured by, and no result of it. A
         # run that was resumed may have had other evaluation sets.
-        if row["step"] == 0 or f"eval_{self._metric}" not in row:
+        if row["step"] == 0 or logged_name(self._metric) not in row:
             return
         gain = math.inf
         if self._best is not None:
@@ -126,13 +128,13 @@ class Evaluations:
         self.num_vain = 0 if gain > self._threshold else self.num_vain + 1
 
     def _value(self, row: dict[str, Any]) -> float:
-        value = row[f"eval_{self._metric}"]
+        value = row[logged_name(self._metric)]
         return math.nan if value is None else float(value)
 
 
 def evaluated_values(row: dict[str, Any]) -> dict[str, Any]:
     """Return the numbers of a line of eval.jsonl as EvalResult.by_name had them."""
-    return {key.removeprefix("eval_"): value for key, value in row.items() if key != "step"}
+    return {plain_name(key): value for key, value in row.items() if key != "step"}
 
 
 def eval_interval(config: RunConfig, steps_per_epoch: int) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from liger_cli.common.measure import median_after_warm_up
+from liger_cli.config.objectives import PAIR_MEANS
 from liger_cli.data.batches import BatchPlan
 from liger_cli.training.eval_result import EvalResult
 from liger_cli.training.evaluations import Best, EarlyStop
@@ -47,8 +48,7 @@ class StepMetrics:
             absent = None if name == "grad_norm" else 0 if name in COUNTS else math.nan
             value = row.get(name)
             values[name] = absent if value is None else value
-        # A mean of an objective has a group in its name.
-        means = {name: value for name, value in row.items() if "/" in name}
+        means = {name: row[name] for name in PAIR_MEANS if name in row}
         return cls(**values, means=means)
 
 

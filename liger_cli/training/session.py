@@ -33,7 +33,7 @@ from liger_cli.training.evaluate import evaluate_inputs
 from liger_cli.training.evaluations import EVAL_LOG, EarlyStop, Evaluations, eval_interval
 from liger_cli.training.model.adapters import is_adapted, save_weights
 from liger_cli.training.model.new_tokens import write_tokens
-from liger_cli.training.objectives.objective import Part, Totals
+from liger_cli.training.objectives.objective import Part, Setting, Totals
 from liger_cli.training.objectives.table import make_objective
 from liger_cli.training.optim.optimizers import Schedule, make_optimizer
 from liger_cli.training.parallel.checkpoint import consolidate, save_sharded
@@ -60,11 +60,13 @@ class Callbacks:
             and a line about a decision, or None.
         on_step: Gets the metrics of each step.
         on_eval: Gets the result of each evaluation and its step.
+        on_note: Gets a line about what the objective does before the first step.
     """
 
     on_start: Callable[[RunConfig, str | None], None] = _ignore
     on_step: Callable[[StepMetrics], None] = _ignore
     on_eval: Callable[[EvalResult, int], None] = _ignore
+    on_note: Callable[[str], None] = _ignore
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,9 @@ class TrainSession:
         self._scheduler = Schedule(config, optimizer, run.num_steps)
         set_seed(config.seed, device_specific=True)
         self._model, self._optimizer = run.engine.prepare(model, optimizer)
+        # Of the data as they were read: an objective may add to their rows.
+        data = run.inputs.train_identity
+        self._run = run = replace(run, inputs=self._objective.prepare(self._setting()))
         self._parameters = [p for p in self._model.parameters() if p.requires_grad]
         self._feed = ResizableBatches(run.batches, self._feed_of)
         self._gradients = Gradients(
@@ -129,12 +134,27 @@ class TrainSession:
             self._optimizer,
             self._scheduler,
             self._feed,
-            run.inputs.train_identity,
+            data,
             self._save_model,
             self._write_whole,
+            self._objective,
         )
         self._evaluated: EvalResult | None = None
         self.num_done = 0
+
+    def _setting(self) -> Setting:
+        run = self._run
+        return Setting(
+            config=run.config,
+            accelerator=run.accelerator,
+            model=self._model,
+            inputs=run.inputs,
+            batches=run.batches,
+            num_steps=run.num_steps,
+            run_dir=run.run_dir,
+            checkpoint=run.checkpoint,
+            notify=self._callbacks.on_note if run.is_main else _ignore,
+        )
 
     def _feed_of(self, batches: BatchPlan) -> Feed:
         run = self._run
@@ -257,6 +277,7 @@ class TrainSession:
         if not _is_finite(loss_value, norm_value, accelerator):
             raise non_finite(step, loss_value, norm_value, self._saver.newest)
         self.num_done = step
+        self._objective.updated(step)
         metrics = dict(zip(self._objective.metrics, found, strict=True))
         return OptimizerStep(loss_value, learning_rate, norm_value, totals, metrics)
 

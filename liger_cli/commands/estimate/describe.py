@@ -94,6 +94,7 @@ def _fitted(memory: RunMemory, card: Card, fit: Fit) -> tuple[RunMemory, FitPart
 def _rows(found: MemoryEstimate) -> list[PartRow]:
     sizes = {
         "weights": found.weights,
+        "reference": found.reference,
         "optimizer": found.optimizer,
         "gradients": found.gradients,
         **found.activations,

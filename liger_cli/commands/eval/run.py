@@ -18,7 +18,8 @@ from liger_cli.training.launch.agreement import check_same_data, check_same_laun
 from liger_cli.training.memory.limits import check_memory
 from liger_cli.training.model.adapters import adapts
 from liger_cli.training.model.source import resolve_model
-from liger_cli.training.objectives.table import make_objective
+from liger_cli.training.objectives.objective import Setting
+from liger_cli.training.objectives.table import make_objective, resolve_objective
 from liger_cli.training.parallel.engine import Engine, make_engine
 from liger_cli.training.parallel.mesh import ParallelPlan, explicit_plan
 from liger_cli.training.parallel.refusals import check_inputs, check_sharded
@@ -46,6 +47,7 @@ def run_eval(config: RunConfig) -> RunReport | None:
     inputs = load_inputs(config, source=source, device=device, trains=False, notify=notify)
     if accelerator.num_processes > 1:
         check_same_data(inputs.identities, accelerator)
+    config = resolve_objective(config, inputs, trains=False)
     engine = _make_engine(config, inputs, accelerator)
     check_memory(config, inputs.meta_model, device, trains=False)
     say: Callable[[str], None] = notify if is_main else lambda line: None
@@ -55,6 +57,7 @@ def run_eval(config: RunConfig) -> RunReport | None:
         inputs = check_documents(config, inputs, model, accelerator, say)
     objective = make_objective(config, model, device)
     model = engine.prepare_evaluated(model)
+    inputs = objective.prepare(Setting(config, accelerator, model, inputs, notify=say))
     if is_main:
         show_patched(report_of("eval", config, inputs, record))
     rows_at_once = config.per_device_eval_batch_size * accelerator.num_processes

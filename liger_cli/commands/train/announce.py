@@ -10,6 +10,7 @@ from liger_cli.report import RunReport, notify, show_patched
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.model.adapters import trained_line
 from liger_cli.training.model.template_facts import template_facts
+from liger_cli.training.objectives.table import describe_objective
 from liger_cli.training.prepared import PreparedRun
 from liger_kernels.transformers.patching.engine import PatchRecord
 
@@ -101,5 +102,7 @@ def announce_data(run: PreparedRun) -> None:
     epoch = f", {batches.steps_per_epoch} an epoch" if batches.num_rows else ""
     notify(f"plan: {run.num_steps} steps{epoch}")
     notify(f"model: {trained_line(inputs.meta_model)}")
+    if (objective := describe_objective(run.config)) is not None:
+        notify(objective)
     if alpha := run.config.neftune_noise_alpha:
         notify(f"neftune: noise of alpha {alpha:g} on the embeddings in training steps")

@@ -26,6 +26,7 @@ from liger_cli.training.launch.agreement import (
 from liger_cli.training.model.adapters import adapts, is_quantised, quantization
 from liger_cli.training.model.source import ModelSource, resolve_model
 from liger_cli.training.model.tokenizers import check_same_template
+from liger_cli.training.objectives.table import resolve_objective
 from liger_cli.training.optim.optimizers import check_optimization
 from liger_cli.training.parallel.choice import choose_plan
 from liger_cli.training.parallel.mesh import explicit_plan
@@ -70,10 +71,6 @@ def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]
     Raises:
         LigerError: Anything a user can mend.
     """
-    if config.trains_pairs:
-        raise ConfigError(
-            f"objective {config.objective} has no loss yet; liger data preview shows its pairs"
-        )
     config = config_of_launch(config)
     parse_ops(config.ops, options.require)
     quiet_libraries()
@@ -105,6 +102,7 @@ def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]
             check_same_data(inputs.identities, accelerator)
         if checkpoint is not None:
             check_same_template(checkpoint, config, inputs.preprocessing)
+        config = resolve_objective(config, inputs)
         parallel, line = choose_plan(config, inputs, accelerator)
         if line is not None and accelerator.is_main_process:
             notify(line)

@@ -180,7 +180,7 @@ def _callbacks(run: PreparedRun, trackers: Tracking, progress: TrainProgress) ->
         for text in eval_texts(report):
             progress.note(f"eval {step}/{run.num_steps}  {text}")
 
-    return Callbacks(start, show_step, show_evaluation)
+    return Callbacks(start, show_step, show_evaluation, progress.note)
 
 
 def _report(

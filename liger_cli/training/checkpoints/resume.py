@@ -91,6 +91,8 @@ def with_older_values(checkpoint: Path, config: RunConfig) -> RunConfig:
         for key, value in _BEFORE_IT_EXISTED.items()
         if key not in known and getattr(config, key) == fields[key].default
     }
+    if config.reference == "auto":
+        older["reference"] = known.get("reference", "auto")
     return config.model_copy(update=older)
 
 
@@ -228,9 +230,11 @@ def _changes(manifest: dict[str, Any], config: RunConfig) -> dict[str, tuple[Any
     # But for these.
     defaults |= {**_BEFORE_IT_EXISTED, "torch_compile": False}
     found = {}
-    for key, new in config.model_dump(mode="json").items():
+    for key, new in config.with_objective_defaults().model_dump(mode="json").items():
         old = manifest["config"].get(key, defaults[key])
         is_same = old == new or (key in _YES and {old, new} == {None, True})
+        # With auto a resumed run keeps the reference that it has.
+        is_same = is_same or (key == "reference" and new == "auto")
         if not is_same:
             found[key] = (old, new)
     return found

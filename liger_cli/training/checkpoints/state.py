@@ -58,6 +58,7 @@ class TrainState:
             optimizer too; every process calls it.
         write_whole: Writes this process's part of the files that put a sharded model together
             again, after save_model, and returns their names.
+        objective: Of the run; has a state as well.
     """
 
     accelerator: Any
@@ -68,6 +69,7 @@ class TrainState:
     data: dict[str, Any]
     save_model: Callable[[Path], None]
     write_whole: Callable[[Path], list[str]]
+    objective: Any
 
     @property
     def is_sharded(self) -> bool:
@@ -81,12 +83,14 @@ class TrainState:
             "scheduler": self.scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "data": self.feed.state_dict(),
+            "objective": self.objective.state_dict(),
         }
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
         """Restore everything but the optimizer, which comes first."""
         self.scheduler.load_state_dict(values["scheduler"])
         self.feed.load_state_dict(values["data"])
+        self.objective.load_state_dict(values.get("objective", {}))
         if values["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])
 

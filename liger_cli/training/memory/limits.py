@@ -216,6 +216,7 @@ def parts_line(found: MemoryEstimate) -> str:
     """Return the parts of an estimate in words."""
     parts = {
         "weights": found.weights,
+        "reference": found.reference,
         "optimizer": found.optimizer,
         "gradients": found.gradients,
         **{f"activations of {name}": size for name, size in found.activations.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules import module as module_hooks
 
 from liger_cli.config import RunConfig
+from liger_cli.config.objectives import OBJECTIVES, REFERENCE_KINDS
 from liger_cli.training.forward import LossOf
 from liger_cli.training.memory.ledger import Ledger
 from liger_cli.training.memory.packed import allocate_moments, pack_layers
@@ -26,6 +28,7 @@ from liger_cli.training.memory.parts import (
 from liger_cli.training.memory.probe_copy import BACKWARD, Answers, gpu_stand_in, plain_tensors
 from liger_cli.training.model.adapters import is_adapted
 from liger_cli.training.optim.optimizers import EIGHT_BIT, make_optimizer
+from liger_kernels.transformers import token_logprobs
 from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = ["Batch", "MemoryEstimate", "step_memory"]
@@ -62,6 +65,7 @@ class MemoryEstimate:
     """Bytes of a training step by part; the parts are not all there at once.
 
     Attributes:
+        reference: The weights that dpo compares with, where they are in memory.
         optimizer: What it holds from step to step.
         gradients: Of all trained parameters.
         activations: What forward keeps for backward, by kind of layer.
@@ -81,6 +85,7 @@ class MemoryEstimate:
     kept_for_loss: int
     at_peak: Mapping[str, int]
     phases: Mapping[str, int]
+    reference: int = 0
 
     @property
     def peak(self) -> int:
@@ -133,6 +138,8 @@ def _run_step(
         pack_layers(model, config)
     # First, because the moments are there in every step but the first.
     parameters = [p for p in model.parameters() if p.requires_grad]
+    with ledger.counting("reference"):
+        reference = _reference(config, model, parameters)
     with ledger.counting("gradients"):
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
@@ -154,13 +161,13 @@ def _run_step(
     with ledger.counting("other"), _gathered(model, ledger):
         inputs = _inputs(batch)
         with _by_module(ledger, model), _autocast(config, model):
-            loss = LossOf(model, _CPU)(model, inputs, num_labels)
+            loss = _loss(config, model, inputs, num_labels)
         phases["forward"] = ledger.peak
         kept = dict(ledger.live)
         with ledger.counting(BACKWARD), _by_module(ledger, model):
             loss.backward()
         phases["backward"] = ledger.peak
-    del moments
+    del moments, reference
     return MemoryEstimate(
         weights=kept["weights"],
         optimizer=optimizer,
@@ -171,7 +178,35 @@ def _run_step(
         kept_for_loss=kept.get(HEAD_GRADIENT, 0) + kept.get(LOGITS, 0),
         at_peak={part: size for part, size in ledger.at_peak.items() if size},
         phases=phases,
+        reference=kept.get("reference", 0),
     )
+
+
+def _loss(config: RunConfig, model: Any, inputs: dict[str, Any], num_labels: int) -> Tensor:
+    if not config.trains_pairs:
+        return LossOf(model, _CPU)(model, inputs, num_labels)
+    labels = inputs.pop("labels")
+    with warnings.catch_warnings():
+        # An unpatched model is estimated for what it takes: all logits.
+        warnings.simplefilter("ignore", UserWarning)
+        logps = token_logprobs(model, inputs, labels).logprob
+    # Sums over answers and what follows are numbers of pairs, which are few.
+    return logps.double().sum()
+
+
+def _reference(config: RunConfig, model: Any, parameters: list[Tensor]) -> object:
+    """Make the weights of the reference that a run holds beside its own.
+
+    Where `reference` is auto, which a run resolves, they are none: the adapter is off, or values
+    are precomputed.
+    """
+    if "reference" not in OBJECTIVES[config.objective].reads:
+        return None
+    if config.reference == "model" or config.sync_ref_model:
+        return [torch.empty_like(parameter) for parameter in parameters]
+    if config.reference in REFERENCE_KINDS:
+        return None
+    return [torch.empty_like(parameter) for parameter in model.parameters()]
 
 
 def _give_storage(model: nn.Module) -> None:

@@ -7,15 +7,19 @@ step means the same whatever the micro-batches, the accumulation, the processes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from liger_cli.config import RunConfig
+from liger_cli.data.batches import BatchPlan
 from liger_cli.training.eval_result import EvalResult
+from liger_cli.training.inputs import Inputs
 
-__all__ = ["Batch", "Evaluation", "Objective", "Part", "Totals"]
+__all__ = ["Batch", "Evaluation", "Objective", "Part", "Setting", "Totals"]
 
 Batch = Mapping[str, Any]
 
@@ -46,11 +50,6 @@ class Totals:
     def like(self, values: Sequence[float]) -> Totals:
         """Return totals of these values, of the types that the fields have here."""
         return Totals(*(type(own)(v) for own, v in zip(astuple(self), values, strict=True)))
-
-    @classmethod
-    def num_fields(cls) -> int:
-        """Return how many counts there are."""
-        return len(fields(cls))
 
 
 class Part(NamedTuple):
@@ -85,14 +84,41 @@ class Evaluation(Protocol):
         """Return the means of sums that were added up over batches and processes."""
 
 
-class Objective(Protocol):
-    """The loss that a run learns by: a class in a file here, with a row in OBJECTIVES (table.py).
+@dataclass(frozen=True)
+class Setting:
+    """A run, as far as an objective needs it once the model is prepared.
 
     Attributes:
-        metrics: Names of the means that a line of metrics.jsonl has beside its loss.
+        config: With its keys resolved (table.py).
+        model: The prepared model.
+        inputs: Its data, and the model as it was found before training.
+        batches: The order of the training data; None of a run that evaluates alone.
+        num_steps: Optimizer steps of the whole run.
+        run_dir: Where the run keeps its files; None of one that keeps none.
+        checkpoint: The checkpoint that the run resumes from.
+        notify: Gets lines for the user.
     """
 
-    metrics: tuple[str, ...]
+    config: RunConfig
+    accelerator: Any
+    model: Any
+    inputs: Inputs
+    notify: Callable[[str], None]
+    batches: BatchPlan | None = None
+    num_steps: int = 0
+    run_dir: Path | None = None
+    checkpoint: Path | None = None
+
+
+class Objective(Protocol):
+    """The loss that a run learns by: a class in a file here, with a row in MAKERS (table.py)."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Return the names of the means that a line of metrics.jsonl has beside its loss."""
+
+    def prepare(self, setting: Setting) -> Inputs:
+        """Get ready for the first step, and return the data with what the loss reads of them."""
 
     def count(self, batch: Batch) -> Totals:
         """Count a collated batch, on the host."""
@@ -111,5 +137,14 @@ class Objective(Protocol):
     def part(self, model: Any, batch: Batch, totals: Totals) -> Part:
         """Compute the part of a micro-batch in the step; batches come in the order of begin."""
 
+    def updated(self, step: int) -> None:
+        """Follow the optimizer step that was done last."""
+
     def evaluation(self, model: Any) -> Evaluation:
         """Return the evaluation of a model that is not wrapped for several processes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state that a checkpoint must hold of the objective."""
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Restore what state_dict returned, after prepare."""

@@ -25,7 +25,8 @@ from liger_cli.data.batches import count_labels, count_tokens, count_weight
 from liger_cli.data.encode import IGNORED, WEIGHTS
 from liger_cli.training.eval_result import EvalResult
 from liger_cli.training.forward import LossOf
-from liger_cli.training.objectives.objective import Batch, Part, Totals
+from liger_cli.training.inputs import Inputs
+from liger_cli.training.objectives.objective import Batch, Part, Setting, Totals
 from liger_cli.training.objectives.weighted import evaluated_sums, weighted_loss
 from liger_kernels.transformers.lazy_logits.deferred import is_lazy_head
 from liger_kernels.transformers.wrappers import forward_parameters
@@ -50,6 +51,9 @@ class NextToken:
         self._loss_of = LossOf(model, device)
         self._device = device
 
+    def prepare(self, setting: Setting) -> Inputs:
+        return setting.inputs
+
     def count(self, batch: Batch) -> Totals:
         num_labels = count_labels(batch)
         return Totals(
@@ -69,8 +73,17 @@ class NextToken:
             return Part(loss.float(), torch.zeros(0))
         return Part(self._loss_of(model, batch, totals.labels), torch.zeros(0))
 
+    def updated(self, step: int) -> None:
+        """Do nothing: the loss reads nothing but the model."""
+
     def evaluation(self, model: Any) -> TokenEvaluation:
         return TokenEvaluation(model, self._device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Do nothing: there is no state."""
 
 
 class TokenEvaluation:

@@ -1,7 +1,7 @@
 """The objectives by name.
 
 A new one (kto, reward, classify, distill) is a class with the methods of `Objective` in a file
-here, a row of OBJECTIVES, and a row in liger_cli/config/objectives.py for the keys that it reads.
+here, a row of MAKERS, and one in liger_cli/config/objectives.py for its names and keys.
 """
 
 from __future__ import annotations
@@ -12,15 +12,25 @@ from typing import Any
 import torch
 
 from liger_cli.config import RunConfig
+from liger_cli.config.objectives import OBJECTIVES
+from liger_cli.training.inputs import Inputs
+from liger_cli.training.objectives.cpo import Cpo
+from liger_cli.training.objectives.dpo import Dpo
 from liger_cli.training.objectives.objective import Objective
+from liger_cli.training.objectives.orpo import Orpo
+from liger_cli.training.objectives.precompute import has_values
+from liger_cli.training.objectives.reference import resolve_reference
 from liger_cli.training.objectives.sft import NextToken
 
-__all__ = ["OBJECTIVES", "make_objective"]
+__all__ = ["MAKERS", "describe_objective", "make_objective", "resolve_objective"]
 
 _Make = Callable[[RunConfig, Any, torch.device], Objective]
 
-OBJECTIVES: dict[str, _Make] = {
+MAKERS: dict[str, _Make] = {
     "sft": lambda config, model, device: NextToken(model, device),
+    "dpo": Dpo,
+    "orpo": Orpo,
+    "cpo": Cpo,
 }
 
 
@@ -32,4 +42,39 @@ def make_objective(config: RunConfig, model: Any, device: torch.device) -> Objec
         model: The model before it is prepared: wrappers may hide its signature.
         device: Where batches go.
     """
-    return OBJECTIVES["sft"](config, model, device)
+    return MAKERS[OBJECTIVES[config.objective].objective](config, model, device)
+
+
+def resolve_objective(config: RunConfig, inputs: Inputs, *, trains: bool = True) -> RunConfig:
+    """Return the configuration with the defaults that the objective gives to keys left at null.
+
+    Args:
+        inputs: The model before training, and its data.
+        trains: False is a run that only evaluates.
+
+    Raises:
+        ConfigError: The reference that was asked for cannot be had.
+    """
+    config = config.with_objective_defaults()
+    if "reference" not in OBJECTIVES[config.objective].reads:
+        return config
+    kind = resolve_reference(config, inputs.source, has_values=has_values(inputs), trains=trains)
+    return config.model_copy(update={"reference": kind})
+
+
+def describe_objective(config: RunConfig) -> str | None:
+    """Return a line on the objective of a run whose keys are resolved; None of sft."""
+    keys = OBJECTIVES[config.objective]
+    if keys.objective == "sft":
+        return None
+    weights = config.losses
+    losses = ", ".join(n if w == 1 else f"{w:g} x {n}" for n, w in weights.items())
+    parts = [f"loss {losses}"] if losses else []
+    parts.append(f"beta {config.beta:g}")
+    if "cpo_alpha" in keys.reads:
+        parts.append(f"cpo_alpha {config.likelihood_weight:g}")
+    if "simpo" in weights or "alphapo" in weights:
+        parts.append(f"simpo_gamma {config.simpo_gamma:g}")
+    if "reference" in keys.reads:
+        parts.append(f"reference {config.reference}")
+    return f"objective: {config.objective}: {', '.join(parts)}"

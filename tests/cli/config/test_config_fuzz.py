@@ -160,9 +160,16 @@ def path(tmp_path):
     return tmp_path / "run.yaml"
 
 
+# Keys that are read with others alone.
+READ_WITH = {
+    "f_alpha_divergence_coef": {"objective": "dpo", "f_divergence_type": "alpha_divergence"},
+    "ref_model_mixup_alpha": {"objective": "dpo", "sync_ref_model": True},
+}
+
+
 @pytest.mark.parametrize("key", KEY_OF_EACH_TYPE)
 def test_each_type_of_key_with_every_kind_of_value(path, key):
-    base = {} if key == "model" else {"model": "a"}
+    base = {} if key == "model" else {"model": "a", **READ_WITH.get(key, {})}
     messages = []
     for value in (*SCALARS, *choices(key)):
         path.write_text(f"{key}: {value}\n", encoding="utf-8")

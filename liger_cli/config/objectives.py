@@ -1,0 +1,141 @@
+"""The objectives by name, and the keys and losses that each of them reads.
+
+Names, defaults and meanings are those of TRL's DPOConfig, ORPOConfig and CPOConfig.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = [
+    "DIVERGENCE_LOSSES",
+    "GENERATING",
+    "METRICS",
+    "OBJECTIVES",
+    "PAIR_MEANS",
+    "REFERENCE_KINDS",
+    "RISING_METRICS",
+    "SMOOTHED_LOSSES",
+    "WHOLE_STEP_LOSSES",
+    "ObjectiveKeys",
+    "objective_keys",
+    "readers",
+]
+
+
+@dataclass(frozen=True)
+class ObjectiveKeys:
+    """The keys of an objective.
+
+    Attributes:
+        objective: The name of the objective that computes it: simpo is a cpo.
+        reads: Keys that others do not have.
+        losses: The values of loss_type.
+        loss_type: Its default.
+        cpo_alpha: The default of that key.
+        metrics: Of an evaluation, beside loss.
+    """
+
+    objective: str
+    reads: frozenset[str] = frozenset()
+    losses: tuple[str, ...] = ()
+    loss_type: str | None = None
+    cpo_alpha: float = 1.0
+    metrics: tuple[str, ...] = field(default=())
+
+
+# Of all that learn from pairs.
+METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+# The largest is the best.
+RISING_METRICS = frozenset(METRICS) - {"rewards/rejected", "logps/rejected"} | {
+    "token_accuracy",
+    "log_odds_chosen",
+}
+
+_DPO_LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard"),
+    *("aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+_CPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo", "alphapo")
+
+# Losses that take label_smoothing, and those of the difference of both rewards, which an
+# f-divergence can replace.
+SMOOTHED_LOSSES = frozenset(
+    {"sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired", "simpo", "alphapo"}
+)
+DIVERGENCE_LOSSES = frozenset(
+    {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
+)
+# Losses that sort the pairs of the whole step.
+WHOLE_STEP_LOSSES = frozenset({"aot", "aot_unpaired"})
+
+# Values of reference that are no name of another model.
+REFERENCE_KINDS = frozenset({"auto", "precompute", "adapter_off", "model", "none"})
+
+_PAIRS = frozenset({"beta", "disable_dropout"})
+_REFERENCE = frozenset(
+    {"reference", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"}
+)
+_DPO = frozenset(
+    {
+        *("label_smoothing", "loss_weights", "discopop_tau", "ld_alpha"),
+        *("f_divergence_type", "f_alpha_divergence_coef", "use_weighting"),
+    }
+)
+_CPO = frozenset({"label_smoothing", "cpo_alpha", "alpha"})
+_CHOICE = frozenset({"loss_type"})
+_GAMMA = frozenset({"simpo_gamma"})
+
+OBJECTIVES: Mapping[str, ObjectiveKeys] = {
+    "sft": ObjectiveKeys("sft", metrics=("perplexity", "token_accuracy", "entropy")),
+    "dpo": ObjectiveKeys(
+        "dpo", _PAIRS | _REFERENCE | _DPO | _CHOICE, _DPO_LOSSES, "sigmoid", metrics=METRICS
+    ),
+    "ipo": ObjectiveKeys("dpo", _PAIRS | _REFERENCE | _DPO, ("ipo",), "ipo", metrics=METRICS),
+    "orpo": ObjectiveKeys(
+        "orpo", _PAIRS, metrics=(*METRICS, "nll_loss", "log_odds_ratio", "log_odds_chosen")
+    ),
+    "cpo": ObjectiveKeys(
+        "cpo",
+        _PAIRS | _CPO | _CHOICE | _GAMMA,
+        _CPO_LOSSES,
+        "sigmoid",
+        metrics=(*METRICS, "nll_loss"),
+    ),
+    "simpo": ObjectiveKeys(
+        "cpo",
+        _PAIRS | _CPO | _GAMMA,
+        ("simpo",),
+        "simpo",
+        cpo_alpha=0.0,
+        metrics=(*METRICS, "nll_loss"),
+    ),
+}
+
+# The metrics of all objectives of pairs, which a line of metrics.jsonl may have.
+PAIR_MEANS = tuple(
+    dict.fromkeys(
+        name for keys in OBJECTIVES.values() if keys.objective != "sft" for name in keys.metrics
+    )
+)
+
+# Objectives that generate answers and judge them, for which TRL has trainers.
+GENERATING = frozenset({"grpo", "rloo", "ppo", "online_dpo", "gkd"})
+
+
+def objective_keys() -> frozenset[str]:
+    """Return the keys that only some objectives read."""
+    return frozenset().union(*(keys.reads for keys in OBJECTIVES.values()))
+
+
+def readers(key: str) -> list[str]:
+    """Return the names of the objectives that read a key."""
+    return [name for name, keys in OBJECTIVES.items() if key in keys.reads]

@@ -1,0 +1,228 @@
+"""Objectives of pairs: sums over pairs and over chosen tokens, whose means are the loss.
+
+A step is a mean over all its pairs; the likelihood of chosen answers, where a loss has it, is a
+mean over all their scored tokens in the step, as the loss of sft is. Both are the same for any
+micro-batches, accumulation, number of processes and packing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from liger_cli.config import RunConfig
+from liger_cli.config.objectives import METRICS
+from liger_cli.data.batches import count_labels, count_tokens
+from liger_cli.data.encode import IGNORED
+from liger_cli.errors import ConfigError
+from liger_cli.training.eval_result import EvalResult
+from liger_cli.training.inputs import Inputs
+from liger_cli.training.objectives.answers import Answers, token_values
+from liger_cli.training.objectives.objective import Batch, Part, Setting, Totals
+from liger_kernels.transformers.wrappers import inner_model
+
+__all__ = ["PairObjective", "PairSums", "Scores", "margin_of", "mean_metrics"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of the 2N answers of a batch.
+
+    Attributes:
+        answers: Where their tokens are.
+        tokens: (B, T - 1) float32, with a gradient in training.
+        sums: (2N,) float64, in which tokens may be weighted.
+        reference: The sums that a reference gives, where there is one.
+    """
+
+    answers: Answers
+    tokens: torch.Tensor
+    sums: torch.Tensor
+    reference: torch.Tensor | None = None
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Scored tokens of each answer, (2N,) float64."""
+        return self.answers.lengths
+
+
+class PairSums(NamedTuple):
+    """Sums of a batch.
+
+    Attributes:
+        losses: Over pairs, a scalar with a gradient.
+        likelihood: The negative log-likelihood over chosen tokens, the same.
+        metrics: (len(PairObjective.pair_metrics),) float64, over pairs.
+    """
+
+    losses: torch.Tensor
+    likelihood: torch.Tensor
+    metrics: torch.Tensor
+
+
+class PairObjective:
+    """An objective of pairs.
+
+    Args:
+        config: Has its keys.
+        model: The model before it is prepared.
+        device: Where batches go.
+
+    Attributes:
+        pair_metrics: Names of means over pairs.
+        likelihood_weight: Of the negative log-likelihood of chosen answers in the loss.
+        shows_likelihood: Whether that is a metric, nll_loss.
+    """
+
+    pair_metrics: tuple[str, ...] = METRICS
+    likelihood_weight: float = 0.0
+    shows_likelihood: bool = True
+    ld_alpha: float | None = None
+
+    def __init__(self, config: RunConfig, model: Any, device: torch.device) -> None:
+        self._config = config
+        self._device = device
+        _refuse_balance(model)
+        if config.disable_dropout:
+            _disable_dropout(model)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return (*self.pair_metrics, *(["nll_loss"] if self.shows_likelihood else []))
+
+    def sums(self, model: Any, batch: Batch, scores: Scores) -> PairSums:
+        """Return the sums of a batch whose answers the model has scored."""
+        raise NotImplementedError
+
+    def prepare(self, setting: Setting) -> Inputs:
+        return setting.inputs
+
+    def count(self, batch: Batch) -> Totals:
+        is_label = batch["labels"][:, 1:] != IGNORED
+        # Even numbers are chosen answers; padding has none, and no label.
+        is_chosen = batch["answer_ids"][:, 1:] % 2 == 0
+        return Totals(
+            tokens=count_tokens(batch),
+            labels=count_labels(batch),
+            pairs=int(batch["num_pairs"]),
+            chosen_labels=int((is_label & is_chosen).sum()),
+        )
+
+    def begin(self, model: Any, batches: Sequence[Batch], totals: Totals) -> None:
+        """Do nothing: most losses are sums over pairs."""
+
+    def score(self, model: Any, batch: Batch) -> Scores:
+        """Return the log-probabilities that the model gives the answers of a batch."""
+        answers = Answers.of(batch, self._device, self.ld_alpha)
+        tokens = token_values(model, batch, self._device)
+        return Scores(answers, tokens, answers.sums(tokens, weighted=True))
+
+    def part(self, model: Any, batch: Batch, totals: Totals) -> Part:
+        sums = self.sums(model, batch, self.score(model, batch))
+        likelihood = sums.likelihood / max(totals.chosen_labels, 1)
+        num_pairs = max(totals.pairs, 1)
+        loss = sums.losses / num_pairs
+        if self.likelihood_weight:
+            loss = loss + self.likelihood_weight * likelihood
+        metrics = sums.metrics.detach() / num_pairs
+        if self.shows_likelihood:
+            metrics = torch.cat((metrics, likelihood.detach().view(1)))
+        return Part(loss, metrics)
+
+    def updated(self, step: int) -> None:
+        """Do nothing: the loss reads nothing but the model."""
+
+    def evaluation(self, model: Any) -> PairEvaluation:
+        return PairEvaluation(self, model)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Do nothing: there is no state."""
+
+    def likelihood(self, scores: Scores) -> torch.Tensor:
+        """Return the negative log-likelihood of chosen answers, summed over their tokens."""
+        return -scores.answers.sums(scores.tokens)[::2].sum()
+
+
+class PairEvaluation:
+    """Means over all pairs of the evaluation data, whatever the batches.
+
+    Its sums are those of the losses, the likelihoods and the metrics, and counts of pairs, chosen
+    tokens and scored tokens.
+    """
+
+    def __init__(self, objective: PairObjective, model: Any) -> None:
+        self._objective = objective
+        self._model = model
+        self.num_sums = len(objective.pair_metrics) + 5
+
+    def sums(self, batch: Batch) -> torch.Tensor:
+        objective = self._objective
+        # The graphs of a compiled model are for the shapes of training.
+        with torch.compiler.set_stance("force_eager"):
+            found = objective.sums(self._model, batch, objective.score(self._model, batch))
+        totals = objective.count(batch)
+        counts = (totals.pairs, totals.chosen_labels, totals.labels)
+        sums = torch.cat((found.losses.view(1), found.likelihood.view(1), found.metrics))
+        return torch.cat((sums.cpu(), torch.tensor(counts, dtype=torch.float64)))
+
+    def result(self, sums: torch.Tensor) -> EvalResult:
+        losses, likelihood, *metrics, pairs, chosen_labels, labels = sums.tolist()
+        objective = self._objective
+        nll = likelihood / chosen_labels
+        means = dict(zip(objective.pair_metrics, (value / pairs for value in metrics), strict=True))
+        if objective.shows_likelihood:
+            means["nll_loss"] = nll
+        loss = losses / pairs + objective.likelihood_weight * nll
+        return EvalResult(loss=loss, tokens=int(labels), pairs=int(pairs), means=means)
+
+
+def mean_metrics(rewards: torch.Tensor, logps: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+    """Return the sums over pairs of METRICS, and of more values of each pair.
+
+    Args:
+        rewards: (2N,), chosen and rejected in turn.
+        logps: The same.
+        more: (N,) each.
+    """
+    rewards, logps = rewards.detach(), logps.detach()
+    chosen, rejected = rewards[::2], rewards[1::2]
+    values = (
+        *(chosen, rejected, (chosen > rejected).double(), chosen - rejected),
+        *(logps[::2], logps[1::2], *(value.detach() for value in more)),
+    )
+    return torch.stack([value.sum() for value in values])
+
+
+def margin_of(batch: Batch, like: torch.Tensor) -> torch.Tensor:
+    """Return how much better the data say that chosen answers are, (N,); 0 where they do not."""
+    if "margin" in batch:
+        return batch["margin"].to(like.device)
+    return torch.zeros_like(like)
+
+
+def _refuse_balance(model: Any) -> None:
+    """Raise a ConfigError where the model would add a loss that balances its experts."""
+    settings = inner_model(model).config.get_text_config()
+    weight = float(getattr(settings, "router_aux_loss_coef", 0.0) or 0.0)
+    if weight and getattr(settings, "output_router_logits", False):
+        raise ConfigError(
+            f"the model adds {weight:g} of the balance of its experts to its loss "
+            "(output_router_logits), which is no part of objectives of pairs",
+            hint="set output_router_logits to false in the model's config.json",
+        )
+
+
+def _disable_dropout(model: Any) -> None:
+    """Turn dropout off, in layers and in attention, which has it as a number."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,273 @@
+"""Log-probabilities of the reference, computed once a row before the first step.
+
+They are computed by the code, in the dtype and in the layout of batches that the run has, of the
+rows that its steps take. A file holds them under a hash of the weights, the data and the settings:
+in the cache, where the next run finds them, and in the directory of the run, where a resumed one
+does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from liger_cli.common.environment import cache_directory, package_version
+from liger_cli.data.batches import load_windows
+from liger_cli.data.feed import identity
+from liger_cli.data.packing import PackedRows
+from liger_cli.training.inputs import Inputs
+from liger_cli.training.objectives.objective import Setting
+from liger_cli.training.objectives.reference import (
+    Scorer,
+    WeightsReference,
+    original_weights,
+)
+
+__all__ = ["RowsWithValues", "has_values", "with_values"]
+
+_log = logging.getLogger(__name__)
+
+_NAMES = ("ref_chosen_logps", "ref_rejected_logps")
+_FILE = "reference.safetensors"
+# Of load_windows: a process without a row takes part in the forward passes of the others.
+_NO_ROW = -1
+
+_SETTINGS = (
+    *("ops", "attn_implementation", "save_memory", "dtype", "bf16", "fp16", "packing"),
+    *("packing_strategy", "padding_free", "max_length", "per_device_train_batch_size", "ld_alpha"),
+    *("load_in_4bit", "load_in_8bit", "adapter"),
+)
+
+
+def has_values(inputs: Inputs) -> bool:
+    """Return whether the rows of a run have log-probabilities of a reference already."""
+    rows = [inputs.train, *inputs.eval.values()]
+    return all(_NAMES[0] in _first(row) for row in rows if row is not None)
+
+
+def _first(rows: Any) -> Any:
+    return rows[0] if hasattr(rows, "__getitem__") and len(rows) else {}
+
+
+@dataclass(frozen=True)
+class RowsWithValues:
+    """Rows of pairs with the reference's log-probabilities of both answers.
+
+    Args:
+        rows: Pairs by number.
+        values: (len(rows), 2) float64, chosen and rejected.
+    """
+
+    rows: Any
+    values: np.ndarray[Any, Any]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        chosen, rejected = self.values[number].tolist()
+        return {**self.rows[number], _NAMES[0]: chosen, _NAMES[1]: rejected}
+
+
+def with_values(score: Scorer, setting: Setting) -> Inputs:
+    """Return the data of a run with the values of its reference in every row that it takes.
+
+    Args:
+        score: Scores the answers of a batch with a model.
+    """
+    inputs = setting.inputs
+    sets = {f"eval {name}": rows for name, rows in inputs.eval.items()}
+    if inputs.train is not None:
+        sets["train"] = inputs.train
+    store = _Store(score, setting)
+    found = {name: _joined(rows, store.values(name, rows)) for name, rows in sets.items()}
+    store.save()
+    return replace(
+        inputs,
+        train=found.get("train"),
+        eval={name: found[f"eval {name}"] for name in inputs.eval},
+    )
+
+
+def _joined(rows: Any, values: np.ndarray[Any, Any]) -> Any:
+    if isinstance(rows, PackedRows):
+        return replace(rows, rows=RowsWithValues(rows.rows, values))
+    return RowsWithValues(rows, values)
+
+
+class _Store:
+    """The values of all sets of a run, from its directory, from the cache, or computed."""
+
+    def __init__(self, score: Scorer, setting: Setting) -> None:
+        self._score, self._setting = score, setting
+        self._kept: dict[str, np.ndarray[Any, Any]] = {}
+        self._names: dict[str, str] = {}
+        self._weights: str | None = None
+        self._reference: WeightsReference | None = None
+
+    def values(self, name: str, rows: Any) -> np.ndarray[Any, Any]:
+        """Return the values of a set, (pairs, 2) float64; NaN of pairs that no step takes."""
+        pairs = rows.rows if isinstance(rows, PackedRows) else rows
+        data = json.dumps(identity(rows), sort_keys=True)
+        needed = self._needed(name, rows)
+        own = self._read_own(name, data, len(pairs))
+        values = own if own is not None else self._read_cache(name, data, len(pairs))
+        wanted = [row for row in needed if np.isnan(values[_numbers(rows, row)]).any()]
+        if wanted:
+            self._compute(name, rows, wanted, values)
+        self._kept[name], self._names[name] = values, data
+        return values
+
+    def _needed(self, name: str, rows: Any) -> list[int]:
+        """Return the rows that the run takes."""
+        setting = self._setting
+        if name != "train" or setting.batches is None:
+            return list(range(len(rows)))
+        if setting.num_steps >= setting.batches.steps_per_epoch:
+            return list(range(len(rows)))
+        first = replace(
+            setting.batches,
+            rank=0,
+            num_processes=1,
+            batch_size=setting.batches.rows_per_step,
+            accumulation=1,
+        )
+        windows = first.windows(1, setting.num_steps)
+        return sorted({row for window in windows for batch in window for row in batch})
+
+    def _read_own(self, name: str, data: str, count: int) -> np.ndarray[Any, Any] | None:
+        """Return the values that the resumed run has kept, whatever its settings are now."""
+        checkpoint = self._setting.checkpoint
+        if checkpoint is None:
+            return None
+        values, metadata = _read(checkpoint.parent / _FILE, name)
+        is_same = metadata.get(name) == data and values is not None and len(values) == count
+        return values if is_same else None
+
+    def _read_cache(self, name: str, data: str, count: int) -> np.ndarray[Any, Any]:
+        values, _ = _read(self._place(data), "values")
+        if values is not None and len(values) == count:
+            return values
+        return np.full((count, 2), np.nan)
+
+    def _place(self, data: str) -> Path:
+        """Return the file of the cache for a set."""
+        config, setting = self._setting.config, self._setting
+        if self._weights is None:
+            with self._original().exchanged():
+                model = setting.accelerator.unwrap_model(setting.model)
+                self._weights = _hash_of(model)
+        key = {
+            "weights": self._weights,
+            "data": data,
+            "settings": {key: getattr(config, key) for key in _SETTINGS},
+            "layout": repr(setting.inputs.collator),
+            "device": str(setting.accelerator.device),
+            "processes": setting.accelerator.num_processes,
+            "versions": [package_version(n) for n in ("torch", "transformers", "liger-kernels")],
+        }
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+        return cache_directory() / "reference" / f"{name}.safetensors"
+
+    def _original(self) -> WeightsReference:
+        if self._reference is None:
+            model = self._setting.accelerator.unwrap_model(self._setting.model)
+            # A run that starts has the weights of its reference.
+            resumed = self._setting.checkpoint is not None
+            values = original_weights(self._setting) if resumed else _themselves(model)
+            self._reference = WeightsReference(model, values)
+        return self._reference
+
+    def _compute(
+        self, name: str, rows: Any, wanted: Sequence[int], values: np.ndarray[Any, Any]
+    ) -> None:
+        setting = self._setting
+        accelerator, size = setting.accelerator, setting.config.per_device_train_batch_size
+        setting.notify(f"reference: log-probabilities of {len(wanted)} rows ({name}) ...")
+        together = size * accelerator.num_processes
+        chunks = [wanted[i : i + together] for i in range(0, len(wanted), together)]
+        mine = [chunk[accelerator.process_index :: accelerator.num_processes] for chunk in chunks]
+        found: list[tuple[list[int], list[list[float]]]] = []
+        reference = self._original()
+        for batch, own in zip(self._batches(rows, mine), mine, strict=True):
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                sums = reference.sums(self._score, setting.model, batch)
+            numbers = [number for row in own for number in _numbers(rows, row)]
+            found.append((numbers, sums.view(-1, 2).tolist()))
+        for numbers, pairs in gather_object(found):
+            if numbers:
+                values[numbers] = pairs
+        self._write(name, rows, values)
+
+    def _batches(self, rows: Any, mine: Sequence[Sequence[int]]) -> Iterator[Any]:
+        windows = iter([[list(own) or [_NO_ROW]] for own in mine])
+        for [batch] in load_windows(rows, windows, self._setting.inputs.collator):
+            yield batch
+
+    def _write(self, name: str, rows: Any, values: np.ndarray[Any, Any]) -> None:
+        place = self._place(json.dumps(identity(rows), sort_keys=True))
+        if not self._setting.accelerator.is_main_process:
+            return
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _save(place, {"values": values}, {})
+        except OSError as error:
+            _log.warning("the cache %s cannot be written: %s", place.parent, error)
+
+    def save(self) -> None:
+        """Keep the values in the directory of the run, for a resume."""
+        setting = self._setting
+        if setting.run_dir is not None and setting.accelerator.is_main_process:
+            setting.run_dir.mkdir(parents=True, exist_ok=True)
+            _save(setting.run_dir / _FILE, self._kept, self._names)
+
+
+def _numbers(rows: Any, row: int) -> list[int]:
+    """Return the numbers of the pairs of a row: itself, or those that are packed into it."""
+    if isinstance(rows, PackedRows):
+        return [int(n) for n in rows.order[rows.starts[row] : rows.starts[row + 1]]]
+    return [row]
+
+
+def _themselves(model: Any) -> dict[str, torch.Tensor]:
+    """Return the trained parameters themselves: exchanging them changes nothing."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _hash_of(model: Any) -> str:
+    """Return a hash of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        value = parameter.detach()
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
+        digest.update(whole.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path, name: str) -> tuple[np.ndarray[Any, Any] | None, dict[str, str]]:
+    """Return a tensor of a file and the file's metadata; nothing where it cannot be read."""
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            return (file.get_tensor(name) if name in file.keys() else None), metadata  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None, {}
+
+
+def _save(path: Path, values: dict[str, np.ndarray[Any, Any]], metadata: dict[str, str]) -> None:
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in values.items()}
+    aside = path.with_name(f".{path.name}")
+    save_file(tensors, aside, metadata)
+    aside.replace(path)

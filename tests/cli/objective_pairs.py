@@ -1,0 +1,109 @@
+"""A tiny model, pairs, and an objective over log-probabilities that are given."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from liger_cli.config import load_config
+from liger_cli.data.collate import Collator
+from liger_cli.data.pair_batches import PairCollator
+from liger_cli.training.objectives import dpo, pairs
+from liger_cli.training.objectives.answers import Answers
+from liger_cli.training.objectives.reference import NoReference
+from liger_cli.training.objectives.table import make_objective
+
+CPU = torch.device("cpu")
+VOCABULARY = 24
+
+
+def tiny_model(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Pairs of very different lengths, each after a prompt of 1 to 4 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(most: int) -> list[int]:
+        length = int(torch.randint(1, most + 1, (), generator=generator))
+        return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+
+    rows = []
+    for _ in range(count):
+        prompt, row = ids(4), {}
+        for name in ("chosen", "rejected"):
+            answer = ids(9)
+            row[f"{name}_input_ids"] = prompt + answer
+            row[f"{name}_labels"] = [-100] * len(prompt) + answer
+        rows.append(row)
+    return rows
+
+
+def collated(rows: list[dict[str, Any]], **layout: bool) -> dict[str, Any]:
+    return PairCollator(Collator(0, **layout))(rows)
+
+
+def objective_of(name: str, **keys: Any) -> Any:
+    """An objective without a reference, of a model that is not called."""
+    config = load_config(None, {"model": "qwen3", "objective": name, **keys})
+    made = make_objective(config, tiny_model(), CPU)
+    if isinstance(made, dpo.Dpo):
+        made._reference = NoReference(CPU)
+    return made
+
+
+class Given:
+    """Log-probabilities in place of a model's: (2N, T - 1), of answers in turn."""
+
+    def __init__(self, monkeypatch: Any, model: torch.Tensor, squares: torch.Tensor) -> None:
+        self.leaf = model.clone().requires_grad_()
+
+        def values(model: Any, batch: Any, device: Any, temperature: float = 1.0) -> torch.Tensor:
+            # log p at temperature 1/2 follows from log p and log sum p^2.
+            return self.leaf if temperature == 1.0 else 2 * self.leaf - squares
+
+        monkeypatch.setattr(pairs, "token_values", values)
+        monkeypatch.setattr(dpo, "token_values", values)
+
+
+class GivenReference:
+    """A reference of given log-probabilities."""
+
+    def __init__(self, tokens: torch.Tensor, ld_alpha: float | None) -> None:
+        self._tokens, self._ld_alpha = tokens, ld_alpha
+
+    def sums(self, score: Any, model: Any, batch: Any) -> torch.Tensor:
+        return Answers.of(batch, CPU, self._ld_alpha).sums(self._tokens, weighted=True)
+
+
+def batch_of(lengths: list[int]) -> dict[str, Any]:
+    """A batch whose answers have so many scored tokens, chosen and rejected in turn."""
+    mask = torch.arange(max(lengths) + 1) < torch.tensor(lengths)[:, None] + 1
+    labels = torch.where(mask, 5, -100)
+    labels[:, 0] = -100
+    numbers = torch.arange(len(lengths))[:, None].expand_as(mask)
+    return {
+        "input_ids": torch.ones_like(labels),
+        "attention_mask": mask.long(),
+        "labels": labels,
+        "answer_ids": torch.where(mask, numbers, -1),
+        "num_pairs": torch.tensor(len(lengths) // 2),
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
