@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 from liger_cli.commands.estimate.cards import Card
@@ -73,12 +72,10 @@ def describe_estimate(
 def _fitted(memory: RunMemory, card: Card, fit: Fit) -> tuple[RunMemory, FitPart]:
     key = "per_device_train_batch_size" if fit == "batch" else "max_length"
     unit, most = (1, _MAX_BATCH) if fit == "batch" else (_SEQ_STEP, _MAX_SEQ)
-    now = memory.batch.size if fit == "batch" else memory.batch.length
+    now = getattr(memory.config, key)
 
     def of(num_units: int) -> RunMemory:
-        config = memory.config.model_copy(update={key: num_units * unit})
-        size, length = config.per_device_train_batch_size, config.max_length
-        return replace(memory, config=config, batch=replace(memory.batch, size=size, length=length))
+        return memory.resized(memory.config.model_copy(update={key: num_units * unit}))
 
     largest = largest_that_fits(
         lambda n: of(n).estimate().peak, card.usable, start=max(1, now // unit), most=most // unit

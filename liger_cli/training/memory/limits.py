@@ -137,6 +137,11 @@ class RunMemory:
         now = self.peak()
         return None if eager is None or now is None else now / eager
 
+    def resized(self, config: RunConfig) -> RunMemory:
+        """Return a step of the batch and of rows of max_length of a configuration."""
+        batch = replace(self.batch, size=_num_sequences(config), length=_longest(config))
+        return replace(self, config=config, batch=batch)
+
     def with_remedies(self, *remedies: Remedy) -> RunMemory:
         """Return the same run with remedies applied to it."""
         config, length = self.config, self.batch.length
@@ -235,7 +240,7 @@ def out_of_memory(error: BaseException, memory: RunMemory, device: torch.device)
         has = format_bytes(device_memory(device))
         lines.append(f"a step is estimated to take: {parts_line(found)}, of {has}")
     remedies = list(cheapest_remedies(memory, device_memory(device)))
-    if memory.batch.size > 1 and not memory.config.auto_fit:
+    if memory.config.per_device_train_batch_size > 1 and not memory.config.auto_fit:
         remedies.append("--auto-fit finds a micro-batch that fits, with the same rows a step")
     return OutOfMemory("\n".join(lines), hint="\n".join(remedies) or None)
 
@@ -282,7 +287,7 @@ def cheapest_remedies(memory: RunMemory, num_bytes: int) -> Iterator[str]:
 
 def _remedies(memory: RunMemory) -> Iterator[Remedy]:
     """Yield remedies, the cheapest first: in time, then in data, then in the model."""
-    config, size = memory.config, memory.batch.size
+    config, size = memory.config, memory.config.per_device_train_batch_size
     if config.ops not in ("auto", "all"):
         yield Remedy("--ops auto", {"ops": "auto"})
     if size > 1:

@@ -440,3 +440,16 @@ def test_a_short_flag_wins_over_a_file(liger, tmp_path) -> None:
     done = liger("estimate", "-c", file, *words)
     assert done.code == 0, done.err
     assert (done.json()["batch_size"], done.json()["sequence_length"]) == (2, 64)
+
+
+def test_a_pair_is_two_sequences(liger):
+    words = ("estimate", "--model", "qwen3", "--max-length", 256, "--json", "--use-cpu")
+    rows = liger(*words, "--per-device-train-batch-size", 8).json()
+    pairs = liger(*words, "--per-device-train-batch-size", 4, "--objective", "orpo").json()
+    assert (pairs["batch_size"], pairs["sequence_length"]) == (8, 256)
+    assert rows["batch_size"] == 8
+    packed = liger(*words, "--per-device-train-batch-size", 4, "--objective", "orpo", "--packing")
+    assert (packed.json()["batch_size"], packed.json()["sequence_length"]) == (4, 512)
+    # What is said to fit is the key, of pairs.
+    fitted = liger(*words[:-1], "--objective", "orpo", "--gpu", "L4", "--fit", "batch").json()
+    assert fitted["batch_size"] == 2 * fitted["fit"]["value"]
