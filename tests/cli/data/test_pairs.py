@@ -349,6 +349,7 @@ REFUSED = {
         [{"prompt": "q", "chosen": "a", "rejected": "a"}] * 2 + [PROMPT],
         "in 2 of 3 pairs chosen and rejected are the same",
     ),
+    "a weight": ([{**PROMPT, "weight": 0.5}], ":1: pairs have no loss weights but 0 and 1"),
     "other text": (["[1, 2]"], "a row must be an object"),
 }
 
