@@ -15,6 +15,13 @@ from liger_kernels.ops.launcher import Launch, cache_by_shape, cdiv, next_power_
 # Tile of the Triton kernels: rows, columns, the step over what is summed, and warps. The
 # interpreter takes as long for a large tile as for a small one.
 _TILE = (16, 64, 64, 4) if INTERPRETED else (64, 64, 32, 4)
+# How many products are added up before they are added to the others: in fp32, where one long sum
+# would lose a digit, and in narrower dtypes, where rounding the result hides that.
+_PART, _LONG_PART = 128, 2**20
+
+
+def _part(x: torch.Tensor) -> int:
+    return _PART if x.dtype == torch.float32 else _LONG_PART
 
 
 def grouped_product(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -38,7 +45,7 @@ def grouped_product(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
             torch.mm(x[rows], matrix, out=out[rows])
         return out
     out = torch.empty((x.shape[0], weight.shape[2]), dtype=x.dtype, device=x.device)
-    _product_launch(*x.shape, *weight.shape[::2], x.stride(0), weight.stride(), _TILE)(
+    _product_launch(*x.shape, *weight.shape[::2], x.stride(0), weight.stride(), _TILE, _part(x))(
         x, weight, offsets, out
     )
     return out
@@ -66,7 +73,7 @@ def grouped_outer(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor) -> to
             torch.mm(a[rows].t(), b[rows], out=matrix)
         return out
     out = torch.empty(size, dtype=a.dtype, device=a.device)
-    _outer_launch(size, a.stride(0), b.stride(0), _TILE)(a, b, offsets, out)
+    _outer_launch(size, a.stride(0), b.stride(0), _TILE, _part(a))(a, b, offsets, out)
     return out
 
 
@@ -88,7 +95,8 @@ def _runs_torch(*tensors: torch.Tensor) -> bool:
         return False
     if not hasattr(torch, "_grouped_mm") or torch.cuda.get_device_capability(first.device) < (8, 0):
         return False
-    return all(map(_is_aligned, tensors))
+    # It pads rows of its result that would not begin at a multiple of 16 bytes.
+    return all(map(_is_aligned, tensors)) and tensors[-1].shape[-1] % 8 == 0
 
 
 def _is_aligned(x: torch.Tensor) -> bool:
@@ -124,6 +132,7 @@ def _product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_PART: tl.constexpr,
 ):
     # Groups begin anywhere, so that each has separate tiles: which one is this program's is found
     # from the ends of the groups.
@@ -145,15 +154,17 @@ def _product_kernel(
         wide_rows = rows.to(tl.int64)
         matrix_ptr = weight_ptr + group.to(tl.int64) * stride_we + cols[None, :] * stride_wn
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for begin in range(0, K, BLOCK_K):
-            inner = begin + tl.arange(0, BLOCK_K)
-            x_mask = (rows[:, None] < end) & (inner[None, :] < K)
-            x = tl.load(
-                x_ptr + wide_rows[:, None] * stride_xs + inner[None, :], mask=x_mask, other=0.0
-            )
-            w_mask = (inner[:, None] < K) & (cols[None, :] < N)
-            w = tl.load(matrix_ptr + inner[:, None] * stride_wk, mask=w_mask, other=0.0)
-            acc = tl.dot(x, w, acc, input_precision="ieee")
+        for part in range(0, K, BLOCK_PART):
+            part_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for begin in range(part, tl.minimum(part + BLOCK_PART, K), BLOCK_K):
+                inner = begin + tl.arange(0, BLOCK_K)
+                x_mask = (rows[:, None] < end) & (inner[None, :] < K)
+                places = x_ptr + wide_rows[:, None] * stride_xs + inner[None, :]
+                x = tl.load(places, mask=x_mask, other=0.0)
+                w_mask = (inner[:, None] < K) & (cols[None, :] < N)
+                w = tl.load(matrix_ptr + inner[:, None] * stride_wk, mask=w_mask, other=0.0)
+                part_acc = tl.dot(x, w, part_acc, input_precision="ieee")
+            acc += part_acc
         mask = (rows[:, None] < end) & (cols[None, :] < N)
         out = acc.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + wide_rows[:, None] * N + cols[None, :], out, mask=mask)
@@ -172,6 +183,7 @@ def _outer_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_PART: tl.constexpr,
 ):
     group = tl.program_id(2)
     start = tl.load(offsets_ptr + group - 1, mask=group > 0, other=0)
@@ -179,15 +191,20 @@ def _outer_kernel(
     inner = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
-    for begin in range(start, end, BLOCK_S):
-        rows = begin + tl.arange(0, BLOCK_S)
-        wide_rows = rows.to(tl.int64)
-        is_row = rows < end
-        a_mask = (inner[:, None] < K) & is_row[None, :]
-        a = tl.load(a_ptr + wide_rows[None, :] * stride_as + inner[:, None], mask=a_mask, other=0.0)
-        b_mask = is_row[:, None] & (cols[None, :] < N)
-        b = tl.load(b_ptr + wide_rows[:, None] * stride_bs + cols[None, :], mask=b_mask, other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+    for part in range(start, end, BLOCK_PART):
+        part_acc = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+        for begin in range(part, tl.minimum(part + BLOCK_PART, end), BLOCK_S):
+            rows = begin + tl.arange(0, BLOCK_S)
+            wide_rows = rows.to(tl.int64)
+            is_row = rows < end
+            a_mask = (inner[:, None] < K) & is_row[None, :]
+            places = a_ptr + wide_rows[None, :] * stride_as + inner[:, None]
+            a = tl.load(places, mask=a_mask, other=0.0)
+            b_mask = is_row[:, None] & (cols[None, :] < N)
+            places = b_ptr + wide_rows[:, None] * stride_bs + cols[None, :]
+            b = tl.load(places, mask=b_mask, other=0.0)
+            part_acc = tl.dot(a, b, part_acc, input_precision="ieee")
+        acc += part_acc
     mask = (inner[:, None] < K) & (cols[None, :] < N)
     matrix_ptr = out_ptr + group.to(tl.int64) * K * N
     offsets = inner[:, None].to(tl.int64) * N + cols[None, :]
@@ -195,7 +212,7 @@ def _outer_kernel(
 
 
 @cache_by_shape
-def _product_launch(num_rows, inner, num_groups, width, stride, strides, tile) -> Launch:
+def _product_launch(num_rows, inner, num_groups, width, stride, strides, tile, part) -> Launch:
     block_m, block_n, block_k, num_warps = tile
     # Every group may end with a tile that is not full.
     grid = (cdiv(num_rows, block_m) + num_groups, cdiv(width, block_n))
@@ -213,12 +230,13 @@ def _product_launch(num_rows, inner, num_groups, width, stride, strides, tile) -
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
+        BLOCK_PART=part,
         num_warps=num_warps,
     )
 
 
 @cache_by_shape
-def _outer_launch(size, stride_a, stride_b, tile) -> Launch:
+def _outer_launch(size, stride_a, stride_b, tile, part) -> Launch:
     num_groups, inner, width = size
     block_k, block_n, block_s, num_warps = tile
     return Launch(
@@ -231,5 +249,6 @@ def _outer_launch(size, stride_a, stride_b, tile) -> Launch:
         BLOCK_K=block_k,
         BLOCK_N=block_n,
         BLOCK_S=block_s,
+        BLOCK_PART=part,
         num_warps=num_warps,
     )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from liger_kernels.ops.adapted_linear import own_dtype
 from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.backend import runs_triton
 from liger_kernels.ops.grouped_products import grouped_outer, grouped_product
@@ -46,15 +47,16 @@ class MoeExperts(torch.autograd.Function):
     ):
         routing = route(expert_ids, gate_up.shape[0], triton_runs=runs_triton(hidden))
         on_output, on_input = _places(routing_weights, settings)
-        x = gather_rows(hidden, routing, on_input)
-        products = grouped_product(x, gate_up.transpose(1, 2), routing.offsets)
-        keeps = settings.keeps_products
-        kept_x = x if keeps and ctx.needs_input_grad[2] else None
-        # Freed before the next products.
-        del x
-        h = activate_rows(products, Slots(routing, on_output, gate_up_bias), settings.gating)
-        rows = grouped_product(h, down.transpose(1, 2), routing.offsets)
-        y = combine_rows(rows, routing, bias=down_bias, bias_weights=on_output).y
+        with own_dtype(hidden.device):
+            x = gather_rows(hidden, routing, on_input)
+            products = grouped_product(x, gate_up.transpose(1, 2), routing.offsets)
+            keeps = settings.keeps_products
+            kept_x = x if keeps and ctx.needs_input_grad[2] else None
+            # Freed before the next products.
+            del x
+            h = activate_rows(products, Slots(routing, on_output, gate_up_bias), settings.gating)
+            rows = grouped_product(h, down.transpose(1, 2), routing.offsets)
+            y = combine_rows(rows, routing, bias=down_bias, bias_weights=on_output).y
         kept_h = h if keeps and ctx.needs_input_grad[3] else None
         ctx.save_for_backward(
             hidden, routing_weights, gate_up, down, gate_up_bias, down_bias, products,
@@ -65,47 +67,47 @@ class MoeExperts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor):
-        hidden, routing_weights, gate_up, down, gate_up_bias, down_bias = ctx.saved_tensors[:6]
-        products, x, h, *parts = ctx.saved_tensors[6:]
+        # All at once: a checkpoint gives them once.
+        hidden, routing_weights, gate_up, down, gate_up_bias, down_bias, *rest = ctx.saved_tensors
+        products, x, h, *parts = rest
+        del rest
         needs = _Needs(*ctx.needs_input_grad[:6])
         routing, settings = Routing(*parts), ctx.settings
         on_output, on_input = _places(routing_weights, settings)
-        grads = _Gradients()
-        dy = rows_of(dy)
-        rows = gather_rows(dy, routing)
-        if needs.down_bias:
-            grads.down_bias = sum_groups(rows, routing, on_output)
-        dh = grouped_product(rows, down, routing.offsets)
         slots = Slots(routing, on_output, gate_up_bias)
-        dots = None
-        if down_bias is not None and on_output is not None and needs.routing_weights:
-            dots = wide_product(dy, down_bias.t())
-        remakes_h = needs.down and h is None
-        found = activate_rows_backward(
-            dh, products, slots, settings.gating, dots=dots, remakes_h=remakes_h
-        )
-        if needs.down:
-            grads.down = _weight_gradient(rows, h if h is not None else found.h, down, routing)
-        dproducts, dweights = found.dgate_up, found.dweights
-        del rows, dh, h, found
-        if needs.gate_up_bias:
-            grads.gate_up_bias = sum_groups(dproducts, routing)
-        if needs.gate_up:
-            x = gather_rows(hidden, routing, on_input) if x is None else x
-            grads.gate_up = _weight_gradient(dproducts, x, gate_up, routing)
-        x = None
-        if needs.hidden or (needs.routing_weights and on_input is not None):
-            dx = grouped_product(dproducts, gate_up, routing.offsets)
-            del dproducts
-            summed = combine_rows(
-                dx,
-                routing,
-                routing_weights=on_input,
-                x=hidden if on_input is not None and needs.routing_weights else None,
+        grads = _Gradients()
+        with own_dtype(dy.device):
+            dy = rows_of(dy)
+            rows = gather_rows(dy, routing)
+            if needs.down_bias:
+                grads.down_bias = sum_groups(rows, routing, on_output)
+            dh = grouped_product(rows, down, routing.offsets)
+            dots = None
+            if down_bias is not None and on_output is not None and needs.routing_weights:
+                dots = wide_product(dy, down_bias.t())
+            remakes_h = needs.down and h is None
+            found = activate_rows_backward(
+                dh, products, slots, settings.gating, dots=dots, remakes_h=remakes_h
             )
-            grads.hidden = summed.y
-            dweights = summed.dots if on_input is not None else dweights
-        if needs.routing_weights and dweights is not None:
+            if needs.down:
+                grads.down = _weight_gradient(rows, h if h is not None else found.h, down, routing)
+            dproducts, dweights = found.dgate_up, found.dweights
+            del rows, dh, h, found
+            if needs.gate_up_bias:
+                grads.gate_up_bias = sum_groups(dproducts, routing)
+            if needs.gate_up:
+                x = gather_rows(hidden, routing, on_input) if x is None else x
+                grads.gate_up = _weight_gradient(dproducts, x, gate_up, routing)
+            x = None
+            needs_dots = needs.routing_weights and on_input is not None
+            if needs.hidden or needs_dots:
+                dx = grouped_product(dproducts, gate_up, routing.offsets)
+                summed = combine_rows(
+                    dx, routing, routing_weights=on_input, x=hidden if needs_dots else None
+                )
+                grads.hidden = summed.y
+                dweights = summed.dots if needs_dots else dweights
+        if dweights is not None:
             grads.routing_weights = dweights.to(routing_weights.dtype)
         return (*grads.wanted(needs), None, None)
 

@@ -342,7 +342,6 @@ OP = Op(
     sample=_sample,
     num_bytes=_num_bytes,
     num_flops=_num_flops,
-    part_of=(),
     tensors=_TENSORS,
     options=(_ACTIVATION, _ALPHA, _LIMIT, _IS_INTERLEAVED, _WEIGHT_ON, _KEEPS_PRODUCTS),
 )
