@@ -169,7 +169,7 @@ MIXED: dict[str, tuple[str, dict[str, Any], dict[str, set[str]]]] = {
                 "model.layers.0.feed_forward",
                 "model.layers.1.feed_forward.shared_expert",
             },
-            "experts": {"model.layers.1.feed_forward.experts"},
+            "experts": {"model.layers.1.feed_forward"},
         },
     ),
 }
@@ -182,15 +182,12 @@ def test_dense_and_sparse_layers_case_73(name):
     inputs = zoo.text_inputs()
     stock = run(model, inputs)
     record = apply_liger_kernel(model, "all")
-    found = {patch.name for patch in record.patches if patch.op == "swiglu"}
+    found = {op: {p.name for p in record.patches if p.op == op} for op in ("swiglu", "moe_experts")}
     if not zoo.IS_V5 and family == "qwen3_moe":
         # Version 4 has one MLP an expert.
         [experts] = places["experts"]
-        places = {**places, "experts": {f"{experts}.{i}" for i in range(4)}}
-    assert found == places["mlp"] | places["experts"]
-    # The block around the experts, which routes, is none of ours.
-    blocks = {name.rpartition(".")[0] for name in places["experts"]}
-    assert not blocks & {patch.name for patch in record.patches}
+        places = {"mlp": places["mlp"] | {f"{experts}.{i}" for i in range(4)}, "experts": set()}
+    assert found == {"swiglu": places["mlp"], "moe_experts": places["experts"]}
     with record.count_calls():
         assert_same(run(model, inputs), stock)
 

@@ -31,11 +31,15 @@ PLACES: dict[str, dict[str, int]] = {
     "olmo2": {"rope": 2, "rms_norm": 9, "swiglu": 2},
     "glm4": {"rope": 2, "rms_norm": 9, "swiglu": 2},
     # Version 4 has one MLP an expert.
-    "mixtral": {"rope": 2, "rms_norm": 5, "swiglu": 2 if zoo.IS_V5 else 8},
-    "qwen3_moe": {"rope": 2, "rms_norm": 9, "swiglu": 2 if zoo.IS_V5 else 5},
-    # One layer has no positions; a dense MLP, experts and the shared expert.
-    "llama4_text": {"rope": 1, "rms_norm": 6, "swiglu": 3},
-    "llama4": {"rope": 3, "rms_norm": 6, "layer_norm": 6, "swiglu": 3},
+    "mixtral": {"rope": 2, "rms_norm": 5, **({"moe_experts": 2} if zoo.IS_V5 else {"swiglu": 8})},
+    "qwen3_moe": {
+        "rope": 2,
+        "rms_norm": 9,
+        **({"swiglu": 1, "moe_experts": 1} if zoo.IS_V5 else {"swiglu": 5}),
+    },
+    # One layer has no positions; a dense MLP, the shared expert, and a block of experts.
+    "llama4_text": {"rope": 1, "rms_norm": 6, "swiglu": 2, "moe_experts": 1},
+    "llama4": {"rope": 3, "rms_norm": 6, "layer_norm": 6, "swiglu": 2, "moe_experts": 1},
     "mllama": {"rope": 2, "rms_norm": 9, "layer_norm": 8, "swiglu": 3},
     "gemma3": {"rope": 2, "rms_norm": 14, "layer_norm": 6, "geglu": 2},
     "paligemma": {"rope": 2, "rms_norm": 5, "layer_norm": 6, "geglu": 2},
@@ -47,7 +51,8 @@ LOSSES = ("fused_linear_cross_entropy", "cross_entropy")
 
 
 def _requests(family: str) -> list[str]:
-    ops = [op for op in FAMILIES[family].options if op != "cross_entropy"]
+    places = {*PLACES[family], "fused_linear_cross_entropy"}
+    ops = [op for op in FAMILIES[family].options if op in places]
     return [*ops, "cross_entropy", "all", "all,-fused_linear_cross_entropy,cross_entropy"]
 
 

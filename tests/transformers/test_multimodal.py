@@ -405,7 +405,9 @@ def test_experts_case_72_73(case):
     assert routers
     assert all(stock.grads[name].abs().max() > 0 for name in routers)
     record = apply_liger_kernel(model, "all")
-    assert record.coverage["swiglu"]["patched"] == record.coverage["swiglu"]["candidates"] >= 2
+    found = [record.coverage[op] for op in ("swiglu", "moe_experts") if op in record.coverage]
+    assert all(part["patched"] == part["candidates"] for part in found)
+    assert sum(part["patched"] for part in found) >= 2
     with record.count_calls():
         assert_same(run(model, inputs), stock)
     ours = model(**inputs)
@@ -426,10 +428,16 @@ def test_experts_implementations_case_72(family, implementation):
     model.config._experts_implementation = implementation
     inputs = zoo.text_inputs()
     stock = run(model, inputs)
-    record = apply_liger_kernel(model, "swiglu")
+    record = apply_liger_kernel(model, "moe_experts")
     with record.count_calls():
         assert_same(run(model, inputs), stock)
     assert not record.unused
+    # Another that is chosen later runs, and the op does again once it is chosen back.
+    for chosen in ("batched_mm", "eager", implementation):
+        model.config._experts_implementation = chosen
+        with record.count_calls():
+            assert_same(run(model, inputs), stock)
+        assert bool(record.unused) == (chosen != implementation)
 
 
 # Scaled logits ----------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def test_adapter_of_experts(order):
     with record.count_calls():
         assert_same(run(wrapped, zoo.text_inputs()), reference)
     assert not record.unused
-    assert record.coverage["swiglu"] == {"patched": 2, "candidates": 2}
+    assert record.coverage["moe_experts"] == {"patched": 2, "candidates": 2}
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix", "ia3"])

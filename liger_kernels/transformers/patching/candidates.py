@@ -15,10 +15,12 @@ from liger_kernels.transformers.patching.third_party import (
     find_third_party_loss,
 )
 from liger_kernels.transformers.recognise import (
+    BlockRefusal,
     HeadSpec,
     LoraRefusal,
     LoraSpec,
     Mismatch,
+    MoeBlockSpec,
     Recogniser,
     Refusal,
     RopeSpec,
@@ -56,7 +58,10 @@ def find_candidates(model: nn.Module, row: Family | None) -> Iterator[Candidate]
     inner = inner_model(model)
     head_name, head = _named_head(model)
     modules = dict(model.named_modules())
+    inside_blocks: set[int] = set()
     for name, module in modules.items():
+        if id(module) in inside_blocks:
+            continue
         third_party = find_third_party(module)
         if third_party is not None:
             # A model's own forward computes the loss, which the candidate of its head reports.
@@ -69,6 +74,9 @@ def find_candidates(model: nn.Module, row: Family | None) -> Iterator[Candidate]
             owner, _, child = name.rpartition(".")
             group = lora_group(modules[owner], child, recogniser.readers(modules[owner]))
             found = _LORA_HEAD if module is head else LoraSpec(group)
+        if isinstance(found, MoeBlockSpec | BlockRefusal):
+            # The block's row is theirs too.
+            inside_blocks.add(id(module._modules["experts"]))
         if found is not None:
             op = LoraRefusal.op if isinstance(found, LoraRefusal) else op_of(found)
             if row is not None and isinstance(found, Mismatch):

@@ -20,6 +20,7 @@ from liger_kernels.transformers.recognise import (
     Layout,
     Mismatch,
     MlpSpec,
+    MoeBlockSpec,
     NormSpec,
     Refusal,
     RopeSpec,
@@ -58,7 +59,7 @@ class Family:
 
     def __post_init__(self) -> None:
         ops = dict.fromkeys(self.norms, "rms_norm")
-        ops |= dict.fromkeys(self.gates, self.glu)
+        ops |= {name: self.glu if gate.gate else "moe_experts" for name, gate in self.gates.items()}
         ops |= dict.fromkeys(self.ropes, "rope")
         object.__setattr__(self, "ops", ops)
         forms = {name: (form,) for name, form in {**self.norms, **self.gates}.items()}
@@ -73,6 +74,7 @@ class Family:
         return {
             **options,
             self.glu: True,
+            **({} if all(gate.gate for gate in self.gates.values()) else {"moe_experts": True}),
             "cross_entropy": False,
             "fused_linear_cross_entropy": True,
         }
@@ -100,7 +102,7 @@ def _comparable(form: Spec | Gate) -> Any:
     """Return the part of a form that a row and a module must have in common."""
     if isinstance(form, MlpSpec):
         return Gate(form.layout, form.gate, form.up, form.down)
-    if isinstance(form, ExpertsSpec):
+    if isinstance(form, ExpertsSpec | MoeBlockSpec):
         return Gate(form.layout)
     # Whether an fp32 cos widens q does not change the rotation.
     return replace(form, keeps_dtype=False) if isinstance(form, RopeSpec) else form
@@ -231,7 +233,7 @@ _ROWS = (
             "Llama4TextRMSNorm": replace(LLAMA_NORM, eps_attr="eps"),
             "Llama4TextL2Norm": NormSpec(0.0, "before_weight", has_weight=False, eps_attr="eps"),
         },
-        gates={"Llama4TextMLP": SEPARATE, "Llama4TextExperts": EXPERTS},
+        gates={"Llama4TextMLP": SEPARATE, "Llama4TextMoe": EXPERTS},
         ropes={"Llama4TextAttention": (COMPLEX,)},
     ),
     Family(
@@ -241,7 +243,7 @@ _ROWS = (
             "Llama4TextRMSNorm": replace(LLAMA_NORM, eps_attr="eps"),
             "Llama4TextL2Norm": NormSpec(0.0, "before_weight", has_weight=False, eps_attr="eps"),
         },
-        gates={"Llama4TextMLP": SEPARATE, "Llama4TextExperts": EXPERTS},
+        gates={"Llama4TextMLP": SEPARATE, "Llama4TextMoe": EXPERTS},
         ropes={"Llama4TextAttention": (COMPLEX,), "Llama4VisionAttention": (COMPLEX_VISION,)},
         has_layer_norm=True,
     ),

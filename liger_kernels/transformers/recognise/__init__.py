@@ -24,8 +24,9 @@ from liger_kernels.transformers.recognise.adapters import (
     recognise_lora,
 )
 from liger_kernels.transformers.recognise.experts import (
+    experts_options,
     recognise_experts,
-    run_experts,
+    recognise_moe_block,
     split_gate,
 )
 from liger_kernels.transformers.recognise.mlps import recognise_mlp
@@ -50,6 +51,7 @@ from liger_kernels.transformers.recognise.specs import (
     ACTIVATIONS,
     GLU_OPS,
     NO_KERNEL,
+    BlockRefusal,
     ExpertsSpec,
     GatedNormSpec,
     HeadSpec,
@@ -59,6 +61,7 @@ from liger_kernels.transformers.recognise.specs import (
     LoraSpec,
     Mismatch,
     MlpSpec,
+    MoeBlockSpec,
     NormSpec,
     Refusal,
     RopeSpec,
@@ -71,6 +74,7 @@ __all__ = [
     "BASE_ATTRIBUTE",
     "GLU_OPS",
     "NO_KERNEL",
+    "BlockRefusal",
     "ExpertsSpec",
     "GatedNormSpec",
     "HeadSpec",
@@ -80,11 +84,13 @@ __all__ = [
     "LoraSpec",
     "Mismatch",
     "MlpSpec",
+    "MoeBlockSpec",
     "NormSpec",
     "Recogniser",
     "Refusal",
     "RopeSpec",
     "Spec",
+    "experts_options",
     "global_names",
     "input_readers",
     "is_linear",
@@ -96,12 +102,12 @@ __all__ = [
     "recognise_experts",
     "recognise_lora",
     "recognise_mlp",
+    "recognise_moe_block",
     "recognise_norm",
     "recognise_rope",
     "rope_functions",
     "rope_inputs",
     "rope_parameters",
-    "run_experts",
     "split_gate",
     "unserved",
 ]
@@ -131,6 +137,7 @@ class Recogniser:
             self._known[key] = (
                 recognise_norm(module)
                 or recognise_experts(module)
+                or recognise_moe_block(module)
                 or recognise_mlp(module)
                 or self._rope(module)
             )

@@ -92,14 +92,28 @@ class MlpSpec:
 
 @dataclass(frozen=True)
 class ExpertsSpec:
-    """Experts as 3-D weights, whose gate is computed by `_apply_gate` or between two products."""
+    """Experts as 3-D weights that are called with hidden, ids and weights, as transformers does."""
+
+    layout: Layout
+    # One of moe_experts.
+    activation: str
+    # Whether weights are (E, H, 2 I) and (E, I, H).
+    is_transposed: bool = False
+    has_bias: bool = False
+    # The attributes with alpha and limit of the activation gpt_oss.
+    alpha_attr: str = ""
+    limit_attr: str = ""
+    # What the configuration had chosen to compute experts; a later choice of another is followed.
+    implementation: str | None = None
+
+
+@dataclass(frozen=True)
+class MoeBlockSpec:
+    """A block as Llama4's: a router, a shared expert, and experts that are given every token times
+    its score, which is 0 for all but the chosen experts."""
 
     layout: Layout
     activation: str
-    # Whether the plain loop over experts is the one `run_experts` does, so that it can be replaced.
-    has_plain_loop: bool
-    # True: forward takes as many rows for every expert, sorted, and is two products of all experts.
-    is_sorted: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,6 +158,7 @@ Spec = (
     | GatedNormSpec
     | MlpSpec
     | ExpertsSpec
+    | MoeBlockSpec
     | RopeSpec
     | LoraSpec
     | HeadSpec
@@ -167,6 +182,11 @@ class LoraRefusal(Refusal):
 
 
 @dataclass(frozen=True)
+class BlockRefusal(Refusal):
+    """Why a block of a router and experts of sorted rows is left as it is."""
+
+
+@dataclass(frozen=True)
 class Mismatch(Refusal):
     """A class that does not compute what its family's row says."""
 
@@ -184,6 +204,8 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 # The op that computes activation(gate) * up; the other activations have no kernel.
 GLU_OPS = {"silu": "swiglu", "gelu_tanh": "geglu", "gelu": "geglu"}
+# The activations of experts that moe_experts computes.
+EXPERTS_ACTIVATIONS = frozenset({"silu", "gelu_tanh", "gelu", "relu2"})
 
 
 # The end of a reason why a look-alike is left alone that no op computes.

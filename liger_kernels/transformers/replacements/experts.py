@@ -1,4 +1,4 @@
-"""Forwards and gates of experts, whose weights are 3-D."""
+"""Forwards of experts, whose weights are 3-D, and of blocks that route to them."""
 
 from __future__ import annotations
 
@@ -9,49 +9,116 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_kernels.transformers.recognise import ExpertsSpec, run_experts, split_gate
-from liger_kernels.transformers.replacements.calls import is_plain
-from liger_kernels.transformers.replacements.mlps import gate_and_multiply
+from liger_kernels.ops import moe_experts
+from liger_kernels.ops.backend import is_traced_as_torch
+from liger_kernels.transformers.recognise import ExpertsSpec, MoeBlockSpec, experts_options
+from liger_kernels.transformers.replacements.calls import is_bare, is_plain, record_call
 from liger_kernels.transformers.replacements.subclasses import is_as_patched
 
+_ID_DTYPES = (torch.int64, torch.int32)
 
-def experts_members(base: Any, spec: ExpertsSpec) -> dict[str, Any]:
-    """Return the gate of experts, and their forward where they have one that can be replaced."""
-    if spec.is_sorted:
-        return {"forward": _sorted_experts_forward(base, spec)}
+
+def experts_forward(base: Any, spec: ExpertsSpec) -> Callable[..., Any]:
+    """Return the forward of an experts class that calls moe_experts.
+
+    The stock forward runs, and with it what the configuration chose, once experts_implementation
+    is another than it was at patching, as it is while transformers generates.
+    """
     stock_gate = base._apply_gate
 
-    def _apply_gate(self: Any, gate_up_out: Tensor) -> Tensor:
-        if base._apply_gate is not stock_gate or not is_as_patched(self):
-            gated: Tensor = base._apply_gate(self, gate_up_out)
-            return gated
-        return gate_and_multiply(self, spec.activation, *split_gate(gate_up_out, spec.layout))
-
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # The eager loop computes the gate in line; the grouped and batched ones call _apply_gate.
-        is_eager = getattr(self.config, "_experts_implementation", None) in (None, "eager")
-        is_plain_call = len(args) == 3 and not kwargs and is_as_patched(self)
-        if is_eager and is_plain_call and is_plain(args[0]):
-            hidden, experts, weights = args
-            return run_experts(self, hidden, experts, weights, self._apply_gate)
-        return base.forward(self, *args, **kwargs)
-
-    gate = {"_apply_gate": functools.wraps(base._apply_gate)(_apply_gate)}
-    return {**gate, "forward": forward} if spec.has_plain_loop else gate
-
-
-def _sorted_experts_forward(base: Any, spec: ExpertsSpec) -> Callable[..., Any]:
-    @functools.wraps(base.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        is_plain_call = len(args) == 1 and not kwargs and is_as_patched(self)
-        if not is_plain_call or not is_plain(args[0], self.gate_up_proj, self.down_proj):
+        is_chosen = getattr(self.config, "_experts_implementation", None) == spec.implementation
+        is_plain_call = len(args) == 3 and not kwargs and is_chosen and is_as_patched(self)
+        if not is_plain_call or base._apply_gate is not stock_gate or self._is_expert_parallel:
             return base.forward(self, *args, **kwargs)
-
-        (x,) = args
-        num_experts, width, _ = self.gate_up_proj.shape
-        h = torch.bmm(x.view(num_experts, -1, width), self.gate_up_proj)
-        h = gate_and_multiply(self, spec.activation, *split_gate(h, spec.layout))
-        return torch.bmm(h, self.down_proj).view(-1, width)
+        hidden, ids, weights = args
+        gate_up, down = self.gate_up_proj, self.down_proj
+        biases = (None, None)
+        if spec.has_bias:
+            biases = self.gate_up_proj_bias, self.down_proj_bias
+        if spec.is_transposed and gate_up.dim() == down.dim() == 3:
+            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+        if not _is_id(ids) or not _is_served(hidden, weights, gate_up, down, *biases):
+            return base.forward(self, *args, **kwargs)
+        # torch's grouped product is none that autocast knows; it has the dtype of the weights.
+        dtype = gate_up.dtype
+        if spec.implementation != "grouped_mm":
+            dtype = _autocast_dtype(hidden) or hidden.dtype
+        hidden, gate_up, down = (x.to(dtype) for x in (hidden, gate_up, down))
+        gate_up_bias, down_bias = (None if bias is None else bias.to(dtype) for bias in biases)
+        record_call(self)
+        y = moe_experts(
+            hidden,
+            weights,
+            ids,
+            gate_up,
+            down,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            keeps_products=not self._saves_memory,
+            **experts_options(self, spec),
+        )
+        return y.to(args[0].dtype)
 
     return forward
+
+
+def moe_block_forward(base: Any, spec: MoeBlockSpec) -> Callable[..., Any]:
+    """Return the forward of a block as Llama4's, in which the chosen experts alone compute."""
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or not is_as_patched(self) or not is_bare(self.experts):
+            return base.forward(self, *args, **kwargs)
+        gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
+        hidden = args[0]
+        if gate_up.dim() == down.dim() == 3 and is_plain(hidden):
+            hidden = hidden.reshape(-1, gate_up.shape[1])
+            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+        if not _is_served(hidden, hidden, gate_up, down, None, None):
+            return base.forward(self, *args, **kwargs)
+        scores, logits = self.router(hidden)
+        # The others have a score of 0: they are given zeros, and return zeros.
+        weights, ids = scores.topk(self.top_k, dim=1)
+        out = self.shared_expert(hidden)
+        dtype = _autocast_dtype(hidden) or hidden.dtype
+        hidden, gate_up, down = (x.to(dtype) for x in (hidden, gate_up, down))
+        record_call(self)
+        keeps = not self._saves_memory
+        options = experts_options(self.experts, spec)
+        routed = moe_experts(hidden, weights, ids, gate_up, down, keeps_products=keeps, **options)
+        return out + routed.to(out.dtype), logits
+
+    return forward
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return what autocast computes products on x's device in; None where it is off."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _is_id(ids: Any) -> bool:
+    return type(ids) is Tensor and ids.dtype in _ID_DTYPES and ids.dim() == 2
+
+
+def _is_served(
+    hidden: Any, weights: Any, gate_up: Any, down: Any, gate_up_bias: Any, down_bias: Any
+) -> bool:
+    """Return whether moe_experts computes what the stock forward would on these tensors."""
+    parts = [x for x in (gate_up, down, gate_up_bias, down_bias) if x is not None]
+    if not is_plain(hidden, weights, *parts) or hidden.dim() != 2 or weights.dim() != 2:
+        return False
+    if gate_up.dim() != 3 or down.dim() != 3 or is_traced_as_torch(hidden):
+        return False
+    if any(x.dtype != gate_up.dtype or x.device != hidden.device for x in parts):
+        return False
+    if hidden.dtype != gate_up.dtype and _autocast_dtype(hidden) is None:
+        return False
+    num_experts, width, inner = down.shape
+    wide = 2 * inner
+    if gate_up.shape != (num_experts, wide, width) or hidden.shape[1] != width:
+        return False
+    shapes = ((gate_up_bias, (num_experts, wide)), (down_bias, (num_experts, width)))
+    return all(bias is None or bias.shape == shape for bias, shape in shapes)

@@ -106,7 +106,7 @@ class _Held(NamedTuple):
 
     name: str
     value: Any
-    # Of a child module: the values of its attributes.
+    # Of a child module: the values of its attributes, its children among them.
     settings: tuple[_Held, ...]
 
 
@@ -141,7 +141,8 @@ def _held_by(owner: nn.Module, names: Collection[str]) -> tuple[_Held, ...]:
     for name in sorted(names):
         if name in owner._modules:
             child: Any = owner._modules[name]
-            settings = () if child is None else _held_by(child, vars(child).keys() - _BOOKKEEPING)
+            inside = set() if child is None else {*vars(child), *child._modules} - _BOOKKEEPING
+            settings = _held_by(child, inside) if inside else ()
             found.append(_Held(name, child, settings))
         elif name in vars(owner):
             found.append(_Held(name, vars(owner)[name], ()))

@@ -22,9 +22,11 @@ from liger_kernels.transformers.recognise import (
     LayerNormSpec,
     LoraSpec,
     MlpSpec,
+    MoeBlockSpec,
     NormSpec,
     RopeSpec,
     Spec,
+    experts_options,
     global_names,
     input_readers,
     lora_group,
@@ -34,7 +36,7 @@ from liger_kernels.transformers.recognise import (
 from liger_kernels.transformers.replacements.adapters import lora_forward
 from liger_kernels.transformers.replacements.attention import attention_forward, globals_read
 from liger_kernels.transformers.replacements.calls import is_transformed
-from liger_kernels.transformers.replacements.experts import experts_members
+from liger_kernels.transformers.replacements.experts import experts_forward, moe_block_forward
 from liger_kernels.transformers.replacements.mlps import mlp_forward
 from liger_kernels.transformers.replacements.norms import (
     AnyNorm,
@@ -63,6 +65,8 @@ _ROWS = 33
 _LOSS_ROWS = 24
 # Of the input of a head or of a whole MLP, whose products are cuBLAS's matter.
 _INPUT_WIDTH = 16
+# Tokens, width, inner width, experts and choices of experts, whose products are torch's matter.
+_EXPERTS_SHAPE = (_ROWS, 64, 32, 6, 2)
 # Where a module does not say.
 _WIDTH, _HEAD_SIZE, _HEADS = 128, 64, (4, 2)
 
@@ -219,11 +223,18 @@ def _mlp_cases(op: str, spec: MlpSpec, module: Any, config: Any) -> list[TrialCa
     return cases
 
 
-def _experts_cases(op: str, spec: ExpertsSpec, module: Any, config: Any) -> list[TrialCase]:
-    return [_product_case(op, spec, None)]
+def _experts_cases(
+    op: str, spec: ExpertsSpec | MoeBlockSpec, module: Any, config: Any
+) -> list[TrialCase]:
+    options = dict(experts_options(module, spec))
+    if isinstance(spec, MoeBlockSpec):
+        options["is_transposed"] = True
+    else:
+        options |= {"is_transposed": spec.is_transposed, "has_bias": spec.has_bias}
+    return [(op, _EXPERTS_SHAPE, options)]
 
 
-def _product_case(op: str, spec: MlpSpec | ExpertsSpec, width: Any) -> TrialCase:
+def _product_case(op: str, spec: MlpSpec, width: Any) -> TrialCase:
     options = {} if spec.layout in ("separate", "interleaved") else {"layout": "halves"}
     if op == "geglu":
         options["approximate"] = "tanh" if spec.activation == "gelu_tanh" else "none"
@@ -262,7 +273,7 @@ def _forward_by(make: Callable[[Any, Any], Callable[..., Any]]) -> Callable[...,
 
 
 def _experts_code(base: Any, spec: ExpertsSpec) -> tuple[Any, ...]:
-    return (base.forward,) if spec.is_sorted else (base.forward, base._apply_gate)
+    return base.forward, base._apply_gate
 
 
 def _attention_code(base: Any, spec: RopeSpec) -> tuple[Any, ...]:
@@ -295,11 +306,17 @@ TABLE: Mapping[type, Replacement] = {
         live=lambda spec: {spec.gate, spec.up, spec.down, "config"},
     ),
     ExpertsSpec: Replacement(
-        op=lambda spec: GLU_OPS[spec.activation],
+        op=lambda spec: "moe_experts",
         cases=_experts_cases,
-        members=experts_members,
-        live=lambda spec: {"config"},
+        members=_forward_by(experts_forward),
+        live=lambda spec: {"config", spec.alpha_attr, spec.limit_attr, "_is_expert_parallel"},
         code=_experts_code,
+    ),
+    MoeBlockSpec: Replacement(
+        op=lambda spec: "moe_experts",
+        cases=_experts_cases,
+        members=_forward_by(moe_block_forward),
+        live=lambda spec: {"router", "shared_expert", "top_k"},
     ),
     RopeSpec: Replacement(
         op=lambda spec: "rope",

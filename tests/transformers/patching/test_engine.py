@@ -348,11 +348,12 @@ def test_experts_case_72(implementation):
     inputs["labels"] = inputs["input_ids"]
     reference = run(model, inputs)
     assert any((g == 0).flatten(1).all(1).any() for g in reference.grads.values() if g.dim() == 3)
-    record = apply_liger_kernel(model, "swiglu")
+    record = apply_liger_kernel(model, "moe_experts")
     with record.count_calls():
         ours = run(model, inputs)
     assert_same(ours, reference)
-    assert record.coverage["swiglu"] == {"patched": 2, "candidates": 2}
+    assert record.coverage["moe_experts"] == {"patched": 2, "candidates": 2}
+    assert not record.unused
 
 
 @pytest.mark.slow
