@@ -47,7 +47,12 @@ llama-8b:lora 4 2048 12 --adapter lora --lora-r 16
 llama-8b:lora-checkpointing 4 2048 10 --adapter lora --lora-r 16 --gradient-checkpointing
 llama-8b:qlora 4 2048 8 --adapter lora --lora-r 16 --load-in-4bit
 qwen3-4b:lora 8 1024 12 --adapter lora --lora-r 16
-llama-8b:lora-r64 4 2048 12 --adapter lora --lora-r 64"}
+llama-8b:lora-r64 4 2048 12 --adapter lora --lora-r 64
+qwen3-30b-a3b:6-layers 8 2048 8
+mixtral-8x7b:2-layers 8 2048 8
+gpt-oss-20b:4-layers 8 2048 8
+olmoe-1b-7b:8-layers 8 2048 8
+qwen3-30b-a3b:6-layers-few 2 1024 12"}
 for row in ${wanted[@]+"${wanted[@]}"}; do
   if ! cut -d ' ' -f 1 <<< "$models" | grep -qxF -- "$row"; then
     echo "no row is called $row; rows: $(cut -d ' ' -f 1 <<< "$models" | paste -sd ' ')" >&2
@@ -76,6 +81,21 @@ model.save_pretrained(sys.argv[2])
 PYTHON
 }
 
+# A label that begins with a number of layers cuts the preset to them: random weights of its shape.
+cut_layers() {
+  "$python" - "$1" "$2" "$3" << 'PYTHON'
+import json
+import sys
+
+from liger_cli.training.model.source import resolve_model
+
+name, num_layers, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+config = {**resolve_model(name).config, "num_hidden_layers": num_layers}
+with open(path, "w") as file:
+    json.dump(config, file)
+PYTHON
+}
+
 code=0
 while read -r row batch length steps flags; do
   if [ ${#wanted[@]} -gt 0 ] && ! printf '%s\n' "${wanted[@]}" | grep -qxF -- "$row"; then
@@ -93,6 +113,13 @@ while read -r row batch length steps flags; do
     *--load-in-*)
       write_weights "$model" 2>> "$name.log" < /dev/null
       model=$weights/$model
+      ;;
+  esac
+  case $row in
+    *:*-layers*)
+      layers=${row#*:}
+      cut_layers "$model" "${layers%%-*}" "$weights/${row/:/-}.json" 2>> "$name.log" < /dev/null
+      model=$weights/${row/:/-}.json
       ;;
   esac
   # SIGINT has bench report what it has; the last resort must come later than that report.

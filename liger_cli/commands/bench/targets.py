@@ -192,6 +192,21 @@ def _norms() -> Iterable[Workload]:
 
 _ROPE = (Target("share", 0.80), _speed(1.5), _speed(2.0, "torch.compile"))
 
+# Of experts: routers give their weights in fp32.
+_ROUTED = {"weights_dtype": torch.float32}
+_EXPERTS = (
+    (16384, 2048, 768, 128, 8),
+    (16384, 4096, 14336, 8, 2),
+    (16384, 2048, 1024, 64, 8),
+    (2048, 2048, 768, 128, 8),
+)
+_GPT_OSS = {
+    "activation": "gpt_oss",
+    "is_interleaved": True,
+    "is_transposed": True,
+    "has_bias": True,
+}
+
 # q and k of rope are transposed views of what a projection gives, as attention makes them.
 _ON_GPU = (
     *_norms(),
@@ -200,6 +215,10 @@ _ON_GPU = (
     *(_glu(op, *s) for op in ("swiglu", "geglu") for s in ((16384, 8192), (8192, 14336))),
     Workload("glu_mlp", (8192, 2048, 8192)),
     Workload("glu_mlp", (8192, 4096, 14336)),
+    # Tokens, width, inner width, experts, choices: qwen3-30b-a3b, mixtral, olmoe, few tokens an
+    # expert, and gpt-oss-20b.
+    *(Workload("moe_experts", shape, _ROUTED) for shape in _EXPERTS),
+    Workload("moe_experts", (16384, 2880, 2880, 32, 4), {**_ROUTED, **_GPT_OSS}),
     # Rows, width of x, width of y, rank.
     Workload("lora_linear", (8192, 4096, 4096, 16), {"scale": 2.0}),
     Workload("lora_linear", (8192, 4096, 14336, 16), {"scale": 2.0}),
@@ -227,6 +246,7 @@ _SMALL = (
     ("swiglu", (512, 2048)),
     ("geglu", (512, 2048)),
     ("glu_mlp", (256, 256, 1024)),
+    ("moe_experts", (256, 128, 64, 8, 2)),
     ("lora_linear", (256, 256, 1024, 16)),
     ("cross_entropy", (256, 8192)),
     ("fused_linear_cross_entropy", (256, 256, 8192)),
