@@ -130,28 +130,40 @@ def test_a_rank_that_hangs_is_named(start, run_dir):
     assert f"waited longer than ddp_timeout for rank 1 on {HOST}" in error
 
 
-@pytest.mark.parametrize("is_shared", [True, False], ids=["shared", "elsewhere"])
-def test_two_launchers_train_one_run(start, run_dir, tmp_path, is_shared):
-    """Without --output-dir as a full path each host has a directory of its own folder."""
+# The folder of each host, whether its rows are others, and the end.
+HOSTS = {
+    "shared": ((0, 0), False, 0, None),
+    "elsewhere": ((0, 1), False, 3, "output_dir {tmp}/host1/run of rank 1 on {host} is not"),
+    "other-data": ((0, 1), True, 4, "the data (training) is "),
+}
+
+
+@pytest.mark.parametrize("case", HOSTS)
+def test_two_launchers_train_one_run(start, data, tmp_path, case):
+    """Each with paths that are relative to its own folder."""
+    folders, has_other_rows, code, message = HOSTS[case]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    run = tmp_path / "run" if has_other_rows else "run"
     hosts = []
-    for node_rank in (1, 0):
-        folder = tmp_path / f"host{0 if is_shared else node_rank}"
+    for node_rank, number in enumerate(folders):
+        folder = tmp_path / f"host{number}"
         folder.mkdir(exist_ok=True)
+        rows = data.read_text().splitlines(keepends=True)
+        (folder / "rows.jsonl").write_text("".join(rows[number if has_other_rows else 0 :]))
         words = ("--nproc", 1, "--nnodes", 2, "--node-rank", node_rank, "--rdzv-endpoint", endpoint)
-        hosts.append(start(*words, "--max-steps", 2, "--output-dir", "run", cwd=folder))
+        words += ("--max-steps", 2, "--dataset", "rows.jsonl", "--output-dir", run)
+        hosts.append(start(*words, cwd=folder))
     ends = [process.communicate(timeout=280) for process in hosts]
-    assert [process.returncode for process in hosts] == [0 if is_shared else 3] * 2, ends
-    if is_shared:
+    assert [process.returncode for process in hosts] == [code, code], ends
+    for _, err in ends:
+        found = errors(err)
+        assert len(found) == (message is not None)
+        assert message is None or message.format(tmp=tmp_path, host=HOST) in found[0]
+    if message is None:
         checkpoint = tmp_path / "host0" / "run" / "checkpoint-2"
         assert len(list(checkpoint.glob("rng-*.pt"))) == 2
-        assert [errors(err) for _, err in ends] == [[], []]
-    else:
-        for _, err in ends:
-            [error] = errors(err)
-            assert f"output_dir {tmp_path}/host1/run of rank 1 on {HOST} is not" in error
 
 
 def test_srun_starts_what_torchrun_does(start, run_dir):
