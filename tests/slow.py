@@ -26,6 +26,7 @@ SLOW = {
     ),
     "test_case_93_stopped_and_resumed": ("three trainings a case", "packed-stream"),
     "test_case_93_resume_is_exact_with_every_optimizer": ("three trainings a case", "muon-master"),
+    "test_a_template_of_preferences_trains_on_the_sample": ("a training a case", "^(dpo|simpo)$"),
     "test_loss_falls": ("thirty steps an optimizer", "adamw_torch_fused"),
     "test_run_keeps_its_tokens": ("three trainings and what follows a case", "^lora-qwen3$"),
     "test_the_commands_of_a_data_tutorial": ("trainings and previews a page", "moving"),

@@ -21,7 +21,8 @@ def test_train_config_loads(path):
 
 def test_every_kind_of_training_has_a_file():
     names = {path.stem for path in (CONFIGS / "train").glob("*.yaml")}
-    assert {"sft", "full", "pretrain", "eval", "ddp", "fsdp2"} <= names
+    kinds = {"sft", "full", "pretrain", "eval", "ddp", "fsdp2", "dpo", "orpo", "cpo"}
+    assert kinds <= names
 
 
 def test_every_folder_has_a_loader():

@@ -1,0 +1,36 @@
+"""The templates of preferences run as they are, and their sample is said to be of pairs."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+
+from liger_cli.training.model.presets import configs_directory
+
+TEMPLATES = configs_directory() / "train"
+# The first pairs of the sample, and a small model of random weights.
+SMALL = (
+    *("-m", "qwen3", "--use-cpu", "--max-length", 96, "--max-steps", 2, "--logging-steps", 1),
+    *("--set", "dataset=[{path: chitchat, max_samples: 60}]"),
+)
+
+
+@pytest.mark.parametrize("name", ["dpo", "orpo", "cpo", "simpo"])
+def test_a_template_of_preferences_trains_on_the_sample(liger, tmp_path, name):
+    path = TEMPLATES / f"{'cpo' if name == 'simpo' else name}.yaml"
+    if name == "simpo":
+        # The variant that stands in the comments of cpo.yaml, in place of its keys.
+        text = re.sub(r"^(objective|beta|cpo_alpha):.*\n", "", path.read_text(), flags=re.MULTILINE)
+        path = tmp_path / "simpo.yaml"
+        path.write_text(re.sub(r"^# (\w+: [\w.]+)$", r"\1", text, flags=re.MULTILINE))
+    done = liger("train", "-c", path, *SMALL, "-o", tmp_path / "run", "--json")
+    assert done.code == 0, done.err
+    assert re.search(r"data: chitchat .*: \d+ pairs; .*the reply of another conv", done.err)
+    report = done.json()
+    assert report["config"]["objective"] == name
+    assert report["train"]["steps"] == 2
+    if name == "dpo":
+        # The adapter is new, so the model is its reference.
+        assert report["train"]["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
