@@ -25,7 +25,11 @@ def translate(given: Mapping[str, Any], folder: Path) -> Translation:
         ConfigError: It trains something else.
     """
     if given.get("rl"):
-        raise ConfigError(f"rl: {given['rl']}: liger trains on text alone, without preferences")
+        raise ConfigError(
+            f"rl: {given['rl']}: preferences of axolotl are not translated",
+            hint="liger trains on prompt, chosen and rejected with --objective dpo, ipo, orpo, cpo "
+            "or simpo: docs/preferences.md",
+        )
     found = Translation()
     found.read(given, _RULES)
     blocks = given.get("datasets") or []

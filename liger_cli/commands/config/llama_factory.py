@@ -17,7 +17,7 @@ MARKS = ("finetuning_type", "dataset_dir", "cutoff_len", "stage", "template", "l
 
 
 def translate(given: Mapping[str, Any], folder: Path) -> Translation:
-    """Return the configuration of a supervised run.
+    """Return the configuration of a run on text or on preferences.
 
     Args:
         given: The keys of the file.
@@ -27,8 +27,10 @@ def translate(given: Mapping[str, Any], folder: Path) -> Translation:
         ConfigError: It trains something else.
     """
     stage = given.get("stage", "sft")
-    if stage not in ("sft", "pt"):
-        raise ConfigError(f"stage: {stage}: liger trains on text alone (stage sft or pt)")
+    if stage not in ("sft", "pt", "dpo"):
+        raise ConfigError(
+            f"stage: {stage}: liger trains on text and on preferences (stage sft, pt or dpo)"
+        )
     found = Translation()
     given = {key: value for key, value in given.items() if value is not None}
     # Its defaults that are not ours.
@@ -39,7 +41,11 @@ def translate(given: Mapping[str, Any], folder: Path) -> Translation:
             defaults["lora_alpha"] = 2 * int(given.get("lora_rank") or 8)
     elif given.get("finetuning_type") == "full":
         given = {key: value for key, value in given.items() if not key.startswith("lora_")}
+    if stage == "dpo":
+        defaults["pref_loss"] = "sigmoid"
     found.read({**defaults, **given}, _RULES)
+    if stage == "dpo" and given.get("pref_ftx"):
+        _set_likelihood(found, given["pref_ftx"])
     for key in ("dataset", "eval_dataset"):
         if given.get(key):
             _set_datasets(found, key, given)
@@ -69,6 +75,29 @@ def _set_datasets(found: Translation, key: str, given: Mapping[str, Any]) -> Non
     if given.get("stage") == "pt":
         found.notes.append("stage pt: LLaMA-Factory joins the texts; text_mode: stream does")
     found.set(key, [{"path": path, **extra} for path in paths], key)
+
+
+def _preference(found: Translation, key: str, value: Any) -> None:
+    if value == "hinge":
+        found.set("objective", "dpo", key)
+        found.set("loss_type", "hinge", key)
+    elif (objective := _OBJECTIVES.get(value)) is not None:
+        found.set("objective", objective, key)
+    else:
+        raise ConfigError(
+            f"{key}: {value}: liger has {', '.join((*_OBJECTIVES, 'hinge'))}; docs/preferences.md "
+            "names other losses"
+        )
+
+
+def _set_likelihood(found: Translation, weight: Any) -> None:
+    """Add the likelihood of chosen answers to the loss of dpo, which is a loss by itself here."""
+    loss = found.values.get("loss_type", "sigmoid")
+    if found.values.get("objective") != "dpo":
+        found.lost["pref_ftx"] = "it is for dpo; cpo and simpo have cpo_alpha"
+        return
+    found.set("loss_type", f"{loss},sft", "pref_ftx")
+    found.set("loss_weights", f"1,{weight}", "pref_ftx")
 
 
 def _adapter(found: Translation, key: str, value: Any) -> None:
@@ -115,7 +144,14 @@ _NEEDLESS = (
     *("do_train", "do_eval", "overwrite_cache", "overwrite_output_dir", "plot_loss", "stage"),
     *("preprocessing_batch_size", "ddp_timeout", "include_num_input_tokens_seen", "use_fast"),
     *("use_fast_tokenizer", "use_dora", "dataset_dir", "dataset", "eval_dataset", "max_samples"),
-    *("template", "trust_remote_code", "low_cpu_mem_usage", "save_strategy", "enable_liger_kernel"),
+    *(
+        "pref_ftx",
+        "template",
+        "trust_remote_code",
+        "low_cpu_mem_usage",
+        "save_strategy",
+        "enable_liger_kernel",
+    ),
     *(
         "remove_unused_columns",
         "mix_strategy_concat",
@@ -125,6 +161,7 @@ _NEEDLESS = (
 )
 # fa2 is left to us: ours is as fast where the kernels of flash-attn are not installed.
 _FLASH = {"auto": None, "disabled": "eager", "sdpa": "sdpa", "fa2": None}
+_OBJECTIVES = {"sigmoid": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(_NEEDLESS, needless),
     "model_name_or_path": rename("model"),
@@ -141,6 +178,10 @@ _RULES: dict[str, Rule] = {
     "neat_packing": _packing,
     "train_on_prompt": _train_on("all"),
     "mask_history": _train_on("last"),
+    "pref_loss": _preference,
+    "pref_beta": rename("beta"),
+    "dpo_label_smoothing": rename("label_smoothing"),
+    "ref_model": rename("reference"),
     "val_size": _eval_part,
     "flash_attn": rename("attn_implementation", _FLASH),
     "disable_gradient_checkpointing": _checkpointing,

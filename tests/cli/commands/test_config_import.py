@@ -34,6 +34,11 @@ INFO = {
         },
     },
     "wiki": {"file_name": "wiki.json", "columns": {"prompt": "body"}},
+    "pairs": {
+        "file_name": "pairs.json",
+        "ranking": True,
+        "columns": {"prompt": "instruction", "chosen": "good", "rejected": "bad"},
+    },
 }
 DATA = {
     "dialog.jsonl": [
@@ -56,6 +61,7 @@ DATA = {
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 2}
     ],
     "wiki.json": [{"body": "text"}],
+    "pairs.json": [{"instruction": "q", "good": "a", "bad": "b"}],
     "dataset_info.json": INFO,
 }
 
@@ -228,6 +234,23 @@ eval_steps: 500
         [f"{U}q{E}\n{A}a{E}\n{U}q{E}\n{A}[[a{E}]]\n"],
         ["deepspeed"],
     ),
+    "factory-dpo.yaml": (
+        """\
+model_name_or_path: Qwen/Qwen2.5-0.5B
+stage: dpo
+finetuning_type: full
+dataset: pairs
+dataset_dir: {folder}
+template: qwen
+cutoff_len: 64
+pref_beta: 0.2
+pref_ftx: 0.5
+dpo_label_smoothing: 0.1
+pref_bco_weight: 0.3
+""",
+        [f"{U}q{E}\n{A}[[a{E}]]\n", f"{U}q{E}\n{A}[[b{E}]]\n"],
+        ["pref_bco_weight"],
+    ),
     "factory-pretrain.yaml": (
         """\
 model_name_or_path: Qwen/Qwen2.5-0.5B
@@ -299,10 +322,35 @@ def test_values_of_a_run(liger, folder):
 
 
 @pytest.mark.parametrize(
+    ("loss", "keys"),
+    [
+        ("", {"objective": "dpo", "loss_type": "sigmoid,sft", "loss_weights": "1,0.5"}),
+        ("hinge", {"objective": "dpo", "loss_type": "hinge,sft", "loss_weights": "1,0.5"}),
+        ("ipo", {"objective": "ipo", "loss_type": None}),
+        ("orpo", {"objective": "orpo", "loss_type": None}),
+        ("simpo", {"objective": "simpo", "loss_type": None}),
+    ],
+)
+def test_preferences_of_llama_factory(liger, folder, loss, keys):
+    content = FILES["factory-dpo.yaml"][0].format(folder=folder) + f"pref_loss: {loss}\n"
+    # Some losses take no smoothing, and other objectives no loss beside theirs.
+    if loss:
+        content = content.replace("dpo_label_smoothing: 0.1\n", "")
+    if keys["loss_type"] is None:
+        content = content.replace("pref_ftx: 0.5\n", "")
+    (folder / "f.yaml").write_text(content)
+    assert liger("config", "import", folder / "f.yaml", "-o", folder / "c.yaml").code == 0
+    values = liger("config", "show", "-c", folder / "c.yaml", "--json").json()["keys"]
+    wanted = {"beta": 0.2, "label_smoothing": 0.0 if loss else 0.1, **keys}
+    assert {key: values[key]["value"] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("base_model: m\nrl: dpo\n", "rl: dpo: liger trains on text alone"),
-        ("stage: dpo\nmodel_name_or_path: m\n", "stage: dpo: liger trains on text alone"),
+        ("base_model: m\nrl: dpo\n", "rl: dpo: preferences of axolotl are not translated"),
+        ("stage: rm\nmodel_name_or_path: m\n", "stage: rm: liger trains on text and on pref"),
+        ("stage: dpo\npref_loss: kto_pair\n", "pref_loss: kto_pair: liger has sigmoid, ipo"),
         ("model: llama\nmax_length: 8\n", "is a configuration of liger already"),
         ("a: 1\n", "is of none of the programs that are read"),
         ("base_model: m\nbase_model: n\n", "f.yaml:2:1: 'base_model' is set twice"),
