@@ -196,18 +196,6 @@ SHAPES = {
         [{"messages": [dict(m, weight=0) if m["content"] == "a" else m for m in said(*TWICE)]}],
         (f"{Q}{A}a{E}\n{OTHER}[[b{E}]]\n",),
     ),
-    "openai, a weight between": DataFile(
-        "d.jsonl",
-        [
-            {
-                "messages": [
-                    *said(("user", "q")),
-                    {"role": "assistant", "content": "a", "weight": 0.5},
-                ]
-            }
-        ],
-        error="FILE:1: messages[1].weight is 0.5; allowed are 0 (not trained) and 1 (trained)",
-    ),
     # TRL.
     "prompt and completion": DataFile(
         "d.jsonl", [{"prompt": "q ", "completion": "a"}], (f"q [[a{E}]]",)
@@ -492,11 +480,6 @@ MASKED = {
         "d.jsonl",
         [{"input_ids": [67, 68, 69], "labels": [68, 69, -100]}],
         error="FILE:1: labels[0] is 68; allowed are -100 and the token at its place, 67",
-    ),
-    "a row with a weight between": DataFile(
-        "d.jsonl",
-        [{"text": "a", "loss_weight": 0.5}],
-        error="FILE:1: loss_weight is 0.5; allowed are 0 (not trained) and 1 (trained)",
     ),
 }
 

