@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 
 import forked_runs
 
@@ -63,8 +64,10 @@ def launch(num_processes, *words, faulty=None, logs=None):
         ranks.append(forked_runs._FORKS.Process(target=run_rank, args=(words,), kwargs=options))
     for process in ranks:
         process.start()
+    # A run takes some seconds, on a busy machine a minute.
+    deadline = time.monotonic() + 180
     for process in ranks:
-        process.join(60)
+        process.join(max(deadline - time.monotonic(), 0))
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from sharded_runs import launch
 
 from liger_cli.training.checkpoints.files import find_damage, read_manifest
+from liger_cli.training.model.source import load_model, resolve_model
 
 BATCH = 8
 
@@ -222,3 +223,29 @@ def test_adapter_of_a_sharded_run_is_that_of_one_process(rows, tmp_path, liger):
     assert done.code == 0, done.err
     assert done.json()["num_merged"] > 0
     assert load_file(tmp_path / "merged" / "model.safetensors")
+
+
+@pytest.mark.gpu
+def test_two_gpus_write_what_one_resumes(rows, tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+
+    def words(run_dir, num_processes, *more):
+        found = words_of(rows, run_dir, num_processes, "--dtype", "float32", *more)
+        return [word for word in found if word != "--use-cpu"]
+
+    run = tmp_path / "run"
+    assert launch(2, *words(run, 2)) == [0, 0]
+    one, two = (stopped_copy(run, tmp_path / name, 4) for name in ("one", "two"))
+    assert launch(2, *words(two, 2, "--resume", "auto")) == [0, 0]
+    assert launch(1, *words(one, 1, "--resume", "auto")) == [0]
+    wanted, before = (weights(run / "checkpoint-6"), load_shards(run / "checkpoint-4"))
+    for other in (one, two):
+        found = weights(other / "checkpoint-6")
+        for name, value in wanted.items():
+            moved = (value - before[name]).abs().mean()
+            assert (found[name] - value).abs().mean() <= 0.01 * moved, name
+
+
+def load_shards(checkpoint):
+    return load_model(resolve_model(str(checkpoint)), dtype=torch.float32).state_dict()
