@@ -28,6 +28,7 @@ from liger_cli.training.model.loading import load_patched
 from liger_cli.training.model.presets import ModelSource
 from liger_cli.training.model.shard_loading import check_complete, has_only_shards
 from liger_cli.training.model.source import build_meta_model, load_model
+from liger_cli.training.parallel.collectives import local_part
 from liger_cli.training.parallel.hollow import is_hollow, load_hollow, replace_parameters
 from liger_cli.training.parallel.mesh import Layout
 from liger_cli.training.parallel.weights import WeightFiles, Weights, find_files
@@ -176,10 +177,10 @@ def _copy(files: WeightFiles, weights: Weights, model: Any) -> None:
                 "model of its configuration"
             )
         rows = _rows(place)
-        _local(place).copy_(files.read(stored, rows))
+        local_part(place).copy_(files.read(stored, rows))
     for name, value in weights.converted(inner_model(model), files):
         place = places[name]
-        _local(place).copy_(value[_rows(place)] if place.ndim else value)
+        local_part(place).copy_(value[_rows(place)] if place.ndim else value)
 
 
 def _name_in_files(name: str) -> str:
@@ -196,7 +197,3 @@ def _rows(tensor: Tensor) -> slice:
         tensor.shape, tensor.device_mesh, tensor.placements
     )
     return slice(offset[0], offset[0] + shape[0])
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
