@@ -10,13 +10,15 @@ from typing import NamedTuple
 import torch
 
 from liger_kernels.ops.backend import INTERPRETED, tl, triton
-from liger_kernels.ops.launcher import Launch, cache_by_shape, cdiv, next_power_of_2
+from liger_kernels.ops.launcher import Launch, cache_by_shape, cdiv, lookup, next_power_of_2
 
 # Slots times experts of a program of the sort, and the most slots; in the interpreter few, so that
 # a small case has several blocks.
 _SORT_TILE, _SORT_SLOTS = 16384, 16 if INTERPRETED else 256
-# Blocks of slots, and experts, of a program that adds up the counts of the blocks.
-_SCAN_BLOCKS, _SCAN_EXPERTS = 4 if INTERPRETED else 1024, 4
+# Blocks of slots of a program that adds up the counts of the blocks, by how many there are; looked
+# up, since a tracer takes the bits of a number of rows for that number alone. And its experts.
+_SCAN_BLOCKS = ((4, 4),) if INTERPRETED else ((64, 64), (1024, 1024))
+_SCAN_EXPERTS = 4
 
 
 class Routing(NamedTuple):
@@ -158,7 +160,7 @@ def _sort_launches(
         (cdiv(num_experts, _SCAN_EXPERTS),),
         num_blocks=num_blocks,
         E=num_experts,
-        BLOCK_B=min(_SCAN_BLOCKS, next_power_of_2(num_blocks)),
+        BLOCK_B=lookup(_SCAN_BLOCKS, num_blocks),
         BLOCK_E=_SCAN_EXPERTS,
         num_warps=4,
     )

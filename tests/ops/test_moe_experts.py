@@ -165,6 +165,23 @@ def test_a_tracer_gets_the_same(true_allocators, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiled_without_a_break(dtype, device, true_allocators):
+    case = next(case for case in OPS["moe_experts"].cases if case.id == "gpt-oss")
+    found = OPS["moe_experts"].sample(case, dtype, device, torch.Generator().manual_seed(0))
+    values = (*found.args, *found.kwargs.values())
+    leaves = [x for x in values if isinstance(x, torch.Tensor) and x.requires_grad]
+    torch._dynamo.reset()
+    steps = []
+    for function in (moe_experts, torch.compile(moe_experts, fullgraph=True)):
+        y = function(*found.args, **found.kwargs)
+        grads = torch.autograd.grad(y.square().sum(), leaves)
+        steps.append([y.detach(), *grads])
+    for wanted, ours in zip(*steps, strict=True):
+        assert error(ours, wanted) < (2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_nothing_waits_for_the_device(dtype, device, true_allocators):
     args, options = sample(device, dtype)
