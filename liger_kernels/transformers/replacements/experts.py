@@ -94,7 +94,7 @@ def moe_block_forward(base: Any, spec: MoeBlockSpec) -> Callable[..., Any]:
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return what autocast computes products on x's device in; None where it is off."""
+    """Return the dtype of products under autocast on x's device; None where it is off."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
