@@ -55,6 +55,7 @@ SLOW = {
         "^(all-(4x2|packed)|dpo-(8x1|free)|(weighted|simpo|orpo|cpo)-uneven|orpo-packed)$",
     ),
     "test_two_processes_train_the_weights_of_one": ("three processes", "^sigmoid$"),
+    "test_a_run_from_a_trained_model_starts_at_its_reference": ("two trainings", "^precompute$"),
     "test_every_objective_has_its_metrics": ("a training a case", "^orpo$"),
     "test_trl": ("a trainer of another library a case", "llama-sft-patched"),
     "test_trainer_case_59_66_67": ("two trainers a case", "^llama-plain$"),

@@ -31,6 +31,7 @@ class Cpo(PairObjective):
         super().__init__(config, model, device)
         self.likelihood_weight = config.likelihood_weight
         [self._loss] = config.losses
+        self.reads_margin = self._loss != "ipo"
         self._options = CpoOptions(
             config.beta, config.label_smoothing, config.simpo_gamma, config.alpha
         )

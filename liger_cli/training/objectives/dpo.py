@@ -19,7 +19,6 @@ from accelerate.utils import gather_object
 
 from liger_cli.config import RunConfig
 from liger_cli.config.objectives import WHOLE_STEP_LOSSES
-from liger_cli.errors import DataError
 from liger_cli.training.checkpoints.random_state import kept_random_state
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.objectives.answers import token_values
@@ -66,6 +65,7 @@ class Dpo(PairObjective):
         losses = dict(config.losses)
         self.likelihood_weight = losses.pop("sft", 0.0)
         self.ld_alpha = config.ld_alpha
+        self.reads_margin = losses.keys() <= MARGIN_LOSSES
         self._losses = {n: w for n, w in losses.items() if n not in WHOLE_STEP_LOSSES}
         self._step_losses = {n: w for n, w in losses.items() if n in WHOLE_STEP_LOSSES}
         self._options = LossOptions(
@@ -79,7 +79,7 @@ class Dpo(PairObjective):
         self._shares: deque[_Share] = deque()
 
     def prepare(self, setting: Setting) -> Inputs:
-        self._check_margin(setting.inputs)
+        super().prepare(setting)
         kind, is_given = setting.config.reference, has_values(setting.inputs)
         if is_given and kind != "precompute":
             setting.notify(f"the data's ref_chosen_logps are not read: reference is {kind}")
@@ -90,15 +90,6 @@ class Dpo(PairObjective):
 
     def _reference_sums(self, model: Any, batch: Batch) -> torch.Tensor:
         return super().score(model, batch).sums
-
-    def _check_margin(self, inputs: Inputs) -> None:
-        others = self._config.losses.keys() - MARGIN_LOSSES
-        if others and "margin" in getattr(inputs.train, "column_names", ()):
-            raise DataError(
-                f"the data have a margin, which loss_type {', '.join(sorted(others))} does not "
-                f"read; those that do are {', '.join(sorted(MARGIN_LOSSES))}",
-                hint="--columns margin= with another name leaves the column out",
-            )
 
     def score(self, model: Any, batch: Batch) -> Scores:
         assert self._reference is not None, "prepare comes first"

@@ -17,7 +17,7 @@ from liger_cli.config import RunConfig
 from liger_cli.config.objectives import METRICS
 from liger_cli.data.batches import count_labels, count_tokens
 from liger_cli.data.encode import IGNORED
-from liger_cli.errors import ConfigError
+from liger_cli.errors import ConfigError, DataError
 from liger_cli.training.eval_result import EvalResult
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.objectives.answers import Answers, token_values
@@ -75,12 +75,15 @@ class PairObjective:
         pair_metrics: Names of means over pairs.
         likelihood_weight: Of the negative log-likelihood of chosen answers in the loss.
         shows_likelihood: Whether that is a metric, nll_loss.
+        ld_alpha: Weight of tokens beyond the shorter answer of a pair; None weighs none.
+        reads_margin: Whether the margin of a pair counts.
     """
 
     pair_metrics: tuple[str, ...] = METRICS
     likelihood_weight: float = 0.0
     shows_likelihood: bool = True
     ld_alpha: float | None = None
+    reads_margin: bool = False
 
     def __init__(self, config: RunConfig, model: Any, device: torch.device) -> None:
         self._config = config
@@ -98,6 +101,14 @@ class PairObjective:
         raise NotImplementedError
 
     def prepare(self, setting: Setting) -> Inputs:
+        for rows in (setting.inputs.train, *setting.inputs.eval.values()):
+            if hasattr(rows, "__getitem__") and "margin" in rows[0] and not self.reads_margin:
+                raise DataError(
+                    f"the data have a margin, which objective {self._config.objective} with loss "
+                    f"{', '.join(self._config.losses) or 'its own'} does not read",
+                    hint="losses sigmoid, sigmoid_norm, hinge and robust of dpo and all but ipo of "
+                    "cpo do; rename the column to leave it out",
+                )
         return setting.inputs
 
     def count(self, batch: Batch) -> Totals:

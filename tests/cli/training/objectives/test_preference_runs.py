@@ -208,6 +208,15 @@ def test_two_processes_train_the_weights_of_one(pairs, tmp_path, words):
     assert all((final[name] - other[name]).abs().max() <= 1e-6 for name in final)
 
 
+@pytest.mark.parametrize("words", [("--loss-type", "ipo"), ("--loss-type", "apo_zero,sigmoid")])
+def test_a_margin_that_no_loss_reads_is_refused(prefer, pairs, words):
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    pairs.write_text("".join(json.dumps({**row, "margin": 1.0}) + "\n" for row in rows))
+    done = prefer(*words)
+    assert done.code == 4
+    assert "the data have a margin" in done.err
+
+
 def test_eval_compares_an_adapter_with_the_model_below_it(prefer, liger, pairs, run_dir):
     assert prefer("--adapter", "lora", "--max-steps", 4).code == 0
     words = ("eval", "--objective", "dpo", "-d", pairs, "--use-cpu", "--max-length", 64, "--json")
