@@ -30,7 +30,7 @@ def experts_forward(base: Any, spec: ExpertsSpec) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         is_chosen = getattr(self.config, "_experts_implementation", None) == spec.implementation
         is_plain_call = len(args) == 3 and not kwargs and is_chosen and is_as_patched(self)
-        if not is_plain_call or base._apply_gate is not stock_gate or self._is_expert_parallel:
+        if not is_plain_call or base._apply_gate is not stock_gate or _is_parallel(self):
             return base.forward(self, *args, **kwargs)
         hidden, ids, weights = args
         gate_up, down = self.gate_up_proj, self.down_proj
@@ -97,6 +97,11 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype of products under autocast on x's device; None where it is off."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _is_parallel(module: Any) -> bool:
+    """Return whether other devices hold some of the experts; older versions do not say."""
+    return bool(getattr(module, "_is_expert_parallel", False))
 
 
 def _is_id(ids: Any) -> bool:
