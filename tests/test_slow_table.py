@@ -20,6 +20,6 @@ def test_every_row_is_a_test_with_a_reason(name):
 
 
 def test_a_row_leaves_out_what_its_pattern_does_not_keep():
-    assert slow.reason_of("test_trl[llama-dpo-patched]", interpreted=False)
-    assert slow.reason_of("test_trl[llama-sft-patched]", interpreted=False) is None
+    assert slow.reason_of("test_precisions_train[--dtype=bfloat16]", interpreted=False)
+    assert slow.reason_of("test_precisions_train[--bf16]", interpreted=False) is None
     assert slow.reason_of("test_anything_else", interpreted=True) is None

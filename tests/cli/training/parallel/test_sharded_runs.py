@@ -15,6 +15,9 @@ from sharded_runs import launch
 from liger_cli.training.checkpoints.files import find_damage, read_manifest
 from liger_cli.training.model.source import load_model, resolve_model
 
+# What its fixtures run is run once, on one worker.
+pytestmark = pytest.mark.xdist_group("sharded_runs")
+
 BATCH = 8
 
 

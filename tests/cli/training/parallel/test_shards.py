@@ -22,6 +22,9 @@ from liger_cli.training.checkpoints.tensor_files import Shape, write_safetensors
 from liger_cli.training.model.source import load_model, resolve_model
 from liger_cli.training.parallel.checkpoint import consolidate
 
+# What its fixtures run is run once, on one worker.
+pytestmark = pytest.mark.xdist_group("shards")
+
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
