@@ -10,17 +10,20 @@ Rounding: all products are of the dtype of x; A and B are cast to it once a call
 is a factor of a matrix multiplication, and the products of the adapters are added to those of the
 weights by the multiplication itself. dA and dB come out in fp32 where the device can.
 Memory: saves x once and xa. A weight in 4 bits is dequantised for each product and dropped again.
+A layer with a magnitude (DoRA, magnitude.py) saves its output before it too.
 Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685, eq. 3.
 """
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from liger_kernels.ops.generators import generator_at, generator_state
+from liger_kernels.ops.magnitude import direction_norms, factor_gradients, magnify
 from liger_kernels.ops.products import wide_product
 from liger_kernels.ops.rows import rows_of
 
@@ -35,6 +38,7 @@ class AdaptedLinear(NamedTuple):
         bias: (N,) or None.
         a: (r, K) of any floating dtype; None of a layer without an adapter.
         b: (N, r); None with a.
+        magnitude: (N,) of any floating dtype, the adapter's of DoRA; None of LoRA.
         scale: What the adapter's output is times.
         dropout: The probability that a number of the adapter's input is dropped; 0 in evaluation.
         dropout_dtype: What the input is cast to before: a mask follows the dtype on some devices.
@@ -44,17 +48,31 @@ class AdaptedLinear(NamedTuple):
     bias: Any
     a: Any = None
     b: Any = None
+    magnitude: Any = None
     scale: float = 1.0
     dropout: float = 0.0
     dropout_dtype: torch.dtype | None = None
 
 
 class LayerGradients(NamedTuple):
-    """Which of a layer's bias, a and b get a gradient, or the gradients; None of the others."""
+    """Which of a layer's bias, a, b and magnitude get a gradient, or these; None of the others."""
 
-    bias: Any
-    a: Any
-    b: Any
+    bias: Any = None
+    a: Any = None
+    b: Any = None
+    magnitude: Any = None
+
+
+class Magnified(NamedTuple):
+    """Values of a layer with a magnitude that backward reads; None of the others.
+
+    Attributes:
+        z: (M, N), its output before the magnitude and the bias.
+        norms: (N,) of W + s B A, in fp32.
+    """
+
+    z: Any = None
+    norms: Any = None
 
 
 class LayerGroup:
@@ -64,6 +82,7 @@ class LayerGroup:
         layers: In the order in which they draw their dropout.
         dtype: Of x and of all products.
         states: The generator's states before each layer's dropout, of a forward that has run.
+        magnified: Of each layer, likewise.
     """
 
     def __init__(
@@ -71,10 +90,12 @@ class LayerGroup:
         layers: Sequence[AdaptedLinear],
         dtype: torch.dtype,
         states: Sequence[torch.Tensor | None] = (),
+        magnified: Sequence[Magnified] = (),
     ) -> None:
         self.layers = layers
         self.dtype = dtype
         self.states = list(states)
+        self.magnified = list(magnified)
         # The columns of xa that belong to each layer.
         self.parts: list[slice | None] = []
         self.rank = 0
@@ -93,11 +114,24 @@ class LayerGroup:
         """Return each layer's (M, N) of x (M, K) and of down(x)."""
         ys = []
         matrices = iter(self._matrices()[1])
-        for layer, part in zip(self.layers, self.parts, strict=True):
+        for i, (layer, part) in enumerate(zip(self.layers, self.parts, strict=True)):
+            weight = frozen_weight(layer.weight, self.dtype)
             bias = None if layer.bias is None else layer.bias.to(self.dtype)
-            y = F.linear(x, frozen_weight(layer.weight, self.dtype), bias)
-            if part is not None:
-                y.addmm_(xa[:, part], next(matrices).t())
+            if layer.magnitude is None:
+                y = F.linear(x, weight, bias)
+                if part is not None:
+                    y.addmm_(xa[:, part], next(matrices).t())
+                self.magnified.append(Magnified())
+            else:
+                dropped = self._dropped_again(i, x)
+                z = F.linear(dropped, weight).addmm_(xa[:, part], next(matrices).t())
+                norms = direction_norms(weight, layer.a, layer.b, layer.scale)
+                y = magnify(z, layer.magnitude / norms, bias)
+                if layer.dropout:
+                    y.addmm_(x - dropped, weight.t())
+                self.magnified.append(Magnified(z, norms))
+            # A weight that was dequantised is not kept while the next one is.
+            del weight
             ys.append(y)
         return ys
 
@@ -148,6 +182,14 @@ class LayerGroup:
             return x
         return F.dropout(x.to(layer.dropout_dtype or x.dtype), layer.dropout).to(self.dtype)
 
+    def _dropped_again(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """Return x with the mask that layer i drew in down()."""
+        layer = self.layers[i]
+        if not layer.dropout:
+            return x
+        with generator_at(self.states[i], x.device):
+            return self._dropped(x, layer)
+
     def backward(
         self,
         dys: Sequence[torch.Tensor | None],
@@ -155,7 +197,7 @@ class LayerGroup:
         needs: Sequence[LayerGradients],
         needs_dx: bool,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[LayerGradients]]:
-        """Return dx (M, K), dxa for a_gradients(), and the gradients of each bias and b.
+        """Return dx (M, K), dxa for a_gradients(), and the gradients of all but a of each layer.
 
         dys are (M, N) or None, which counts as zeros; dx is None where it is not needed or zero.
         """
@@ -166,29 +208,51 @@ class LayerGroup:
             dxa = rows.new_empty((rows.shape[0], self.rank))
         grads = []
         matrices = iter(self._matrices()[1])
-        for layer, part, dy, need in zip(self.layers, self.parts, dys, needs, strict=True):
-            dbias = db = None
+        for i, (layer, part, dy, need) in enumerate(
+            zip(self.layers, self.parts, dys, needs, strict=True)
+        ):
             b: Any = None if part is None else next(matrices)
             if dy is None:
                 if part is not None and dxa is not None:
                     dxa[:, part] = 0
-                grads.append(LayerGradients(None, None, None))
+                grads.append(LayerGradients())
                 continue
-            if need.bias:
-                dbias = dy.sum(0).to(layer.bias.dtype)
-            if need.b:
-                db = wide_product(dy.t(), xa[:, part]).to(layer.b.dtype)
+            dbias = dy.sum(0).to(layer.bias.dtype) if need.bias else None
+            dz, dmagnitude = self._before_magnitude(i, dy, need)
+            db = wide_product(dz.t(), xa[:, part]).to(layer.b.dtype) if need.b else None
             if part is not None and dxa is not None:
-                torch.mm(dy, b, out=dxa[:, part])
+                torch.mm(dz, b, out=dxa[:, part])
             if needs_dx:
-                weight = frozen_weight(layer.weight, self.dtype)
-                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
-                # A weight that was dequantised is not kept while the next one is.
-                del weight
-            grads.append(LayerGradients(dbias, None, db))
+                dx = self._add_product(dx, i, dy, dz)
+            grads.append(LayerGradients(dbias, None, db, dmagnitude))
         if dx is not None and dxa is not None:
             self._add_adapters(dx, dxa)
         return dx, dxa, grads
+
+    def _before_magnitude(
+        self, i: int, dy: torch.Tensor, need: LayerGradients
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the gradients of what layer i's magnitude scales, and of the magnitude."""
+        magnitude = self.layers[i].magnitude
+        if magnitude is None:
+            return dy, None
+        z, norms = self.magnified[i]
+        dz = magnify(dy, magnitude / norms, None)
+        if not need.magnitude:
+            return dz, None
+        return dz, (factor_gradients(dy, z) / norms).to(magnitude.dtype)
+
+    def _add_product(
+        self, dx: torch.Tensor | None, i: int, dy: torch.Tensor, dz: torch.Tensor
+    ) -> torch.Tensor:
+        """Return dx plus what reaches x by way of the weight of layer i, added in-place."""
+        layer = self.layers[i]
+        weight = frozen_weight(layer.weight, self.dtype)
+        # Where an adapter with a magnitude drops, the base layer's own product does not.
+        has_two = layer.magnitude is not None and bool(layer.dropout)
+        rows = dy if has_two else dz
+        dx = rows @ weight if dx is None else dx.addmm_(rows, weight)
+        return dx.add_(self._dropped_again(i, (dz - dy) @ weight)) if has_two else dx
 
     def _add_adapters(self, dx: torch.Tensor, dxa: torch.Tensor) -> None:
         """Add to dx (M, K) what reaches x by way of the adapters."""
@@ -272,28 +336,8 @@ def has_own_format(weight: Any) -> bool:
     return isinstance(getattr(weight, "quant_state", None), PackedFormat)
 
 
-def generator_state(device: torch.device) -> torch.Tensor:
-    """Return the state of the generator that dropout on a device draws from."""
-    if device.type in ("cpu", "meta"):
-        return torch.get_rng_state()
-    return torch.get_device_module(device).get_rng_state(device)
-
-
-@contextlib.contextmanager
-def generator_at(state: torch.Tensor | None, device: torch.device) -> Iterator[None]:
-    """Draw from an earlier state of the device's generator inside, and leave it as it was."""
-    module = torch if device.type in ("cpu", "meta") else torch.get_device_module(device)
-    where = () if module is torch else (device,)
-    now = module.get_rng_state(*where)
-    module.set_rng_state(state, *where)
-    try:
-        yield
-    finally:
-        module.set_rng_state(now, *where)
-
-
-# Four tensors a layer, in the order of AdaptedLinear.
-_NUM_TENSORS = 4
+# Tensors of a layer, which are the first fields of AdaptedLinear.
+NUM_TENSORS = 5
 
 
 def flatten(layers: Sequence[AdaptedLinear]) -> tuple[tuple[AdaptedLinear, ...], list[Any]]:
@@ -305,8 +349,8 @@ def flatten(layers: Sequence[AdaptedLinear]) -> tuple[tuple[AdaptedLinear, ...],
     settings = []
     for layer in layers:
         packed = layer.weight if is_packed(layer.weight) else None
-        tensors += [None if packed is not None else layer.weight, *layer[1:_NUM_TENSORS]]
-        settings.append(layer._replace(weight=packed, bias=None, a=None, b=None))
+        tensors += [None if packed is not None else layer.weight, *layer[1:NUM_TENSORS]]
+        settings.append(layer._replace(weight=packed, bias=None, a=None, b=None, magnitude=None))
     return tuple(settings), tensors
 
 
@@ -316,16 +360,17 @@ def unflatten(
     """Return the layers that were flattened."""
     layers = []
     for i, layer in enumerate(settings):
-        weight, bias, a, b = tensors[_NUM_TENSORS * i : _NUM_TENSORS * (i + 1)]
+        weight, *others = tensors[NUM_TENSORS * i : NUM_TENSORS * (i + 1)]
         weight = layer.weight if weight is None else weight
-        layers.append(layer._replace(weight=weight, bias=bias, a=a, b=b))
+        layers.append(AdaptedLinear._make((weight, *others, *layer[NUM_TENSORS:])))
     return layers
 
 
 def needs_of(needs_input_grad: Sequence[bool]) -> list[LayerGradients]:
     """Return which tensors of each layer need a gradient, of the flags of the flat tensors."""
     flags = needs_input_grad
-    return [LayerGradients(*flags[i + 1 : i + 4]) for i in range(0, len(flags), _NUM_TENSORS)]
+    ends = range(NUM_TENSORS, len(flags) + 1, NUM_TENSORS)
+    return [LayerGradients(*flags[end - NUM_TENSORS + 1 : end]) for end in ends]
 
 
 def flat_gradients(
@@ -334,7 +379,7 @@ def flat_gradients(
     """Return the gradients of the flat tensors; those of a are `da`."""
     flat: list[torch.Tensor | None] = []
     for grad, one in zip(grads, da, strict=True):
-        flat += [None, grad.bias, one, grad.b]
+        flat += [None, grad.bias, one, grad.b, grad.magnitude]
     return flat
 
 

@@ -1,5 +1,6 @@
 """Linear layer with a LoRA adapter: y = x W' + bias + s (x A') B', where W is frozen.
 
+With a magnitude it is DoRA's: y = m * (x W' + s (x A') B') + bias (magnitude.py).
 Legend, rounding and memory: adapted_linear.py, which has the products. Nothing is computed for W.
 lora_linears is the same for several layers that read one x, such as q, k and v of attention, with
 dropout on the adapters' inputs: torch's own masks, drawn as peft draws them, one a layer, and drawn
@@ -14,8 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from liger_kernels.ops.adapted_linear import (
+    NUM_TENSORS,
     AdaptedLinear,
     LayerGroup,
+    Magnified,
     flat_gradients,
     flatten,
     frozen_weight,
@@ -27,6 +30,7 @@ from liger_kernels.ops.adapted_linear import (
 )
 from liger_kernels.ops.arguments import Number, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
+from liger_kernels.ops.magnitude import direction_norms
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn
 from liger_kernels.ops.rows import rows_of
 
@@ -36,6 +40,7 @@ _TENSORS = (
     TensorArgument("a", "(r, K)"),
     TensorArgument("b", "(N, r)"),
     TensorArgument("bias", "(N,)", is_optional=True, shares_dtype=True),
+    TensorArgument("magnitude", "(N,)", is_optional=True),
 )
 _SCALE = Number("scale")
 
@@ -46,12 +51,18 @@ def lora_linear_ref(
     a: torch.Tensor,
     b: torch.Tensor,
     bias: torch.Tensor | None = None,
+    magnitude: torch.Tensor | None = None,
     *,
     scale: float = 1.0,
 ) -> torch.Tensor:
     """The definition, in plain torch."""
-    y = F.linear(x, weight, bias)
-    return y + F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * float(scale)
+    added = F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * float(scale)
+    if magnitude is None:
+        return F.linear(x, weight, bias) + added
+    directions = weight + float(scale) * (b @ a).to(x.dtype)
+    factors = magnitude / torch.linalg.norm(directions, dim=1).detach()
+    y = (F.linear(x, weight) + added) * factors
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 @differentiable_once("lora_linear")
@@ -71,7 +82,7 @@ class _LoraLinears(torch.autograd.Function):
         ctx.settings, ctx.states, ctx.dtype = settings, group.states, x.dtype
         ctx.kept = kept
         if kept is None:
-            _save(ctx, x, xa, tensors, ctx.needs_input_grad[3:])
+            _save(ctx, x, xa, tensors, ctx.needs_input_grad[3:], group.magnified)
         else:
             ctx.states, kept.xa = kept.states, None
         # Gradients of outputs that nobody reads stay None.
@@ -84,7 +95,10 @@ class _LoraLinears(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, xa, *tensors = (ctx if ctx.kept is None else ctx.kept.node).saved_tensors
         needs_dx, needs = ctx.needs_input_grad[0], needs_of(ctx.needs_input_grad[3:])
-        group = LayerGroup(unflatten(ctx.settings, tensors), ctx.dtype, ctx.states)
+        layers = unflatten(ctx.settings, tensors)
+        last = tensors[len(needs) * NUM_TENSORS :]
+        magnified = [Magnified(*last[i : i + 2]) for i in range(0, len(last), 2)]
+        group = LayerGroup(layers, ctx.dtype, ctx.states, magnified)
         rows = rows_of_all(dys)
         device = next(dy.device for dy in rows if dy is not None)
         with own_dtype(device):
@@ -95,11 +109,16 @@ class _LoraLinears(torch.autograd.Function):
         return dx, None, None, *flat_gradients(grads, da)
 
 
-def _save(ctx: Any, x: Any, xa: Any, tensors: Any, flags: Any) -> None:
+def _save(
+    ctx: Any, x: Any, xa: Any, tensors: Any, flags: Any, magnified: Sequence[Magnified] = ()
+) -> None:
     """Save what backward reads, of these flags of needs_input_grad for the flat tensors."""
     needs = needs_of(flags)
     needs_x, needs_xa = any(need.a for need in needs), any(need.b for need in needs)
-    ctx.save_for_backward(x if needs_x else None, xa if needs_xa else None, *tensors)
+    last: list[Any] = []
+    for need, (z, norms) in zip(needs, magnified, strict=False):
+        last += [z if need.magnitude else None, norms]
+    ctx.save_for_backward(x if needs_x else None, xa if needs_xa else None, *tensors, *last)
 
 
 class _Kept:
@@ -159,6 +178,8 @@ def lora_linears(
             return tuple(_plain(x, layer) for layer in layers)
     settings, tensors = flatten(layers)
     rows, kept = rows_of(x), None
+    # What a magnitude scales is a product, and saved after it.
+    is_checkpointed = is_checkpointed and all(layer.magnitude is None for layer in layers)
     if is_checkpointed and torch.is_grad_enabled() and (x.requires_grad or _is_trained(layers)):
         kept = _Kept()
         rows = _Save.apply(rows, settings, kept, *tensors)
@@ -167,21 +188,28 @@ def lora_linears(
 
 
 def _is_trained(layers: Sequence[AdaptedLinear]) -> bool:
-    tensors = (tensor for layer in layers for tensor in (layer.bias, layer.a, layer.b))
+    tensors: Any = (tensor for layer in layers for tensor in layer[1:NUM_TENSORS])
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _plain(x: torch.Tensor, layer: AdaptedLinear) -> torch.Tensor:
     """Return one layer's output in torch code that a compiler differentiates and fuses itself."""
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    y = F.linear(x, frozen_weight(layer.weight, x.dtype).detach(), bias)
+    weight = frozen_weight(layer.weight, x.dtype).detach()
     if layer.a is None or layer.b is None:
-        return y
+        return F.linear(x, weight, bias)
     dropped = x
     if layer.dropout:
         dropped = F.dropout(x.to(layer.dropout_dtype or x.dtype), layer.dropout).to(x.dtype)
     xa = F.linear(dropped, (layer.a * layer.scale).to(x.dtype))
-    return y + F.linear(xa, layer.b.to(x.dtype))
+    added = F.linear(xa, layer.b.to(x.dtype))
+    if layer.magnitude is None:
+        return F.linear(x, weight, bias) + added
+    factors = layer.magnitude / direction_norms(weight, layer.a, layer.b, layer.scale)
+    y = (F.linear(dropped, weight) + added) * factors
+    if bias is not None:
+        y = y + bias
+    return (y + F.linear(x - dropped, weight) if layer.dropout else y).to(x.dtype)
 
 
 def lora_linear(
@@ -190,10 +218,14 @@ def lora_linear(
     a: torch.Tensor,
     b: torch.Tensor,
     bias: torch.Tensor | None = None,
+    magnitude: torch.Tensor | None = None,
     *,
     scale: float = 1.0,
 ) -> torch.Tensor:
     """Return x @ weight.T + bias + scale * (x @ a.T) @ b.T, where weight is frozen.
+
+    With a magnitude, all but the bias is times magnitude / ||weight + scale * b @ a||, the norm of
+    each row, through which no gradient flows (DoRA).
 
     Args:
         x: (..., K) fp32, bf16 or fp16.
@@ -202,6 +234,7 @@ def lora_linear(
         a: (r, K) of any floating dtype; it is cast to x's, its gradient has its own.
         b: (N, r) likewise.
         bias: (N,) in x's dtype, or None.
+        magnitude: (N,) of any floating dtype, which is its gradient's; or None.
         scale: What the adapter's output is times: lora_alpha / r, or / sqrt(r) of rsLoRA.
 
     Returns:
@@ -211,9 +244,10 @@ def lora_linear(
         ValueError: types, devices, shapes or dtypes do not fit together, the weight requires grad,
             or scale is not finite.
 
-    Source: https://arxiv.org/abs/2106.09685, equation 3.
+    Sources: https://arxiv.org/abs/2106.09685, equation 3; DoRA, https://arxiv.org/abs/2402.09353,
+    equations 5 and 11.
     """
-    rows = dict(zip(_TENSORS, (x, weight, a, b, bias), strict=True))
+    rows = dict(zip(_TENSORS, (x, weight, a, b, bias, magnitude), strict=True))
     if is_packed(weight):
         del rows[_TENSORS[1]]
     check_tensors(tuple(rows), *rows.values())
@@ -221,7 +255,9 @@ def lora_linear(
     if x.dim() == 0:
         raise ValueError(f"x must be floating (..., K), got {x.dtype} ()")
     _check_shapes(x, weight, a, b, bias)
-    (y,) = lora_linears(x, [AdaptedLinear(weight, bias, a, b, scale)], x.dtype)
+    if magnitude is not None and magnitude.shape != (b.shape[0],):
+        raise _misfit("magnitude", f"({b.shape[0]},)", b, magnitude)
+    (y,) = lora_linears(x, [AdaptedLinear(weight, bias, a, b, magnitude, scale)], x.dtype)
     return y
 
 
@@ -258,6 +294,7 @@ def _sample(case: Case, dtype, device, generator) -> Sample:
     adapter_dtype = options.pop("adapter_dtype", dtype)
     layout = options.pop("layout", "contiguous")
     has_bias = options.pop("has_bias", False)
+    has_magnitude = options.pop("has_magnitude", False)
     x = randn((*lead, width), dtype, device, generator)
     if layout != "contiguous":
         x = lay_out(x, layout)
@@ -266,7 +303,8 @@ def _sample(case: Case, dtype, device, generator) -> Sample:
     a = randn((rank, width), adapter_dtype, device, generator, scale=width**-0.5)
     b = randn((out, rank), adapter_dtype, device, generator, scale=rank**-0.5)
     bias = randn((out,), dtype, device, generator) if has_bias else None
-    return Sample((x, weight, a, b, bias), options)
+    magnitude = randn((out,), adapter_dtype, device, generator) if has_magnitude else None
+    return Sample((x, weight, a, b, bias, magnitude), options)
 
 
 def _num_bytes(case: Case, dtype: torch.dtype) -> tuple[int, int]:
@@ -289,7 +327,7 @@ def _num_flops(case: Case) -> int:
 OP = Op(
     name="lora_linear",
     aliases=("lora",),
-    summary="A frozen linear layer and its LoRA adapter; keeps x once, computes nothing for W.",
+    summary="A frozen linear layer and its LoRA or DoRA adapter; keeps x once, nothing for W.",
     function=lora_linear,
     reference=lora_linear_ref,
     # Every rank people use and those around a tile of a product, fp32 adapters beside x of any
@@ -308,12 +346,24 @@ OP = Op(
         Case("transposed", (6, 48, 16, 4), {"layout": "transposed"}),
         Case("strided", (9, 65, 8, 4), {"layout": "strided", "has_bias": True}),
         Case("rank-64", (16, 96, 80, 64), {"scale": 0.5}),
+        Case("dora", (4, 12, 20, 8), {"has_magnitude": True, "has_bias": True, "scale": 2.0}),
+        Case(
+            "dora-fp32",
+            (2, 9, 32, 48, 4),
+            {"has_magnitude": True, "adapter_dtype": torch.float32, "scale": 0.5},
+        ),
         Case("wider-than-x", (4, 16, 24, 512), {"adapter_dtype": torch.float32}),
         Case("no-rows", (0, 8, 16, 4)),
         Case(
             "real",
             (8192, 4096, 4096, 16),
             {"adapter_dtype": torch.float32, "scale": 2.0},
+            needs_gpu=True,
+        ),
+        Case(
+            "real-dora",
+            (8192, 4096, 4096, 16),
+            {"has_magnitude": True, "adapter_dtype": torch.float32, "scale": 2.0},
             needs_gpu=True,
         ),
         Case("real-rank-64", (2048, 4096, 14336, 64), {"scale": 2.0}, needs_gpu=True),

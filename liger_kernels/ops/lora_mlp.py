@@ -63,7 +63,7 @@ class _LoraMlp(torch.autograd.Function):
         first = LayerGroup(heads, gate.dtype, ctx.states[0])
         last = LayerGroup([down], gate.dtype, ctx.states[1])
         needs_dh = needs_dx or any(flag for need in needs for flag in need)
-        dx, dxa, grads = None, None, [LayerGradients(None, None, None)] * len(heads)
+        dx, dxa, grads = None, None, [LayerGradients()] * len(heads)
         da: list[Any] = [None] * len(heads)
         last_da: list[Any] = [None]
         with own_dtype(dy.device):

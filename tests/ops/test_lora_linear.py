@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_kernels.compare import allowed_error, error
-from liger_kernels.ops import backend, lora_linear
+from liger_kernels.ops import backend, lora_linear, magnitude
 from liger_kernels.ops.adapted_linear import AdaptedLinear, PackedFormat
 from liger_kernels.ops.lora_linear import lora_linears
 from liger_kernels.ops.lora_mlp import lora_mlp
@@ -19,7 +19,9 @@ each_dtype = pytest.mark.parametrize(
 )
 
 
-def layer(width, out, rank, dtype, device, *, adapter=FP32, bias=False, seed=0, **settings):
+def layer(
+    width, out, rank, dtype, device, *, adapter=FP32, bias=False, dora=False, seed=0, **settings
+):
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape, to=dtype):
@@ -30,14 +32,18 @@ def layer(width, out, rank, dtype, device, *, adapter=FP32, bias=False, seed=0, 
     if not rank:
         return AdaptedLinear(weight, offset)
     a, b = normal(rank, width, to=adapter), normal(out, rank, to=adapter)
-    return AdaptedLinear(weight, offset, a.requires_grad_(), b.requires_grad_(), **settings)
+    magnitude = normal(out, to=adapter).requires_grad_() if dora else None
+    return AdaptedLinear(
+        weight, offset, a.requires_grad_(), b.requires_grad_(), magnitude, **settings
+    )
 
 
 def to_dtype(one: AdaptedLinear, dtype, adapter=None) -> AdaptedLinear:
     """A copy as leaves, in another dtype."""
     if one.dropout_dtype is not None and dtype == FP64:
         one = one._replace(dropout_dtype=FP64)
-    to = {"weight": dtype, "bias": dtype, "a": adapter or dtype, "b": adapter or dtype}
+    to = dict.fromkeys(("a", "b", "magnitude"), adapter or dtype)
+    to |= {"weight": dtype, "bias": dtype}
     copies = {
         name: None
         if (x := getattr(one, name)) is None
@@ -56,7 +62,14 @@ def plain(x, one: AdaptedLinear):
     if one.dropout:
         dropped = F.dropout(x.to(one.dropout_dtype or x.dtype), one.dropout).to(x.dtype)
     xa = F.linear(dropped, one.a.to(x.dtype))
-    return y + F.linear(xa, one.b.to(x.dtype)) * one.scale
+    added = F.linear(xa, one.b.to(x.dtype)) * one.scale
+    if one.magnitude is None:
+        return y + added
+    # As peft: the norm is a constant, and with dropout the adapter has a product of the base layer.
+    directions = one.weight + one.scale * (one.b @ one.a).detach()
+    factors = one.magnitude / torch.linalg.norm(directions, dim=1)
+    base = F.linear(dropped, one.weight)
+    return (y + (factors - 1) * base + factors * added).to(x.dtype)
 
 
 def plain_mlp(x, layers, activation):
@@ -96,7 +109,7 @@ def named(layers):
     return {
         f"{name} {i}": x
         for i, one in enumerate(layers)
-        for name in ("bias", "a", "b")
+        for name in ("bias", "a", "b", "magnitude")
         if (x := getattr(one, name)) is not None
     }
 
@@ -131,6 +144,12 @@ GROUPS = {
     "bias": [(32, 4, {"bias": True}), (16, 0, {"bias": True}), (16, 4, {})],
     "dropout": [(32, 4, {"dropout": 0.3}), (16, 4, {"dropout": 0.3}), (16, 4, {"scale": 2.0})],
     "alone": [(32, 4, {"dropout": 0.5, "bias": True})],
+    "dora": [(32, 4, {"dora": True, "bias": True}), (16, 2, {"scale": 2.0}), (16, 0, {})],
+    "dora-dropout": [
+        (32, 4, {"dora": True, "dropout": 0.3, "bias": True}),
+        (16, 4, {"dora": True, "scale": 2.0}),
+        (16, 4, {"dora": True, "dropout": 0.5}),
+    ],
 }
 
 
@@ -258,6 +277,27 @@ def test_group_keeps_x_once_and_the_small_products(device):
     assert kept == parameters + x.nbytes + 64 * 3 * 4 * 2
 
 
+def test_a_magnitude_keeps_one_output_and_its_norms(device):
+    one = layer(32, 16, 4, BF16, device, dora=True)
+    parameters = sum(x.nbytes for x in (one.weight, one.a, one.b, one.magnitude))
+    x = draw((64,), 32, BF16, device).requires_grad_()
+    kept = saved_bytes(lambda: lora_linears(x, [one], BF16))
+    assert kept == parameters + x.nbytes + 64 * 4 * 2 + 64 * 16 * 2 + 16 * 4
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_norms_by_chunks_of_rows_are_those_of_the_whole(dtype, device, monkeypatch):
+    one = layer(24, 33, 4, dtype, device)
+    wanted = torch.linalg.norm(one.weight.double() + 2.0 * (one.b @ one.a).double(), dim=1)
+    # Five rows at a time, and the last chunk has fewer.
+    monkeypatch.setattr(magnitude, "_CHUNK", 24 * 5)
+    norms = magnitude.direction_norms(one.weight, one.a, one.b, 2.0)
+    assert error(norms, wanted) < 1e-6
+    dy, z = draw((7,), 33, dtype, device), draw((7,), 33, dtype, device, 2)
+    sums = magnitude.factor_gradients(dy, z)
+    assert error(sums, (dy.double() * z.double()).sum(0)) < 1e-6
+
+
 def test_mlp_keeps_x_gate_and_up(device):
     activation, layers = mlp_layers("silu", BF16, device)
     parameters = sum(x.nbytes for one in layers for x in (one.weight, one.a, one.b))
@@ -287,19 +327,22 @@ def test_a_weight_that_asks_for_a_gradient_is_refused(device):
     a, b = draw((2,), 8, FP32, device), draw((4,), 2, FP32, device)
     with pytest.raises(ValueError, match="weight must not require grad.*requires_grad_"):
         lora_linear(x, weight, a, b)
+    with pytest.raises(ValueError, match=r"magnitude must be \(4,\)"):
+        lora_linear(x, weight.detach(), a, b, None, torch.ones(3, device=device))
     with pytest.raises(ValueError, match=r"b must be \(4, 2\)"):
         lora_linear(x, weight.detach(), a, b.t())
 
 
 @pytest.mark.skipif(backend.INTERPRETED, reason="no kernel takes part")
-def test_it_is_traced_whole(device):
-    one = layer(24, 16, 4, FP32, device, scale=2.0)
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_it_is_traced_whole(dora, device):
+    one = layer(24, 16, 4, FP32, device, dora=dora, bias=dora, scale=2.0)
     x = draw((5,), 24, FP32, device).requires_grad_()
     compiled = torch.compile(lora_linear, backend="aot_eager", fullgraph=True)
 
     def outcome(function):
-        y = function(x, one.weight, one.a, one.b, scale=2.0)
-        return [y, *torch.autograd.grad(y.square().sum(), [x, one.a, one.b])]
+        y = function(x, one.weight, one.a, one.b, one.bias, one.magnitude, scale=2.0)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *named([one]).values()])]
 
     for mine, wanted in zip(outcome(compiled), outcome(lora_linear), strict=True):
         assert error(mine, wanted) < 2e-6
@@ -316,15 +359,16 @@ class Negated(PackedFormat):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-def test_weight_that_brings_its_format_is_unpacked_by_it(dtype, device):
-    dense = layer(16, 24, 4, dtype, device, bias=True, scale=0.5)
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_weight_that_brings_its_format_is_unpacked_by_it(dora, dtype, device):
+    dense = layer(16, 24, 4, dtype, device, bias=True, dora=dora, scale=0.5)
     packed = (-dense.weight).flatten().clone()
     packed.quant_state = Negated(dense.weight.shape)
     x = torch.randn(3, 5, 16, dtype=dtype, device=device, requires_grad=True)
     found = []
     for weight in (dense.weight, packed):
-        a, b = dense.a.to(dtype), dense.b.to(dtype)
-        y = lora_linear(x, weight, a, b, dense.bias, scale=dense.scale)
-        found.append((y, *torch.autograd.grad(y.sum(), (x, dense.a, dense.b, dense.bias))))
+        trained = [one for one in dense[1:5] if one is not None]
+        y = lora_linear(x, weight, dense.a, dense.b, dense.bias, dense.magnitude, scale=dense.scale)
+        found.append((y, *torch.autograd.grad(y.sum(), (x, *trained))))
     for right, other in zip(*found, strict=True):
         assert torch.equal(right, other)

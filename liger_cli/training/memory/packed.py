@@ -69,15 +69,31 @@ class _FourBitForm(_Form, PackedFormat):
         return weight.new_empty(self.shape, dtype=dtype)
 
 
-class _Layer(nn.Linear):
+class _Dequantised:
+    """A layer that peft asks for its weight, as DoRA does for its norms: W_q says that it may."""
+
+    W_q = None
+    # None: that of the weight before it was packed.
+    unpacked_dtype: torch.dtype | None = None
+
+    def dequantize(self: Any) -> Tensor:
+        state = self.weight.quant_state
+        weight: Tensor = self.weight
+        return weight.new_empty(state.shape, dtype=self.unpacked_dtype or state.dtype)
+
+
+class _Layer(_Dequantised, nn.Linear):
     """A layer with a weight of 4 bits."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _product(_PackedLinear, self, x)
 
 
-class _EightBitLayer(nn.Linear):
+class _EightBitLayer(_Dequantised, nn.Linear):
     """A layer with a weight of 8 bits."""
+
+    # Its scales are of fp32.
+    unpacked_dtype = torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
         return _product(_Int8Linear, self, x)

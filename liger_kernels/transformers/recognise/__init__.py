@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from liger_kernels.transformers.recognise.adapters import (
+    computes_dora,
     input_readers,
     is_lora_linear,
     lora_group,
@@ -90,6 +91,7 @@ __all__ = [
     "Refusal",
     "RopeSpec",
     "Spec",
+    "computes_dora",
     "experts_options",
     "global_names",
     "input_readers",

@@ -29,7 +29,7 @@ from liger_kernels.transformers.recognise.probe import (
 )
 from liger_kernels.transformers.recognise.specs import NO_KERNEL, LoraRefusal, LoraSpec, Refusal
 
-__all__ = ["input_readers", "is_lora_linear", "lora_group", "recognise_lora"]
+__all__ = ["computes_dora", "input_readers", "is_lora_linear", "lora_group", "recognise_lora"]
 
 # The class of all layers of LoRA, and those that are linear: what they wrap is one matrix.
 _LAYERS = ("peft.tuners.lora.layer", "LoraLayer")
@@ -77,11 +77,26 @@ def _wraps_matrix(module: Any) -> bool:
 @functools.cache
 def computes_lora(cls: Any) -> bool:
     """Return whether a LoRA class adds s (x A') B' to what its base layer returns."""
+    return _computes(cls, is_dora=False)
+
+
+def computes_dora(cls: Any, variant: Any, magnitude: Any) -> bool:
+    """Return whether a LoRA class computes DoRA.
+
+    Args:
+        cls: The layer's class.
+        variant: The class of what it holds in lora_variant.
+        magnitude: The class of the module that holds the magnitudes.
+    """
+    return _computes(cls, variant, magnitude, is_dora=True)
+
+
+def _computes(cls: Any, *parts: Any, is_dora: bool) -> bool:
     generator = new_generator()
     weight, a, b = (
         randn(generator, *shape) for shape in ((_OUT, _WIDTH), (_RANK, _WIDTH), (_OUT, _RANK))
     )
-    x = randn(generator, _ROWS, _WIDTH)
+    x, magnitude = randn(generator, _ROWS, _WIDTH), randn(generator, _OUT)
     with quiet():
         layer = object.__new__(cls)
         nn.Module.__init__(layer)
@@ -93,18 +108,29 @@ def computes_lora(cls: Any) -> bool:
             "lora_dropout": {name: nn.Identity()},
             "scaling": {name: _SCALE},
             "lora_variant": {},
-            "use_dora": {name: False},
+            "use_dora": {name: is_dora},
             "merged_adapters": [],
             "cast_input_dtype_enabled": True,
             "fan_in_fan_out": False,
             "_active_adapter": name,
             "_disable_adapters": False,
         }
+        wanted = x @ weight.t() + _SCALE * (x @ a.t()) @ b.t()
         try:
+            if is_dora:
+                variant, holder = parts
+                held = holder(fan_in_fan_out=False)
+                # Registered, it would go to meta while transformers builds an empty model.
+                held._parameters["weight"] = nn.Parameter(magnitude)
+                layer.__dict__ |= {
+                    "lora_variant": {name: variant()},
+                    "lora_magnitude_vector": {name: held},
+                }
+                wanted = wanted * magnitude / (weight + _SCALE * b @ a).norm(dim=1)
             y = call_forward(layer, x)
         except Exception:
             return False
-        return is_close(y, x @ weight.t() + _SCALE * (x @ a.t()) @ b.t())
+        return is_close(y, wanted)
 
 
 def lora_group(owner: Any, name: str, readers: tuple[str, ...]) -> tuple[str, ...]:

@@ -20,9 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from liger_kernels.ops.adapted_linear import AdaptedLinear, has_own_format, is_packed
+from liger_kernels.ops.adapted_linear import (
+    NUM_TENSORS,
+    AdaptedLinear,
+    has_own_format,
+    is_packed,
+)
 from liger_kernels.ops.lora_linear import lora_linears
-from liger_kernels.transformers.recognise import LoraSpec
+from liger_kernels.transformers.recognise import LoraSpec, computes_dora, original_class
 from liger_kernels.transformers.replacements.calls import (
     is_bare,
     is_plain,
@@ -35,6 +40,7 @@ from liger_kernels.transformers.replacements.subclasses import SPEC_ATTRIBUTE, i
 __all__ = ["LoraCall", "adapter_problem", "is_lora_patched", "lora_call", "lora_forward", "sharing"]
 
 _DISABLED = "its adapters are disabled: peft's own code runs, the base layer alone"
+_HOOKED = "a layer inside it has hooks or another forward set on it: peft's own code runs"
 _MERGED = "its adapters are merged into the weight, which runs alone: unmerge_adapter() to train"
 
 
@@ -75,18 +81,41 @@ def _read(module: Any) -> AdaptedLinear | str:
     if len(names) != 1:
         return f"{len(names) or 'no'} active adapters: one alone is fused; set_adapter() chooses it"
     (name,) = names
-    variant = getattr(module, "lora_variant", {}).get(name)
-    if variant is not None or getattr(module, "use_dora", {}).get(name):
-        kind = type(variant).__name__.removesuffix("LinearVariant") if variant else "Dora"
-        return f"{kind} adapter, whose formula is another: peft's own code runs"
     base, a, b = parts["base_layer"], layers[name], parts["lora_B"]._modules[name]
-    dropout = _dropout(parts["lora_dropout"]._modules[name])
-    problem = dropout if isinstance(dropout, str) else _part_problem(base, a, b)
-    if problem is not None:
-        return problem
-    return AdaptedLinear(
-        base.weight, base.bias, a.weight, b.weight, float(module.scaling[name]), float(dropout)
+    dropout, magnitude = _dropout(parts["lora_dropout"]._modules[name]), _magnitude(module, name)
+    for problem in (magnitude, dropout, _part_problem(base, a, b)):
+        if isinstance(problem, str):
+            return problem
+    layer = AdaptedLinear(base.weight, base.bias, a.weight, b.weight, magnitude)
+    # DoRA asks the layer whether it trains, and its dropout only then.
+    drops = magnitude is None or module.training
+    return layer._replace(
+        scale=float(module.scaling[name]), dropout=float(dropout) if drops else 0.0
     )
+
+
+def _magnitude(module: Any, name: str) -> Tensor | str | None:
+    """Return the magnitudes of a DoRA adapter, None of plain LoRA, or why it is another variant."""
+    variant = getattr(module, "lora_variant", {}).get(name)
+    if variant is None and not getattr(module, "use_dora", {}).get(name):
+        return None
+    holder = module._modules["lora_magnitude_vector"]._modules.get(name)
+    if not _is_dora(original_class(type(module)), type(variant), type(holder)):
+        kind = type(variant).__name__.removesuffix("LinearVariant")
+        return f"{kind} adapter, whose formula is another: peft's own code runs"
+    magnitude: Tensor = holder.weight
+    return magnitude if is_bare(holder) else _HOOKED
+
+
+# Of classes of a layer, of its variant and of what holds its magnitudes. torch.compile reads the
+# answers of the calls before, and traces no probe.
+_IS_DORA: dict[tuple[Any, Any, Any], bool] = {}
+
+
+def _is_dora(*classes: Any) -> bool:
+    if classes not in _IS_DORA and not torch.compiler.is_compiling():
+        _IS_DORA[classes] = computes_dora(*classes)
+    return _IS_DORA.get(classes, False)
 
 
 def _dropout(module: Any) -> float | str:
@@ -101,7 +130,7 @@ def _dropout(module: Any) -> float | str:
 def _part_problem(base: Any, a: Any, b: Any) -> str | None:
     """Return why a layer's parts are not a frozen linear layer and two plain matrices, or None."""
     if not all(is_bare(part) for part in (base, a, b)):
-        return "a layer inside it has hooks or another forward set on it: peft's own code runs"
+        return _HOOKED
     if not _is_linear(a) or not _is_linear(b):
         return "the matrices of its adapter are no plain linear layers"
     if a.bias is not None or b.bias is not None:
@@ -159,7 +188,7 @@ def lora_call(module: Any, x: Any) -> LoraCall | None:
 
 def _fits(layer: AdaptedLinear, x: Tensor) -> bool:
     """Return whether the tensors of a layer are plain ones on the device of x."""
-    tensors = [t for t in layer[1:4] if t is not None]
+    tensors = [t for t in layer[1:NUM_TENSORS] if t is not None]
     if not is_packed(layer.weight):
         tensors.append(layer.weight)
     return is_plain(*tensors) and all(t.device == x.device for t in (*tensors, layer.weight))

@@ -113,6 +113,9 @@ def run_adapted(module: nn.Module, spec: MlpSpec, x: Any) -> Tensor | None:
     if None in calls or len({call[1:] for call in calls if call is not None}) > 1:
         return None
     found = [call for call in calls if call is not None]
+    if any(call.layer.magnitude is not None for call in found):
+        # DoRA keeps the outputs of its layers, which are no more to be had from gate and up.
+        return None
     for one in (module, *filter(is_lora_patched, layers)):
         record_call(one)
     with recomputing(x):

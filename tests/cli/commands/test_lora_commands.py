@@ -34,7 +34,7 @@ def test_inspect_counts_the_layers_of_an_adapter(liger: Callable[..., Any]) -> N
     [
         (["--lora-target-modules", "q_proj,v_proj"], (4, 4), None),
         (["--ops", "auto,-lora_linear"], (0, 14), "not requested: add lora_linear to ops"),
-        (["--adapter", "dora"], (0, 14), "whose formula is another"),
+        (["--adapter", "dora"], (14, 14), None),
     ],
     ids=["some", "removed", "dora"],
 )
@@ -135,6 +135,24 @@ def test_estimate_knows_what_the_layers_keep(tmp_path: Path) -> None:
     assert packed.weights < 0.7 * ours.weights
     # Beside what is kept, one weight at a time is dequantised.
     assert packed.peak - packed.weights < ours.peak - ours.weights + 2 * inner * width * half
+
+
+@pytest.mark.parametrize("ops", ["auto", "none"])
+@pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit"])
+def test_estimate_of_dora_on_a_model_in_few_bits(key: str, ops: str, tmp_path: Path) -> None:
+    """Its layers unpack their weights for the norms, patched and in peft's code."""
+    model = tmp_path / "config.json"
+    model.write_text(json.dumps(SHAPE), encoding="utf-8")
+
+    def estimate(**keys: Any) -> Any:
+        common = {"model": str(model), "adapter": "dora", "bf16": False, "ops": ops}
+        config = load_config(None, {**common, **keys})
+        return estimate_memory(config, resolve_model(config.model), Batch(1, 256))
+
+    packed, whole = estimate(**{key: True}), estimate()
+    assert packed.weights < 0.8 * whole.weights
+    lora = estimate(**{key: True}, adapter="lora")
+    assert sum(packed.activations.values()) > sum(lora.activations.values())
 
 
 def test_shipped_lora_configuration_trains_with_the_op(

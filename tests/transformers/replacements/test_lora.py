@@ -39,7 +39,12 @@ def add_lora(model, *, autocast_adapter_dtype=True, **options):
         **options,
     }
     config = peft.LoraConfig(**settings)
-    return peft.get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype).train()
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            # It starts as the norm, beside which a magnitude that is not read would not show.
+            parameter.data *= torch.rand(parameter.shape) + 0.5
+    return model.train()
 
 
 def llama(**options):
@@ -83,7 +88,17 @@ def reasons(record):
 @pytest.mark.parametrize("family", zoo.ALL)
 def test_every_family_trains_as_stock_peft(family, dtype):
     """Every adapter gradient is within twice peft's own error, over several adapters in bf16."""
-    model, inputs, cast = add_lora(zoo.build(family).train()), zoo.inputs_of(family), None
+    assert_no_worse_than_peft(add_lora(zoo.build(family).train()), zoo.inputs_of(family), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_dora_trains_as_stock_peft(dtype):
+    """So it does with magnitudes, whose layers keep no less exactly what peft keeps in fp32."""
+    assert_no_worse_than_peft(llama(use_dora=True), zoo.text_inputs(), dtype)
+
+
+def assert_no_worse_than_peft(model, inputs, dtype):
+    cast = None
     num_layers = sum(isinstance(m, peft.tuners.lora.Linear) for m in model.modules())
     assert num_layers >= 8
     if dtype == torch.bfloat16:
@@ -144,7 +159,7 @@ def _to(inputs, dtype):
 # Settings of an adapter ---------------------------------------------------------------------------
 
 SETTINGS = {
-    "rank-1": {"r": 1},
+    "rank-1": {"r": 1, "lora_alpha": 2},
     "rank-512": {"r": 512, "lora_alpha": 4},
     "ranks": {"rank_pattern": {"q_proj": 2, "up_proj": 8}, "alpha_pattern": {"k_proj": 32}},
     "rslora": {"use_rslora": True, "r": 6},
@@ -152,13 +167,16 @@ SETTINGS = {
     "base-bias": {"bias": "lora_only"},
     "some": {"target_modules": ["q_proj", "v_proj", "down_proj"]},
     "half": {"autocast_adapter_dtype": False},
+    "dora": {"use_dora": True},
+    "dora-dropout": {"use_dora": True, "lora_dropout": 0.3, "use_rslora": True},
+    "dora-bias": {"use_dora": True, "bias": "lora_only", "target_modules": ["q_proj", "v_proj"]},
 }
 
 
 @pytest.mark.parametrize("context", ["plain", "autocast", "checkpoint", "reentrant"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_settings_train_as_stock_peft(setting, context):
-    family = "qwen2" if setting == "base-bias" else "llama"
+    family = "qwen2" if setting.endswith("-bias") else "llama"
     model = add_lora(zoo.build(family).train(), **SETTINGS[setting])
     inputs, cast = zoo.text_inputs(), None
     if context == "autocast":
@@ -294,10 +312,10 @@ def test_states_that_run_stock_code(state, before):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"use_dora": True}, "Dora adapter, whose formula is another"),
+        ({"alora_invocation_tokens": [1]}, "ALora adapter, whose formula is another"),
         ({"lora_bias": True}, "lora_bias"),
     ],
-    ids=["dora", "lora-bias"],
+    ids=["variant", "lora-bias"],
 )
 def test_other_adapters_run_stock_code(options, reason):
     family = "qwen2" if "lora_bias" in options else "llama"
@@ -307,6 +325,27 @@ def test_other_adapters_run_stock_code(options, reason):
     record = apply_liger_kernel(model, "all")
     assert coverage(record) == (0, 4)
     assert all(reason in text for text in reasons(record).values())
+    assert_close(step(model, zoo.text_inputs()), stock)
+
+
+def test_a_variant_that_computes_otherwise_than_dora_runs_stock_code():
+    """DoRA is recognised by what it computes, whatever its class is called."""
+    targets = ["q_proj", "k_proj"]
+    model = llama(use_dora=True, target_modules=targets)
+
+    class DoraLinearVariant(peft.tuners.lora.variants.DoraLinearVariant):
+        @staticmethod
+        def forward(module, active_adapter, x, result, **kwargs):
+            forward = peft.tuners.lora.variants.DoraLinearVariant.forward
+            return 2.0 * forward(module, active_adapter, x, result, **kwargs)
+
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            module.lora_variant["default"] = DoraLinearVariant()
+    stock = step(model, zoo.text_inputs())
+    record = apply_liger_kernel(model, "all")
+    assert coverage(record) == (0, 4)
+    assert all("Dora adapter, whose formula" in text for text in reasons(record).values())
     assert_close(step(model, zoo.text_inputs()), stock)
 
 
@@ -473,11 +512,12 @@ def test_accumulated_gradients_and_retained_graphs():
     assert_close(twice(), stock)
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_compiled_layers_train_as_stock_peft(order):
+def test_compiled_layers_train_as_stock_peft(order, dora):
     inputs = zoo.text_inputs()
-    stock = step(llama(), inputs)
-    model = llama()
+    stock = step(llama(use_dora=dora), inputs)
+    model = llama(use_dora=dora)
     apply_liger_kernel(model, "all")
     if order == "after":
         step(model, inputs)

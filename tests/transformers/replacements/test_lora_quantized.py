@@ -61,13 +61,15 @@ def mean(values):
 @pytest.mark.parametrize("compute", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_packed_layers_train_as_stock_peft(quant_type, compute, cast, dropout, device):
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_packed_layers_train_as_stock_peft(quant_type, compute, cast, dropout, dora, device):
     if cast is not None and compute != cast:
         # Products of two dtypes: peft's own code.
         compute = cast
     torch.manual_seed(0)
     base = to_4bit(wide().to(compute), quant_type, compute, device)
-    model = add_lora(base, target_modules=[*ATTENTION, *MLP], lora_dropout=dropout).to(device)
+    options = {"lora_dropout": dropout, "use_dora": dora}
+    model = add_lora(base, target_modules=[*ATTENTION, *MLP], **options).to(device)
     inputs = to(zoo.text_inputs(), device)
 
     def run():
@@ -130,11 +132,13 @@ def test_layers_of_8_bits_run_stock_code(device):
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("checkpoint", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_half_precision_on_a_gpu(dtype, checkpoint, dropout, device):
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_half_precision_on_a_gpu(dtype, checkpoint, dropout, dora, device):
     model = add_lora(
         zoo.build("llama", hidden_size=256, intermediate_size=512, head_dim=64).train(),
         r=16,
         lora_dropout=dropout,
+        use_dora=dora,
     ).to(device)
     for parameter in model.parameters():
         if not parameter.requires_grad:
