@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from liger_cli.common.numbers import format_bytes
 from liger_cli.report.console import show_json, show_lines, show_table
 
-__all__ = ["CardPart", "EstimateReport", "FitPart", "PartRow", "show_estimate"]
+__all__ = ["CardPart", "EstimateReport", "FitPart", "PartRow", "RanksPart", "show_estimate"]
 
 SCHEMA_VERSION = 1
 
@@ -40,6 +40,20 @@ class FitPart(_Part):
     is_limit: bool
 
 
+class RanksPart(_Part):
+    """The layout of several ranks; all other figures are of one of them.
+
+    Attributes:
+        offloaded: Bytes in the memory of the host for each rank, by part.
+    """
+
+    layout: str
+    why: str
+    dp_replicate_size: int
+    dp_shard_size: int
+    offloaded: dict[str, int] = {}
+
+
 class EstimateReport(_Part):
     """The memory of a training step, estimated.
 
@@ -58,6 +72,7 @@ class EstimateReport(_Part):
     phases: dict[str, int]
     card: CardPart | None = None
     fit: FitPart | None = None
+    ranks: RanksPart | None = None
     remedies: list[str] = []
 
 
@@ -76,6 +91,12 @@ def _lines(report: EstimateReport) -> list[str]:
         f"{report.model}, {report.batch_size} x {report.sequence_length} tokens: "
         f"at most {format_bytes(report.peak)} at once, in {_widest_phase(report)}"
     ]
+    if (ranks := report.ranks) is not None:
+        sizes = f"dp_replicate_size {ranks.dp_replicate_size}, dp_shard_size {ranks.dp_shard_size}"
+        lines.append(f"for each rank of {ranks.layout} ({sizes}): {ranks.why}")
+        if ranks.offloaded:
+            parts = ", ".join(f"{part} {format_bytes(n)}" for part, n in ranks.offloaded.items())
+            lines.append(f"in the memory of the host, for each rank: {parts}")
     if report.fit is not None:
         largest = "the largest that fits" if report.fit.is_limit else "fits; more was not tried"
         lines.append(f"{report.fit.key} {report.fit.value}: {largest}")

@@ -86,4 +86,4 @@ class PreparedRun:
         """The memory of a step. It reads many rows: ask for it only where it is needed."""
         config = self.inputs.attention.applied(self.config)
         found = RunMemory.of(config, self.inputs, self.device)
-        return replace(found, num_shards=self.parallel.dp_shard)
+        return replace(found, plan=self.parallel)

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from liger_cli.commands.estimate.sizes import as_sharded, with_sizes
 from liger_cli.config import RunConfig, config_flags
-from liger_cli.errors import ConfigError, OutOfMemory
+from liger_cli.errors import OutOfMemory
 from liger_cli.training.model.names import check_model_name
 
 __all__ = ["command"]
@@ -22,17 +23,27 @@ def command(
         typer.Option("--gpu", metavar="NAME|GB", help="The card it shall fit into: H100-80GB, 24."),
     ] = None,
     fit: Annotated[
-        Literal["batch", "seq"] | None,
-        typer.Option("--fit", help="Find the largest batch, or the longest rows, that fit."),
+        Literal["batch", "seq", "shards"] | None,
+        typer.Option(
+            "--fit",
+            help="Find the largest batch or the longest rows that fit, or the fewest shards "
+            "and then the largest batch.",
+        ),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, help="per_device_train_batch_size.")
     ] = None,
     seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="max_length.")] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            "--nproc", min=1, metavar="N", help="Ranks of the run; the figures are of one."
+        ),
+    ] = None,
     fsdp: Annotated[
-        int,
-        typer.Option("--fsdp", min=1, help="GPUs that share weights, gradients and moments."),
-    ] = 1,
+        int | None,
+        typer.Option("--fsdp", min=1, metavar="N", help="Short for --nproc N --dp-shard-size -1."),
+    ] = None,
     padded: Annotated[
         bool, typer.Option("--padded", help="Rows have several lengths, so attention is masked.")
     ] = False,
@@ -40,7 +51,8 @@ def command(
 ) -> None:
     """Estimate the memory of a training step by part. Needs no weights, no data and no GPU.
 
-    Rows are as long as max_length. Exit 5 where the card of --gpu has less than it takes.
+    Rows are as long as max_length. Of a run on several ranks it is the memory of each. Exit 5 where
+    the card of --gpu has less than it takes.
     """
     # Before torch and transformers are imported.
     check_model_name(config.model)
@@ -50,11 +62,14 @@ def command(
     from liger_cli.report import notify
     from liger_cli.report.estimate import show_estimate
 
+    config = with_sizes(config, context, batch_size, seq_len)
+    if fsdp is not None:
+        config, nproc = as_sharded(config, nproc, fsdp), fsdp
     report = describe_estimate(
-        _with_sizes(config, context, batch_size, seq_len),
+        config,
         card=None if gpu is None else find_card(gpu),
         fit=fit,
-        num_shards=fsdp,
+        nproc=nproc,
         is_padded=padded,
     )
     if config.torch_compile is True:
@@ -62,19 +77,3 @@ def command(
     show_estimate(report, as_json=as_json)
     if report.card is not None and report.card.free < 0:
         raise OutOfMemory(f"it does not fit into {report.card.name}", is_reported=True)
-
-
-def _with_sizes(
-    config: RunConfig, context: typer.Context, batch_size: int | None, seq_len: int | None
-) -> RunConfig:
-    """Apply the short flags, which win over a file and --set.
-
-    Raises:
-        ConfigError: The flag of the key is given too.
-    """
-    sizes = {"per_device_train_batch_size": batch_size, "max_length": seq_len}
-    given = {key: size for key, size in sizes.items() if size is not None}
-    for key in (key for key in given if context.params.get(key) is not None):
-        short = "--batch-size" if key.startswith("per") else "--seq-len"
-        raise ConfigError(f"{short} and {key} are the same; give one of them")
-    return config.model_copy(update=given)

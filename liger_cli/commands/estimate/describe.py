@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from liger_cli.commands.estimate.cards import Card
 from liger_cli.commands.estimate.fit import largest_that_fits
+from liger_cli.commands.estimate.layout import chosen_layout, fewest_shards
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError, OutOfMemory
-from liger_cli.report.estimate import CardPart, EstimateReport, FitPart, PartRow
+from liger_cli.report.estimate import CardPart, EstimateReport, FitPart, PartRow, RanksPart
+from liger_cli.training.memory.choice import USABLE
 from liger_cli.training.memory.limits import RunMemory, cheapest_remedies
 from liger_cli.training.memory.step import MemoryEstimate
 from liger_cli.training.model.extended import extend_source
 from liger_cli.training.model.source import resolve_model
+from liger_cli.training.parallel.assumed import assumed_plan
+from liger_cli.training.parallel.mesh import ParallelPlan
 
 __all__ = ["Fit", "describe_estimate"]
 
-Fit = Literal["batch", "seq"]
+Fit = Literal["batch", "seq", "shards"]
 
 # Sequences are tried in steps of as many tokens, up to the longest.
 _SEQ_STEP, _MAX_SEQ = 64, 1 << 20
@@ -28,7 +33,7 @@ def describe_estimate(
     *,
     card: Card | None = None,
     fit: Fit | None = None,
-    num_shards: int = 1,
+    nproc: int | None = None,
     is_padded: bool = False,
 ) -> EstimateReport:
     """Return the memory of a step of a run, from its model's configuration alone.
@@ -37,7 +42,7 @@ def describe_estimate(
         config: The run: model, ops, batch, rows of max_length, precision, optimizer, adapter.
         card: Where it shall fit.
         fit: What is to be made as large as the card allows; the run's own size is where it starts.
-        num_shards: Devices that share weights, gradients and moments.
+        nproc: Ranks of the run; one by default. With fit "shards" any number by default.
         is_padded: Whether rows have several lengths.
 
     Raises:
@@ -47,8 +52,17 @@ def describe_estimate(
     if fit is not None and card is None:
         raise ConfigError("fit needs a card to fit into", hint="--gpu H100-80GB, or --gpu 24 (GB)")
     source = extend_source(config, resolve_model(config.model))
-    memory = RunMemory.assumed(config, source, is_padded=is_padded, num_shards=num_shards)
-    fitted = None
+    asked = assumed_plan(config, source, nproc or 1) if fit != "shards" else ParallelPlan()
+    memory = RunMemory.assumed(
+        config, source, asked or ParallelPlan(nproc or 1), is_padded=is_padded
+    )
+    fitted, why = None, "as the keys say"
+    if fit == "shards" and card is not None:
+        # What train fills when it chooses between copies and shards.
+        card = replace(card, usable=int(USABLE * card.usable))
+        memory, why = fewest_shards(memory, card, nproc), "the fewest shards that fit"
+    elif asked is None:
+        memory, why = chosen_layout(memory, card)
     if fit is not None and card is not None:
         memory, fitted = _fitted(memory, card, fit)
     # Where there is nothing to be found, the second call says why.
@@ -65,13 +79,14 @@ def describe_estimate(
         phases=dict(found.phases),
         card=room,
         fit=fitted,
+        ranks=_ranks(memory, found, why),
         remedies=list(cheapest_remedies(memory, room.usable)) if room and room.free < 0 else [],
     )
 
 
 def _fitted(memory: RunMemory, card: Card, fit: Fit) -> tuple[RunMemory, FitPart]:
-    key = "per_device_train_batch_size" if fit == "batch" else "max_length"
-    unit, most = (1, _MAX_BATCH) if fit == "batch" else (_SEQ_STEP, _MAX_SEQ)
+    key = "max_length" if fit == "seq" else "per_device_train_batch_size"
+    unit, most = (_SEQ_STEP, _MAX_SEQ) if fit == "seq" else (1, _MAX_BATCH)
     now = getattr(memory.config, key)
 
     def of(num_units: int) -> RunMemory:
@@ -88,6 +103,19 @@ def _fitted(memory: RunMemory, card: Card, fit: Fit) -> tuple[RunMemory, FitPart
     return of(largest), FitPart(key=key, value=largest * unit, is_limit=largest * unit < most)
 
 
+def _ranks(memory: RunMemory, found: MemoryEstimate, why: str) -> RanksPart | None:
+    plan = memory.plan
+    if plan.num_processes == 1:
+        return None
+    return RanksPart(
+        layout=plan.name,
+        why=why,
+        dp_replicate_size=plan.dp_replicate,
+        dp_shard_size=plan.dp_shard,
+        offloaded=dict(found.offloaded),
+    )
+
+
 def _rows(found: MemoryEstimate) -> list[PartRow]:
     sizes = {
         "weights": found.weights,
@@ -97,6 +125,7 @@ def _rows(found: MemoryEstimate) -> list[PartRow]:
         **found.activations,
         "logits": found.logits,
         "head buffers": found.head_buffers,
+        **found.of_ranks,
     }
     at_peak = dict(found.at_peak)
     rows = []

@@ -23,12 +23,12 @@ from liger_cli.training.launch.agreement import (
     check_same_launch,
     check_shared_directory,
 )
+from liger_cli.training.memory.choice import choose_plan
 from liger_cli.training.model.adapters import adapts, is_quantised, quantization
 from liger_cli.training.model.source import ModelSource, resolve_model
 from liger_cli.training.model.tokenizers import check_same_template
 from liger_cli.training.objectives.table import resolve_objective
 from liger_cli.training.optim.optimizers import check_optimization
-from liger_cli.training.parallel.choice import choose_plan
 from liger_cli.training.parallel.mesh import explicit_plan
 from liger_cli.training.parallel.refusals import check_sharded
 from liger_cli.training.prepared import PreparedRun
@@ -75,7 +75,7 @@ def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]
     parse_ops(config.ops, options.require)
     quiet_libraries()
     if options.measure_only:
-        config = config.model_copy(update={"report_to": None, "profile_steps": None})
+        config = config.model_copy(update={"report_to": None})
     source = resolve_model(config.model, notify)
     accelerator = make_accelerator(config, adapts=adapts(config, source))
     check_same_launch(config, accelerator)

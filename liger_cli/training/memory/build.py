@@ -16,6 +16,7 @@ from liger_cli.training.model.adapters import adapts, attach_adapter, new_adapte
 from liger_cli.training.model.dtypes import parameter_dtype
 from liger_cli.training.model.presets import ModelSource
 from liger_cli.training.model.source import build_meta_model
+from liger_cli.training.parallel.mesh import ParallelPlan
 from liger_kernels.transformers.api import apply_liger_kernel
 from liger_kernels.transformers.patching.upstream_fixes import repair_model
 from liger_kernels.transformers.wrappers import inner_model
@@ -31,7 +32,7 @@ def estimate_memory(
     batch: Batch,
     *,
     on_gpu: bool = True,
-    num_shards: int = 1,
+    plan: ParallelPlan | None = None,
 ) -> MemoryEstimate:
     """Return the memory of a training step of a run, from the model's configuration alone.
 
@@ -40,14 +41,14 @@ def estimate_memory(
         source: Its model.
         batch: A micro-batch.
         on_gpu: Whether it runs on a GPU that has bfloat16, or on a CPU.
-        num_shards: Devices that share weights, gradients and moments (FSDP).
+        plan: How ranks share the model; one process by default. The bytes are those of a rank.
 
     Raises:
         ValueError: The forward of this model cannot run without data.
         LigerError: The model cannot be built, or the adapter not be put on it.
     """
     model = meta_model_of(config, source, on_gpu=on_gpu)
-    return step_memory(config, model, batch, on_gpu=on_gpu, num_shards=num_shards)
+    return step_memory(config, model, batch, on_gpu=on_gpu, plan=plan)
 
 
 def assumed_attention(

@@ -25,12 +25,12 @@ class Ledger(TorchDispatchMode):
         answer: Asked before an operation runs, with the operation, its arguments and the part. What
             it returns, unless that is NotImplemented, is the operation's result.
         sort: Given a tensor and the part that is being counted, returns the tensor's part.
-        num_shards: Devices that share the parts named in `sharded`; the bytes are those of one.
-        sharded: Parts that are spread over devices.
+        shares: Of the bytes of a part those that are counted; all of a part that is not named.
 
     Attributes:
         part: To which new storages count, unless `sort` says otherwise.
         live: Bytes by part.
+        whole: The same, as if this were the only device.
         most: The most that each part had at one time.
         peak: The most that all parts had together.
         at_peak: `live` as it was then.
@@ -41,17 +41,16 @@ class Ledger(TorchDispatchMode):
         answer: Callable[[Any, tuple[Any, ...], Mapping[str, Any], str], Any],
         sort: Callable[[Tensor, str], str],
         *,
-        num_shards: int = 1,
-        sharded: frozenset[str] = frozenset(),
+        shares: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         self._answer = answer
         self._sort = sort
-        self._num_shards = num_shards
-        self._sharded = sharded
+        self._shares = shares or {}
         self._storages: dict[int, tuple[str, int]] = {}
         self.part = ""
         self.live: Counter[str] = Counter()
+        self.whole: Counter[str] = Counter()
         self.most: Counter[str] = Counter()
         self.peak = 0
         self.at_peak: Mapping[str, int] = {}
@@ -102,8 +101,8 @@ class Ledger(TorchDispatchMode):
         self._add(part, -size)
 
     def _add(self, part: str, size: int) -> None:
-        if part in self._sharded:
-            size //= self._num_shards
+        self.whole[part] += size
+        size = int(size * self._shares.get(part, 1))
         self.live[part] += size
         self.most[part] = max(self.most[part], self.live[part])
         if size > 0 and (total := self.live.total()) > self.peak:

@@ -25,6 +25,7 @@ from liger_cli.training.model.adapters import is_adapted
 from liger_cli.training.model.dtypes import parameter_dtype
 from liger_cli.training.model.presets import ModelSource
 from liger_cli.training.optim.optimizers import state_bytes
+from liger_cli.training.parallel.mesh import ParallelPlan, explicit_plan
 from liger_cli.training.runtime.auto_fit import smaller_batches
 
 __all__ = [
@@ -55,14 +56,14 @@ class RunMemory:
         source: Its model.
         batch: A micro-batch.
         on_gpu: Whether it runs on a GPU.
-        num_shards: Devices that share weights, gradients and moments.
+        plan: How ranks share the model; its memory is that of a rank.
     """
 
     config: RunConfig
     source: ModelSource
     batch: Batch
     on_gpu: bool
-    num_shards: int = 1
+    plan: ParallelPlan = ParallelPlan()
 
     @classmethod
     def of(cls, config: RunConfig, inputs: Inputs, device: torch.device) -> RunMemory:
@@ -86,28 +87,28 @@ class RunMemory:
 
     @classmethod
     def assumed(
-        cls, config: RunConfig, source: ModelSource, *, is_padded: bool, num_shards: int
+        cls, config: RunConfig, source: ModelSource, plan: ParallelPlan, *, is_padded: bool
     ) -> RunMemory:
         """Return the memory of a step of rows of max_length, on a GPU unless use_cpu says else.
 
         Args:
             config: The run.
             source: Its model.
+            plan: How ranks share it.
             is_padded: Whether rows have several lengths.
-            num_shards: Devices that share weights, gradients and moments.
         """
         on_gpu = not config.use_cpu
-        plan = assumed_attention(config, source, is_padded=is_padded, on_gpu=on_gpu)
-        is_free = plan.padding_free and not config.packing
+        attention = assumed_attention(config, source, is_padded=is_padded, on_gpu=on_gpu)
+        is_free = attention.padding_free and not config.packing
         batch = Batch(
             size=_num_sequences(config),
             length=_longest(config),
             is_padded=is_padded and not is_free,
             is_packed=config.packing,
-            is_flat=is_free or plan.has_lengths,
-            has_lengths=plan.has_lengths,
+            is_flat=is_free or attention.has_lengths,
+            has_lengths=attention.has_lengths,
         )
-        return cls(plan.applied(config), source, batch, on_gpu, num_shards)
+        return cls(attention.applied(config), source, batch, on_gpu, plan)
 
     @functools.cached_property
     def found(self) -> MemoryEstimate | None:
@@ -125,7 +126,7 @@ class RunMemory:
             LigerError: The model cannot be built, or the adapter not be put on it.
         """
         return estimate_memory(
-            self.config, self.source, self.batch, on_gpu=self.on_gpu, num_shards=self.num_shards
+            self.config, self.source, self.batch, on_gpu=self.on_gpu, plan=self.plan
         )
 
     def peak(self) -> int | None:
@@ -149,7 +150,8 @@ class RunMemory:
             config = config.model_copy(update=dict(remedy.keys))
         length = min(length, _longest(config))
         batch = replace(self.batch, size=_num_sequences(config), length=length)
-        return replace(self, config=config, batch=batch)
+        plan = explicit_plan(config, self.plan.num_processes) or self.plan
+        return replace(self, config=config, batch=batch, plan=plan)
 
 
 # Compared by identity: its mappings have no hash.
@@ -227,6 +229,7 @@ def parts_line(found: MemoryEstimate) -> str:
         **{f"activations of {name}": size for name, size in found.activations.items()},
         "logits": found.logits,
         "head buffers": found.head_buffers,
+        **found.of_ranks,
     }
     words = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
     return f"{words}; at most {format_bytes(found.peak)} at once"
@@ -298,6 +301,9 @@ def _remedies(memory: RunMemory) -> Iterator[Remedy]:
     if not config.gradient_checkpointing:
         words = "--gradient-checkpointing (about a third more time)"
         yield Remedy(words, {"gradient_checkpointing": True})
+    if memory.plan.num_processes > memory.plan.dp_shard:
+        keys = {"dp_replicate_size": 1, "dp_shard_size": -1}
+        yield Remedy("--dp-replicate-size 1 --dp-shard-size -1 (all ranks share the model)", keys)
     if config.optim not in ("adafactor", "sgd"):
         yield Remedy("--optim adafactor", {"optim": "adafactor"})
     if config.max_length > _SHORT:

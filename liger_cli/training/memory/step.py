@@ -26,8 +26,10 @@ from liger_cli.training.memory.parts import (
     table_of,
 )
 from liger_cli.training.memory.probe_copy import BACKWARD, Answers, gpu_stand_in, plain_tensors
+from liger_cli.training.memory.sharding import BUCKETS, OF_RANKS, ShardedStep, shares_of
 from liger_cli.training.model.adapters import is_adapted
 from liger_cli.training.optim.optimizers import EIGHT_BIT, make_optimizer
+from liger_cli.training.parallel.mesh import ParallelPlan
 from liger_kernels.transformers import token_logprobs
 from liger_kernels.transformers.wrappers import inner_model
 
@@ -35,8 +37,6 @@ __all__ = ["Batch", "MemoryEstimate", "step_memory"]
 
 _CPU = torch.device("cpu")
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-# What fully sharded data parallelism spreads over devices.
-_SHARDED = frozenset({"weights", "gradients", "optimizer"})
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of a training step by part; the parts are not all there at once.
+    """Bytes of a training step on one rank by part; the parts are not all there at once.
 
     Attributes:
+        weights: What the device holds from step to step; so are optimizer and gradients.
         reference: The weights that dpo compares with, where they are in memory.
         optimizer: What it holds from step to step.
         gradients: Of all trained parameters.
@@ -72,6 +73,8 @@ class MemoryEstimate:
         logits: The most that logits, their copies and their gradients take together.
         head_buffers: The gradient of the head, as the fused loss makes it in forward.
         kept_for_loss: What forward keeps of logits, their loss and these buffers.
+        of_ranks: The most that is there for the other ranks: gathered weights, gradients to sum.
+        offloaded: What is in the memory of the host instead of the device's.
         at_peak: What is there at the moment when most is, by part.
         phases: The most that is there in the optimizer's step, in forward and in backward.
     """
@@ -83,6 +86,8 @@ class MemoryEstimate:
     logits: int
     head_buffers: int
     kept_for_loss: int
+    of_ranks: Mapping[str, int]
+    offloaded: Mapping[str, int]
     at_peak: Mapping[str, int]
     phases: Mapping[str, int]
     reference: int = 0
@@ -93,7 +98,12 @@ class MemoryEstimate:
 
 
 def step_memory(
-    config: RunConfig, model: Any, batch: Batch, *, on_gpu: bool = True, num_shards: int = 1
+    config: RunConfig,
+    model: Any,
+    batch: Batch,
+    *,
+    on_gpu: bool = True,
+    plan: ParallelPlan | None = None,
 ) -> MemoryEstimate:
     """Return the memory of a training step of a model on the meta device, which it uses up.
 
@@ -102,7 +112,7 @@ def step_memory(
         model: With its adapter and its patches, in the dtype of its parameters.
         batch: A micro-batch.
         on_gpu: Whether a GPU's kernels run.
-        num_shards: Devices that share weights, gradients and moments.
+        plan: How ranks share the model; one process by default. The bytes are those of a rank.
 
     Raises:
         ValueError: The forward of this model cannot run without data.
@@ -112,7 +122,9 @@ def step_memory(
     is_masked = batch.is_padded or batch.is_packed or batch.is_flat
     answers = Answers(num_labels, _num_experts(base), is_masked=is_masked)
     sort = _by_shape(base)
-    ledger = Ledger(answers, sort, num_shards=num_shards, sharded=_SHARDED)
+    plan = plan or ParallelPlan()
+    ledger = Ledger(answers, sort, shares=shares_of(config, plan))
+    step = _Step(config, model, batch, plan, ledger, on_gpu)
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(plain_tensors())
@@ -120,7 +132,7 @@ def step_memory(
             stack.enter_context(gpu_stand_in(num_labels))
         stack.enter_context(ledger)
         try:
-            return _run_step(config, model, batch, ledger, num_labels)
+            return step.run(num_labels)
         # What a model does with data that it does not find is its own.
         except Exception as error:
             words = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -129,57 +141,98 @@ def step_memory(
             ) from error
 
 
-def _run_step(
-    config: RunConfig, model: Any, batch: Batch, ledger: Ledger, num_labels: int
-) -> MemoryEstimate:
-    phases = {}
-    with ledger.counting("weights"):
-        _give_storage(model)
-        pack_layers(model, config)
-    # First, because the moments are there in every step but the first.
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    with ledger.counting("reference"):
-        reference = _reference(config, model, parameters)
-    with ledger.counting("gradients"):
-        for parameter in parameters:
-            parameter.grad = torch.empty_like(parameter)
-    gradients = ledger.live["gradients"]
-    with ledger.counting("optimizer"):
-        moments = _moments(config, model, parameters)
-    phases["optimizer"] = ledger.peak
-    optimizer = ledger.live["optimizer"]
-    if config.gradient_accumulation_steps == 1:
-        for parameter in parameters:
-            parameter.grad = None
-    if config.gradient_checkpointing:
-        _make_again(model)
-    for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, "gradients"))
+@dataclass
+class _Step:
+    """A step of a model without data, whose storages a ledger counts."""
 
-    model.train()
-    ledger.peak = 0
-    with ledger.counting("other"), _gathered(model, ledger):
-        inputs = _inputs(batch)
-        with _by_module(ledger, model), _autocast(config, model):
-            loss = _loss(config, model, inputs, num_labels)
-        phases["forward"] = ledger.peak
-        kept = dict(ledger.live)
-        with ledger.counting(BACKWARD), _by_module(ledger, model):
-            loss.backward()
-        phases["backward"] = ledger.peak
-    del moments, reference
-    return MemoryEstimate(
-        weights=kept["weights"],
-        optimizer=optimizer,
-        gradients=gradients,
-        activations={part: kept[part] for part in ACTIVATIONS if kept.get(part)},
-        logits=ledger.most[LOGITS],
-        head_buffers=kept.get(HEAD_GRADIENT, 0),
-        kept_for_loss=kept.get(HEAD_GRADIENT, 0) + kept.get(LOGITS, 0),
-        at_peak={part: size for part, size in ledger.at_peak.items() if size},
-        phases=phases,
-        reference=kept.get("reference", 0),
-    )
+    config: RunConfig
+    model: Any
+    batch: Batch
+    plan: ParallelPlan
+    ledger: Ledger
+    on_gpu: bool
+
+    def run(self, num_labels: int) -> MemoryEstimate:
+        """Return the memory of the step; it uses the model up."""
+        config, model, ledger = self.config, self.model, self.ledger
+        with ledger.counting("weights"):
+            _give_storage(model)
+            pack_layers(model, config)
+        # First, because the moments are there in every step but the first.
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        with ledger.counting("reference"):
+            reference = _reference(config, model, parameters)
+        with ledger.counting("gradients"):
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter)
+        gradients, buckets = ledger.live["gradients"], self._buckets(parameters)
+        with ledger.counting("optimizer"):
+            moments = _moments(config, model, parameters)
+        phases = {"optimizer": ledger.peak}
+        optimizer = ledger.live["optimizer"]
+        whole = dict(ledger.whole)
+        if config.gradient_accumulation_steps == 1:
+            for parameter in parameters:
+                parameter.grad = None
+        if config.gradient_checkpointing:
+            _make_again(model)
+        ledger.peak = 0
+        kept = self._passes(parameters, phases, num_labels)
+        del moments, reference, buckets
+        return MemoryEstimate(
+            weights=kept["weights"],
+            optimizer=optimizer,
+            gradients=gradients,
+            activations={part: kept[part] for part in ACTIVATIONS if kept.get(part)},
+            logits=ledger.most[LOGITS],
+            head_buffers=kept.get(HEAD_GRADIENT, 0),
+            kept_for_loss=kept.get(HEAD_GRADIENT, 0) + kept.get(LOGITS, 0),
+            of_ranks={part: ledger.most[part] for part in OF_RANKS if ledger.most[part]},
+            offloaded=self._offloaded(whole),
+            at_peak={part: size for part, size in ledger.at_peak.items() if size},
+            phases=phases,
+            reference=kept.get("reference", 0),
+        )
+
+    def _passes(
+        self, parameters: list[Any], phases: dict[str, int], num_labels: int
+    ) -> dict[str, int]:
+        """Run forward and backward, and return what is there between the two."""
+        model, ledger, shards = self.model, self.ledger, None
+        if self.plan.is_sharded:
+            shards = ShardedStep(self.config, model, ledger, self.plan.dp_shard, on_gpu=self.on_gpu)
+        else:
+            for parameter in parameters:
+                parameter.register_post_accumulate_grad_hook(
+                    lambda p: ledger.move(p.grad, "gradients")
+                )
+        model.train()
+        with ledger.counting("other"):
+            inputs = _inputs(self.batch)
+            autocast = _autocast(self.config, model)
+            forward = shards.forward() if shards else contextlib.nullcontext()
+            with _by_module(ledger, model), forward, autocast:
+                loss = _loss(self.config, model, inputs, num_labels)
+            phases["forward"] = ledger.peak
+            kept = dict(ledger.live)
+            backward = shards.backward() if shards else contextlib.nullcontext()
+            with ledger.counting(BACKWARD), _by_module(ledger, model), backward:
+                loss.backward()
+            phases["backward"] = ledger.peak
+        return kept
+
+    def _buckets(self, parameters: list[Any]) -> list[Tensor]:
+        """Allocate what DDP copies gradients into, for as long as the run lasts."""
+        if self.plan.is_sharded or self.plan.num_processes == 1:
+            return []
+        with self.ledger.counting(BUCKETS):
+            return [torch.empty_like(p) for p in parameters]
+
+    def _offloaded(self, whole: Mapping[str, int]) -> dict[str, int]:
+        if not (self.config.cpu_offload and self.plan.is_sharded):
+            return {}
+        parts = ("weights", "gradients", "optimizer")
+        return {part: whole.get(part, 0) // self.plan.dp_shard for part in parts}
 
 
 def _loss(config: RunConfig, model: Any, inputs: dict[str, Any], num_labels: int) -> Tensor:
@@ -307,30 +360,6 @@ def _by_shape(model: Any) -> Any:
         return part
 
     return sort
-
-
-@contextlib.contextmanager
-def _gathered(model: Any, ledger: Ledger) -> Iterator[None]:
-    """Hold what one device of several has of the others' weights and gradients at a time.
-
-    Embeddings, head and last norm are whole from forward to the end of backward; so is a layer at
-    work, with its gradient, and the one that is fetched meanwhile.
-    """
-    if ledger._num_shards == 1:
-        yield
-        return
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    sizes = [[_num_bytes(layer) for layer in layers] for layers in lists]
-    layers = max(sizes, key=sum, default=[0])
-    root = _num_bytes(model) - sum(layers)
-    with ledger.counting("gathered weights"):
-        held = torch.empty(root + 3 * max(layers), dtype=torch.uint8)
-    yield
-    del held
-
-
-def _num_bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _num_experts(model: Any) -> int:

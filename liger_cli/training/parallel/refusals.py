@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,7 +14,7 @@ from liger_cli.training.model.presets import ModelSource
 from liger_cli.training.optim.optimizers import EIGHT_BIT
 from liger_cli.training.parallel.groups import has_separate_experts
 
-__all__ = ["check_inputs", "check_sharded"]
+__all__ = ["check_inputs", "check_model", "check_sharded"]
 
 _COPIES = "--dp-replicate-size with the number of ranks (DDP)"
 
@@ -88,17 +88,31 @@ def check_inputs(inputs: Inputs) -> None:
     Raises:
         ConfigError: With the nearest that works.
     """
+    check_model(inputs.meta_model)
     _raise_first(
-        _Refusal(
-            has_separate_experts(inputs.meta_model),
-            "its experts are separate modules, and a rank whose tokens choose none of them would "
-            "not take part",
-            f"transformers 5 holds them in one, or {_COPIES}.",
-        ),
         _Refusal(
             inputs.data.has_images,
             "ranks whose rows have no images would not take part in the vision model",
             f"{_COPIES}.",
+        ),
+    )
+
+
+def check_model(model: Any) -> None:
+    """Refuse a model whose ranks would not call the same modules, whatever its data.
+
+    Args:
+        model: It may be on the meta device.
+
+    Raises:
+        ConfigError: With the nearest that works.
+    """
+    _raise_first(
+        _Refusal(
+            has_separate_experts(model),
+            "its experts are separate modules, and a rank whose tokens choose none of them would "
+            "not take part",
+            f"transformers 5 holds them in one, or {_COPIES}.",
         ),
     )
 

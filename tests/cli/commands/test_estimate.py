@@ -20,6 +20,7 @@ from liger_cli.training.memory import Batch, estimate_memory, meta_model_of, ste
 from liger_cli.training.model.adapters import attach_adapter, new_adapter
 from liger_cli.training.model.extended import extend_source
 from liger_cli.training.model.source import load_model, resolve_model
+from liger_cli.training.parallel.mesh import ParallelPlan
 from liger_kernels.transformers.api import apply_liger_kernel
 
 RESULTS = Path(__file__).parents[3] / "docs" / "results"
@@ -75,10 +76,10 @@ def run(model: str, batch: int = 8, length: int = 2048, **keys):
     return load_config(flags=flags)
 
 
-def estimate(config, *, on_gpu: bool = True, num_shards: int = 1, **batch):
+def estimate(config, *, on_gpu: bool = True, plan: ParallelPlan | None = None, **batch):
     size = Batch(config.per_device_train_batch_size, config.max_length, **batch)
     source = extend_source(config, resolve_model(config.model))
-    return estimate_memory(config, source, size, on_gpu=on_gpu, num_shards=num_shards)
+    return estimate_memory(config, source, size, on_gpu=on_gpu, plan=plan)
 
 
 @pytest.fixture
@@ -322,7 +323,7 @@ def test_experts_keep_the_tokens_that_they_get() -> None:
 def test_fully_sharded_devices_share_and_gather() -> None:
     alone, shared = (
         estimate(run("llama-3b", 1, 512)),
-        estimate(run("llama-3b", 1, 512), num_shards=8),
+        estimate(run("llama-3b", 1, 512), plan=ParallelPlan(dp_shard=8)),
     )
     for part in ("weights", "gradients", "optimizer"):
         assert getattr(shared, part) == pytest.approx(getattr(alone, part) / 8, rel=0.01)

@@ -7,6 +7,7 @@ import pytest
 from liger_cli.config import load_config
 from liger_cli.training.memory.limits import RunMemory
 from liger_cli.training.model.source import resolve_model
+from liger_cli.training.parallel.mesh import ParallelPlan
 
 MIB = 1 << 20
 
@@ -14,7 +15,7 @@ MIB = 1 << 20
 def peak(model: str = "qwen3", *, is_padded: bool = False, **keys) -> int:
     flags = {"model": model, "per_device_train_batch_size": 2, "max_length": 2048, **keys}
     config = load_config(flags=flags)
-    memory = RunMemory.assumed(config, resolve_model(model), is_padded=is_padded, num_shards=1)
+    memory = RunMemory.assumed(config, resolve_model(model), ParallelPlan(), is_padded=is_padded)
     return memory.estimate().peak
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from liger_cli.training.memory.limits import RunMemory, device_memory
 from liger_cli.training.parallel.mesh import ParallelPlan, explicit_plan
 from liger_cli.training.parallel.refusals import check_inputs, check_sharded
 
-__all__ = ["choose_plan"]
+__all__ = ["USABLE", "choose_plan"]
 
 # Of a device's memory what the estimate may fill: the rest is for NCCL, fragments and its error.
-_USABLE = 0.9
+USABLE = 0.9
 
 
 def choose_plan(
@@ -49,17 +50,18 @@ def _by_memory(
     copies, shards = ParallelPlan(dp_replicate=count), ParallelPlan(dp_shard=count)
     if device.type == "cpu":
         return copies, f"parallel: {copies.name}; --dp-shard-size -1 would shard the model"
-    found = RunMemory.of(inputs.attention.applied(config), inputs, device).found
-    if found is None:
+    memory = RunMemory.of(inputs.attention.applied(config), inputs, device)
+    needed, has = replace(memory, plan=copies).peak(), device_memory(device)
+    if needed is None:
         return copies, f"parallel: {copies.name}: the memory of a step cannot be estimated"
-    # DDP copies gradients into buckets.
-    needed, has = found.peak + found.gradients, device_memory(device)
     size = f"a rank would need {format_bytes(needed)} of {format_bytes(has)}"
-    if needed <= _USABLE * has:
+    if needed <= USABLE * has:
         return copies, f"parallel: {copies.name}: {size}"
     try:
         check_sharded(config, inputs.source, device)
         check_inputs(inputs)
     except ConfigError as error:
         return copies, f"parallel: {copies.name}: {size}, but {error.message}"
-    return shards, f"parallel: {shards.name}: with a copy on each {size}"
+    sharded = replace(memory, plan=shards).peak()
+    less = "" if sharded is None else f", and with a shard {format_bytes(sharded)}"
+    return shards, f"parallel: {shards.name}: with a copy on each {size}{less}"
