@@ -79,12 +79,13 @@ def config_flags(
 
 
 def adapter_flags(command: Callable[..., _Result]) -> Callable[..., _Result]:
-    """Give a typer command a flag for every key of an adapter; it receives them as `adapter`.
+    """Give a typer command a flag for every key of an adapter, and for the sizes of a layout.
 
-    They are a RunConfig with the command's `model` and `ops`. Its other parameters stay as they
-    are.
+    It receives them as `adapter`, a RunConfig with the command's `model` and `ops`. Its other
+    parameters stay as they are.
     """
     names = [name for name in RunConfig.model_fields if group(name) == _ADAPTER]
+    names += ["dp_replicate_size", "dp_shard_size"]
     keys = {name: _flag_parameter(name) for name in names}
     switches = [name for name in keys if _is_switch(name)]
     hints = get_type_hints(command, include_extras=True)

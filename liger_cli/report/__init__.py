@@ -33,6 +33,7 @@ from liger_cli.report.console import (
     show_table,
 )
 from liger_cli.report.evaluation import eval_lines, eval_table, eval_texts
+from liger_cli.report.layout import layout_lines, layout_table
 from liger_cli.report.modules import (
     FoldedRow,
     coverage_table,
@@ -176,6 +177,7 @@ def show_report(
         console.print(table)
         console.print()
     lines += [] if is_result else others_lines(report)
+    lines += [] if report.layout is None else layout_lines(report.layout)
     lines += bench_notes(report) + eval_lines(report)
     lines += verdicts(report)
     if report.coverage is not None:
@@ -195,6 +197,8 @@ def show_report(
 
 def _tables(report: RunReport, *, details: bool, verbose: bool) -> list[Table]:
     tables = [modules_table(report, verbose=verbose)] if details and report.modules else []
+    if report.layout is not None:
+        tables.append(layout_table(report.layout))
     if report.sweep:
         tables.append(sweep_table(report.sweep))
     elif report.arms:

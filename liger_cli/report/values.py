@@ -36,7 +36,9 @@ __all__ = [
     "FitPart",
     "GainPart",
     "LayerPart",
+    "LayoutPart",
     "ModuleRow",
+    "ParameterRow",
     "ParityPart",
     "PeerPart",
     "RatiosPart",
@@ -311,6 +313,41 @@ def _check_environment(value: dict[str, Any] | None) -> dict[str, Any] | None:
     return value
 
 
+class ParameterRow(_Part):
+    """Where the ranks of a run have a parameter.
+
+    Attributes:
+        group: The module that it is gathered with; "" of the model itself, None where it is not.
+        placement: As torch's DTensor says it.
+        bytes_per_rank: Of the largest shard.
+        op: That runs in its module, where that is patched.
+    """
+
+    name: str
+    shape: list[int]
+    dtype: str
+    group: str | None
+    placement: str
+    bytes_per_rank: int
+    op: str | None = None
+
+
+class LayoutPart(_Part):
+    """How ranks hold the parameters of a model.
+
+    Attributes:
+        largest_group: Bytes of the largest group as it is gathered.
+    """
+
+    name: str
+    why: str
+    dp_replicate_size: int
+    dp_shard_size: int
+    bytes_per_rank: int
+    largest_group: int
+    parameters: list[ParameterRow]
+
+
 class RunReport(_Part):
     """The result of one command. Parts it does not have are None here and absent from the JSON.
 
@@ -335,6 +372,7 @@ class RunReport(_Part):
     coverage: Annotated[dict[str, dict[str, int]] | None, AfterValidator(_check_coverage)] = None
     modules: Annotated[list[ModuleRow] | None, AfterValidator(_check_modules)] = None
     missing: list[str] | None = None
+    layout: LayoutPart | None = None
     attention: AttentionPart | None = None
     others: dict[str, int] | None = None
     data: DataPart | None = None

@@ -30,6 +30,12 @@ def command(
             "--require", metavar="OPS", help="Exit 7 unless these are patched throughout."
         ),
     ] = "",
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            "--nproc", min=1, metavar="N", help="Also what each of N ranks has of each parameter."
+        ),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Also the file and line of each forward.")
     ] = False,
@@ -37,13 +43,15 @@ def command(
 ) -> None:
     """Show module by module what would be patched, and why the rest would not. Needs no weights.
 
-    With --adapter the model has that adapter, as in train.
+    With --adapter the model has that adapter, as in train. With --nproc and the dp keys each
+    parameter has its group, its placement and its bytes on a rank; no ranks are started.
     """
     # Before torch and transformers are imported.
     check_model_name(model)
 
     from functools import partial
 
+    from liger_cli.commands.inspect.layout import describe_layout
     from liger_cli.report import show_lines, show_report
     from liger_cli.report.inspection import find_model, inspect_source
     from liger_cli.report.required_ops import check_required, parse_ops
@@ -51,5 +59,7 @@ def command(
     parse_ops(ops, require)
     source = find_model(model, notify=partial(show_lines, stderr=True))
     report = inspect_source(source, ops, adapter)
+    if nproc is not None or adapter.dp_shard_size is not None or adapter.dp_replicate_size != 1:
+        report.layout = describe_layout(adapter, source, report.modules or [], nproc or 1)
     show_report(report, as_json=as_json, details=True, verbose=verbose)
     check_required(report, require, is_reported=True)
