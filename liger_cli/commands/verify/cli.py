@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from liger_cli.config import Launch, RunConfig, adapter_flags, launch_flags
+from liger_cli.training.launch.start import launch_ranks
 from liger_cli.training.model.names import check_model_name
 
 __all__ = ["command"]
@@ -38,33 +39,16 @@ def command(
     Errors are against fp64, beside those of eager torch in the same dtype. Exit 7 where one is
     larger than eager's can explain, with the module named. With --adapter the model has that
     adapter, with random matrices, and the gradients are the adapter's.
+
+    With --nproc the loss and the gradients of so many ranks, which share the model or copy it as
+    the dp keys say, are compared with those of one process instead. Exit 7 where they differ.
     """
     # Before torch and transformers are imported.
     check_model_name(model)
+    config = adapter.model_copy(update={"dtype": dtype, "seed": seed, "use_cpu": use_cpu})
+    if launch_ranks(launch, use_cpu=use_cpu):
+        return
 
-    import torch
+    from liger_cli.commands.verify.run import run_verify
 
-    from liger_cli.commands.verify.model import require_right, verify
-    from liger_cli.report import show_lines
-    from liger_cli.report.required_ops import parse_ops
-    from liger_cli.report.verify import show_verify_report
-    from liger_cli.training.model.dtypes import choose_dtype
-    from liger_cli.training.model.source import resolve_model
-    from liger_cli.training.runtime.launch import quiet_libraries
-
-    launch.refuse_several("verify", "What it finds on one device holds for each of several.")
-    parse_ops(ops)
-    source = resolve_model(model)
-    quiet_libraries()
-    device = torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
-    report = verify(
-        source,
-        ops=ops,
-        adapter=adapter,
-        dtype=choose_dtype("auto" if dtype == "auto" else getattr(torch, dtype), device),
-        device=device,
-        seed=seed,
-        notify=lambda text: show_lines(text, stderr=True),
-    )
-    show_verify_report(report, as_json=as_json)
-    require_right(report)
+    run_verify(config, as_json=as_json)

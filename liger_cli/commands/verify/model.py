@@ -29,7 +29,7 @@ from liger_kernels.transformers.api import apply_liger_kernel, inspect_model
 from liger_kernels.transformers.patching.engine import PatchRecord
 from liger_kernels.transformers.patching.plan import LOSSES, PatchPlan, build_plan, resolve_ops
 
-__all__ = ["require_right", "verify"]
+__all__ = ["random_batch", "require_right", "turn_off_dropout", "verify"]
 
 # Tokens of the batch: enough for a full block of every kernel, little enough for fp64.
 _BATCH_ON_CPU, _BATCH_ON_GPU = (2, 64), (2, 256)
@@ -88,7 +88,7 @@ def verify(
     plan = inspect_model(model, ops)
     used = _used_ops(plan)
     op_parts = _check_ops(model, ops, used, device)
-    batch = _batch(model, device, seed)
+    batch = random_batch(model, device, seed)
     notify("the stock model ...")
     with _as_trained(model, dtype):
         truth = _truth(model, batch, dtype, notify)
@@ -134,7 +134,7 @@ def _load(
         # It comes frozen, for use; training is what is compared.
         model.set_adapter(model.active_adapter)
     _check_host_memory(model, device)
-    _turn_off_dropout(model)
+    turn_off_dropout(model)
     return model
 
 
@@ -156,7 +156,7 @@ def _add_adapter(model: Any, source: ModelSource, config: RunConfig, seed: int) 
     settings.init_lora_weights = False
     device = next(model.parameters()).device
     adapted = attach_adapter(model, settings, base="", seed=seed).to(device)
-    _turn_off_dropout(adapted)
+    turn_off_dropout(adapted)
     return adapted
 
 
@@ -242,7 +242,7 @@ def _check_host_memory(model: Any, device: torch.device) -> None:
         )
 
 
-def _turn_off_dropout(model: torch.nn.Module) -> None:
+def turn_off_dropout(model: torch.nn.Module) -> None:
     """Turn off dropout, so that two runs are the same; the model is not trained afterwards."""
     for module in model.modules():
         for name, value in vars(module).items():
@@ -269,7 +269,7 @@ def _check_ops(model: Any, ops: str, used: Sequence[str], device: torch.device) 
     return parts
 
 
-def _batch(model: Any, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
+def random_batch(model: Any, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
     """Draw random tokens; a quarter of the labels and the first of each row are ignored."""
     shape = _BATCH_ON_CPU if device.type == "cpu" else _BATCH_ON_GPU
     vocab_size = model.config.get_text_config().vocab_size
