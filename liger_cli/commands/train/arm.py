@@ -1,4 +1,6 @@
-"""The process of a measuring run: python -m liger_cli.commands.train.arm CONFIG [--peer-patch].
+"""The process of a measuring run: python -m liger_cli.commands.train.arm CONFIG.
+
+After CONFIG comes --peer-patch, or --nproc N for so many processes.
 
 `run_arm` in training/runtime/arms.py starts it for a baseline or a comparison. It trains without
 checkpoints, evaluation or trackers and prints the report as JSON; errors and exit codes are those
@@ -17,9 +19,11 @@ import threading
 from pathlib import Path
 
 from liger_cli.common.failures import describe_error, show_error
+from liger_cli.common.ranks import find_rank
 from liger_cli.config import load_config
 from liger_cli.errors import panics_raised
 from liger_cli.report import RunReport
+from liger_cli.training.launch.faults import fault_of, report_fault
 from liger_cli.training.runtime.stop_signals import Interruption
 
 __all__ = ["main", "measure"]
@@ -42,16 +46,33 @@ def measure(config_file: Path, *, peer_patch: bool = False) -> RunReport | None:
 def main(words: list[str]) -> None:
     """Measure, print the report, and exit with the code of `liger train`."""
     config_file, *flags = words
+    rank = find_rank()
     with Interruption() as interruption:
         try:
             with panics_raised():
+                if flags[:1] == ["--nproc"]:
+                    _measure_ranks(config_file, int(flags[1]))
+                    return
                 report = measure(Path(config_file), peer_patch="--peer-patch" in flags)
         except (Exception, KeyboardInterrupt) as error:
             problem = describe_error(error, was_interrupted=interruption.requested)
-            show_error(problem)
+            if rank is None:
+                show_error(problem)
+            else:
+                report_fault(fault_of(problem, error, rank), rank, sys.stderr)
             raise SystemExit(problem.exit_code) from None
     if report is not None:
         sys.stdout.write(report.to_json() + "\n")
+
+
+def _measure_ranks(config_file: str, nproc: int) -> None:
+    """Measure in so many processes of this program; the first prints the report."""
+    from liger_cli.training.launch.launcher import run_ranks
+    from liger_cli.training.launch.plan import LaunchPlan
+
+    run_ranks(
+        [sys.executable, "-m", "liger_cli.commands.train.arm", config_file], LaunchPlan(nproc)
+    )
 
 
 def _end_with_parent() -> None:

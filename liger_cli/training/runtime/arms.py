@@ -20,7 +20,7 @@ from liger_cli.config import RunConfig
 from liger_cli.errors import LigerError, OutOfMemory, error_of
 from liger_cli.training.runtime.peer_interpreter import PeerInterpreter
 
-__all__ = ["ArmResult", "ArmSpec", "run_arm"]
+__all__ = ["ArmRanks", "ArmResult", "ArmSpec", "run_arm"]
 
 # Run by name: it stands above this package.
 _PROCESS = "liger_cli.commands.train.arm"
@@ -38,12 +38,21 @@ class ArmSpec:
 
 
 @dataclass(frozen=True)
+class ArmRanks:
+    """The processes of a run, and whether its last step is traced."""
+
+    nproc: int
+    is_traced: bool = False
+
+
+@dataclass(frozen=True)
 class ArmResult:
-    """The measurements of a run in a separate process.
+    """The measurements of a run in a separate process, or in several.
 
     Attributes:
         steps: The lines of metrics.jsonl.
         peer: The `peer` part of its report, if a peer patched it.
+        trace: What torch's profiler recorded of the last step on rank 0.
     """
 
     name: str
@@ -51,6 +60,7 @@ class ArmResult:
     coverage: dict[str, dict[str, int]]
     modules: list[dict[str, str | None]]
     peer: dict[str, Any] | None = None
+    trace: dict[str, Any] | None = None
 
     @property
     def tokens_per_s(self) -> float:
@@ -88,6 +98,7 @@ def run_arm(
     steps: int,
     torch_compile: bool = False,
     peer: PeerInterpreter | None = None,
+    ranks: ArmRanks | None = None,
 ) -> ArmResult:
     """Train `steps` steps with `ops` in a separate process and return the measurements.
 
@@ -101,6 +112,7 @@ def run_arm(
         steps: Optimizer steps.
         torch_compile: Whether the model is compiled, whatever config says.
         peer: Where the peer is installed whose patch is applied after `ops`.
+        ranks: Where it runs in several processes.
 
     Raises:
         LigerError: The process failed; with its message and its exit code.
@@ -109,22 +121,28 @@ def run_arm(
     with tempfile.TemporaryDirectory(prefix="liger-arm-") as folder:
         run_dir = Path(folder) / "run"
         config_file = Path(folder) / "config.yaml"
+        traced = str(steps) if ranks is not None and ranks.is_traced else None
         arm = {"ops": ops, "max_steps": steps, "torch_compile": torch_compile}
+        arm |= {"profile_steps": traced}
         config = config.model_copy(update={**arm, "output_dir": run_dir})
         write_file(config_file, config.to_yaml())
         command = [peer.executable if peer else sys.executable, "-m", _PROCESS, str(config_file)]
         command += ["--peer-patch"] * (peer is not None)
+        command += [] if ranks is None else ["--nproc", str(ranks.nproc)]
         done = _run(command, peer.environment if peer else None)
         if done.returncode:
             raise _failure(name, done)
         report: dict[str, Any] = parse_json(done.stdout)
         lines = read_file_bytes(run_dir / "metrics.jsonl").splitlines()
+        file = run_dir / f"profile-{traced}.json"
+        trace = parse_json(read_file_bytes(file)) if file.is_file() else None
     return ArmResult(
         name=name,
         steps=[parse_json(line) for line in lines],
         coverage=report["coverage"],
         modules=report["modules"],
         peer=report.get("peer"),
+        trace=trace,
     )
 
 

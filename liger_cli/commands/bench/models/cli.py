@@ -53,26 +53,16 @@ def command(
     """Run patched and others side by side, each in its own process, with parity beside every speed.
 
     Without more words: against eager, 2 x 512 random tokens on a CPU, 8 x 2048 on a GPU.
+    --nproc 1,2 compares numbers of processes: tokens a second, also as a share of one process's.
     `liger bench ops` measures the kernels one by one; see `liger bench ops --help`.
     """
     # Before torch and transformers are imported.
     check_model_name(config.model)
 
-    import torch
+    from liger_cli.commands.bench.models.plan import BenchRequest
+    from liger_cli.commands.bench.models.run import bench_model
 
-    from liger_cli.commands.bench.models.comparison import run_bench
-    from liger_cli.commands.bench.models.plan import BenchRequest, plan_bench
-    from liger_cli.commands.bench.models.summary import require_bounds
-    from liger_cli.common.outputs import check_files
-    from liger_cli.report import show_lines, show_report
-
-    launch.refuse_several("bench", "`liger train --nproc N --max-steps 20` measures a launch.")
     request = BenchRequest(
         steps, repeats, against, ablate, seq, batch, bounds, peer_python, peer_path
     )
-    plan = plan_bench(config, request, has_gpu=torch.cuda.is_available())
-    check_files({"--html": html})
-    show_lines(plan.summary, stderr=True)
-    report = run_bench(plan, on_run=lambda text: show_lines(text, stderr=True))
-    show_report(report, as_json=as_json, html=html)
-    require_bounds(report)
+    bench_model(config, launch, request, html=html, as_json=as_json)
