@@ -56,7 +56,6 @@ SLOW = {
     "test_every_objective_has_its_metrics": ("a training a case", "^orpo$"),
     "test_trl": ("a trainer of another library", NONE),
     "test_shards_are_equal_to_one_process": ("two ranks a case", "^lora$"),
-    "test_trl": ("a trainer of another library a case", "llama-sft-patched"),
     "test_trainer_case_59_66_67": ("two trainers a case", "^llama-plain$"),
     "test_trainer_asks_for_liger_kernel_case_67": ("a Trainer a case", NONE),
     "test_number_of_processes_changes_nothing": ("three pools of processes", NONE),

@@ -5,14 +5,54 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+from pydantic import BaseModel, ConfigDict
+
 from liger_cli.common.numbers import format_bytes
 from liger_cli.report.tables import Table
-from liger_cli.report.values import LayoutPart
 
-__all__ = ["layout_lines", "layout_table"]
+__all__ = ["LayoutPart", "ParameterRow", "layout_lines", "layout_table"]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _COLUMNS = ("parameter", "count", "shape", "dtype", "group", "placement", "a rank", "op")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ParameterRow(_Part):
+    """Where the ranks of a run have a parameter.
+
+    Attributes:
+        group: The module that it is gathered with; "" of the model itself, None where it is not.
+        placement: As torch's DTensor says it.
+        bytes_per_rank: Of the largest shard.
+        op: That runs in its module, where that is patched.
+    """
+
+    name: str
+    shape: list[int]
+    dtype: str
+    group: str | None
+    placement: str
+    bytes_per_rank: int
+    op: str | None = None
+
+
+class LayoutPart(_Part):
+    """How ranks hold the parameters of a model.
+
+    Attributes:
+        largest_group: Bytes of the largest group as it is gathered.
+    """
+
+    name: str
+    why: str
+    dp_replicate_size: int
+    dp_shard_size: int
+    bytes_per_rank: int
+    largest_group: int
+    parameters: list[ParameterRow]
 
 
 def layout_table(layout: LayoutPart) -> Table:

@@ -21,6 +21,7 @@ from pydantic import (
 from liger_cli.common.numbers import finite
 from liger_cli.common.outputs import write_file
 from liger_cli.common.readers import parse_json
+from liger_cli.report.layout import LayoutPart
 
 __all__ = [
     "MIN_MEMORY_NOISE",
@@ -36,9 +37,7 @@ __all__ = [
     "FitPart",
     "GainPart",
     "LayerPart",
-    "LayoutPart",
     "ModuleRow",
-    "ParameterRow",
     "ParityPart",
     "PeerPart",
     "RatiosPart",
@@ -311,41 +310,6 @@ def _check_environment(value: dict[str, Any] | None) -> dict[str, Any] | None:
         if not isinstance(device.get("memory_bytes") or 0, int | float):
             raise ValueError("memory_bytes of a device should be a number")
     return value
-
-
-class ParameterRow(_Part):
-    """Where the ranks of a run have a parameter.
-
-    Attributes:
-        group: The module that it is gathered with; "" of the model itself, None where it is not.
-        placement: As torch's DTensor says it.
-        bytes_per_rank: Of the largest shard.
-        op: That runs in its module, where that is patched.
-    """
-
-    name: str
-    shape: list[int]
-    dtype: str
-    group: str | None
-    placement: str
-    bytes_per_rank: int
-    op: str | None = None
-
-
-class LayoutPart(_Part):
-    """How ranks hold the parameters of a model.
-
-    Attributes:
-        largest_group: Bytes of the largest group as it is gathered.
-    """
-
-    name: str
-    why: str
-    dp_replicate_size: int
-    dp_shard_size: int
-    bytes_per_rank: int
-    largest_group: int
-    parameters: list[ParameterRow]
 
 
 class RunReport(_Part):

@@ -51,18 +51,8 @@ def describe_estimate(
     """
     if fit is not None and card is None:
         raise ConfigError("fit needs a card to fit into", hint="--gpu H100-80GB, or --gpu 24 (GB)")
-    source = extend_source(config, resolve_model(config.model))
-    asked = assumed_plan(config, source, nproc or 1) if fit != "shards" else ParallelPlan()
-    memory = RunMemory.assumed(
-        config, source, asked or ParallelPlan(nproc or 1), is_padded=is_padded
-    )
-    fitted, why = None, "as the keys say"
-    if fit == "shards" and card is not None:
-        # What train fills when it chooses between copies and shards.
-        card = replace(card, usable=int(USABLE * card.usable))
-        memory, why = fewest_shards(memory, card, nproc), "the fewest shards that fit"
-    elif asked is None:
-        memory, why = chosen_layout(memory, card)
+    memory, why, card = _laid_out(config, card, fit, nproc, is_padded=is_padded)
+    fitted = None
     if fit is not None and card is not None:
         memory, fitted = _fitted(memory, card, fit)
     # Where there is nothing to be found, the second call says why.
@@ -71,7 +61,7 @@ def describe_estimate(
     if card is not None:
         room = CardPart(name=card.name, usable=card.usable, free=card.usable - found.peak)
     return EstimateReport(
-        model=source.name,
+        model=memory.source.name,
         batch_size=memory.batch.size,
         sequence_length=memory.batch.length,
         parts=_rows(found),
@@ -82,6 +72,23 @@ def describe_estimate(
         ranks=_ranks(memory, found, why),
         remedies=list(cheapest_remedies(memory, room.usable)) if room and room.free < 0 else [],
     )
+
+
+def _laid_out(
+    config: RunConfig, card: Card | None, fit: Fit | None, nproc: int | None, *, is_padded: bool
+) -> tuple[RunMemory, str, Card | None]:
+    """Return the run in its layout, why it is this one, and what of the card it may fill."""
+    source = extend_source(config, resolve_model(config.model))
+    asked = assumed_plan(config, source, nproc or 1) if fit != "shards" else ParallelPlan()
+    plan = asked or ParallelPlan(nproc or 1)
+    memory = RunMemory.assumed(config, source, plan, is_padded=is_padded)
+    if fit == "shards" and card is not None:
+        # What train fills when it chooses between copies and shards.
+        card = replace(card, usable=int(USABLE * card.usable))
+        return fewest_shards(memory, card, nproc), "the fewest shards that fit", card
+    if asked is None:
+        return *chosen_layout(memory, card), card
+    return memory, "as the keys say", card
 
 
 def _fitted(memory: RunMemory, card: Card, fit: Fit) -> tuple[RunMemory, FitPart]:

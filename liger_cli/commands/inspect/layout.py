@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from liger_cli.config import RunConfig
-from liger_cli.report.values import LayoutPart, ModuleRow, ParameterRow
+from liger_cli.report.layout import LayoutPart, ParameterRow
+from liger_cli.report.values import ModuleRow
 from liger_cli.training.memory import meta_model_of
 from liger_cli.training.model.source import ModelSource
 from liger_cli.training.parallel.assumed import assumed_plan, check_layout

@@ -1,4 +1,4 @@
-"""What a rank of a sharded run has of the model at each moment of a step, beside its shards.
+"""The memory of a rank of a sharded run at each moment of a step, beside its shards.
 
 It follows the order of torch's FSDP2. In forward a group is gathered into a buffer and copied out
 of it; the buffer lives until the next group has its own. In backward the next group is gathered
@@ -28,7 +28,7 @@ __all__ = ["BUCKETS", "GATHERED", "OF_RANKS", "TO_REDUCE", "ShardedStep", "share
 
 GATHERED, TO_REDUCE, BUCKETS = "gathered weights", "gradients to sum", "buckets of DDP"
 OF_RANKS = (GATHERED, TO_REDUCE, BUCKETS)
-# Stands for weights and gradients that are counted where they lie.
+# Represents weights and gradients that are counted where they lie.
 _STAND_IN = "stand-ins"
 _HELD = ("weights", "reference", "gradients", "optimizer")
 

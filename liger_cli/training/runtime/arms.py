@@ -112,7 +112,7 @@ def run_arm(
         steps: Optimizer steps.
         torch_compile: Whether the model is compiled, whatever config says.
         peer: Where the peer is installed whose patch is applied after `ops`.
-        ranks: Where it runs in several processes.
+        ranks: Its processes.
 
     Raises:
         LigerError: The process failed; with its message and its exit code.
@@ -121,10 +121,10 @@ def run_arm(
     with tempfile.TemporaryDirectory(prefix="liger-arm-") as folder:
         run_dir = Path(folder) / "run"
         config_file = Path(folder) / "config.yaml"
-        traced = str(steps) if ranks is not None and ranks.is_traced else None
+        traced = str(steps) if ranks and ranks.is_traced else None
         arm = {"ops": ops, "max_steps": steps, "torch_compile": torch_compile}
-        arm |= {"profile_steps": traced}
-        config = config.model_copy(update={**arm, "output_dir": run_dir})
+        arm |= {"profile_steps": traced, "output_dir": run_dir}
+        config = config.model_copy(update=arm)
         write_file(config_file, config.to_yaml())
         command = [peer.executable if peer else sys.executable, "-m", _PROCESS, str(config_file)]
         command += ["--peer-patch"] * (peer is not None)
@@ -134,8 +134,7 @@ def run_arm(
             raise _failure(name, done)
         report: dict[str, Any] = parse_json(done.stdout)
         lines = read_file_bytes(run_dir / "metrics.jsonl").splitlines()
-        file = run_dir / f"profile-{traced}.json"
-        trace = parse_json(read_file_bytes(file)) if file.is_file() else None
+        trace = _trace(run_dir / f"profile-{traced}.json")
     return ArmResult(
         name=name,
         steps=[parse_json(line) for line in lines],
@@ -144,6 +143,11 @@ def run_arm(
         peer=report.get("peer"),
         trace=trace,
     )
+
+
+def _trace(file: Path) -> dict[str, Any] | None:
+    """Return the trace of a file; None where there is none."""
+    return parse_json(read_file_bytes(file)) if file.is_file() else None
 
 
 def _run(
