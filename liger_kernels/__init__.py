@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from liger_kernels.ops import (
         cross_entropy,
+        divergence,
         fused_add_rms_norm,
         fused_linear_cross_entropy,
+        fused_linear_divergence,
         fused_linear_logprobs,
         gated_rms_norm,
         geglu,
@@ -47,8 +49,10 @@ __all__ = [
     "AutoLigerKernelForCausalLM",
     "apply_liger_kernel",
     "cross_entropy",
+    "divergence",
     "fused_add_rms_norm",
     "fused_linear_cross_entropy",
+    "fused_linear_divergence",
     "fused_linear_logprobs",
     "gated_rms_norm",
     "geglu",

@@ -1,6 +1,7 @@
 """Fused operations. Each runs Triton kernels on a GPU and torch code elsewhere."""
 
 from liger_kernels.ops.cross_entropy import cross_entropy
+from liger_kernels.ops.divergence import divergence
 from liger_kernels.ops.fused_add_rms_norm import fused_add_rms_norm
 from liger_kernels.ops.fused_linear_cross_entropy import (
     LabelCount,
@@ -8,6 +9,7 @@ from liger_kernels.ops.fused_linear_cross_entropy import (
     count_labels,
     fused_linear_cross_entropy,
 )
+from liger_kernels.ops.fused_linear_divergence import fused_linear_divergence
 from liger_kernels.ops.fused_linear_logprobs import fused_linear_logprobs
 from liger_kernels.ops.gated_rms_norm import gated_rms_norm
 from liger_kernels.ops.glu import geglu, swiglu
@@ -24,8 +26,10 @@ __all__ = [
     "Stats",
     "count_labels",
     "cross_entropy",
+    "divergence",
     "fused_add_rms_norm",
     "fused_linear_cross_entropy",
+    "fused_linear_divergence",
     "fused_linear_logprobs",
     "gated_rms_norm",
     "geglu",

@@ -6,8 +6,10 @@ from collections.abc import Collection
 
 from liger_kernels.nearest import nearest_name
 from liger_kernels.ops.cross_entropy import OP as CROSS_ENTROPY
+from liger_kernels.ops.divergence import OP as DIVERGENCE
 from liger_kernels.ops.fused_add_rms_norm import OP as FUSED_ADD_RMS_NORM
 from liger_kernels.ops.fused_linear_cross_entropy import OP as FUSED_LINEAR_CROSS_ENTROPY
+from liger_kernels.ops.fused_linear_divergence import OP as FUSED_LINEAR_DIVERGENCE
 from liger_kernels.ops.fused_linear_logprobs import OP as FUSED_LINEAR_LOGPROBS
 from liger_kernels.ops.gated_rms_norm import OP as GATED_RMS_NORM
 from liger_kernels.ops.glu import GEGLU, SWIGLU
@@ -33,6 +35,8 @@ _ROWS = (
     CROSS_ENTROPY,
     FUSED_LINEAR_CROSS_ENTROPY,
     FUSED_LINEAR_LOGPROBS,
+    DIVERGENCE,
+    FUSED_LINEAR_DIVERGENCE,
 )
 OPS: dict[str, Op] = {op.name: op for op in _ROWS}
 _FULL_NAMES = {name: op.name for op in _ROWS for name in (op.name, *op.aliases)}

@@ -27,7 +27,8 @@ def test_glu_mlp_is_a_row_whose_names_are_those_of_gated_mlps():
 
 
 def test_every_part_is_of_ops_that_can_be_named():
-    assert {"glu_mlp", "fused_linear_logprobs", "fused_add_rms_norm"} == PARTS.keys()
+    by_hand = {"fused_linear_logprobs", "divergence", "fused_linear_divergence"}
+    assert {"glu_mlp", "fused_add_rms_norm", *by_hand} == PARTS.keys()
     assert tuple(name for name in OPS if name not in PARTS) == PATCH_OPS
     for op in PARTS.values():
         assert set(op.part_of) <= set(PATCH_OPS)
@@ -59,8 +60,8 @@ def test_a_part_is_measured_on_shapes_of_its_own(name):
         [*workloads] = select(name, None, is_gpu=is_gpu)
         assert workloads
         for workload in workloads:
-            # Of products: a norm has none.
-            assert (workload.num_flops() > 0) == (name != "fused_add_rms_norm")
+            # Of products: a norm, and a divergence of given logits, have none.
+            assert (workload.num_flops() > 0) == (name not in ("fused_add_rms_norm", "divergence"))
 
 
 def test_bytes_and_flops_of_a_gated_mlp():

@@ -36,6 +36,7 @@ PEER = "liger-kernel"
 TRL = "trl"
 _VALID = 0.4
 LOGPROBS = "fused_linear_logprobs"
+DIVERGENCE = "fused_linear_divergence"
 # Share of the products that are left, by op and variant: of the loss's three those without the
 # weight's; of the eight units of log-probabilities six, and the forward's two.
 _LEFT = {
@@ -233,6 +234,12 @@ _ON_GPU = (
     *_fused_losses(4096, 4096, 32000, 1.3),
     *_logprobs(8192, 4096, 128256),
     *_logprobs(4096, 2048, 151936),
+    Workload("divergence", (8192, 128256)),
+    # Tokens, width of the student and of the teacher, vocabulary.
+    *(
+        Workload(DIVERGENCE, shape, {"reduction": "mean"}, targets=(Target("share", 0.85),))
+        for shape in ((8192, 4096, 4096, 128256), (8192, 2048, 4096, 128256))
+    ),
 )
 
 # What a CPU does in seconds. They show that the ops work and cost nothing, not how fast a GPU is.
@@ -251,6 +258,8 @@ _SMALL = (
     ("cross_entropy", (256, 8192)),
     ("fused_linear_cross_entropy", (256, 256, 8192)),
     ("fused_linear_logprobs", (256, 256, 8192)),
+    ("divergence", (256, 8192)),
+    ("fused_linear_divergence", (256, 128, 256, 8192)),
 )
 
 

@@ -15,5 +15,6 @@ The others answer one question each:
     row_loss.py           how is the kernel launched?
     row_gradient.py       how is the gradient computed from what forward kept of a row?
     row_loss_torch.py     what runs without Triton?
+    linear_divergence.py, divergence_rows.py    the same two levels, of a student and a teacher
     options.py            which options do losses take, and which values are allowed?
 """

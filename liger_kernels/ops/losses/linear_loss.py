@@ -68,7 +68,7 @@ class LinearGradients:
         )
 
 
-def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_first: bool) -> None:
+def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_first: bool) -> None:
     """Set out to a @ b, or add it; out may be wider than a and b."""
     if out.dtype != a.dtype == torch.float16 and not has_wide_products(a.device):
         # An fp16 product would overflow before it is divided by the number of labels.
@@ -165,7 +165,7 @@ def _sweep(hidden, weight, bias, call, outputs, coefs, kept):
             else:
                 grads.hidden.index_copy_(0, rows[part], torch.mm(z, weight))
         if needs_weight:
-            _add_product(grads.weight, z.t(), x, is_first=start == 0)
+            add_product(grads.weight, z.t(), x, is_first=start == 0)
         if needs_bias:
             grads.bias.add_(z.sum(0, dtype=wide))
     if rows is not None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from liger_kernels.compare import error
-from liger_kernels.ops.losses.linear_loss import _add_product
+from liger_kernels.ops.losses.linear_loss import add_product
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_case_219_out_dtype_is_asked_of_cards_that_have_it(
     out = on_the_card(torch.float32)
     out.addmm_, out.add_, out.copy_ = product, lambda x: None, lambda x: None
     for is_first in (True, False):
-        _add_product(out, on_the_card(dtype), on_the_card(dtype), is_first)
+        add_product(out, on_the_card(dtype), on_the_card(dtype), is_first)
     # An fp16 product would overflow: its factors are widened where the product cannot be.
     widened = torch.float32 if dtype == torch.float16 and not takes_out_dtype else dtype
     assert asked == [(widened, takes_out_dtype)] * 2
@@ -52,5 +52,5 @@ def test_a_wide_sum_of_products_does_not_overflow(dtype, device):
     a, b = (torch.full((4, 64), 64.0, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty(4, 4, dtype=torch.float32, device=device)
     for is_first in (True, False):
-        _add_product(out, a, b.t(), is_first)
+        add_product(out, a, b.t(), is_first)
     assert error(out, torch.full((4, 4), 2.0 * 64**3, device=device)) < 4e-3
