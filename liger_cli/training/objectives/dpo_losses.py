@@ -178,8 +178,10 @@ def discopop(pairs: Pairs, options: LossOptions) -> torch.Tensor:
     At a difference of 0 it slopes towards the rejected answer: see docs/preferences.md.
     """
     logit = options.beta * _difference(pairs, options)
-    share = torch.sigmoid(logit / options.discopop_tau)
-    return -F.logsigmoid(logit) * (1 - share) + torch.exp(-logit) * share
+    scaled = logit / options.discopop_tau
+    # The share as a logarithm: of a logit far below 0 the product is infinity times 0.
+    weighted = torch.exp((F.logsigmoid(scaled) - logit).clamp(max=_LARGEST_EXPONENT))
+    return -F.logsigmoid(logit) * torch.sigmoid(-scaled) + weighted
 
 
 def aot(pairs: Pairs, options: LossOptions) -> torch.Tensor:

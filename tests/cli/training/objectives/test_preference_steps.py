@@ -10,6 +10,7 @@ from objective_pairs import CPU, collated, make_pairs, objective_of, tiny_model
 
 from liger_cli.data.collate import Collator
 from liger_cli.data.packing import join_rows
+from liger_cli.training.objectives.dpo_losses import DPO_LOSSES, LossOptions, Pairs
 from liger_cli.training.objectives.objective import Part, Totals
 from liger_cli.training.objectives.reference import OtherModel
 from liger_cli.training.objectives.sft import NextToken
@@ -174,3 +175,15 @@ def test_smoothing_and_margin_move_the_sigmoid_loss():
 def swap(key: str) -> str:
     first, _, rest = key.partition("_")
     return f"{ {'chosen': 'rejected', 'rejected': 'chosen'}[first] }_{rest}"
+
+
+@pytest.mark.parametrize("name", DPO_LOSSES)
+def test_a_loss_is_finite_however_far_a_pair_is_from_the_reference(name):
+    far = torch.tensor([-1e4, -800.0, -50.0, 0.0, 50.0, 800.0, 1e4], dtype=torch.float64)
+    chosen, rejected = (-1e4 + far).requires_grad_(), (-1e4 - far).requires_grad_()
+    same, one = torch.full_like(far, -1e4), torch.ones_like(far)
+    pairs = Pairs(chosen, rejected, same, same, one, one, torch.zeros_like(far))
+    losses = DPO_LOSSES[name](pairs, LossOptions(beta=1.0, label_smoothing=0.1))
+    gradients = torch.autograd.grad(losses.sum(), (chosen, rejected))
+    for value in (losses, *gradients):
+        assert value.isfinite().all()
