@@ -88,6 +88,11 @@ OBJECTIVE_CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], 
         ),
     ),
     (
+        ("loss_weights", "loss_type"),
+        "with every weight at 0 there is no loss to learn from",
+        lambda c: c.loss_weights is not None and not any(read_numbers(c.loss_weights)),
+    ),
+    (
         ("beta", "objective"),
         "beta is above 0; 0 is for orpo alone, where it leaves the likelihood of chosen answers",
         lambda c: c.beta == 0 and c.objective not in ("orpo", "sft"),

@@ -188,6 +188,7 @@ def test_two_processes_train_the_weights_of_one(pairs, tmp_path, words):
         port = free_port()
         more = ("train", "-m", "qwen3", "-d", pairs, "-o", run_dir, "--use-cpu", "--max-length", 64)
         more += ("--objective", "dpo", "--reference", "model", "--max-steps", 2, *words)
+        (("--loss-weights", "0"), 2, "no loss to learn from"),
         more += ("--optim", "sgd", "--learning-rate", 0.1, "--max-grad-norm", 0)
         more += ("--per-device-train-batch-size", 2, "--gradient-accumulation-steps", accumulation)
         ranks = [start(*more, rank=i, num_processes=count, port=port) for i in range(count)]
