@@ -22,6 +22,7 @@ from torch import nn
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError
 from liger_cli.training.checkpoints.sharded_state import is_sharded
+from liger_cli.training.model.adapters import is_adapted
 from liger_cli.training.model.loading import load_patched
 from liger_cli.training.model.source import ModelSource, resolve_model
 from liger_cli.training.objectives.objective import Batch, Setting
@@ -309,6 +310,12 @@ def ready_reference(setting: Setting) -> Reference:
                 "sync_ref_model is for a model that is whole on every process, and this one is "
                 "sharded",
                 hint="--dp-shard-size 1, or leave sync_ref_model out",
+            )
+        if config.sync_ref_model and config.ref_model_mixup_alpha < 1 and is_adapted(model):
+            raise ConfigError(
+                "the product of two mixed matrices is no mixture: with an adapter, and one that is "
+                f"trained on too, sync_ref_model needs ref_model_mixup_alpha 1, got "
+                f"{config.ref_model_mixup_alpha:g}",
             )
         return WeightsReference(
             model,

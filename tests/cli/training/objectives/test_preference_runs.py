@@ -128,6 +128,12 @@ def test_another_model_is_a_reference(prefer, run_dir, tmp_path):
     wrong = prefer("--reference", "gemma2", "--output-dir", tmp_path / "wrong")
     assert wrong.code == 2
     assert "another architecture" in wrong.err
+    mixed = prefer(
+        *("--model", before, "--output-dir", tmp_path / "mixed"),
+        *("--sync-ref-model", "--ref-model-mixup-alpha", 0.5),
+    )
+    assert mixed.code == 2
+    assert "ref_model_mixup_alpha 1, got 0.5" in mixed.err
 
 
 def test_evaluation_and_early_stopping_by_margins(prefer, run_dir):
