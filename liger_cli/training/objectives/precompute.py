@@ -33,6 +33,7 @@ from liger_cli.training.objectives.reference import (
     WeightsReference,
     original_weights,
 )
+from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = ["RowsWithValues", "has_values", "with_values"]
 
@@ -48,6 +49,8 @@ _SETTINGS = (
     *("packing_strategy", "padding_free", "max_length", "per_device_train_batch_size", "ld_alpha"),
     *("load_in_4bit", "load_in_8bit", "adapter"),
 )
+# Of an adapter's configuration.
+_SCALES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 
 
 def has_values(inputs: Inputs) -> bool:
@@ -166,6 +169,7 @@ class _Store:
         config, setting = self._setting.config, self._setting
         if self._weights is None:
             with self._original().exchanged():
+            "formula": _formula_of(setting.accelerator.unwrap_model(setting.model)),
                 model = setting.accelerator.unwrap_model(setting.model)
                 self._weights = _hash_of(model)
         key = {
@@ -177,7 +181,9 @@ class _Store:
             "processes": setting.accelerator.num_processes,
             "versions": [package_version(n) for n in ("torch", "transformers", "liger-kernels")],
         }
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+        name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[
+            :32
+        ]
         return cache_directory() / "reference" / f"{name}.safetensors"
 
     def _original(self) -> WeightsReference:
@@ -252,6 +258,17 @@ def _hash_of(model: Any) -> str:
         value = parameter.detach()
         whole = value.full_tensor() if hasattr(value, "full_tensor") else value
         digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
+def _formula_of(model: Any) -> dict[str, Any]:
+    """Return what a model computes with its weights: its configuration, and scales of adapters."""
+    settings = inner_model(model).config.to_dict()
+    settings.pop("_name_or_path", None)
+    adapters = getattr(model, "peft_config", {})
+    scales = {
+        name: {key: getattr(one, key, None) for key in _SCALES} for name, one in adapters.items()
+    }
+    return {"model": settings, "adapters": scales}
+
+
         digest.update(whole.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

@@ -91,6 +91,22 @@ def test_precomputed_values_are_found_again(prefer, run_dir, tmp_path, monkeypat
     assert "reference: log-probabilities of 12 rows" in third.err
 
 
+def test_the_same_weights_in_another_formula_have_other_values(
+    prefer, run_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert prefer("--max-steps", 1).code == 0
+    model = run_dir / "checkpoint-1"
+    words = ("--model", model, "--max-steps", 1, "--output-dir")
+    assert "reference: log-probabilities" in prefer(*words, tmp_path / "first").err
+    assert "reference: log-probabilities" not in prefer(*words, tmp_path / "second").err
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 0.1}))
+    assert "reference: log-probabilities" in prefer(*words, tmp_path / "third").err
+    [(margin,)] = metrics(tmp_path / "third", "rewards/margins")
+    assert margin == pytest.approx(0.0, abs=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["precompute", "model"])
 def test_a_run_from_a_trained_model_starts_at_its_reference(prefer, run_dir, tmp_path, kind):
     assert prefer("--max-steps", 2).code == 0
