@@ -16,9 +16,11 @@ from liger_cli.config import RunConfig
 from liger_cli.data.batches import BatchPlan, load_windows, placeholder
 from liger_cli.data.cache import Counts
 from liger_cli.data.packing import PackedRows
+from liger_cli.data.pair_formats import FIGURES
+from liger_cli.data.pair_maker import PairMaker
 from liger_cli.data.stream import Place, Stream
 
-__all__ = ["Feed", "identity", "make_feed", "plan_batches", "total_steps"]
+__all__ = ["Feed", "identity", "make_feed", "pair_figures", "plan_batches", "total_steps"]
 
 Window = list[dict[str, torch.Tensor]]
 
@@ -76,6 +78,15 @@ def identity(examples: Any) -> dict[str, Any]:
                 digest.update(column.to_numpy())
         found["sha256"] = digest.hexdigest()
     return found
+
+
+def pair_figures(examples: Any) -> frozenset[str]:
+    """Return the names of FIGURES that pairs have, of a Stream too; none of no data."""
+    if isinstance(examples, Stream):
+        makers = [maker for _, maker in examples.sources if isinstance(maker, PairMaker)]
+        # All sources have the same ones, see check_figures.
+        return frozenset(makers[0].form.figures if makers else ())
+    return frozenset(FIGURES).intersection(examples[0] if examples else ())
 
 
 def make_feed(

@@ -80,13 +80,15 @@ class Dpo(PairObjective):
 
     def prepare(self, setting: Setting) -> Inputs:
         super().prepare(setting)
-        kind, is_given = setting.config.reference, has_values(setting.inputs)
-        if is_given and kind != "precompute":
-            setting.notify(f"the data's ref_chosen_logps are not read: reference is {kind}")
         self._reference = ready_reference(setting)
-        if kind != "precompute" or is_given:
+        if setting.config.reference != "precompute" or has_values(setting.inputs):
             return setting.inputs
         return with_values(self._reference_sums, setting)
+
+    def leaves_values(self, setting: Setting) -> str | None:
+        if setting.config.reference != "precompute":
+            return f"reference is {setting.config.reference}"
+        return None if has_values(setting.inputs) else "some sets of the data have none"
 
     def _reference_sums(self, model: Any, batch: Batch) -> torch.Tensor:
         return super().score(model, batch).sums

@@ -17,6 +17,7 @@ from liger_cli.config import RunConfig
 from liger_cli.config.objectives import METRICS
 from liger_cli.data.batches import count_labels, count_tokens
 from liger_cli.data.encode import IGNORED
+from liger_cli.data.feed import pair_figures
 from liger_cli.errors import ConfigError, DataError
 from liger_cli.training.eval_result import EvalResult
 from liger_cli.training.inputs import Inputs
@@ -101,15 +102,22 @@ class PairObjective:
         raise NotImplementedError
 
     def prepare(self, setting: Setting) -> Inputs:
-        for rows in (setting.inputs.train, *setting.inputs.eval.values()):
-            if hasattr(rows, "__getitem__") and "margin" in rows[0] and not self.reads_margin:
-                raise DataError(
-                    f"the data have a margin, which objective {self._config.objective} with loss "
-                    f"{', '.join(self._config.losses) or 'its own'} does not read",
-                    hint="losses sigmoid, sigmoid_norm, hinge and robust of dpo and all but ipo of "
-                    "cpo do; rename the column to leave it out",
-                )
+        sets = (setting.inputs.train, *setting.inputs.eval.values())
+        figures = frozenset().union(*map(pair_figures, sets))
+        if "margin" in figures and not self.reads_margin:
+            raise DataError(
+                f"the data have a margin, which objective {self._config.objective} with loss "
+                f"{', '.join(self._config.losses) or 'its own'} does not read",
+                hint="losses sigmoid, sigmoid_norm, hinge and robust of dpo and all but ipo of "
+                "cpo do; rename the column to leave it out",
+            )
+        if "ref_chosen_logps" in figures and (reason := self.leaves_values(setting)):
+            setting.notify(f"the data's ref_chosen_logps are not read: {reason}")
         return setting.inputs
+
+    def leaves_values(self, setting: Setting) -> str | None:
+        """Return why the data's values of a reference are not read; None where they are."""
+        return f"objective {self._config.objective} has no reference"
 
     def count(self, batch: Batch) -> Totals:
         is_label = batch["labels"][:, 1:] != IGNORED

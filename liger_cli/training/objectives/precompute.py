@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from liger_cli.common.environment import cache_directory, package_version
 from liger_cli.data.batches import load_windows
-from liger_cli.data.feed import identity
+from liger_cli.data.feed import identity, pair_figures
 from liger_cli.data.packing import PackedRows
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.objectives.objective import Setting
@@ -56,11 +56,7 @@ _SCALES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "us
 def has_values(inputs: Inputs) -> bool:
     """Return whether the rows of a run have log-probabilities of a reference already."""
     rows = [inputs.train, *inputs.eval.values()]
-    return all(_NAMES[0] in _first(row) for row in rows if row is not None)
-
-
-def _first(rows: Any) -> Any:
-    return rows[0] if hasattr(rows, "__getitem__") and len(rows) else {}
+    return all(_NAMES[0] in pair_figures(row) for row in rows if row is not None)
 
 
 @dataclass(frozen=True)
@@ -169,11 +165,11 @@ class _Store:
         config, setting = self._setting.config, self._setting
         if self._weights is None:
             with self._original().exchanged():
-            "formula": _formula_of(setting.accelerator.unwrap_model(setting.model)),
                 model = setting.accelerator.unwrap_model(setting.model)
                 self._weights = _hash_of(model)
         key = {
             "weights": self._weights,
+            "formula": _formula_of(setting.accelerator.unwrap_model(setting.model)),
             "data": data,
             "settings": {key: getattr(config, key) for key in _SETTINGS},
             "layout": repr(setting.inputs.collator),
@@ -258,6 +254,10 @@ def _hash_of(model: Any) -> str:
         value = parameter.detach()
         whole = value.full_tensor() if hasattr(value, "full_tensor") else value
         digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
+        digest.update(whole.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _formula_of(model: Any) -> dict[str, Any]:
     """Return what a model computes with its weights: its configuration, and scales of adapters."""
     settings = inner_model(model).config.to_dict()
@@ -267,10 +267,6 @@ def _formula_of(model: Any) -> dict[str, Any]:
         name: {key: getattr(one, key, None) for key in _SCALES} for name, one in adapters.items()
     }
     return {"model": settings, "adapters": scales}
-
-
-        digest.update(whole.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _read(path: Path, name: str) -> tuple[np.ndarray[Any, Any] | None, dict[str, str]]:

@@ -128,6 +128,12 @@ def test_an_adapter_trained_on_is_its_own_reference(prefer, run_dir, tmp_path):
     margins = [row[0] for row in metrics(other, "rewards/margins")]
     assert margins[0] == 0.0
     assert margins[1] != 0.0
+    mixed = prefer(
+        *("--model", before, "--output-dir", tmp_path / "mixed"),
+        *("--sync-ref-model", "--ref-model-mixup-alpha", 0.5),
+    )
+    assert mixed.code == 2
+    assert "ref_model_mixup_alpha 1, got 0.5" in mixed.err
     stopped = stopped_copy(other, tmp_path / "stopped", 1)
     done = prefer("--model", before, "--max-steps", 3, "--output-dir", stopped, "--resume", "auto")
     assert done.code == 0, done.err
@@ -144,12 +150,6 @@ def test_another_model_is_a_reference(prefer, run_dir, tmp_path):
     wrong = prefer("--reference", "gemma2", "--output-dir", tmp_path / "wrong")
     assert wrong.code == 2
     assert "another architecture" in wrong.err
-    mixed = prefer(
-        *("--model", before, "--output-dir", tmp_path / "mixed"),
-        *("--sync-ref-model", "--ref-model-mixup-alpha", 0.5),
-    )
-    assert mixed.code == 2
-    assert "ref_model_mixup_alpha 1, got 0.5" in mixed.err
 
 
 def test_evaluation_and_early_stopping_by_margins(prefer, run_dir):
@@ -188,6 +188,7 @@ def test_every_objective_has_its_metrics(prefer, run_dir, objective):
         (("--reference", "adapter_off"), 2, "there is none"),
         (("--objective", "orpo", "--reference", "model"), 2, "the objectives dpo, ipo"),
         (("--loss-type", "sigmoid,sft", "--loss-weights", "1"), 2, "a weight for each"),
+        (("--loss-weights", "0"), 2, "no loss to learn from"),
         (("--loss-type", "simpo"), 2, "the losses of objective dpo"),
         (("--loss-type", "aot", "--use-weighting"), 2, "use_weighting weighs pairs"),
         (("--loss-type", "aot", "--f-divergence-type", "forward_kl"), 2, "f_divergence_type"),
@@ -210,7 +211,6 @@ def test_two_processes_train_the_weights_of_one(pairs, tmp_path, words):
         port = free_port()
         more = ("train", "-m", "qwen3", "-d", pairs, "-o", run_dir, "--use-cpu", "--max-length", 64)
         more += ("--objective", "dpo", "--reference", "model", "--max-steps", 2, *words)
-        (("--loss-weights", "0"), 2, "no loss to learn from"),
         more += ("--optim", "sgd", "--learning-rate", 0.1, "--max-grad-norm", 0)
         more += ("--per-device-train-batch-size", 2, "--gradient-accumulation-steps", accumulation)
         ranks = [start(*more, rank=i, num_processes=count, port=port) for i in range(count)]
@@ -231,10 +231,51 @@ def test_two_processes_train_the_weights_of_one(pairs, tmp_path, words):
     assert all((final[name] - other[name]).abs().max() <= 1e-6 for name in final)
 
 
-@pytest.mark.parametrize("words", [("--loss-type", "ipo"), ("--loss-type", "apo_zero,sigmoid")])
+def with_figures(path, **figures):
+    """The pairs of a file with more columns, in a file beside it."""
+    rows = [{**json.loads(line), **figures} for line in path.read_text().splitlines()]
+    other = path.with_name("figures.jsonl")
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return other
+
+
+STREAM = ("--streaming", "--max-steps", 1)
+
+
+@pytest.mark.parametrize("layout", [(), STREAM], ids=["rows", "stream"])
+def test_values_of_a_reference_in_the_data_are_read(prefer, pairs, run_dir, layout):
+    data = with_figures(pairs, ref_chosen_logps=-1.0, ref_rejected_logps=-2.0)
+    done = prefer("--dataset", data, "--max-steps", 1, *layout)
+    assert done.code == 0, done.err
+    assert "are not read" not in done.err
+    [(reward, chosen)] = metrics(run_dir, "rewards/chosen", "logps/chosen")
+    assert reward == pytest.approx(0.1 * (chosen + 1.0), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--eval-dataset",), "some sets of the data have none"),
+        (("--reference", "model"), "reference is model"),
+        (("--reference", "model", *STREAM), "reference is model"),
+        (("--objective", "orpo"), "objective orpo has no reference"),
+    ],
+    ids=["eval", "model", "stream", "orpo"],
+)
+def test_values_of_a_reference_that_are_not_read_are_said(prefer, pairs, words, reason):
+    data = with_figures(pairs, ref_chosen_logps=-1.0, ref_rejected_logps=-2.0)
+    more = (pairs,) if words[-1] == "--eval-dataset" else ()
+    done = prefer("--dataset", data, "--max-steps", 1, *words, *more)
+    assert done.code == 0, done.err
+    assert f"ref_chosen_logps are not read: {reason}" in done.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--loss-type", "ipo"), ("--loss-type", "apo_zero,sigmoid"), ("--loss-type", "ipo", *STREAM)],
+)
 def test_a_margin_that_no_loss_reads_is_refused(prefer, pairs, words):
-    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
-    pairs.write_text("".join(json.dumps({**row, "margin": 1.0}) + "\n" for row in rows))
+    words = (*words, "--dataset", with_figures(pairs, margin=1.0))
     done = prefer(*words)
     assert done.code == 4
     assert "the data have a margin" in done.err
