@@ -259,7 +259,7 @@ def _hash_of(model: Any) -> str:
 
 
 def _formula_of(model: Any) -> dict[str, Any]:
-    """Return what a model computes with its weights: its configuration, and scales of adapters."""
+    """Return the configuration of a model and the scales of its adapters, which no weight has."""
     settings = inner_model(model).config.to_dict()
     settings.pop("_name_or_path", None)
     adapters = getattr(model, "peft_config", {})
