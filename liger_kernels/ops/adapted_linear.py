@@ -15,8 +15,7 @@ Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685, eq. 3.
 """
 
 import contextlib
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 
 from liger_kernels.ops.generators import generator_at, generator_state
 from liger_kernels.ops.magnitude import direction_norms, factor_gradients, magnify
+from liger_kernels.ops.packed_weight import frozen_weight
 from liger_kernels.ops.products import wide_product
 from liger_kernels.ops.rows import rows_of
 
@@ -64,15 +64,15 @@ class LayerGradients(NamedTuple):
 
 
 class Magnified(NamedTuple):
-    """Values of a layer with a magnitude that backward reads; None of the others.
+    """Values of a layer with a magnitude that backward reads.
 
     Attributes:
-        z: (M, N), its output before the magnitude and the bias.
+        z: (M, N), its output before the magnitude and the bias; None where that is not trained.
         norms: (N,) of W + s B A, in fp32.
     """
 
-    z: Any = None
-    norms: Any = None
+    z: Any
+    norms: Any
 
 
 class LayerGroup:
@@ -82,7 +82,7 @@ class LayerGroup:
         layers: In the order in which they draw their dropout.
         dtype: Of x and of all products.
         states: The generator's states before each layer's dropout, of a forward that has run.
-        magnified: Of each layer, likewise.
+        magnified: Of the layers that have a magnitude, by number, likewise.
     """
 
     def __init__(
@@ -90,30 +90,36 @@ class LayerGroup:
         layers: Sequence[AdaptedLinear],
         dtype: torch.dtype,
         states: Sequence[torch.Tensor | None] = (),
-        magnified: Sequence[Magnified] = (),
+        magnified: Mapping[int, Magnified] | None = None,
     ) -> None:
         self.layers = layers
         self.dtype = dtype
         self.states = list(states)
-        self.magnified = list(magnified)
+        self.magnified = dict(magnified or {})
         # The columns of xa that belong to each layer.
         self.parts: list[slice | None] = []
         self.rank = 0
+        self.has_dropout = False
+        scales = set()
         for layer in layers:
-            rank = 0 if layer.a is None else layer.a.shape[0]
-            self.parts.append(None if layer.a is None else slice(self.rank, self.rank + rank))
-            self.rank += rank
-        self.has_dropout = any(layer.dropout for layer in layers)
-        scales = {layer.scale for layer in layers if layer.a is not None}
+            if layer.dropout:
+                self.has_dropout = True
+            if layer.a is None:
+                self.parts.append(None)
+                continue
+            scales.add(layer.scale)
+            end = self.rank + layer.a.shape[0]
+            self.parts.append(slice(self.rank, end))
+            self.rank = end
         # The factor of all products with A where it is one; else A is cast with its own.
+        self._has_own_scales = len(scales) > 1
         self.scale = scales.pop() if len(scales) == 1 else 1.0
-        self._has_own_scales = bool(scales)
-        self._cast: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+        self.a, self.bs = self._matrices()
 
     def forward(self, x: torch.Tensor, xa: Any) -> list[torch.Tensor]:
         """Return each layer's (M, N) of x (M, K) and of down(x)."""
         ys = []
-        matrices = iter(self._matrices()[1])
+        matrices = iter(self.bs)
         for i, (layer, part) in enumerate(zip(self.layers, self.parts, strict=True)):
             weight = frozen_weight(layer.weight, self.dtype)
             bias = None if layer.bias is None else layer.bias.to(self.dtype)
@@ -121,7 +127,6 @@ class LayerGroup:
                 y = F.linear(x, weight, bias)
                 if part is not None:
                     y.addmm_(xa[:, part], next(matrices).t())
-                self.magnified.append(Magnified())
             else:
                 dropped = self._dropped_again(i, x)
                 z = F.linear(dropped, weight).addmm_(xa[:, part], next(matrices).t())
@@ -129,7 +134,7 @@ class LayerGroup:
                 y = magnify(z, layer.magnitude / norms, bias)
                 if layer.dropout:
                     y.addmm_(x - dropped, weight.t())
-                self.magnified.append(Magnified(z, norms))
+                self.magnified[i] = Magnified(z, norms)
             # A weight that was dequantised is not kept while the next one is.
             del weight
             ys.append(y)
@@ -137,36 +142,37 @@ class LayerGroup:
 
     def _matrices(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return the matrices A above one another, (sum of ranks, K), and each B, in dtype."""
-        if self._cast is None:
-            adapted = [layer for layer in self.layers if layer.a is not None]
-            if not adapted:
-                return torch.empty(0), []
-            wanted = [layer.b for layer in adapted]
-            matrices = [b if b.dtype == self.dtype else self._like(b) for b in wanted]
-            stacked = adapted[0].a
-            if len(adapted) > 1 or stacked.dtype != self.dtype or self._has_own_scales:
-                stacked = stacked.new_empty((self.rank, stacked.shape[1]), dtype=self.dtype)
-                parts = [stacked[part] for part in self.parts if part is not None]
-                if self._has_own_scales:
-                    for layer, part in zip(adapted, parts, strict=True):
-                        torch.mul(layer.a, layer.scale, out=part)
-                else:
-                    wanted, matrices = wanted + [one.a for one in adapted], matrices + parts
-            pairs = [(x, y) for x, y in zip(wanted, matrices, strict=True) if x is not y]
-            if pairs:
-                # One launch for all of them.
-                torch._foreach_copy_([y for _, y in pairs], [x for x, _ in pairs])
-            self._cast = stacked, matrices[: len(adapted)]
-        return self._cast
-
-    def _like(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(x, dtype=self.dtype)
+        stacked = torch.empty(0)
+        bs: list[torch.Tensor] = []
+        sources: list[torch.Tensor] = []
+        targets: list[torch.Tensor] = []
+        for layer, part in zip(self.layers, self.parts, strict=True):
+            if part is None:
+                continue
+            a, b = layer.a, layer.b
+            if not bs:
+                # Alone and of this dtype, it needs no place beside others.
+                is_ready = part.stop == self.rank and a.dtype == self.dtype
+                stacked = a if is_ready else a.new_empty(self.rank, a.shape[1], dtype=self.dtype)
+            if self._has_own_scales:
+                torch.mul(a, layer.scale, out=stacked[part])
+            elif stacked is not a:
+                sources.append(a)
+                targets.append(stacked[part])
+            bs.append(b if b.dtype == self.dtype else torch.empty_like(b, dtype=self.dtype))
+            if bs[-1] is not b:
+                sources.append(b)
+                targets.append(bs[-1])
+        if sources:
+            # One launch for all of them.
+            torch._foreach_copy_(targets, sources)
+        return stacked, bs
 
     def down(self, x: torch.Tensor) -> torch.Tensor | None:
         """Return xa (M, sum of ranks) of x (M, K), None without an adapter; draws the dropout."""
         if not self.rank:
             return None
-        a, _ = self._matrices()
+        a = self.a
         xa = x.new_empty((x.shape[0], self.rank))
         if not self.has_dropout:
             return _scaled_mm(x, a.t(), self.scale, xa)
@@ -201,13 +207,11 @@ class LayerGroup:
 
         dys are (M, N) or None, which counts as zeros; dx is None where it is not needed or zero.
         """
-        dx = None
-        dxa = None
-        if self.rank and (needs_dx or any(need.a for need in needs)):
-            rows = next(dy for dy in dys if dy is not None)
-            dxa = rows.new_empty((rows.shape[0], self.rank))
-        grads = []
-        matrices = iter(self._matrices()[1])
+        dx, dxa, grads = None, None, []
+        for dy, need in zip(dys, needs, strict=True):
+            if dy is not None and dxa is None and self.rank and (needs_dx or need.a):
+                dxa = dy.new_empty((dy.shape[0], self.rank))
+        matrices = iter(self.bs)
         for i, (layer, part, dy, need) in enumerate(
             zip(self.layers, self.parts, dys, needs, strict=True)
         ):
@@ -218,12 +222,22 @@ class LayerGroup:
                 grads.append(LayerGradients())
                 continue
             dbias = dy.sum(0).to(layer.bias.dtype) if need.bias else None
-            dz, dmagnitude = self._before_magnitude(i, dy, need)
+            dz, dmagnitude = dy, None
+            if layer.magnitude is not None:
+                dz, dmagnitude = self._before_magnitude(i, dy, need)
             db = wide_product(dz.t(), xa[:, part]).to(layer.b.dtype) if need.b else None
             if part is not None and dxa is not None:
                 torch.mm(dz, b, out=dxa[:, part])
             if needs_dx:
-                dx = self._add_product(dx, i, dy, dz)
+                weight = frozen_weight(layer.weight, self.dtype)
+                if layer.magnitude is not None and layer.dropout:
+                    # Where such an adapter drops, the base layer's own product does not.
+                    back = self._dropped_again(i, (dz - dy) @ weight)
+                    dx = back if dx is None else dx.add_(back)
+                    dz = dy
+                dx = dz @ weight if dx is None else dx.addmm_(dz, weight)
+                # A weight that was dequantised is not kept while the next one is.
+                del weight
             grads.append(LayerGradients(dbias, None, db, dmagnitude))
         if dx is not None and dxa is not None:
             self._add_adapters(dx, dxa)
@@ -234,29 +248,15 @@ class LayerGroup:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the gradients of what layer i's magnitude scales, and of the magnitude."""
         magnitude = self.layers[i].magnitude
-        if magnitude is None:
-            return dy, None
         z, norms = self.magnified[i]
         dz = magnify(dy, magnitude / norms, None)
         if not need.magnitude:
             return dz, None
         return dz, (factor_gradients(dy, z) / norms).to(magnitude.dtype)
 
-    def _add_product(
-        self, dx: torch.Tensor | None, i: int, dy: torch.Tensor, dz: torch.Tensor
-    ) -> torch.Tensor:
-        """Return dx plus what reaches x by way of the weight of layer i, added in-place."""
-        layer = self.layers[i]
-        weight = frozen_weight(layer.weight, self.dtype)
-        # Where an adapter with a magnitude drops, the base layer's own product does not.
-        has_two = layer.magnitude is not None and bool(layer.dropout)
-        rows = dy if has_two else dz
-        dx = rows @ weight if dx is None else dx.addmm_(rows, weight)
-        return dx.add_(self._dropped_again(i, (dz - dy) @ weight)) if has_two else dx
-
     def _add_adapters(self, dx: torch.Tensor, dxa: torch.Tensor) -> None:
         """Add to dx (M, K) what reaches x by way of the adapters."""
-        a, _ = self._matrices()
+        a = self.a
         if not self.has_dropout:
             dx.addmm_(dxa, a, alpha=self.scale)
             return
@@ -299,87 +299,73 @@ def _scaled_mm(a: torch.Tensor, b: torch.Tensor, scale: float, out: torch.Tensor
     return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
 
 
-class PackedFormat:
-    """The format of a frozen weight that is held in few bits, kept on the weight as `quant_state`.
-
-    A linear layer whose weight has one computes x @ unpack(weight).t() + bias, and nothing else.
-    States of bitsandbytes are known without it.
-    """
-
-    # (N, K), as the unpacked weight.
-    shape: torch.Size
-
-    def unpack(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return the weight (N, K) in dtype."""
-        raise NotImplementedError
-
-
-def frozen_weight(weight: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Return a frozen weight (N, K) in dtype: itself, cast, or dequantised from few bits."""
-    if has_own_format(weight):
-        unpacked: torch.Tensor = weight.quant_state.unpack(weight, dtype)
-        return unpacked
-    if is_packed(weight):
-        # The code that made the weight has imported it.
-        functional = sys.modules["bitsandbytes"].functional
-        weight = functional.dequantize_4bit(weight.data, weight.quant_state)
-    return weight.to(dtype)
-
-
-def is_packed(weight: Any) -> bool:
-    """Return whether a weight is in 4 bits, as bitsandbytes packs it, or in a format given."""
-    return getattr(weight, "quant_state", None) is not None
-
-
-def has_own_format(weight: Any) -> bool:
-    """Return whether a weight brings the way to unpack it, a PackedFormat."""
-    return isinstance(getattr(weight, "quant_state", None), PackedFormat)
-
-
-# Tensors of a layer, which are the first fields of AdaptedLinear.
+# Tensors of a layer, which are the first fields of AdaptedLinear. All but the weight may have a
+# gradient.
 NUM_TENSORS = 5
 
 
-def flatten(layers: Sequence[AdaptedLinear]) -> tuple[tuple[AdaptedLinear, ...], list[Any]]:
-    """Return the layers without their tensors, and the tensors, as an autograd function takes them.
+def flatten(layers: Sequence[AdaptedLinear]) -> list[torch.Tensor]:
+    """Return the tensors of layers that may have a gradient, as an autograd function takes them.
 
-    A packed weight stays: its class is another, which saved tensors do not give back.
+    The layers go with them, and backward reads the tensors there: autograd would call its hooks for
+    each one that it saves.
     """
-    tensors: list[Any] = []
-    settings = []
+    tensors: list[torch.Tensor] = []
     for layer in layers:
-        packed = layer.weight if is_packed(layer.weight) else None
-        tensors += [None if packed is not None else layer.weight, *layer[1:NUM_TENSORS]]
-        settings.append(layer._replace(weight=packed, bias=None, a=None, b=None, magnitude=None))
-    return tuple(settings), tensors
+        for x in layer[1:NUM_TENSORS]:
+            if isinstance(x, torch.Tensor):
+                tensors.append(x)
+    return tensors
 
 
-def unflatten(
-    settings: Sequence[AdaptedLinear], tensors: Sequence[torch.Tensor | None]
-) -> list[AdaptedLinear]:
-    """Return the layers that were flattened."""
-    layers = []
-    for i, layer in enumerate(settings):
-        weight, *others = tensors[NUM_TENSORS * i : NUM_TENSORS * (i + 1)]
-        weight = layer.weight if weight is None else weight
-        layers.append(AdaptedLinear._make((weight, *others, *layer[NUM_TENSORS:])))
-    return layers
+def versions_of(layers: Sequence[AdaptedLinear]) -> list[int]:
+    """Return the version of each tensor, by which backward sees that none was changed."""
+    versions: list[int] = []
+    for layer in layers:
+        for x in layer[:NUM_TENSORS]:
+            if isinstance(x, torch.Tensor):
+                versions.append(x._version)
+    return versions
 
 
-def needs_of(needs_input_grad: Sequence[bool]) -> list[LayerGradients]:
+def check_versions(layers: Sequence[AdaptedLinear], versions: Sequence[int]) -> None:
+    """Raise a RuntimeError, as autograd does, if a tensor was changed since forward."""
+    if versions_of(layers) != versions:
+        raise RuntimeError(
+            "a weight, bias or matrix of an adapter has been modified by an inplace operation "
+            "between forward and backward, whose gradients would be wrong: change it after backward"
+        )
+
+
+def needs_of(
+    layers: Sequence[AdaptedLinear], needs_input_grad: Sequence[bool]
+) -> list[LayerGradients]:
     """Return which tensors of each layer need a gradient, of the flags of the flat tensors."""
-    flags = needs_input_grad
-    ends = range(NUM_TENSORS, len(flags) + 1, NUM_TENSORS)
-    return [LayerGradients(*flags[end - NUM_TENSORS + 1 : end]) for end in ends]
+    flags = iter(needs_input_grad)
+    needs = []
+    for _, bias, a, b, magnitude, *_ in layers:
+        needs.append(
+            LayerGradients(
+                bias is not None and next(flags),
+                a is not None and next(flags),
+                b is not None and next(flags),
+                magnitude is not None and next(flags),
+            )
+        )
+    return needs
 
 
 def flat_gradients(
-    grads: Sequence[LayerGradients], da: Sequence[torch.Tensor | None]
+    layers: Sequence[AdaptedLinear],
+    grads: Sequence[LayerGradients],
+    da: Sequence[torch.Tensor | None],
 ) -> list[torch.Tensor | None]:
     """Return the gradients of the flat tensors; those of a are `da`."""
     flat: list[torch.Tensor | None] = []
-    for grad, one in zip(grads, da, strict=True):
-        flat += [None, grad.bias, one, grad.b, grad.magnitude]
+    for layer, (bias, _, b, magnitude), one in zip(layers, grads, da, strict=True):
+        for x, grad in zip(layer[1:NUM_TENSORS], (bias, one, b, magnitude), strict=True):
+            if x is not None:
+                flat.append(grad)
     return flat
 
 
@@ -393,4 +379,4 @@ def own_dtype(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     # Asked first: entering the context costs the host more than the question.
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    return _NOTHING

@@ -69,6 +69,7 @@ def check_tensors(rows: tuple[TensorArgument, ...], *values: Any) -> None:
             negated view, or on another device.
     """
     first, device = rows[0], None
+    is_traced = torch.compiler.is_compiling()
     for row, value in zip(rows, values, strict=True):
         if value is None and row.is_optional:
             continue
@@ -77,7 +78,7 @@ def check_tensors(rows: tuple[TensorArgument, ...], *values: Any) -> None:
             or value.dtype not in row.dtypes
             or value.layout is not torch.strided
             # A kernel reads memory, where the sign is not.
-            or (not torch.compiler.is_compiling() and value.is_neg())
+            or (not is_traced and value.is_neg())
         ):
             raise row.error(value)
         if device is None:

@@ -19,9 +19,8 @@ def _keep_thread_state() -> None:
     every node of the graph, several times, at 10 us and more each. One reference that is never
     given back ends that; for a thread that Python started itself it changes nothing.
     """
-    if not hasattr(_this_thread, "is_kept"):
-        _this_thread.is_kept = True
-        ctypes.pythonapi.PyGILState_Ensure()
+    _this_thread.is_kept = True
+    ctypes.pythonapi.PyGILState_Ensure()
 
 
 def differentiable_once(name: str) -> Callable[[Any], Any]:
@@ -46,8 +45,11 @@ def differentiable_once(name: str) -> Callable[[Any], Any]:
                         f"{name} is not differentiable twice: call backward or grad without "
                         "create_graph=True, or use torch's own operation there"
                     )
-                _keep_thread_state()
-                grads = tuple(g if g is None or not g.is_neg() else g.resolve_neg() for g in grads)
+                if not hasattr(_this_thread, "is_kept"):
+                    _keep_thread_state()
+                for g in grads:
+                    if g is not None and g.is_neg():
+                        grads = tuple([g if g is None else g.resolve_neg() for g in grads])
             return backward(ctx, *grads)
 
         def apply_jvp(ctx: Any, *tangents: Any) -> Any:

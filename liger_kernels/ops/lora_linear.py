@@ -15,23 +15,22 @@ import torch
 import torch.nn.functional as F
 
 from liger_kernels.ops.adapted_linear import (
-    NUM_TENSORS,
     AdaptedLinear,
     LayerGroup,
     Magnified,
+    check_versions,
     flat_gradients,
     flatten,
-    frozen_weight,
-    is_packed,
     needs_of,
     own_dtype,
     rows_of_all,
-    unflatten,
+    versions_of,
 )
 from liger_kernels.ops.arguments import Number, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.magnitude import direction_norms
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn
+from liger_kernels.ops.packed_weight import frozen_weight, is_packed
 from liger_kernels.ops.rows import rows_of
 
 _TENSORS = (
@@ -71,18 +70,20 @@ class _LoraLinears(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        settings: tuple[AdaptedLinear, ...],
+        layers: Sequence[AdaptedLinear],
         kept: "_Kept | None",
-        *tensors: Any,
+        *tensors: torch.Tensor,
     ):
-        group = LayerGroup(unflatten(settings, tensors), x.dtype)
+        group = LayerGroup(layers, x.dtype)
         with own_dtype(x.device):
             xa = group.down(x) if kept is None else kept.xa
             ys = group.forward(x, xa)
-        ctx.settings, ctx.states, ctx.dtype = settings, group.states, x.dtype
+        ctx.layers, ctx.states, ctx.dtype = layers, group.states, x.dtype
         ctx.kept = kept
+        ctx.magnified = tuple(group.magnified)
+        ctx.versions = versions_of(layers) if any(ctx.needs_input_grad) else []
         if kept is None:
-            _save(ctx, x, xa, tensors, ctx.needs_input_grad[3:], group.magnified)
+            _save(ctx, group, x, xa)
         else:
             ctx.states, kept.xa = kept.states, None
         # Gradients of outputs that nobody reads stay None.
@@ -91,34 +92,34 @@ class _LoraLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: torch.Tensor | None):
-        if all(dy is None for dy in dys):
-            return (None,) * len(ctx.needs_input_grad)
-        x, xa, *tensors = (ctx if ctx.kept is None else ctx.kept.node).saved_tensors
-        needs_dx, needs = ctx.needs_input_grad[0], needs_of(ctx.needs_input_grad[3:])
-        layers = unflatten(ctx.settings, tensors)
-        last = tensors[len(needs) * NUM_TENSORS :]
-        magnified = [Magnified(*last[i : i + 2]) for i in range(0, len(last), 2)]
-        group = LayerGroup(layers, ctx.dtype, ctx.states, magnified)
         rows = rows_of_all(dys)
-        device = next(dy.device for dy in rows if dy is not None)
-        with own_dtype(device):
+        devices = [dy.device for dy in rows if dy is not None]
+        if not devices:
+            return (None,) * len(ctx.needs_input_grad)
+        layers, needs_dx = ctx.layers, ctx.needs_input_grad[0]
+        check_versions(layers, ctx.versions)
+        needs = needs_of(layers, ctx.needs_input_grad[3:])
+        x, xa, *saved = (ctx if ctx.kept is None else ctx.kept.node).saved_tensors
+        magnified = {i: Magnified(saved.pop(0), saved.pop(0)) for i in ctx.magnified}
+        group = LayerGroup(layers, ctx.dtype, ctx.states, magnified)
+        with own_dtype(devices[0]):
             dx, dxa, grads = group.backward(rows, xa, needs, needs_dx)
             da: list[Any] = [None] * len(needs)
             if x is not None:
                 da = group.a_gradients(dxa, x, needs)
-        return dx, None, None, *flat_gradients(grads, da)
+        return dx, None, None, *flat_gradients(layers, grads, da)
 
 
-def _save(
-    ctx: Any, x: Any, xa: Any, tensors: Any, flags: Any, magnified: Sequence[Magnified] = ()
-) -> None:
-    """Save what backward reads, of these flags of needs_input_grad for the flat tensors."""
-    needs = needs_of(flags)
-    needs_x, needs_xa = any(need.a for need in needs), any(need.b for need in needs)
-    last: list[Any] = []
-    for need, (z, norms) in zip(needs, magnified, strict=False):
-        last += [z if need.magnitude else None, norms]
-    ctx.save_for_backward(x if needs_x else None, xa if needs_xa else None, *tensors, *last)
+def _save(ctx: Any, group: LayerGroup, x: torch.Tensor, xa: Any) -> None:
+    """Save what backward reads."""
+    needs_x = needs_xa = False
+    for layer in group.layers:
+        if layer.a is not None:
+            needs_x, needs_xa = needs_x or layer.a.requires_grad, needs_xa or layer.b.requires_grad
+    magnified: list[Any] = []
+    for i, (z, norms) in group.magnified.items():
+        magnified += [z if group.layers[i].magnitude.requires_grad else None, norms]
+    ctx.save_for_backward(x if needs_x else None, xa if needs_xa else None, *magnified)
 
 
 class _Kept:
@@ -139,12 +140,12 @@ class _Save(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, settings: tuple[AdaptedLinear, ...], kept: _Kept, *tensors: Any
+        ctx: Any, x: torch.Tensor, layers: Sequence[AdaptedLinear], kept: _Kept, *tensors: Any
     ):
-        group = LayerGroup(unflatten(settings, tensors), x.dtype)
+        group = LayerGroup(layers, x.dtype)
         with own_dtype(x.device):
             kept.xa = group.down(x)
-        _save(ctx, x, kept.xa, tensors, ctx.needs_input_grad[3:])
+        _save(ctx, group, x, kept.xa)
         kept.node, kept.states = ctx, group.states
         return x.view_as(x)
 
@@ -176,20 +177,16 @@ def lora_linears(
     if torch.compiler.is_compiling():
         with own_dtype(x.device):
             return tuple(_plain(x, layer) for layer in layers)
-    settings, tensors = flatten(layers)
+    tensors = flatten(layers)
     rows, kept = rows_of(x), None
-    # What a magnitude scales is a product, and saved after it.
-    is_checkpointed = is_checkpointed and all(layer.magnitude is None for layer in layers)
-    if is_checkpointed and torch.is_grad_enabled() and (x.requires_grad or _is_trained(layers)):
-        kept = _Kept()
-        rows = _Save.apply(rows, settings, kept, *tensors)
-    ys = _LoraLinears.apply(rows, settings, kept, *tensors)
-    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
-
-
-def _is_trained(layers: Sequence[AdaptedLinear]) -> bool:
-    tensors: Any = (tensor for layer in layers for tensor in layer[1:NUM_TENSORS])
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if is_checkpointed and torch.is_grad_enabled():
+        is_trained = any(tensor.requires_grad for tensor in (x, *tensors))
+        # What a magnitude scales is a product, and saved after it.
+        if is_trained and all(layer.magnitude is None for layer in layers):
+            kept = _Kept()
+            rows = _Save.apply(rows, layers, kept, *tensors)
+    ys = _LoraLinears.apply(rows, layers, kept, *tensors)
+    return tuple([y.view(*x.shape[:-1], y.shape[-1]) for y in ys])
 
 
 def _plain(x: torch.Tensor, layer: AdaptedLinear) -> torch.Tensor:

@@ -17,11 +17,12 @@ from liger_kernels.ops.adapted_linear import (
     AdaptedLinear,
     LayerGradients,
     LayerGroup,
+    check_versions,
     flat_gradients,
     flatten,
     needs_of,
     own_dtype,
-    unflatten,
+    versions_of,
 )
 from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.glu import _glu_bwd, _glu_fwd
@@ -34,11 +35,11 @@ class _LoraMlp(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        settings: tuple[AdaptedLinear, ...],
+        layers: Sequence[AdaptedLinear],
         activation: str,
         *tensors: Any,
     ):
-        *heads, down = unflatten(settings, tensors)
+        *heads, down = layers
         first, last = LayerGroup(heads, x.dtype), LayerGroup([down], x.dtype)
         with own_dtype(x.device):
             xa = first.down(x)
@@ -47,18 +48,21 @@ class _LoraMlp(torch.autograd.Function):
             h = _glu_fwd(gate, up, activation)
             ha = last.down(h)
             (y,) = last.forward(h, ha)
-        needs = needs_of(ctx.needs_input_grad[3:])
-        needs_x = any(need.a for need in needs[:-1])
-        ctx.save_for_backward(x if needs_x else None, xa, gate, up, ha, *tensors)
-        ctx.settings, ctx.activation = settings, activation
+        needs_x = False
+        for head in heads:
+            needs_x = needs_x or (head.a is not None and head.a.requires_grad)
+        ctx.save_for_backward(x if needs_x else None, xa, gate, up, ha)
+        ctx.versions = versions_of(layers) if any(ctx.needs_input_grad) else []
+        ctx.layers, ctx.activation = layers, activation
         ctx.states = first.states, last.states
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor):
-        x, xa, gate, up, ha, *tensors = ctx.saved_tensors
-        *heads, down = unflatten(ctx.settings, tensors)
-        *needs, last_need = needs_of(ctx.needs_input_grad[3:])
+        x, xa, gate, up, ha = ctx.saved_tensors
+        check_versions(ctx.layers, ctx.versions)
+        *heads, down = ctx.layers
+        *needs, last_need = needs_of(ctx.layers, ctx.needs_input_grad[3:])
         needs_dx = ctx.needs_input_grad[0]
         first = LayerGroup(heads, gate.dtype, ctx.states[0])
         last = LayerGroup([down], gate.dtype, ctx.states[1])
@@ -79,7 +83,7 @@ class _LoraMlp(torch.autograd.Function):
                 dx, dxa, grads = first.backward(dys, xa, needs, needs_dx)
             if x is not None:
                 da = first.a_gradients(dxa, x, needs)
-        flat = flat_gradients([*grads, *last_grads], [*da, *last_da])
+        flat = flat_gradients(ctx.layers, [*grads, *last_grads], [*da, *last_da])
         return dx, None, None, *flat
 
 
@@ -119,6 +123,5 @@ def lora_mlp(
         (..., H_out) in dtype. Differentiable once in x, biases, a and b.
     """
     x = x.to(dtype)
-    settings, tensors = flatten(layers)
-    y = _LoraMlp.apply(rows_of(x), settings, activation, *tensors)
+    y = _LoraMlp.apply(rows_of(x), layers, activation, *flatten(layers))
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,8 +1,11 @@
 """Matrix products whose result is wider than their factors."""
 
+import functools
+
 import torch
 
 
+@functools.cache
 def has_wide_products(device: torch.device) -> bool:
     """Return whether mm and addmm of torch take an out_dtype on this device: on sm_80 and newer."""
     if device.type != "cuda" or torch.version.hip is not None:

@@ -78,13 +78,13 @@ def _turn(x, y, cos, sin, options, is_backward):
     wide_x = upcast(x)
     # One temporary at most, and none in fp32: on a CPU each pass over memory counts.
     wide_y = y if y.dtype == wide_x.dtype else torch.empty_like(y, dtype=wide_x.dtype)
-    c, s = (
-        _broadcast(table.to(wide_x.dtype), x.dim(), width, options.head_axis)
-        for table in (cos, sin)
-    )
+    c = _broadcast(cos.to(wide_x.dtype), x.dim(), width, options.head_axis)
+    s = _broadcast(sin.to(wide_x.dtype), x.dim(), width, options.head_axis)
     s = -s if is_backward else s
-    x1, x2 = (wide_x[..., part] for part in (pairs if reads_pairs else halves))
-    y1, y2 = (wide_y[..., part] for part in (pairs if writes_pairs else halves))
+    first, second = pairs if reads_pairs else halves
+    x1, x2 = wide_x[..., first], wide_x[..., second]
+    first, second = pairs if writes_pairs else halves
+    y1, y2 = wide_y[..., first], wide_y[..., second]
     # torch.compile breaks its graph at an out= that is a view; a copy first it takes whole.
     y1.copy_(x1).mul_(c).addcmul_(x2, s, value=-1)
     y2.copy_(x2).mul_(c).addcmul_(x1, s)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from liger_cli.config import RunConfig
 from liger_cli.training.memory.parts import table_of
-from liger_kernels.ops.adapted_linear import PackedFormat
+from liger_kernels.ops.packed_weight import PackedFormat
 from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = ["allocate_moments", "pack_layers", "packed_layers"]

@@ -20,15 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from liger_kernels.ops.adapted_linear import (
-    NUM_TENSORS,
-    AdaptedLinear,
-    has_own_format,
-    is_packed,
-)
+from liger_kernels.ops.adapted_linear import NUM_TENSORS, AdaptedLinear
 from liger_kernels.ops.lora_linear import lora_linears
+from liger_kernels.ops.packed_weight import has_own_format, is_packed
 from liger_kernels.transformers.recognise import LoraSpec, computes_dora, original_class
 from liger_kernels.transformers.replacements.calls import (
+    have_plain_types,
     is_bare,
     is_plain,
     record_call,
@@ -77,28 +74,55 @@ def _read(module: Any) -> AdaptedLinear | str:
         return _MERGED
     parts = module._modules
     layers = parts["lora_A"]._modules
-    names = [name for name in module.active_adapters if name in layers]
-    if len(names) != 1:
-        return f"{len(names) or 'no'} active adapters: one alone is fused; set_adapter() chooses it"
-    (name,) = names
+    name = module._active_adapter
+    if type(name) is list and len(name) == 1:
+        (name,) = name
+    if type(name) is not str or name not in layers:
+        names = [name for name in module.active_adapters if name in layers]
+        if len(names) != 1:
+            count = len(names) or "no"
+            return f"{count} active adapters: one alone is fused; set_adapter() chooses it"
+        (name,) = names
     base, a, b = parts["base_layer"], layers[name], parts["lora_B"]._modules[name]
-    dropout, magnitude = _dropout(parts["lora_dropout"]._modules[name]), _magnitude(module, name)
-    for problem in (magnitude, dropout, _part_problem(base, a, b)):
-        if isinstance(problem, str):
-            return problem
-    layer = AdaptedLinear(base.weight, base.bias, a.weight, b.weight, magnitude)
+    dropout = parts["lora_dropout"]._modules[name]
+    is_variant = name in getattr(module, "lora_variant", ()) or module.use_dora.get(name)
+    magnitude = _magnitude(module, name) if is_variant else None
+    if isinstance(magnitude, str):
+        return magnitude
+    if not is_bare(base, a, b, dropout):
+        return _HOOKED
+    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.inplace):
+        return "the dropout before its adapter is of another class, or in-place"
+    if type(a) is not nn.Linear or type(b) is not nn.Linear or not runs_stock_linear(a):
+        return "the matrices of its adapter are no plain linear layers"
+    if type(base) is not nn.Linear and not _is_packed_linear(base):
+        return f"its base layer is a {type(base).__name__}: peft's own code runs"
+    weight, bias, a, a_bias, b, b_bias = _tensors(base, a, b)
+    if a_bias is not None or b_bias is not None:
+        return "its adapter has a bias (lora_bias): peft's own code runs"
+    if weight.requires_grad:
+        return "its base layer is trained too: freeze it to have the adapter fused"
     # DoRA asks the layer whether it trains, and its dropout only then.
-    drops = magnitude is None or module.training
-    return layer._replace(
-        scale=float(module.scaling[name]), dropout=float(dropout) if drops else 0.0
-    )
+    drops = dropout.training and (magnitude is None or module.training)
+    drop = float(dropout.p) if drops and type(dropout) is nn.Dropout else 0.0
+    return AdaptedLinear(weight, bias, a, b, magnitude, float(module.scaling[name]), drop)
 
 
-def _magnitude(module: Any, name: str) -> Tensor | str | None:
-    """Return the magnitudes of a DoRA adapter, None of plain LoRA, or why it is another variant."""
+def _tensors(*layers: Any) -> list[Any]:
+    """Return the weight and bias of each layer, without what an attribute of a module costs."""
+    found: list[Any] = []
+    for layer in layers:
+        held = layer._parameters
+        if "weight" in held and "bias" in held:
+            found += held["weight"], held["bias"]
+        else:
+            found += layer.weight, layer.bias
+    return found
+
+
+def _magnitude(module: Any, name: str) -> Tensor | str:
+    """Return the magnitudes of a variant that is DoRA, or why it is another."""
     variant = getattr(module, "lora_variant", {}).get(name)
-    if variant is None and not getattr(module, "use_dora", {}).get(name):
-        return None
     holder = module._modules["lora_magnitude_vector"]._modules.get(name)
     if not _is_dora(original_class(type(module)), type(variant), type(holder)):
         kind = type(variant).__name__.removesuffix("LinearVariant")
@@ -118,30 +142,6 @@ def _is_dora(*classes: Any) -> bool:
     return _IS_DORA.get(classes, False)
 
 
-def _dropout(module: Any) -> float | str:
-    """Return the probability that a dropout module drops with now, or why it is not torch's."""
-    if type(module) is nn.Identity and is_bare(module):
-        return 0.0
-    if type(module) is not nn.Dropout or module.inplace or not is_bare(module):
-        return "the dropout before its adapter has hooks or is of another class"
-    return module.p if module.training else 0.0
-
-
-def _part_problem(base: Any, a: Any, b: Any) -> str | None:
-    """Return why a layer's parts are not a frozen linear layer and two plain matrices, or None."""
-    if not all(is_bare(part) for part in (base, a, b)):
-        return _HOOKED
-    if not _is_linear(a) or not _is_linear(b):
-        return "the matrices of its adapter are no plain linear layers"
-    if a.bias is not None or b.bias is not None:
-        return "its adapter has a bias (lora_bias): peft's own code runs"
-    if not _is_linear(base) and not _is_packed_linear(base):
-        return f"its base layer is a {type(base).__name__}: peft's own code runs"
-    if base.weight.requires_grad:
-        return "its base layer is trained too: freeze it to have the adapter fused"
-    return None
-
-
 def _is_linear(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and runs_stock_linear(layer)
 
@@ -158,53 +158,52 @@ def _is_packed_linear(layer: Any) -> bool:
 
 
 def lora_call(module: Any, x: Any) -> LoraCall | None:
-    """Return how a LoRA layer, or a frozen linear layer beside one, computes x by the op.
+    """Return how a LoRA layer, or a frozen linear layer beside one, computes a plain x by the op.
 
     None: its class's own forward must run.
     """
-    if not is_plain(x):
-        return None
-    if is_lora_patched(module):
+    if isinstance(getattr(type(module), SPEC_ATTRIBUTE, None), LoraSpec):
         layer, base = _read(module), module._modules["base_layer"]
         casts = getattr(module, "cast_input_dtype_enabled", True)
     elif _is_linear(module) and is_bare(module) and not module.weight.requires_grad:
         layer, base, casts = AdaptedLinear(module.weight, module.bias), module, True
     else:
         return None
-    if isinstance(layer, str) or not _fits(layer, x):
+    if isinstance(layer, str):
         return None
-    dtypes = _dtypes(layer, base, x)
+    # Every other class of a base layer that is read has a weight in few bits.
+    packed = type(base) is not nn.Linear
+    if layer.weight.device != x.device:
+        return None
+    if not have_plain_types(layer[1 if packed else 0 : NUM_TENSORS], x.device):
+        return None
+    kind = x.device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if packed:
+        dtypes = _packed_dtypes(base, x, cast)
+    else:
+        dtype = x.dtype if cast is None else cast
+        # Without autocast a linear layer takes no other dtype than its weight's.
+        dtypes = (dtype, dtype) if cast or layer.weight.dtype == dtype else None
     if dtypes is None:
         return None
     if layer.dropout:
         # What peft casts its input to before it.
-        is_cast = casts and not (is_packed(layer.weight) and _has_autocast(x))
+        is_cast = casts and not (packed and cast is not None)
         layer = layer._replace(dropout_dtype=layer.a.dtype if is_cast else x.dtype)
-    if layer.a is not None and not casts and not _has_autocast(x) and layer.a.dtype != x.dtype:
+    if layer.a is not None and not casts and cast is None and layer.a.dtype != x.dtype:
         # An error of peft's.
         return None
     return LoraCall(layer, *dtypes)
 
 
-def _fits(layer: AdaptedLinear, x: Tensor) -> bool:
-    """Return whether the tensors of a layer are plain ones on the device of x."""
-    tensors = [t for t in layer[1:NUM_TENSORS] if t is not None]
-    if not is_packed(layer.weight):
-        tensors.append(layer.weight)
-    return is_plain(*tensors) and all(t.device == x.device for t in (*tensors, layer.weight))
+def _packed_dtypes(
+    base: Any, x: Tensor, cast: torch.dtype | None
+) -> tuple[torch.dtype, torch.dtype] | None:
+    """Return the dtypes of the products and of the result of a layer with a weight in few bits.
 
-
-def _has_autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
-
-
-def _dtypes(layer: AdaptedLinear, base: Any, x: Tensor) -> tuple[torch.dtype, torch.dtype] | None:
-    """Return the dtypes of the products and of the result, as the layer's own code has them."""
-    cast = torch.get_autocast_dtype(x.device.type) if _has_autocast(x) else None
-    if not is_packed(layer.weight):
-        if cast is not None:
-            return cast, cast
-        return None if layer.weight.dtype != x.dtype else (x.dtype, x.dtype)
+    cast is autocast's dtype, None without autocast.
+    """
     if not getattr(base, "compute_type_is_set", True):
         # As its forward does, which runs no more.
         base.set_compute_type(x)
@@ -268,7 +267,7 @@ def lora_forward(base: Any, spec: LoraSpec) -> Callable[..., Any]:
             if ready is not None and _is_for(ready, x):
                 record_call(self)
                 return ready.y
-        call = lora_call(self, x)
+        call = lora_call(self, x) if is_plain(x) else None
         if call is None:
             return base.forward(self, x)
         record_call(self)
@@ -281,7 +280,9 @@ def lora_forward(base: Any, spec: LoraSpec) -> Callable[..., Any]:
             call.dtype,
             is_checkpointed=is_checkpointed(),
         )
-        y, *others = (y.to(call.out_dtype) for y in ys)
+        if call.out_dtype != call.dtype:
+            ys = tuple([y.to(call.out_dtype) for y in ys])
+        y, *others = ys
         if scope is not None:
             for other, value in zip([*calls][1:], others, strict=True):
                 scope.ready[str(other)] = _Ready(x, x._version, torch.is_grad_enabled(), value)
@@ -292,7 +293,10 @@ def lora_forward(base: Any, spec: LoraSpec) -> Callable[..., Any]:
 
 def _name_in(owner: nn.Module, group: tuple[str, ...], module: nn.Module) -> str | None:
     """Return the name in a group that a module has; None of one that is in no group here."""
-    return next((name for name in group if owner._modules.get(name) is module), None)
+    for name in group:
+        if owner._modules.get(name) is module:
+            return name
+    return None
 
 
 def _calls_after(

@@ -65,7 +65,7 @@ def _rotary(original: Callable[..., Any], spec: RopeSpec) -> Callable[..., Any]:
         if spec.is_backward:
             angles = [angles[0], -angles[1]]
         at = inputs[0].shape[-1] - width if spec.is_last else 0
-        q, k = (*(x[..., at:] for x in inputs), None)[:2]
+        q, k = (*[x[..., at:] for x in inputs], None)[:2]
         turned: tuple[Any, ...]
         turned = rope(q, k, *angles, style=spec.style, rotary_dim=width, unsqueeze_dim=axis)
         if at:
@@ -94,7 +94,10 @@ def _can_rotate(
     inputs: list[Any], angles: list[Any], axis: Any, *, is_complex: bool = False
 ) -> bool:
     """Return whether the op takes these shapes: heads at `axis`, an angle for every token."""
-    if not all(type(x) is Tensor for x in (*inputs, *angles)) or not is_plain(*inputs):
+    for x in (*inputs, *angles):
+        if type(x) is not Tensor:
+            return False
+    if not is_plain(*inputs):
         return False
     rank = inputs[0].dim()
     axis = axis - rank if axis >= 0 else axis
@@ -104,13 +107,11 @@ def _can_rotate(
     batch = inputs[0].shape[0] if rank == 4 else 1
     leads = ((num_tokens,), (1, num_tokens), (batch, num_tokens))
     # Not bool(angles): dynamo of torch 2.11 does not trace that.
-    return len(angles) > 0 and all(
-        x.is_complex() == is_complex
-        and not x.requires_grad
-        and x.shape == angles[0].shape
-        and x.shape[:-1] in leads
-        for x in angles
-    )
+    for x in angles:
+        is_constant = x.is_complex() == is_complex and not x.requires_grad
+        if not is_constant or x.shape != angles[0].shape or x.shape[:-1] not in leads:
+            return False
+    return len(angles) > 0
 
 
 def _widen(x: Tensor, cos: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -22,10 +22,24 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def is_plain(*tensors: Any) -> bool:
     """Return whether the ops serve these tensors; None counts as served."""
-    return not is_transformed() and all(
-        x is None or (type(x) in _PLAIN_TYPES and x.dtype in _DTYPES and not x.is_meta)
-        for x in tensors
-    )
+    return not is_transformed() and have_plain_types(tensors)
+
+
+def have_plain_types(tensors: Sequence[Any], device: torch.device | None = None) -> bool:
+    """Return whether the ops serve these tensors, under no transform, and all are on a device.
+
+    None counts as served.
+    """
+    # A loop, for this runs in every call, where a generator costs the host a Python call a tensor.
+    for x in tensors:
+        if x is not None and not (
+            type(x) in _PLAIN_TYPES
+            and x.dtype in _DTYPES
+            and not x.is_meta
+            and (device is None or x.device == device)
+        ):
+            return False
+    return True
 
 
 def is_transformed() -> bool:
@@ -34,8 +48,11 @@ def is_transformed() -> bool:
     That is torch.func (vmap, grad, jvp), a level of forward-mode AD, or torch.jit.trace, with which
     torch.onnx.export traces as well.
     """
-    if torch.compiler.is_compiling():
-        return False
+    return not torch.compiler.is_compiling() and has_transform()
+
+
+def has_transform() -> bool:
+    """Return the same outside of torch.compile, which does not trace the question."""
     stack: Any = torch._C._functorch.peek_interpreter_stack
     is_traced = torch._C._get_tracing_state() is not None
     return is_traced or forward_ad._current_level >= 0 or stack() is not None
@@ -46,7 +63,8 @@ def runs_stock_linear(layer: nn.Module) -> bool:
 
     Tools replace nn.Linear.forward, or F.linear beneath it, for numbers of other kinds.
     """
-    forward = original_class(type(layer)).forward
+    cls = type(layer)
+    forward = (cls if cls is nn.Linear else original_class(cls)).forward
     return forward is _LINEAR_FORWARD and F.linear is torch._C._nn.linear
 
 
@@ -56,18 +74,21 @@ if _LINEAR_FORWARD.__code__.co_filename != inspect.getfile(nn.Linear):
     _LINEAR_FORWARD = None
 
 
-def is_bare(module: nn.Module) -> bool:
-    """Return whether calling a module is calling its class's forward and nothing else.
+def is_bare(*modules: nn.Module) -> bool:
+    """Return whether calling each module is calling its class's forward and nothing else.
 
     Hooks on every module are not looked at: who sets them, such as an estimate of memory or a
     counter of FLOPs, wants to see what runs, and not to change it.
     """
-    return "forward" not in module.__dict__ and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    for module in modules:
+        if "forward" in module.__dict__ or (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        ):
+            return False
+    return True
 
 
 class Tally:
@@ -106,14 +127,15 @@ def tally_calls(modules: Iterable[nn.Module]) -> Iterator[Tally]:
             hook.remove()
 
 
-def record_call(module: nn.Module | None = None) -> None:
-    """Count a module, or the attention that runs, as one that called its op."""
-    if torch.compiler.is_compiling():
+def record_call(*modules: nn.Module) -> None:
+    """Count modules, or the attention that runs if none is given, as ones that called their op."""
+    # Of the two questions the one that costs an eager call less.
+    if torch.compiler.is_dynamo_compiling():
         _record_compiled()
         return
     tally = _TALLY.get()
     if tally is not None:
-        tally.called.add(id(module or tally.attention))
+        tally.called.update(map(id, modules or (tally.attention,)))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

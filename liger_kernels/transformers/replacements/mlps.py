@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from liger_kernels.ops import geglu, glu_mlp, swiglu
+from liger_kernels.ops.adapted_linear import AdaptedLinear
 from liger_kernels.ops.lora_mlp import lora_mlp
 from liger_kernels.transformers.recognise import ACTIVATIONS, MlpSpec, split_gate
 from liger_kernels.transformers.replacements.adapters import is_lora_patched, lora_call, sharing
 from liger_kernels.transformers.replacements.calls import (
+    have_plain_types,
     is_bare,
     is_plain,
     is_transformed,
@@ -36,11 +38,15 @@ def mlp_forward(base: Any, spec: MlpSpec) -> Callable[..., Any]:
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # The activation is not called: a hook on it is the stock forward's to run.
-        others = (child for name, child in self._modules.items() if name not in layers)
+        others = [
+            child
+            for name, child in self._modules.items()
+            if child is not None and name not in layers
+        ]
         is_plain_call = len(args) == 1 and not kwargs and not is_transformed()
         if not is_plain_call or not is_as_patched(self):
             return base.forward(self, *args, **kwargs)
-        if not all(child is None or is_bare(child) for child in others):
+        if not is_bare(*others):
             return base.forward(self, *args, **kwargs)
         (x,) = args
         self._adopt_adapters()
@@ -101,26 +107,32 @@ def _layers_of(module: nn.Module, spec: MlpSpec) -> list[Any]:
 def run_adapted(module: nn.Module, spec: MlpSpec, x: Any) -> Tensor | None:
     """Run an MLP whose layers have LoRA adapters as one function; None where it must not be one.
 
+    It runs under no transform.
+
     As in _weights_of, inside a checkpoint the layers run one by one.
     """
     if torch.compiler.is_compiling() or not spec.is_one_function or is_checkpointed():
         return None
     layers = _layers_of(module, spec)
-    if not any(map(is_lora_patched, layers)) or not is_plain(x) or not x.numel():
-        return None
+    adapted = [layer for layer in layers if is_lora_patched(layer)]
     # What is not called as a module must not have hooks, on itself or inside.
-    calls = [lora_call(layer, x) if is_bare(layer) else None for layer in layers]
-    if None in calls or len({call[1:] for call in calls if call is not None}) > 1:
+    if not adapted or not have_plain_types((x,)) or not x.numel() or not is_bare(*layers):
         return None
-    found = [call for call in calls if call is not None]
-    if any(call.layer.magnitude is not None for call in found):
-        # DoRA keeps the outputs of its layers, which are no more to be had from gate and up.
-        return None
-    for one in (module, *filter(is_lora_patched, layers)):
-        record_call(one)
+    found: list[AdaptedLinear] = []
+    dtypes = None
+    for layer in layers:
+        call = lora_call(layer, x)
+        if call is None or dtypes not in (None, call[1:]):
+            return None
+        if call.layer.magnitude is not None:
+            # DoRA keeps the outputs of its layers, which are no more to be had from gate and up.
+            return None
+        found.append(call.layer)
+        dtypes = call[1:]
+    assert dtypes is not None
+    record_call(module, *adapted)
     with recomputing(x):
-        y = lora_mlp(x, [call.layer for call in found], spec.activation, found[0].dtype)
-    return y.to(found[0].out_dtype)
+        return lora_mlp(x, found, spec.activation, dtypes[0]).to(dtypes[1])
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:

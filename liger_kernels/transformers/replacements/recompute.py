@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from liger_kernels.transformers.replacements.calls import is_transformed
+from liger_kernels.transformers.replacements.calls import has_transform
 
 
 class _Recipe:
@@ -46,11 +46,8 @@ class _Recipe:
         return made
 
 
-class _Kept(NamedTuple):
-    """A tensor as it was saved, and the version it had."""
-
-    tensor: Tensor
-    version: int
+# A tensor as it was saved, and the version it had: a plain tuple, since there are many of them.
+_Kept = tuple[Tensor, int]
 
 
 class _Remade(NamedTuple):
@@ -65,7 +62,7 @@ _RECIPES = WeakTensorKeyDictionary()
 
 
 def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or is_transformed()
+    return torch.compiler.is_compiling() or has_transform()
 
 
 def remember(y: Tensor, make: Callable[[], Tensor]) -> None:
@@ -96,7 +93,7 @@ def recomputing(*values: Any) -> Iterator[None]:
 
     def pack(x: Tensor) -> _Kept | _Remade:
         # Detached, because a saved output that its own graph holds would never be freed.
-        kept = _Kept(x.detach(), x._version)
+        kept = x.detach(), x._version
         if type(x) is not Tensor or not x.numel() or x.data_ptr() not in recipes:
             return kept
         y, recipe = recipes[x.data_ptr()]
@@ -117,14 +114,15 @@ def recomputing(*values: Any) -> Iterator[None]:
 def _unpack(packed: _Kept | _Remade) -> Tensor:
     if isinstance(packed, _Remade):
         return packed.recipe.make().view(packed.shape)
+    tensor, version = packed
     # Autograd checks versions of tensors it saved itself, not of those that went through hooks.
-    if packed.tensor._version != packed.version:
+    if tensor._version != version:
         raise RuntimeError(
             "a tensor needed for gradient computation has been modified by an inplace operation: "
-            f"{packed.tensor.dtype} {tuple(packed.tensor.shape)} is at version "
-            f"{packed.tensor._version}; expected version {packed.version} instead"
+            f"{tensor.dtype} {tuple(tensor.shape)} is at version {tensor._version}; "
+            f"expected version {version} instead"
         )
-    return packed.tensor
+    return tensor
 
 
 def hooks_are_free() -> bool:
@@ -150,5 +148,5 @@ def run_recomputable(module: Any, op: Callable[..., Tensor], *tensors: Tensor | 
     y = op(*tensors)
     # A frozen norm whose input has no gradient keeps nothing to make its output from.
     if module._saves_memory and y.requires_grad:
-        remember(y, functools.partial(op, *(None if x is None else x.detach() for x in tensors)))
+        remember(y, functools.partial(op, *[None if x is None else x.detach() for x in tensors]))
     return y

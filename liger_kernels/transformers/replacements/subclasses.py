@@ -121,7 +121,7 @@ def is_as_patched(module: Any) -> bool:
     base = getattr(cls, BASE_ATTRIBUTE, None)
     if base is None or base.forward is not cls._patch_stock:
         return False
-    return _holds(module, module._patch_held)
+    return not module._patch_held or _holds(module, module._patch_held)
 
 
 def _holds(owner: Any, entries: tuple[_Held, ...]) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from liger_kernels.transformers.recognise import (
+    BASE_ATTRIBUTE,
     GLU_OPS,
     ExpertsSpec,
     GatedNormSpec,
@@ -46,7 +47,6 @@ from liger_kernels.transformers.replacements.norms import (
 )
 from liger_kernels.transformers.replacements.subclasses import (
     can_swap,
-    is_patched,
     patch_members,
     subclass_in_place,
     swap,
@@ -161,11 +161,12 @@ def _adopt_adapters(self: Any) -> None:
     """Patch the LoRA layers that a patched module was given since."""
     if torch.compiler.is_compiling():
         return
-    new = [
-        name
-        for name, child in self._modules.items()
-        if child is not None and "lora_A" in child._modules and not is_patched(child)
-    ]
+    new = []
+    for name, child in self._modules.items():
+        is_lora = child is not None and "lora_A" in child._modules
+        # is_patched() without its calls: this runs at each one of the module.
+        if is_lora and not hasattr(type(child), BASE_ATTRIBUTE):
+            new.append(name)
     # A dictionary that changes size is not walked.
     for name in () if not new or is_transformed() else new:
         child = self._modules[name]
