@@ -121,7 +121,8 @@ def is_as_patched(module: Any) -> bool:
     base = getattr(cls, BASE_ATTRIBUTE, None)
     if base is None or base.forward is not cls._patch_stock:
         return False
-    return not module._patch_held or _holds(module, module._patch_held)
+    held = module._patch_held
+    return True if len(held) == 0 else _holds(module, held)
 
 
 def _holds(owner: Any, entries: tuple[_Held, ...]) -> bool:
