@@ -248,6 +248,7 @@ SLOW = {
     "test_a_stopped_run_continues_by_its_path_alone": ("three trainings a case", "^run$"),
     "test_checkpoint_is_an_adapter_that_peft_loads": ("a training a case", "^lora$"),
     "test_equals_the_logits_of_the_stock_model": ("an evaluation a case", "^(3-none|8-ce)$"),
+    "test_estimate_of_dora_on_a_model_in_few_bits": ("three estimates a case", "4bit-auto"),
     "test_lora_keeps_less_too": ("two models a case", "all-0"),
     "test_loss_is_the_language_models_alone": ("a training a case", "auto"),
     "test_nothing_half_written_is_left": ("a training and a merge", NONE),
@@ -262,7 +263,7 @@ SLOW = {
     "test_case_269_held_out_rows_are_never_trained_on": ("a reading of the data a case", "^0.2-"),
     "test_packed_layers_train_as_stock_peft": (
         "two steps of packed layers a case",
-        "^0.2-nf4|^0.0-fp4-bf16",
+        "^(lora-0.2-nf4|dora-0.2-nf4-bf16|lora-0.0-fp4-bf16)",
     ),
     "test_case_214_export": ("a traced model a case", NONE),
     "test_profile_holds_the_steps_asked_for": ("a profiled training a case", "^2-3-2$"),
