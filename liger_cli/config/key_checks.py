@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from liger_cli.config.eval_sets import join_sets, metric_names, read_sets
-from liger_cli.config.objectives import GENERATING, OBJECTIVES
+from liger_cli.config.objectives import OBJECTIVES, OBJECTIVES_OF_TRL
 from liger_cli.config.pairs import (
     are_pairs,
     join_pairs,
@@ -116,12 +116,12 @@ class KeyChecks(BaseModel):
 
     @field_validator("objective", mode="before", check_fields=False)
     @classmethod
-    def _no_generation(cls, value: object) -> object:
-        if isinstance(value, str) and value in GENERATING:
+    def _none_of_trl(cls, value: object) -> object:
+        if isinstance(value, str) and (reason := OBJECTIVES_OF_TRL.get(value.lower())):
             why = (
-                f"objective {value} generates answers and needs a reward for them: use TRL's "
-                "trainer on a patched model and reference, as in docs/preferences.md (objectives "
-                f"that generate); objectives here are {', '.join(OBJECTIVES)}"
+                f"objective {value} {reason}: use TRL's trainer on a patched model and reference, "
+                "as in docs/preferences.md (kto, grpo and others); objectives here are "
+                f"{', '.join(OBJECTIVES)}"
             )
             raise PydanticCustomError("objective", "{why}", {"why": why})
         return value

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 __all__ = [
     "DIVERGENCE_LOSSES",
-    "GENERATING",
     "METRICS",
     "OBJECTIVES",
+    "OBJECTIVES_OF_TRL",
     "PAIR_MEANS",
     "REFERENCE_KINDS",
     "RISING_METRICS",
@@ -127,8 +127,14 @@ PAIR_MEANS = tuple(
     )
 )
 
-# Objectives that generate answers and judge them, for which TRL has trainers.
-GENERATING = frozenset({"grpo", "rloo", "ppo", "online_dpo", "gkd"})
+# Objectives of TRL's trainers that are not here, each with the reason.
+OBJECTIVES_OF_TRL = {
+    **dict.fromkeys(
+        ("grpo", "rloo", "ppo", "online_dpo"), "generates answers and needs a reward for them"
+    ),
+    "gkd": "generates answers and needs a teacher",
+    **dict.fromkeys(("kto", "reward"), "is not there yet"),
+}
 
 
 def objective_keys() -> frozenset[str]:

@@ -136,11 +136,15 @@ class TrainProgress:
         loss: float | None = None,
         tokens_per_s: float | None = None,
         peak_memory_bytes: int | None = None,
+        means: Mapping[str, float | None] | None = None,
     ) -> None:
         """Show that `step` (counted from 1) is done, with what is known about it."""
         values = []
         if loss is not None:
             values.append(f"loss {loss:.4f}")
+        values += [
+            f"{name} {value:.4g}" for name, value in (means or {}).items() if value is not None
+        ]
         if tokens_per_s is not None:
             values.append(f"{format_count(tokens_per_s)} tokens/s")
         if peak_memory_bytes is not None:

@@ -40,6 +40,8 @@ from liger_cli.training.session import Callbacks
 __all__ = ["run_train"]
 
 _DEFAULTS = RunOptions()
+# Means of an objective that the line of a step shows; metrics.jsonl has all.
+_SHOWN = ("rewards/accuracies", "rewards/margins")
 
 
 class _Trained(NamedTuple):
@@ -171,6 +173,7 @@ def _callbacks(run: PreparedRun, trackers: Tracking, progress: TrainProgress) ->
                 loss=metrics.loss,
                 tokens_per_s=metrics.tokens_per_s,
                 peak_memory_bytes=metrics.peak_memory_bytes,
+                means={name: metrics.means[name] for name in _SHOWN if name in metrics.means},
             )
 
     def show_evaluation(found: EvalResult, step: int) -> None:

@@ -71,6 +71,8 @@ def answer(
     else:
         _check_shape(deferred.shape[:-1], request)
         values = values_of(deferred, request)
+    # FSDP2 warns of outputs that are views: an in-place operation on one would lose its hook.
+    values = type(values)(*(value.clone() for value in values))
     return (values, *out[1:]) if is_tuple else type(out)(**{**out, "logits": values})
 
 

@@ -178,12 +178,14 @@ def test_every_objective_has_its_metrics(prefer, run_dir, objective):
     assert row["rewards/margins"] == pytest.approx(
         row["rewards/chosen"] - row["rewards/rejected"], abs=1e-5
     )
+    assert f"rewards/margins {row['rewards/margins']:.4g}  " in done.err
 
 
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
         (("--objective", "grpo"), 2, "use TRL's trainer"),
+        (("--objective", "kto"), 2, "use TRL's trainer"),
         (("--beta", 0), 2, "beta is above 0"),
         (("--reference", "adapter_off"), 2, "there is none"),
         (("--objective", "orpo", "--reference", "model"), 2, "the objectives dpo, ipo"),
