@@ -21,7 +21,7 @@ __all__ = [
     "json_schema",
     "limits",
     "nearest_key",
-    "unsupported_parallelism",
+    "parallel_advice",
     "value_type",
 ]
 
@@ -87,6 +87,7 @@ _ELSEWHERE = {
     "precompute_ref_log_probs": "reference",
     "dpo_use_weighting": "use_weighting",
     "pref_ftx": "loss_weights",
+    "rpo_alpha": "loss_weights",
 }
 
 
@@ -104,12 +105,27 @@ _PARALLELISMS = {
     "pipeline": "pipeline parallelism",
 }
 
+# Flags of a launch by what is written as a key for them.
+_LAUNCH_FLAGS = {
+    **dict.fromkeys(("nproc", "nproc_per_node", "num_processes", "num_gpus"), "--nproc"),
+    **dict.fromkeys(("nnodes", "num_machines"), "--nnodes"),
+    **dict.fromkeys(("node_rank", "machine_rank"), "--node-rank"),
+    **dict.fromkeys(("rdzv_endpoint", "main_process_ip"), "--rdzv-endpoint"),
+    "log_rank": "--log-rank",
+}
 
-def unsupported_parallelism(name: str) -> str | None:
-    """Return the kind of parallelism that a key of another program sets up, as tp_size does."""
+
+def parallel_advice(name: str) -> str | None:
+    """Return what to do instead of a key of several processes, such as tp_size or nproc."""
     words = re.split("[_.-]", name.lower())
     is_size = bool({"size", "degree", "parallel", "parallelism", "plan"} & set(words))
-    return _PARALLELISMS.get(words[0]) if is_size else None
+    if is_size and (kind := _PARALLELISMS.get(words[0])):
+        return f": {kind} is not there yet; dp_shard_size and dp_replicate_size are"
+    if words[0] in ("fsdp", "fsdp2", "deepspeed"):
+        return ": dp_shard_size -1 shards the model over all ranks (FSDP2)"
+    if flag := _LAUNCH_FLAGS.get(name.lower().replace("-", "_")):
+        return f": processes belong to the command, not to the run: give {flag}"
+    return None
 
 
 def value_type(name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from liger_cli.common.text import shorten
-from liger_cli.config.describe import allowed, choices, nearest_key, unsupported_parallelism
+from liger_cli.config.describe import allowed, choices, nearest_key, parallel_advice
 from liger_cli.config.keys import ALIASES
 from liger_cli.config.run_config import RunConfig
 from liger_cli.config.yaml_file import Entry, read_file, read_set, to_yaml
@@ -261,8 +261,8 @@ def _flag_entry(key: str, value: Any) -> Entry:
 
 def _advice(entry: Entry) -> str:
     """Return the end of a message on an unknown key: the key that was probably meant."""
-    if kind := unsupported_parallelism(entry.name):
-        return f": {kind} is not there yet; dp_shard_size and dp_replicate_size are"
+    if advice := parallel_advice(entry.name):
+        return advice
     if not isinstance(entry.value, Mapping):
         near = nearest_key(entry.name)
         return f"; did you mean {near!r}?" if near else ""

@@ -109,3 +109,20 @@ def test_keys_of_other_parallelisms_are_refused_by_their_word(key, kind, liger):
     outcome = liger("config", "show", "--model", "qwen3", "--set", key)
     assert outcome.code == 2
     assert f"{kind} parallelism is not there yet" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("key", "advice"),
+    [
+        ("fsdp=full_shard", "dp_shard_size -1 shards"),
+        ("fsdp_config={version: 2}", "dp_shard_size -1 shards"),
+        ("deepspeed=zero3.json", "dp_shard_size -1 shards"),
+        ("nproc=2", "give --nproc"),
+        ("num_processes=2", "give --nproc"),
+        ("num_machines=2", "give --nnodes"),
+    ],
+)
+def test_keys_of_other_launches_name_what_to_give(key, advice, liger):
+    outcome = liger("config", "show", "--model", "qwen3", "--set", key)
+    assert outcome.code == 2
+    assert advice in outcome.err
