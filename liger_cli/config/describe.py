@@ -116,7 +116,7 @@ _LAUNCH_FLAGS = {
 
 
 def parallel_advice(name: str) -> str | None:
-    """Return what to do instead of a key of several processes, such as tp_size or nproc."""
+    """Return the advice on a key that sets up processes, such as tp_size or nproc, or None."""
     words = re.split("[_.-]", name.lower())
     is_size = bool({"size", "degree", "parallel", "parallelism", "plan"} & set(words))
     if is_size and (kind := _PARALLELISMS.get(words[0])):
