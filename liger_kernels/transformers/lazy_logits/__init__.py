@@ -24,7 +24,7 @@ result is always that of the stock model: an unknown use costs memory, not corre
 
 logprobs.py computes log-probabilities inside of the forward, for token_logprobs: its answer is in
 the place of the logits. sharding.py gathers the weights of a head that FSDP2 shards; callers.py
-reads the call stack.
+reads the call stack; steps.py counts the steps of optimizers.
 
 Invariants:
   When on   In a forward with labels or shift_labels while training with gradients enabled, or with
@@ -37,6 +37,7 @@ Invariants:
   Errors    Reading raises RuntimeError once the logits would differ from those of the forward:
             after optimizer.step() or another write to the head's weights or input, after an adapter
             or dropout was switched, or after FSDP2 resharded the head with a module around it.
+            With the cross_entropy op the loss has made them: they stay readable.
   Gradient  A loss computed without the logits brings them none: hooks and retain_grad on them warn.
   Compiled  Dynamo cannot trace a tensor without storage, so a torch function mode recognizes stubs
             by identity. It sees the public functions of torch; others give NaN. The mode does not

@@ -18,6 +18,7 @@ from liger_kernels.transformers.lazy_logits.sharding import (
     is_sharded,
     reshard_if_left,
 )
+from liger_kernels.transformers.lazy_logits.steps import SWITCH, num_steps
 from liger_kernels.transformers.recognise import original_class
 from liger_kernels.transformers.replacements.calls import is_transformed, runs_stock_linear
 
@@ -90,6 +91,7 @@ class DeferredLogits:
         if parent is None:
             self.source_version = _version(source)
             self.switches = _switches_of(head)
+            self.num_steps = num_steps(head)
         self.is_log_softmax: bool = (last_op is not None and last_op.kind == "log_softmax") or (
             parent is not None and parent.is_log_softmax
         )
@@ -156,7 +158,7 @@ class DeferredLogits:
         Args:
             values: The loss, or several values per token that were computed together.
         """
-        self.call.has_loss = True
+        self.call.has_loss |= self.call.op == "fused_linear_cross_entropy"
         _count_loss(self.head)
         if torch.compiler.is_compiling():
             return
@@ -173,8 +175,7 @@ class DeferredLogits:
         if changed is not None:
             raise RuntimeError(
                 f"these lazy logits can no longer be made: {changed} since the forward. Read "
-                "out.logits before optimizer.step() and the like, or call the model with "
-                "skip_logits=False."
+                f"out.logits before optimizer.step() and the like, {SWITCH}."
             )
         if _has_dropout(self.head) and not torch.compiler.is_compiling():
             self.rng_states = _rng_states(self.source.device)
@@ -212,8 +213,8 @@ class DeferredLogits:
             # FSDP2 gathers the weights of a group where the group's own module is called.
             raise RuntimeError(
                 "these lazy logits can no longer be made: the head's weights are sharded again, "
-                "with those of a module around it. Call the model with skip_logits=False, or "
-                "shard the head by itself, fully_shard(model.lm_head)."
+                "with those of a module around it. Shard the head by itself, "
+                f"fully_shard(model.lm_head), {SWITCH}."
             )
         call, head._lazy_call = head._lazy_call, None
         try:
@@ -226,7 +227,8 @@ class DeferredLogits:
         if torch.compiler.is_compiling():
             return None
         now = weights_of(self.head)
-        if same_layout(self.weights, now) and self.weights != now:
+        is_written = self.num_steps != num_steps(self.head)
+        if is_written or (same_layout(self.weights, now) and self.weights != now):
             return "the head's weights have changed"
         if self.switches != _switches_of(self.head):
             return "an adapter or the dropout of the head was switched"

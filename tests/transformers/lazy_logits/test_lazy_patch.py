@@ -216,6 +216,10 @@ def test_fsdp2(head_alone: bool, process_group: Any) -> None:
     (out.loss * 1.7).backward()
     grads = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
     assert_same((out.loss.detach(), grads), stock)
+    # Gathered again after a step, the head's weights are new tensors.
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="the head's weights have changed"):
+        out.logits.argmax(-1)
 
 
 def test_a_model_inside_a_module_is_told_and_not_passed_over():
