@@ -1,0 +1,76 @@
+"""The scripts of docs/examples run as they are, on a tiny model and on one that is named."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zoo
+
+from liger_kernels.ops.backend import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs without the interpreter")
+
+FOLDER = Path(__file__).parents[1] / "docs" / "examples"
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "tiny")
+
+
+def run_example(name: str, arguments: tuple[str, ...], monkeypatch: Any) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    try:
+        runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    finally:
+        sys.modules.pop("tiny", None)
+
+
+def losses_in(text: str) -> list[float]:
+    """Return the losses of a loop's lines or of a trainer's logs."""
+    found = [float(value) for value in re.findall(r"^step \d+  loss ([\d.]+)", text, re.M)]
+    logs = [ast.literal_eval(each) for each in re.findall(r"\{'loss.*?\}", text)]
+    return found + [float(log["loss"]) for log in logs]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.filterwarnings("ignore")
+def test_example(name, tmp_path, monkeypatch, capsys):
+    if name.startswith("trl"):
+        pytest.importorskip("trl", reason="trl is not installed: pip install trl")
+    monkeypatch.chdir(tmp_path)
+    run_example(name, (), monkeypatch)
+    text = capsys.readouterr().out
+    assert "rope 2/2  rms_norm 5/5  swiglu 2/2  fused_linear_cross_entropy 1/1" in text
+    losses = losses_in(text)
+    assert len(losses) == 3
+    assert all(0.5 < loss < 4.0 for loss in losses)
+    if name != "custom_loop":
+        assert list(tmp_path.glob("runs/*/model.safetensors"))
+
+
+def test_an_example_trains_a_model_and_rows_that_are_named(tmp_path, monkeypatch, capsys):
+    example = runpy.run_path(str(FOLDER / "tiny.py"))
+    _, tokenizer = example["load"](example["TINY"])
+    tokenizer.save_pretrained(tmp_path)
+    zoo.build("qwen3").save_pretrained(tmp_path)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": f"a b c d {i}"}) + "\n" for i in range(4)))
+    arguments = ("--model", str(tmp_path), "--data", str(data), "--steps", "5")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    run_example("custom_loop", arguments, monkeypatch)
+    losses = losses_in(capsys.readouterr().out)
+    assert len(losses) == 5
+    assert losses[-1] < losses[0]
+
+
+def test_examples_are_short_and_named_in_the_pages():
+    assert set(SCRIPTS) == {"custom_loop", "hf_trainer", "trl_dpo", "trl_sft"}
+    pages = [(FOLDER.parent / page).read_text() for page in ("library.md", "migrating.md")]
+    for name in SCRIPTS:
+        assert len((FOLDER / f"{name}.py").read_text().splitlines()) < 60
+        assert all(f"(examples/{name}.py)" in page for page in pages), name
