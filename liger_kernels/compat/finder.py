@@ -22,21 +22,32 @@ _DISTRIBUTION = "liger-kernel"
 # What callers compare: transformers asks for 0.3.0, TRL for 0.8.2. The rest says who answers.
 INTERFACE_VERSION = f"0.8.2+liger.kernels.{liger_kernels.__version__}"
 
-# The submodules of liger_kernel.transformers that documentation and tools name, and their contents;
-# functional has all functional forms, monkey_patch the patching functions.
+# The submodules of liger_kernel that documentation and tools name, and their contents; functional
+# has all functional forms, monkey_patch the patching functions, ops its functions.
 _HOMES: dict[str, tuple[str, ...]] = {
-    "cross_entropy": ("LigerCrossEntropyLoss",),
-    "functional": (),
-    "fused_linear_cross_entropy": ("LigerFusedLinearCrossEntropyLoss",),
-    "geglu": ("LigerGEGLUMLP",),
-    "layer_norm": ("LigerLayerNorm",),
-    "monkey_patch": (),
-    "rms_norm": ("LigerRMSNorm",),
-    "rope": ("liger_rotary_pos_emb",),
-    "swiglu": ("LigerSwiGLUMLP",),
+    "ops": (),
+    "ops.fused_add_rms_norm": ("LigerFusedAddRMSNormFunction",),
+    "ops.geglu": ("LigerGELUMulFunction",),
+    "ops.layer_norm": ("LigerLayerNormFunction",),
+    "ops.rms_norm": ("LigerRMSNormFunction",),
+    "ops.rope": ("LigerRopeFunction",),
+    "ops.swiglu": ("LigerSiLUMulFunction",),
+    "transformers": (),
+    "transformers.cross_entropy": ("LigerCrossEntropyLoss",),
+    "transformers.functional": (),
+    "transformers.fused_add_rms_norm": ("LigerFusedAddRMSNorm",),
+    "transformers.fused_linear_cross_entropy": ("LigerFusedLinearCrossEntropyLoss",),
+    "transformers.geglu": ("LigerGEGLUMLP",),
+    "transformers.layer_norm": ("LigerLayerNorm",),
+    "transformers.model": (),
+    "transformers.model.loss_utils": ("LigerForCausalLMLoss",),
+    "transformers.monkey_patch": (),
+    "transformers.rms_norm": ("LigerRMSNorm",),
+    "transformers.rope": ("liger_rotary_pos_emb",),
+    "transformers.swiglu": ("LigerSwiGLUMLP",),
 }
-_PACKAGES = (_NAME, f"{_NAME}.transformers")
-_MODULES = (*_PACKAGES, *(f"{_NAME}.transformers.{name}" for name in _HOMES))
+_PACKAGES = (_NAME, *(f"{_NAME}.{name}" for name in ("ops", "transformers", "transformers.model")))
+_MODULES = (_NAME, *(f"{_NAME}.{name}" for name in _HOMES))
 
 
 def install() -> None:
@@ -126,26 +137,32 @@ class AliasFinder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
         if module.__name__ == _NAME:
             vars(module)["__version__"] = INTERFACE_VERSION
             return
-        names = self._names(module.__name__.removeprefix(_PACKAGES[1]).removeprefix("."))
+        names = self._names(module.__name__.removeprefix(f"{_NAME}."))
         vars(module).update(names, __all__=sorted(names))
 
     def _names(self, home: str) -> dict[str, Any]:
-        from liger_kernels.compat import functional, modules
+        from liger_kernels.compat import functional, functions, modules
         from liger_kernels.compat.patching import Patching
 
         self.patching = self.patching or Patching()
-        functions = {name: getattr(functional, name) for name in functional.__all__}
-        if home == "functional":
-            return functions
-        if home == "monkey_patch":
-            return self.patching.names
+        of_ops = {name: getattr(functions, name) for name in functions.__all__}
         classes = {name: getattr(modules, name) for name in modules.__all__}
         names = {
             "liger_rotary_pos_emb": functional.liger_rope,
             **classes,
             **self.patching.names,
         }
-        return {name: names[name] for name in _HOMES[home]} if home else names
+        whole = {
+            "ops": of_ops,
+            "transformers": names,
+            "transformers.functional": {n: getattr(functional, n) for n in functional.__all__},
+            "transformers.model": {},
+            "transformers.monkey_patch": self.patching.names,
+        }
+        if home in whole:
+            return whole[home]
+        names |= {**of_ops, "LigerForCausalLMLoss": functions.LigerForCausalLMLoss}
+        return {name: names[name] for name in _HOMES[home]}
 
     def find_distributions(
         self, context: importlib.metadata.DistributionFinder.Context | None = None

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from liger_kernels import ops
-from liger_kernels.compat import functional
+from liger_kernels.compat import functional, functions
 from liger_kernels.compat.functional import cast_of, refuse
 from liger_kernels.ops.losses.options import IGNORE_INDEX
 
 __all__ = [
     "LigerCrossEntropyLoss",
+    "LigerFusedAddRMSNorm",
     "LigerFusedLinearCrossEntropyLoss",
     "LigerGEGLUMLP",
     "LigerLayerNorm",
@@ -72,6 +73,23 @@ class LigerRMSNorm(nn.Module):
     def extra_repr(self) -> str:
         """Return the options for print(model)."""
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}, offset={self.offset}"
+
+
+class LigerFusedAddRMSNorm(LigerRMSNorm):
+    """RMS norm of the sum of two tensors, which is returned too; built as LigerRMSNorm."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the norm of hidden_states + residual over the last dimension, and the sum."""
+        return functions.fused_add_rms_norm(
+            hidden_states,
+            residual,
+            self.weight,
+            self.variance_epsilon,
+            self.offset,
+            self.casting_mode,
+        )
 
 
 class LigerLayerNorm(nn.Module):

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from liger_kernels.transformers.api import apply_liger_kernel
-from liger_kernels.transformers.class_mode import FAMILY_FUNCTIONS
+from liger_kernels.transformers.class_mode import FAMILY_FUNCTIONS, recognised_functions
 from liger_kernels.transformers.loading import AutoLigerKernelForCausalLM
 from liger_kernels.transformers.patching.engine import PatchRecord, restore
 from liger_kernels.transformers.patching.families import FAMILIES
@@ -32,7 +32,11 @@ class Patching:
 
     def __init__(self) -> None:
         self._class_modes: dict[str, PatchRecord] = {}
-        functions = {model_type: self._function(model_type) for model_type in FAMILIES}
+        self._functions = {
+            **{model_type: FAMILY_FUNCTIONS[_name(model_type)] for model_type in FAMILIES},
+            **recognised_functions(),
+        }
+        functions = {model_type: self._function(model_type) for model_type in self._functions}
         self.names: dict[str, Any] = {
             "AutoLigerKernelForCausalLM": AutoLigerKernelForCausalLM,
             "MODEL_TYPE_TO_APPLY_LIGER_FN": functions,
@@ -81,7 +85,7 @@ class Patching:
             apply_liger_kernel(model, _ops_of(chosen), **rest)
 
     def _function(self, model_type: str) -> Callable[..., None]:
-        ours = FAMILY_FUNCTIONS[_name(model_type)]
+        ours = self._functions[model_type]
         parameters = inspect.signature(ours).parameters
 
         @functools.wraps(ours)
@@ -108,7 +112,7 @@ class Patching:
 
     def _watch(self, model_type: str, options: dict[str, bool]) -> None:
         for each in (model_type, *_ALSO.get(model_type, ())):
-            function = FAMILY_FUNCTIONS[_name(each)]
+            function = self._functions[each]
             previous = self._class_modes.pop(each, None)
             if previous is not None:
                 previous.undo()
@@ -117,7 +121,7 @@ class Patching:
 
 
 def _name(model_type: str) -> str:
-    return f"apply_liger_kernel_to_{model_type}"
+    return f"apply_liger_kernel_to_{model_type}".replace("-", "_")
 
 
 def _known_to(function: Callable[..., Any], options: dict[str, bool]) -> dict[str, bool]:

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -18,9 +19,14 @@ from liger_kernels.transformers.options import COMMON_OPTIONS, select, unknown_o
 from liger_kernels.transformers.patching.engine import PatchRecord, apply
 from liger_kernels.transformers.patching.families import FAMILIES, Family
 from liger_kernels.transformers.patching.plan import PatchPlan, build_plan, coverage_of
-from liger_kernels.transformers.patching.selection import OpSelection, drop_retired
+from liger_kernels.transformers.patching.selection import (
+    ADAPTER_OP,
+    PATCH_OPS,
+    OpSelection,
+    drop_retired,
+)
 
-__all__ = ["FAMILY_FUNCTIONS", "FamilyRecord"]
+__all__ = ["FAMILY_FUNCTIONS", "FamilyRecord", "recognised_functions"]
 
 # How deep in constructors of watched classes each thread is: only the outermost model is patched.
 _building = threading.local()
@@ -228,3 +234,36 @@ FAMILY_FUNCTIONS = {
     f"apply_liger_kernel_to_{model_type}": _family_function(row)
     for model_type, row in FAMILIES.items()
 }
+
+
+class _RecognisedType(Family):
+    """A model type without a row: what its modules compute decides what is patched."""
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """The ops of patching, as no row says which of them a model has a place for."""
+        return {op: op != "cross_entropy" for op in PATCH_OPS if op != ADAPTER_OP}
+
+
+def recognised_functions() -> dict[str, Callable[..., PatchRecord]]:
+    """Return a function as those of families for each other type of text and image-text models.
+
+    Types are those of the installed transformers whose models have their own file. A model in
+    which nothing is recognised stays as it is, with a warning that says why.
+    """
+    names: Any = importlib.import_module("transformers.models.auto.modeling_auto")
+    home_of: Any = importlib.import_module("transformers.models.auto.configuration_auto")
+    types = (
+        *names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        *names.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    models = Path(transformers.__file__).parent / "models"
+    functions = {}
+    for model_type in sorted(set(types) - FAMILIES.keys()):
+        home = home_of.model_type_to_module_name(model_type)
+        module = f"transformers.models.{home}.modeling_{home}"
+        if not (models / home / f"modeling_{home}.py").is_file():
+            continue
+        row = _RecognisedType(model_type, module, norms={}, gates={}, ropes={})
+        functions[model_type] = _family_function(row)
+    return functions

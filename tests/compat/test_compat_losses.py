@@ -246,6 +246,10 @@ NAMES: dict[str, tuple[Callable[[torch.dtype], Any], Callable[[torch.dtype], Any
         lambda d: functional.liger_layer_norm(x(d, 3, 8), x(d, 8), x(d, 8), 1e-6),
         lambda d: F.layer_norm(x(d, 3, 8), (8,), x(d, 8), x(d, 8)),
     ),
+    "LigerFusedAddRMSNorm": (
+        lambda d: modules.LigerFusedAddRMSNorm(8).to(d)(x(d, 3, 8), x(d, 3, 8))[0],
+        lambda d: LlamaRMSNorm(8).to(d)(x(d, 3, 8) + x(d, 3, 8)),
+    ),
     "LigerLayerNorm": (
         lambda d: modules.LigerLayerNorm(8).to(d)(x(d, 3, 8)),
         lambda d: nn.LayerNorm(8, bias=False).to(d)(x(d, 3, 8)),

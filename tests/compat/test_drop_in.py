@@ -81,6 +81,13 @@ def test_the_original_is_refused(tmp_path, monkeypatch):
     importlib.invalidate_caches()
 
 
+# Types for which LLaMA-Factory and axolotl document the kernels.
+LAUNCHER_TYPES = (
+    *("gemma", "gemma2", "gemma3", "gemma3_text", "glm4", "glm4v", "gpt_oss", "granite"),
+    *("hunyuan_v1_dense", "internvl", "llama", "llama4", "llava", "mistral", "mixtral", "mllama"),
+    *("olmo2", "olmo3", "paligemma", "phi3", "qwen2", "qwen2_vl", "qwen2_5_vl", "qwen3"),
+    *("qwen3_moe", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "smollm3", "falcon_h1"),
+)
 # What tools import, as they do it.
 SNIPPETS = {
     "readme": "from liger_kernel.transformers import AutoLigerKernelForCausalLM\n"
@@ -100,6 +107,16 @@ SNIPPETS = {
     "from liger_kernel.transformers.swiglu import LigerSwiGLUMLP",
     "llamafactory": "import liger_kernel.transformers as kernels\n"
     + "\n".join(f"kernels.apply_liger_kernel_to_{family}" for family in FAMILIES),
+    "llamafactory-types": "\n".join(
+        f"from liger_kernel.transformers import apply_liger_kernel_to_{family}"
+        for family in LAUNCHER_TYPES
+    ),
+    "models": "from liger_kernel.transformers.model.loss_utils import LigerForCausalLMLoss\n"
+    "from liger_kernel.transformers import LigerFusedAddRMSNorm\n"
+    "from liger_kernel.ops.rms_norm import LigerRMSNormFunction\n"
+    "from liger_kernel.ops.swiglu import LigerSiLUMulFunction\n"
+    "from liger_kernel.ops.rope import LigerRopeFunction\n"
+    "from liger_kernel.ops import LigerGELUMulFunction, LigerLayerNormFunction",
 }
 
 
@@ -116,7 +133,7 @@ def test_what_is_not_there_is_an_import_error(alias):
     with pytest.raises(ImportError, match="apply_liger_kernel_to_no_such_family"):
         exec("from liger_kernel.transformers import apply_liger_kernel_to_no_such_family")
     # Nor are the modules behind the drop-in.
-    for name in ("chunked_loss", "ops", "transformers.modules", "transformers.finder"):
+    for name in ("chunked_loss", "ops.finder", "transformers.modules", "transformers.finder"):
         assert importlib.util.find_spec(f"liger_kernel.{name}") is None
     with pytest.raises(ModuleNotFoundError, match="liger_kernel.chunked_loss"):
         importlib.import_module("liger_kernel.chunked_loss")
