@@ -86,9 +86,15 @@ def save_sharded(directory: Path, model: Any, optimizer: Any, *, is_main: bool) 
     """
     write_shards(directory, model, optimizer)
     if is_adapted(model):
-        whole = _gather(saved_tensors(model), is_main=is_main)
+        saved = saved_tensors(model)
+        whole = _gather(saved, is_main=is_main)
         if is_main:
-            state = {**model.state_dict(), **whole}
+            # A tensor that is tied is saved under each of its names.
+            found = {id(value): whole[name] for name, value in saved.items()}
+            state = {
+                name: found.get(id(value), value)
+                for name, value in model.state_dict(keep_vars=True).items()
+            }
             model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
     elif is_main:
         _save_configuration(model, directory)

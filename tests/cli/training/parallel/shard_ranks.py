@@ -26,6 +26,8 @@ CASES = {
     "adafactor": ("llama", False, {"optim": "adafactor"}),
     "moe": ("qwen3_moe", False, {}),
     "lora": ("llama", False, {"adapter": "lora"}),
+    # Trained whole beside the adapter, under two names.
+    "lora-head": ("llama", True, {"adapter": "lora", "lora_modules_to_save": "lm_head"}),
 }
 
 
@@ -41,7 +43,10 @@ def build(name, plan=None):
     if "adapter" in keys:
         import peft
 
-        settings = peft.LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM")
+        whole = [keys["lora_modules_to_save"]] if "lora_modules_to_save" in keys else None
+        settings = peft.LoraConfig(
+            target_modules="all-linear", r=4, task_type="CAUSAL_LM", modules_to_save=whole
+        )
         model = peft.get_peft_model(model, settings)
     if plan is not None:
         shard_model(model, Layout(config, plan, torch.device("cpu")))

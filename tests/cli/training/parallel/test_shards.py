@@ -80,7 +80,7 @@ def test_two_ranks_read_what_one_process_has_saved(tmp_path):
         assert rest == whole_rest
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "lora"])
+@pytest.mark.parametrize("name", [name for name in CASES if "lora" not in name])
 def test_whole_files_are_those_of_save_pretrained(written, tmp_path, name):
     tensors = kept(written / name, "wanted")[0]
     out, usual = tmp_path / "out", tmp_path / "usual"
@@ -111,18 +111,19 @@ def test_whole_files_are_those_of_save_pretrained(written, tmp_path, name):
         assert torch.equal(value, model.state_dict()[key]), key
 
 
-def test_case_85_adapter_is_written_whole(written):
+@pytest.mark.parametrize("name", ["lora", "lora-head"])
+def test_case_85_adapter_is_written_whole(written, name):
     """accelerate #4206: peers write 1/N of it."""
-    model, _ = build("lora")
-    found = load_peft_weights(str(written / "lora"), device="cpu")
+    model, _ = build(name)
+    found = load_peft_weights(str(written / name), device="cpu")
     assert found.keys() == get_peft_model_state_dict(model).keys()
     set_peft_model_state_dict(model, found)
-    trained, _ = kept(written / "lora", "wanted")
+    trained, _ = kept(written / name, "wanted")
     assert any(bool(value.any()) for name, value in found.items() if "lora_B" in name)
     for name, value in model.named_parameters():
         if value.requires_grad:
             assert torch.equal(value, trained[f"model.{name}"]), name
-    assert all("lora_" in name for name in trained)
+    assert all("lora_" in name or "modules_to_save" in name for name in trained)
 
 
 def test_one_tensor_is_in_memory_at_a_time(written, tmp_path, monkeypatch):
