@@ -140,7 +140,7 @@ class AdapterOff(_Fixed):
         self._adapted = adapted
 
     def sums(self, score: Scorer, model: Any, batch: Batch) -> torch.Tensor:
-        with _evaluating(self._adapted), self._adapted.disable_adapter():
+        with _evaluating(self._adapted), _without_adapter(self._adapted):
             return score(self._adapted, batch)
 
 
@@ -216,6 +216,25 @@ class WeightsReference:
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         for _, value, name in self._pairs:
             value.copy_(values[name])
+
+
+@contextlib.contextmanager
+def _without_adapter(adapted: nn.Module) -> Iterator[None]:
+    """Compute without the adapter, for a forward that needs no gradient.
+
+    peft's disable_adapter also turns requires_grad off and on again. Where a sharded parameter is
+    gathered in between, it would do the first to the shard and the second to the whole one.
+    """
+    layers: list[Any] = [
+        m for m in adapted.modules() if getattr(m, "_disable_adapters", None) is False
+    ]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 @contextlib.contextmanager
@@ -305,12 +324,6 @@ def ready_reference(setting: Setting) -> Reference:
     if kind == "adapter_off":
         return AdapterOff(model)
     if kind == "model":
-        if config.sync_ref_model and is_sharded(model):
-            raise ConfigError(
-                "sync_ref_model is for a model that is whole on every process, and this one is "
-                "sharded",
-                hint="--dp-shard-size 1, or leave sync_ref_model out",
-            )
         if config.sync_ref_model and config.ref_model_mixup_alpha < 1 and is_adapted(model):
             raise ConfigError(
                 "the product of two mixed matrices is no mixture: with an adapter, and one that is "

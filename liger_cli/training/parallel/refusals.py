@@ -70,6 +70,11 @@ def check_sharded(config: RunConfig, source: ModelSource, device: torch.device) 
             f"--lora-target-modules, or {_COPIES}.",
         ),
         _Refusal(
+            config.sync_ref_model,
+            "sync_ref_model moves a reference that is whole on every rank",
+            f"Leave it out, or {_COPIES}.",
+        ),
+        _Refusal(
             config.auto_fit,
             "auto_fit is for one process: the others would wait for the one that ran out",
             "A smaller --per-device-train-batch-size.",

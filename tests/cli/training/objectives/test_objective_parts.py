@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from liger_cli.data.collate import Collator
 from liger_cli.training.objectives.objective import Part, Totals
+from liger_cli.training.objectives.reference import AdapterOff
 from liger_cli.training.objectives.sft import NextToken
 
 CPU = torch.device("cpu")
@@ -39,3 +41,28 @@ def test_parts_add_up_to_the_mean_over_all_trained_tokens(size):
     whole = model(**Collator()(ROWS), use_cache=False).loss
     assert total.loss.item() == pytest.approx(whole.item(), rel=1e-6)
     assert total.metrics.numel() == len(objective.metrics) == 0
+
+
+def test_reference_without_the_adapter_leaves_what_is_trained_alone():
+    """FSDP takes requires_grad from a shard when it gathers it: in between it must not change."""
+    shape = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 8, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2, num_key_value_heads=2))
+    ids = torch.arange(8)[None]
+    wanted = model(ids).logits.detach()
+    settings = LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"])
+    model = get_peft_model(model, settings)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.normal_()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    adapted = model(ids).logits.detach()
+    assert not torch.allclose(adapted, wanted)
+
+    def score(adapted_model, batch):
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+        return adapted_model(batch["input_ids"]).logits.detach()
+
+    found = AdapterOff(model).sums(score, model, {"input_ids": ids})
+    torch.testing.assert_close(found, wanted)
+    assert torch.equal(model(ids).logits, adapted)
