@@ -23,7 +23,7 @@ from liger_cli.training.launch.agreement import (
     check_same_launch,
     check_shared_directory,
 )
-from liger_cli.training.memory.choice import choose_plan
+from liger_cli.training.memory.choice import choose_plan, with_sizes_of_launch
 from liger_cli.training.model.adapters import adapts, is_quantised, quantization
 from liger_cli.training.model.source import ModelSource, resolve_model
 from liger_cli.training.model.tokenizers import check_same_template
@@ -79,9 +79,6 @@ def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]
     source = resolve_model(config.model, notify)
     accelerator = make_accelerator(config, adapts=adapts(config, source))
     check_same_launch(config, accelerator)
-    asked = explicit_plan(config, accelerator.num_processes)
-    if asked is not None and asked.is_sharded:
-        check_sharded(config, source, accelerator.device)
     quantization(config, source, accelerator.device)
     check_optimization(config, accelerator.device)
     check_trackers(config)
@@ -94,6 +91,10 @@ def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]
             check_shared_directory(run_dir, accelerator)
         if checkpoint is not None:
             config = with_older_values(checkpoint, config)
+            config = with_sizes_of_launch(checkpoint, config, accelerator.num_processes)
+        asked = explicit_plan(config, accelerator.num_processes)
+        if asked is not None and asked.is_sharded:
+            check_sharded(config, source, accelerator.device)
         config = config.model_copy(update={"output_dir": run_dir})
         if config.torch_compile == AUTO:
             config = _settle_compile(config, source, accelerator, checkpoint, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +12,13 @@ from accelerate.utils import broadcast_object_list
 from liger_cli.common.numbers import format_bytes
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError
+from liger_cli.training.checkpoints.files import read_manifest
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.memory.limits import RunMemory, device_memory
-from liger_cli.training.parallel.mesh import ParallelPlan, explicit_plan
+from liger_cli.training.parallel.mesh import ParallelPlan, explicit_plan, refitted
 from liger_cli.training.parallel.refusals import check_inputs, check_sharded
 
-__all__ = ["USABLE", "choose_plan"]
+__all__ = ["USABLE", "choose_plan", "with_sizes_of_launch"]
 
 # Of a device's memory what the estimate may fill: the rest is for NCCL, fragments and its error.
 USABLE = 0.9
@@ -42,6 +44,19 @@ def choose_plan(
     # Devices may differ, and the main process's decides.
     broadcast_object_list(found)
     return found[0]
+
+
+def with_sizes_of_launch(checkpoint: Path, config: RunConfig, num_processes: int) -> RunConfig:
+    """Return the configuration of a resumed run with a layout that this launch has processes for.
+
+    Sizes that nobody has changed since the checkpoint follow the launch; others are an order.
+    """
+    manifest = read_manifest(checkpoint)
+    known = manifest["config"]
+    old = known.get("dp_replicate_size", 1), known.get("dp_shard_size")
+    if old != (config.dp_replicate_size, config.dp_shard_size):
+        return config
+    return refitted(config, manifest["num_processes"], num_processes)
 
 
 def _by_memory(

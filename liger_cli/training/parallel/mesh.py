@@ -13,7 +13,7 @@ from liger_cli.errors import EnvironmentProblem
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["REPLICATE", "SHARD", "Layout", "ParallelPlan", "explicit_plan"]
+__all__ = ["REPLICATE", "SHARD", "Layout", "ParallelPlan", "explicit_plan", "refitted"]
 
 # Dimensions of the mesh. Others, as of tensor parallelism, would come after them.
 REPLICATE, SHARD = "dp_replicate", "dp_shard"
@@ -80,12 +80,7 @@ def explicit_plan(config: RunConfig, num_processes: int) -> ParallelPlan | None:
     Raises:
         EnvironmentProblem: The sizes do not make up the processes of the launch.
     """
-    copies, shards = config.dp_replicate_size, config.dp_shard_size
-    if shards is None and copies == 1:
-        plan = None if num_processes > 1 else ParallelPlan()
-    else:
-        rest = max(num_processes // copies, 1)
-        plan = ParallelPlan(copies, rest if shards in (None, _REST) else shards)
+    plan = _asked(config, num_processes)
     if plan is not None and plan.num_processes != num_processes:
         raise _misfit(config, plan, num_processes)
     if config.cpu_offload and plan is not None and not plan.is_sharded:
@@ -94,6 +89,36 @@ def explicit_plan(config: RunConfig, num_processes: int) -> ParallelPlan | None:
             hint="Launch it on several ranks, or leave cpu_offload out.",
         )
     return plan
+
+
+def refitted(config: RunConfig, was: int, now: int) -> RunConfig:
+    """Return a configuration whose sizes fit another number of processes, where its own do not.
+
+    Copies stay where processes are left to share each of them; a run of copies alone has as many as
+    processes.
+
+    Args:
+        was: The number that its sizes were made for.
+    """
+    old, new = _asked(config, was), _asked(config, now)
+    is_fit = new is None or new.num_processes == now
+    if is_fit or old is None or old.num_processes != was:
+        return config
+    copies = config.dp_replicate_size
+    if not old.is_sharded:
+        sizes = now, 1
+    else:
+        sizes = copies if now % copies == 0 and now > copies else 1, _REST
+    return config.model_copy(update={"dp_replicate_size": sizes[0], "dp_shard_size": sizes[1]})
+
+
+def _asked(config: RunConfig, num_processes: int) -> ParallelPlan | None:
+    """Return the sizes that keys ask for, whether or not they fit; None where they ask for none."""
+    copies, shards = config.dp_replicate_size, config.dp_shard_size
+    if shards is None and copies == 1:
+        return None if num_processes > 1 else ParallelPlan()
+    rest = max(num_processes // copies, 1)
+    return ParallelPlan(copies, rest if shards is None or shards == _REST else shards)
 
 
 def _misfit(config: RunConfig, plan: ParallelPlan, num_processes: int) -> EnvironmentProblem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError, EnvironmentProblem
+from liger_cli.training.memory import choice
 from liger_cli.training.model.presets import ModelSource
 from liger_cli.training.parallel.groups import has_separate_experts
-from liger_cli.training.parallel.mesh import ParallelPlan, explicit_plan
+from liger_cli.training.parallel.mesh import ParallelPlan, explicit_plan, refitted
 from liger_cli.training.parallel.refusals import check_sharded
 
 SOURCE = ModelSource("random", "qwen3", None, {}, "", "qwen3")
@@ -54,6 +56,35 @@ def test_sizes_that_do_not_make_up_the_ranks_are_refused_with_those_that_do(
 
 
 @pytest.mark.parametrize(
+    ("sizes", "was", "now", "wanted"),
+    [
+        ((1, 2), 2, 1, (1, 1)),
+        ((1, 2), 2, 4, (1, 4)),
+        ((1, -1), 2, 4, (1, 4)),
+        ((2, 2), 4, 8, (2, 4)),
+        ((2, 2), 4, 2, (1, 2)),
+        ((2, None), 4, 3, (1, 3)),
+        ((2, None), 2, 1, (1, 1)),
+        ((2, 1), 2, 4, (4, 1)),
+        ((1, None), 2, 4, None),
+    ],
+)
+def test_sizes_follow_a_launch_of_other_ranks(sizes, was, now, wanted):
+    config = RunConfig(model="qwen3", dp_replicate_size=sizes[0], dp_shard_size=sizes[1])
+    found = explicit_plan(refitted(config, was, now), now)
+    assert found == (None if wanted is None else ParallelPlan(*wanted))
+
+
+@pytest.mark.parametrize(("asked", "found"), [(2, -1), (3, 3), (None, None)])
+def test_a_resumed_run_changes_no_size_that_is_asked_for(asked, found, monkeypatch):
+    manifest = {"config": {"dp_replicate_size": 1, "dp_shard_size": 2}, "num_processes": 2}
+    monkeypatch.setattr(choice, "read_manifest", lambda checkpoint: manifest)
+    config = RunConfig(model="qwen3", dp_shard_size=asked)
+    resumed = choice.with_sizes_of_launch(Path("checkpoint-2"), config, 1)
+    assert (resumed.dp_replicate_size, resumed.dp_shard_size) == (1, found)
+
+
+@pytest.mark.parametrize(
     ("keys", "words"),
     [
         ({"fp16": True}, "fp16 .* --bf16"),
@@ -63,6 +94,7 @@ def test_sizes_that_do_not_make_up_the_ranks_are_refused_with_those_that_do(
         ({"adapter": "lora", "load_in_4bit": True, "cpu_offload": True}, "4 bits.*cpu_offload"),
         ({"adapter": "lora", "lora_target_parameters": "experts.down_proj"}, "DDP"),
         ({"auto_fit": True}, "auto_fit"),
+        ({"objective": "dpo", "sync_ref_model": True}, "sync_ref_model.*DDP"),
         ({"optim": "muon", "cpu_offload": True}, "optim muon .*--optim adamw_torch"),
     ],
 )
