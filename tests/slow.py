@@ -55,6 +55,7 @@ SLOW = {
     "test_a_run_from_a_trained_model_starts_at_its_reference": ("two trainings", NONE),
     "test_every_objective_has_its_metrics": ("a training a case", "^orpo$"),
     "test_trl": ("a trainer of another library", NONE),
+    "test_shards_are_equal_to_one_process": ("two ranks a case", "^lora$"),
     "test_example": ("trainers of other libraries", "^custom_loop$"),
     "test_trainer_case_59_66_67": ("two trainers a case", "^llama-plain$"),
     "test_trainer_asks_for_liger_kernel_case_67": ("a Trainer a case", NONE),
