@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from liger_cli.config.keys import Keys
 from liger_cli.config.objective_conflicts import OBJECTIVE_CONFLICTS
+from liger_cli.config.objectives import OBJECTIVES
 
 __all__ = ["CONFLICTS", "METRIC_SCHEDULES"]
 
@@ -193,7 +194,7 @@ CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...] = (
     (
         ("objective", "text_mode"),
         "text_mode stream is for rows of text, and this objective compares two answers",
-        lambda c: c.objective != "sft" and c.text_mode == "stream",
+        lambda c: OBJECTIVES[c.objective].has_pairs and c.text_mode == "stream",
     ),
     (
         ("streaming", "eval_strategy"),

@@ -25,7 +25,11 @@ from liger_cli.config.value_types import Names, Numbers, Tokens
 
 __all__ = ["ALIASES", "Keys"]
 
-ALIASES = {"model_name_or_path": "model", "dataset_name": "dataset"}
+ALIASES = {
+    "model_name_or_path": "model",
+    "dataset_name": "dataset",
+    "teacher_model": "teacher_model_name_or_path",
+}
 
 
 def _key(group: str, default: Any, description: str, **limits: Any) -> Any:
@@ -96,11 +100,16 @@ class Keys(KeyChecks):
         True, "Quantise the scales of the 4 bits too; without it they take 9 % more."
     )
 
-    objective: Literal["sft", "dpo", "orpo", "cpo", "simpo", "ipo"] = _objective(
-        "sft", "sft: the next token; the others learn from pairs of a chosen and a rejected answer."
+    objective: Literal["sft", "dpo", "orpo", "cpo", "simpo", "ipo", "distill"] = _objective(
+        "sft",
+        "sft: the next token; distill: that of a teacher; the others learn from pairs of a chosen "
+        "and a rejected answer.",
     )
     beta: float = _objective(
-        0.1, "Weight of the reference or the margin in a reward; of orpo, of its odds ratio.", ge=0
+        0.1,
+        "Weight of the reference or the margin in a reward; of orpo, of its odds ratio; of "
+        "distill, 0 forward KL, 1 reverse KL, Jensen-Shannon between.",
+        ge=0,
     )
     loss_type: Names | None = _objective(
         None, "Losses of dpo, or the one of cpo (docs/preferences.md). null: sigmoid."
@@ -138,6 +147,16 @@ class Keys(KeyChecks):
     ref_model_sync_steps: int = _objective(512, "Steps between these moves.", ge=1)
     disable_dropout: bool = _objective(
         True, "Train without dropout on pairs, so that both answers are seen by the same model."
+    )
+
+    teacher_model_name_or_path: str | None = _objective(
+        None, "Model whose distributions distill learns: a preset, a directory or a hub id."
+    )
+    temperature: float = _objective(
+        1.0, "Divides the logits of model and teacher in distill.", gt=0
+    )
+    ce_weight: float = _objective(
+        0.0, "Weight of the cross-entropy of the labels beside distill's divergence.", ge=0
     )
 
     dataset: Datasets = _data(

@@ -94,8 +94,25 @@ OBJECTIVE_CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], 
     ),
     (
         ("beta", "objective"),
-        "beta is above 0; 0 is for orpo alone, where it leaves the likelihood of chosen answers",
-        lambda c: c.beta == 0 and c.objective not in ("orpo", "sft"),
+        "beta is above 0; 0 is for orpo, where it leaves the likelihood of chosen answers, and for "
+        "distill, where it is the forward KL",
+        lambda c: c.beta == 0 and c.objective not in ("orpo", "sft", "distill"),
+    ),
+    (
+        ("beta", "objective"),
+        "beta of distill is from 0 (forward KL) to 1 (reverse KL)",
+        lambda c: c.beta > 1 and c.objective == "distill",
+    ),
+    (
+        ("torch_compile", "objective"),
+        "objective distill is not compiled; leave torch_compile out",
+        lambda c: c.torch_compile is True and c.objective == "distill",
+    ),
+    (
+        ("objective", "teacher_model_name_or_path"),
+        "objective distill needs a teacher: set teacher_model_name_or_path to a preset, a "
+        "directory or a hub id of the same vocabulary",
+        lambda c: c.objective == "distill" and c.teacher_model_name_or_path is None,
     ),
     (
         ("label_smoothing", "loss_type"),
@@ -168,6 +185,6 @@ OBJECTIVE_CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], 
     (
         ("lora_dropout", "disable_dropout"),
         "disable_dropout leaves no dropout on pairs; set it to false to train with lora_dropout",
-        lambda c: c.objective != "sft" and c.disable_dropout and c.lora_dropout > 0,
+        lambda c: OBJECTIVES[c.objective].has_pairs and c.disable_dropout and c.lora_dropout > 0,
     ),
 )

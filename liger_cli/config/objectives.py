@@ -17,6 +17,7 @@ __all__ = [
     "REFERENCE_KINDS",
     "RISING_METRICS",
     "SMOOTHED_LOSSES",
+    "TOKEN_METRICS",
     "WHOLE_STEP_LOSSES",
     "ObjectiveKeys",
     "objective_keys",
@@ -35,6 +36,7 @@ class ObjectiveKeys:
         loss_type: Its default.
         cpo_alpha: The default of that key.
         metrics: Of an evaluation, beside loss.
+        has_pairs: Whether the rows are pairs of a chosen and a rejected answer.
     """
 
     objective: str
@@ -43,8 +45,12 @@ class ObjectiveKeys:
     loss_type: str | None = None
     cpo_alpha: float = 1.0
     metrics: tuple[str, ...] = field(default=())
+    has_pairs: bool = True
 
 
+# Of all that learn from rows of tokens.
+TOKEN_METRICS = ("perplexity", "token_accuracy", "entropy")
+DISTILL_MEANS = ("divergence", "nll_loss")
 # Of all that learn from pairs.
 METRICS = (
     "rewards/chosen",
@@ -93,9 +99,10 @@ _DPO = frozenset(
 _CPO = frozenset({"label_smoothing", "cpo_alpha", "alpha"})
 _CHOICE = frozenset({"loss_type"})
 _GAMMA = frozenset({"simpo_gamma"})
+_DISTILL = frozenset({"beta", "teacher_model_name_or_path", "temperature", "ce_weight"})
 
 OBJECTIVES: Mapping[str, ObjectiveKeys] = {
-    "sft": ObjectiveKeys("sft", metrics=("perplexity", "token_accuracy", "entropy")),
+    "sft": ObjectiveKeys("sft", metrics=TOKEN_METRICS, has_pairs=False),
     "dpo": ObjectiveKeys(
         "dpo", _PAIRS | _REFERENCE | _DPO | _CHOICE, _DPO_LOSSES, "sigmoid", metrics=METRICS
     ),
@@ -118,12 +125,15 @@ OBJECTIVES: Mapping[str, ObjectiveKeys] = {
         cpo_alpha=0.0,
         metrics=(*METRICS, "nll_loss"),
     ),
+    "distill": ObjectiveKeys(
+        "distill", _DISTILL, metrics=(*TOKEN_METRICS, *DISTILL_MEANS), has_pairs=False
+    ),
 }
 
-# The metrics of all objectives of pairs, which a line of metrics.jsonl may have.
+# The metrics of all objectives but those of tokens alone, which a line of metrics.jsonl may have.
 PAIR_MEANS = tuple(
     dict.fromkeys(
-        name for keys in OBJECTIVES.values() if keys.objective != "sft" for name in keys.metrics
+        name for keys in OBJECTIVES.values() for name in keys.metrics if name not in TOKEN_METRICS
     )
 )
 

@@ -53,7 +53,7 @@ class RunConfig(Keys):
     @property
     def trains_pairs(self) -> bool:
         """Whether the rows are pairs of a chosen and a rejected answer."""
-        return self.objective != "sft"
+        return OBJECTIVES[self.objective].has_pairs
 
     @property
     def answers_per_row(self) -> int:

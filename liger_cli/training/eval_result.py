@@ -82,8 +82,8 @@ class EvalResult:
 def required_names(objective: str) -> tuple[str, ...]:
     """Return the names that a line of eval.jsonl has of an objective, beside step."""
     keys = OBJECTIVES[objective]
-    names = FIGURES if keys.objective == "sft" else (*_PAIR_FIGURES, *keys.metrics)
-    return tuple(map(logged_name, names))
+    names = (*(_PAIR_FIGURES if keys.has_pairs else FIGURES), *keys.metrics)
+    return tuple(map(logged_name, dict.fromkeys(names)))
 
 
 def logged_name(name: str) -> str:

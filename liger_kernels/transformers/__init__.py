@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from liger_kernels.transformers.api import apply_liger_kernel, inspect_model, patched
+    from liger_kernels.transformers.divergence import token_divergence
     from liger_kernels.transformers.loading import AutoLigerKernelForCausalLM
     from liger_kernels.transformers.logprobs import token_logprobs
     from liger_kernels.transformers.patching.engine import PatchRecord, restore
@@ -22,6 +23,7 @@ _HOMES = {
     "inspect_model": "api",
     "patched": "api",
     "restore": "patching.engine",
+    "token_divergence": "divergence",
     "token_logprobs": "logprobs",
 }
 _FAMILY_PREFIX = "apply_liger_kernel_to_"
@@ -36,6 +38,7 @@ __all__ = [
     "inspect_model",
     "patched",
     "restore",
+    "token_divergence",
     "token_logprobs",
 ]
 

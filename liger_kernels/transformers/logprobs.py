@@ -15,13 +15,13 @@ from liger_kernels.ops.losses.options import IGNORE_INDEX
 from liger_kernels.transformers.lazy_logits.head import is_head_patched
 from liger_kernels.transformers.lazy_logits.logprobs import (
     ARGUMENT,
+    HeadRequest,
     LogprobRequest,
-    logprobs_of_real,
     warn_of_logits,
 )
 from liger_kernels.transformers.wrappers import forward_takes, inner_model
 
-__all__ = ["token_logprobs"]
+__all__ = ["call_for", "shifted", "token_logprobs"]
 
 _OUTPUTS = Choices("outputs", LOGPROB_OUTPUTS)
 
@@ -59,6 +59,12 @@ def token_logprobs(
             is an encoder with a decoder, or makes logits of another length than labels.
     """
     request = _request_of(inputs, labels, temperature, outputs)
+    values = call_for(model, inputs, request)
+    return type(values)(*(value[:, :-1] for value in values))
+
+
+def call_for(model: nn.Module, inputs: Mapping[str, Any], request: HeadRequest) -> Any:
+    """Call a causal model for what a request asks of its head, in place of logits."""
     inner = inner_model(model)
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise ValueError(
@@ -75,14 +81,23 @@ def token_logprobs(
     values = out[0] if isinstance(out, tuple) else out["logits"]
     if ARGUMENT not in options:
         warn_of_logits("the model's head is not patched, see apply_liger_kernel")
-        values = logprobs_of_real(values, request)
-    return type(values)(*(value[:, :-1] for value in values))
+        values = request.of_real(values)
+    return values
 
 
 def _request_of(
     inputs: Mapping[str, Any], labels: Any, temperature: Any, outputs: Any
 ) -> LogprobRequest:
     names, temperature = _OUTPUTS.of(outputs), TEMPERATURE.of(temperature)
+    return LogprobRequest(shifted(inputs, labels), temperature, names)
+
+
+def shifted(inputs: Mapping[str, Any], labels: Any) -> torch.Tensor:
+    """Return the labels (B, T) at the positions whose logits they are of, -100 at the last.
+
+    Raises:
+        ValueError: They are no int64 (B, T), or inputs hold labels.
+    """
     if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.dim() != 2:
         found = f"{labels.dtype} {tuple(labels.shape)}" if hasattr(labels, "dtype") else labels
         raise ValueError(f"labels must be int64 (B, T), got {found!r}")
@@ -91,4 +106,4 @@ def _request_of(
         raise ValueError(
             f"inputs must not hold {given[0]}: pass them as labels, or the model computes a loss"
         )
-    return LogprobRequest(F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX), temperature, names)
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)

@@ -28,6 +28,7 @@ from liger_cli.training.memory.parts import (
 from liger_cli.training.memory.probe_copy import BACKWARD, Answers, gpu_stand_in, plain_tensors
 from liger_cli.training.memory.sharding import BUCKETS, OF_RANKS, ShardedStep, shares_of
 from liger_cli.training.model.adapters import is_adapted
+from liger_cli.training.model.source import build_meta_model, resolve_model
 from liger_cli.training.optim.optimizers import EIGHT_BIT, make_optimizer
 from liger_cli.training.parallel.mesh import ParallelPlan
 from liger_kernels.transformers import token_logprobs
@@ -66,7 +67,7 @@ class MemoryEstimate:
 
     Attributes:
         weights: What the device holds from step to step; so are optimizer and gradients.
-        reference: The weights that dpo compares with, where they are in memory.
+        reference: The weights that dpo or distill compares with, where they are in memory.
         optimizer: What it holds from step to step.
         gradients: Of all trained parameters.
         activations: What forward keeps for backward, by kind of layer.
@@ -248,11 +249,15 @@ def _loss(config: RunConfig, model: Any, inputs: dict[str, Any], num_labels: int
 
 
 def _reference(config: RunConfig, model: Any, parameters: list[Tensor]) -> object:
-    """Make the weights of the reference that a run holds beside its own.
+    """Make the weights of the reference, or the teacher, that a run holds beside its own.
 
     Where `reference` is auto, which a run resolves, they are none: the adapter is off, or values
     are precomputed.
     """
+    if config.teacher_model_name_or_path is not None:
+        teacher = build_meta_model(resolve_model(config.teacher_model_name_or_path))
+        dtype = next(model.parameters()).dtype
+        return [torch.empty(x.shape, dtype=dtype, device=_CPU) for x in teacher.parameters()]
     if "reference" not in OBJECTIVES[config.objective].reads:
         return None
     if config.reference == "model" or config.sync_ref_model:

@@ -1,6 +1,6 @@
 """The objectives by name.
 
-A new one (kto, reward, classify, distill) is a class with the methods of `Objective` in a file
+A new one (kto, reward, classify) is a class with the methods of `Objective` in a file
 here, a row of MAKERS, and one in liger_cli/config/objectives.py for its names and keys.
 """
 
@@ -15,6 +15,7 @@ from liger_cli.config import RunConfig
 from liger_cli.config.objectives import OBJECTIVES
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.objectives.cpo import Cpo
+from liger_cli.training.objectives.distill import Distill
 from liger_cli.training.objectives.dpo import Dpo
 from liger_cli.training.objectives.objective import Objective
 from liger_cli.training.objectives.orpo import Orpo
@@ -31,6 +32,7 @@ MAKERS: dict[str, _Make] = {
     "dpo": Dpo,
     "orpo": Orpo,
     "cpo": Cpo,
+    "distill": Distill,
 }
 
 
@@ -71,6 +73,10 @@ def describe_objective(config: RunConfig) -> str | None:
     losses = ", ".join(n if w == 1 else f"{w:g} x {n}" for n, w in weights.items())
     parts = [f"loss {losses}"] if losses else []
     parts.append(f"beta {config.beta:g}")
+    if "temperature" in keys.reads:
+        parts.append(f"temperature {config.temperature:g}")
+        parts.append(f"ce_weight {config.ce_weight:g}")
+        parts.append(f"teacher {config.teacher_model_name_or_path}")
     if "cpo_alpha" in keys.reads:
         parts.append(f"cpo_alpha {config.likelihood_weight:g}")
     if "simpo" in weights or "alphapo" in weights:

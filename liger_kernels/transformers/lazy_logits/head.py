@@ -31,7 +31,7 @@ from liger_kernels.transformers.lazy_logits.deferred import (
     is_lazy_head,
     stock_output,
 )
-from liger_kernels.transformers.lazy_logits.logprobs import ARGUMENT, LogprobRequest, answer
+from liger_kernels.transformers.lazy_logits.logprobs import ARGUMENT, HeadRequest, answer
 from liger_kernels.transformers.lazy_logits.sharding import reshard_if_left
 from liger_kernels.transformers.lazy_logits.tensor import LazyCall, LazyLogits
 from liger_kernels.transformers.replacements.calls import is_transformed
@@ -306,9 +306,7 @@ def _call_model(model: Any, args: Any, kwargs: dict[str, Any], skip_logits: bool
     return _without_logits(out) if skip_logits else out
 
 
-def _call_for_logprobs(
-    model: Any, args: Any, kwargs: dict[str, Any], request: LogprobRequest
-) -> Any:
+def _call_for_logprobs(model: Any, args: Any, kwargs: dict[str, Any], request: HeadRequest) -> Any:
     """Run the model's forward and return its output with token_logprobs' values for logits."""
     patch: Any = getattr(model, _KEY)
     previous = _previous_forward(model, patch)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +32,15 @@ from liger_kernels.transformers.lazy_logits import loss
 from liger_kernels.transformers.lazy_logits.deferred import DeferredLogits
 from liger_kernels.transformers.lazy_logits.sharding import gather
 
-__all__ = ["ARGUMENT", "LogprobRequest", "answer", "logprobs_of_real", "values_of"]
+__all__ = [
+    "ARGUMENT",
+    "HeadRequest",
+    "LogprobRequest",
+    "answer",
+    "logits_of",
+    "logprobs_of_real",
+    "values_of",
+]
 
 # The argument of a patched model's forward that holds the request.
 ARGUMENT = "token_logprobs"
@@ -50,9 +58,34 @@ class LogprobRequest(NamedTuple):
     # The outputs that have a gradient.
     differentiable: tuple[str, ...] = DIFFERENTIABLE
 
+    def of_deferred(self, deferred: DeferredLogits) -> Any:
+        return _cloned(values_of(deferred, self))
+
+    def of_real(self, logits: Tensor) -> Any:
+        return _cloned(logprobs_of_real(logits, self))
+
+
+def _cloned(values: Any) -> Any:
+    """Copy values: FSDP2 warns of views, since an in-place operation would lose its hook."""
+    return type(values)(*(value.clone() for value in values))
+
+
+class HeadRequest(Protocol):
+    """Asks a patched model's forward for values in place of its logits."""
+
+    @property
+    def target(self) -> Tensor:
+        """Return the id that each position's logits are of, (B, T) int64, -100 for none."""
+
+    def of_deferred(self, deferred: DeferredLogits) -> Any:
+        """Compute it of deferred logits."""
+
+    def of_real(self, logits: Tensor) -> Any:
+        """Compute it of logits (B, T, V) that exist."""
+
 
 def answer(
-    out: Any, find: Callable[[Any], DeferredLogits | None], request: LogprobRequest, problem: str
+    out: Any, find: Callable[[Any], DeferredLogits | None], request: HeadRequest, problem: str
 ) -> Any:
     """Return a model's output with the values that were asked for in place of its logits.
 
@@ -67,12 +100,11 @@ def answer(
     deferred = find(logits)
     if deferred is None:
         warn_of_logits(problem)
-        values = logprobs_of_real(logits, request)
+        _check_shape(logits.shape[:-1], request)
+        values = request.of_real(logits)
     else:
         _check_shape(deferred.shape[:-1], request)
-        values = values_of(deferred, request)
-    # FSDP2 warns of outputs that are views: an in-place operation on one would lose its hook.
-    values = type(values)(*(value.clone() for value in values))
+        values = request.of_deferred(deferred)
     return (values, *out[1:]) if is_tuple else type(out)(**{**out, "logits": values})
 
 
@@ -87,7 +119,7 @@ def logprobs_of_real(logits: Tensor, request: LogprobRequest) -> Any:
     return _chunked(logits, lambda rows: rows, logits.shape[-1], request)
 
 
-def _check_shape(shape: Any, request: LogprobRequest) -> None:
+def _check_shape(shape: Any, request: HeadRequest) -> None:
     if tuple(shape) != tuple(request.target.shape):
         raise ValueError(
             f"labels must have a label for each position of the logits {tuple(shape)}, got "
@@ -124,31 +156,31 @@ def values_of(deferred: DeferredLogits, request: LogprobRequest) -> Any:
         elif torch.compiler.is_compiling():
             return logprobs_of_real(deferred.real(), request)
         else:
-            values = _chunked(deferred.rows, _logits_of(deferred), deferred.width, request, count)
+            values = _chunked(deferred.rows, logits_of(deferred), deferred.width, request, count)
     deferred.finish_loss(*values)
     return values
 
 
-def _logits_of(deferred: DeferredLogits) -> Callable[[Tensor], Tensor]:
+def logits_of(deferred: DeferredLogits) -> Callable[[Tensor], Tensor]:
     """Return the function from some of the head's input to their logits."""
 
-    def logits_of(rows: Tensor) -> Tensor:
+    def make(rows: Tensor) -> Tensor:
         logits = deferred.head_output(rows)
         for op in deferred.arithmetic():
             logits = op.apply(logits)
         return logits
 
-    return logits_of
+    return make
 
 
 def _chunked(
     x: Tensor,
-    logits_of: Callable[[Tensor], Tensor],
+    make: Callable[[Tensor], Tensor],
     width: int,
     request: LogprobRequest,
     count: LabelCount | None = None,
 ) -> Any:
-    """Compute the values of logits_of(x) (..., H) at the tokens that have a target, in chunks."""
+    """Compute the values of make(x) (..., H) at the tokens that have a target, in chunks."""
     target = request.target.to(x.device)
     x, label = x.flatten(0, -2), target.flatten()
     rows = None
@@ -157,7 +189,7 @@ def _chunked(
         rows = rows_with_labels(label, ignored, count or count_labels(label, ignored))
     if rows is not None:
         x, label = x[rows], label[rows]
-    compute = functools.partial(_chunk, logits_of, request)
+    compute = functools.partial(_chunk, make, request)
     size = max(1, loss.CHUNK_ELEMENTS // width)
     chunks = zip(x.split(size), label.split(size), strict=True)
     # Checkpointed: a chunk's logits live until its values are known, and once more in backward.
@@ -169,9 +201,9 @@ def _chunked(
 
 
 def _chunk(
-    logits_of: Callable[[Tensor], Tensor], request: LogprobRequest, x: Tensor, label: Tensor
+    make: Callable[[Tensor], Tensor], request: LogprobRequest, x: Tensor, label: Tensor
 ) -> Any:
-    logits = logits_of(x)
+    logits = make(x)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / request.temperature
     is_ignored = torch.zeros_like(label, dtype=torch.bool)
     if request.ignore_index is not None:
