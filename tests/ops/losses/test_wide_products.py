@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from liger_kernels.compare import error
+from liger_kernels.ops.losses import linear_loss
 from liger_kernels.ops.losses.linear_loss import add_product
+from liger_kernels.ops.products import has_wide_products
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,8 @@ def test_case_219_out_dtype_is_asked_of_cards_that_have_it(
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch, "mm", product)
     monkeypatch.setattr(torch, "addmm", product)
+    # It remembers what the cards of this machine have.
+    monkeypatch.setattr(linear_loss, "has_wide_products", has_wide_products.__wrapped__)
     out = on_the_card(torch.float32)
     out.addmm_, out.add_, out.copy_ = product, lambda x: None, lambda x: None
     for is_first in (True, False):

@@ -36,7 +36,7 @@ PLACES = [
     ),
     (("bench", "-m", "qwen3", "--steps", 2), "liger_cli.training.runtime.arms._run"),
     (("bench", "ops", "--quick", "--no-compile"), "liger_cli.commands.bench.ops.rounds.copy_rate"),
-    (("verify", "-m", "qwen3", "--use-cpu"), "liger_cli.commands.verify.model.verify"),
+    (("verify", "-m", "qwen3", "--use-cpu"), "liger_cli.commands.verify.run.verify"),
     (GENERATE, "liger_cli.commands.generate.conversation.load_model"),
     (PREVIEW, "liger_cli.commands.data.preview.preview_data"),
     (("inspect", "-m", "qwen3"), "liger_cli.report.inspection.inspect_source"),

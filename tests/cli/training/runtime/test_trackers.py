@@ -110,10 +110,9 @@ def test_nothing_is_tracked_unasked(train, run_dir, recorders):
     assert not recorders
 
 
-def test_a_run_that_only_measures_reports_to_nobody(measure, run_dir, recorders):
-    assert measure(report_to="wandb", profile_steps="2-9")["train"]["steps"] == 3
+def test_a_run_that_only_measures_reports_to_nobody(measure, recorders):
+    assert measure(report_to="wandb")["train"]["steps"] == 3
     assert not recorders
-    assert not list(run_dir.glob("profile*"))
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "trackio", "comet_ml"])
