@@ -13,6 +13,7 @@ from liger_cli.training.model.adapters import is_quantised
 from liger_cli.training.model.presets import ModelSource
 from liger_cli.training.optim.optimizers import EIGHT_BIT
 from liger_cli.training.parallel.groups import has_separate_experts
+from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = ["check_inputs", "check_model", "check_sharded"]
 
@@ -119,7 +120,23 @@ def check_model(model: Any) -> None:
             "not take part",
             f"transformers 5 holds them in one, or {_COPIES}.",
         ),
+        _Refusal(
+            _saves_both_ends(model),
+            "lora_modules_to_save has the embedding and the head of a tied model, which are one "
+            "matrix in two places, and it cannot be written from shards",
+            f"One of the two, or {_COPIES}.",
+        ),
     )
+
+
+def _saves_both_ends(model: Any) -> bool:
+    """Return whether an adapter trains copies of the embedding and of the head tied to it."""
+    base = inner_model(model)
+    if not getattr(base.config.get_text_config(), "tie_word_embeddings", False):
+        return False
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    # Of peft's wrapper around a module that is trained whole.
+    return all(hasattr(end, "modules_to_save") for end in ends)
 
 
 def _raise_first(*refusals: _Refusal) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -16,7 +17,7 @@ from liger_cli.training.memory import choice
 from liger_cli.training.model.presets import ModelSource
 from liger_cli.training.parallel.groups import has_separate_experts
 from liger_cli.training.parallel.mesh import ParallelPlan, explicit_plan, refitted
-from liger_cli.training.parallel.refusals import check_sharded
+from liger_cli.training.parallel.refusals import check_model, check_sharded
 
 SOURCE = ModelSource("random", "qwen3", None, {}, "", "qwen3")
 
@@ -113,6 +114,21 @@ def test_experts_in_separate_modules_are_found():
     assert not has_separate_experts(model)
     model.model.layers[0].mlp.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
     assert has_separate_experts(model)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_copies_of_both_ends_of_a_tied_model_are_refused(names, is_tied):
+    shape = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**shape, **heads, tie_word_embeddings=is_tied))
+    settings = LoraConfig(target_modules=["q_proj"], modules_to_save=names)
+    model = get_peft_model(model, settings)
+    if is_tied and len(names) == 2:
+        with pytest.raises(ConfigError, match="one matrix in two places"):
+            check_model(model)
+    else:
+        check_model(model)
 
 
 def test_a_sharded_run_does_the_rest():
