@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -81,6 +82,15 @@ def test_on_a_signal(train, run_dir, after_step, number):
     assert f"interrupted after step 3; its checkpoint is {run_dir / 'checkpoint-3'}" in done.err
 
 
+@pytest.fixture
+def sigint_raises() -> Iterator[None]:
+    """Have SIGINT raise KeyboardInterrupt, also where a shell started the tests without it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("sigint_raises")
 def test_later_signal_acts_at_once_but_not_an_echo(monkeypatch):
     """A wrapper hands on the Ctrl-C that the terminal has sent to the run as well."""
     with StopRequest() as stop:
