@@ -17,6 +17,7 @@ import zoo
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.distributed.tensor import DTensor
 
 from liger_kernels.transformers import apply_liger_kernel, token_logprobs
 from liger_kernels.transformers.lazy_logits import loss as head_loss
@@ -146,7 +147,11 @@ def sharded_run(case: dict[str, Any], rank: int) -> tuple[list[float], dict[str,
         optimizer.step()
         optimizer.zero_grad()
     losses.append(eval_loss(model, batches(rank)[0], skip_logits=True))
-    weights = {name: p.detach().full_tensor() for name, p in model.named_parameters()}
+    # What does not reshard after the evaluation's forward is whole already.
+    weights = {
+        name: p.detach().full_tensor() if isinstance(p, DTensor) else p.detach().clone()
+        for name, p in model.named_parameters()
+    }
     return losses, weights, model
 
 
