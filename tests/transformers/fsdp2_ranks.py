@@ -167,6 +167,10 @@ def run_case(case: dict[str, Any], rank: int) -> dict[str, Any] | None:
     _fsdp_param_group.foreach_all_gather = counted
     try:
         losses, weights, model = sharded_run(case, rank)
+    except RuntimeError as error:
+        if REFUSAL not in str(error):
+            raise
+        return {"refusal": str(error)}
     finally:
         _fsdp_param_group.foreach_all_gather = original
     if rank:
@@ -185,6 +189,8 @@ def run_case(case: dict[str, Any], rank: int) -> dict[str, Any] | None:
     }
 
 
+# Of logits that are made after the weights of their head were sharded again.
+REFUSAL = "the head's weights are sharded again"
 # Fields of a case that change the stock run.
 _STOCK = ("family", "tied", "frozen", "head", "checkpointing", "accumulate", "loss")
 _stock_runs: dict[str, Any] = {}
