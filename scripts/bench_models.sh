@@ -74,10 +74,12 @@ import sys
 import torch
 
 from liger_cli.training.model.source import load_model, resolve_model
+from liger_cli.training.model.tokenizers import load_tokenizer
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-model = load_model(resolve_model(sys.argv[1]), dtype=torch.bfloat16, device=device)
-model.save_pretrained(sys.argv[2])
+source = resolve_model(sys.argv[1])
+load_model(source, dtype=torch.bfloat16, device=device).save_pretrained(sys.argv[2])
+load_tokenizer(source).save_pretrained(sys.argv[2])
 PYTHON
 }
 
