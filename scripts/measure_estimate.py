@@ -36,6 +36,7 @@ from liger_cli.config import RunConfig
 from liger_cli.training import forward, session
 from liger_cli.training.memory import Batch, MemoryEstimate, meta_model_of, step_memory
 from liger_cli.training.model.source import resolve_model
+from liger_cli.training.parallel import engine
 
 STEPS = 3
 # Groups of live blocks that a record lists.
@@ -195,7 +196,7 @@ class Phases:
 @contextlib.contextmanager
 def watching(case: Case, phases: Phases) -> Iterator[None]:
     """Record the phases of every step that the launcher's own loop runs inside."""
-    load, ask, make = runs.load_patched, forward.LossOf.__call__, session.make_optimizer
+    load, ask, make = engine.load_patched, forward.LossOf.__call__, session.make_optimizer
     is_cuda = torch.cuda.is_available()
 
     def load_patched(*args: Any, **kwargs: Any) -> Any:
@@ -228,7 +229,7 @@ def watching(case: Case, phases: Phases) -> Iterator[None]:
         return optimizer
 
     with (
-        mock.patch.object(runs, "load_patched", load_patched),
+        mock.patch.object(engine, "load_patched", load_patched),
         mock.patch.object(forward.LossOf, "__call__", loss_of),
         mock.patch.object(session, "make_optimizer", make_optimizer),
     ):
