@@ -1,0 +1,284 @@
+"""Time a step of DPO, ORPO or SimPO beside TRL's trainers, with and without liger-kernel's layers.
+
+python scripts/preference_bench.py --peer-path FOLDER --output preferences.json      one CUDA GPU
+python scripts/preference_bench.py --toy                                  a tiny model on a CPU
+
+Each side is a separate process over the same weights and pairs: 4 a step, their rows of 1024 tokens
+with a prompt of 256; a reference is computed before the first step. Milliseconds are the median of
+the steps after the first, from the end of one to the end of the next; the peak is that of the
+steps. TRL is imported as it is installed, liger-kernel from --peer-path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from liger_cli.common.environment import environment
+
+PAIRS, STEPS, PROMPT, LENGTH = 4, 8, 256, 1024
+SIDES = ("ours", "trl", "trl+liger-kernel")
+BETA = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0}
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+
+def write_inputs(folder: Path, toy: bool) -> None:
+    """Write a model with random weights, a tokenizer of a word a token, and the pairs."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    from liger_cli.training.model.source import resolve_model
+
+    sizes = dict(resolve_model("llama-1b").config or {})
+    if toy:
+        sizes |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+        sizes |= {"vocab_size": 512, "num_attention_heads": 2, "num_key_value_heads": 2}
+        sizes |= {"head_dim": 32}
+    size = sizes["vocab_size"]
+    words = {f"w{i}": i for i in range(size - 3)} | {"<pad>": size - 3, "<eos>": size - 2}
+    tokenizer = Tokenizer(models.WordLevel(words | {"<unk>": size - 1}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    sizes |= {"pad_token_id": size - 3, "eos_token_id": size - 2, "bos_token_id": None}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(**{k: v for k, v in sizes.items() if k != "model_type"})
+    )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    draw = random.Random(0)
+
+    def text(count: int) -> str:
+        return " ".join(f"w{draw.randrange(size - 3)}" for _ in range(count))
+
+    prompt, length = (PROMPT, LENGTH) if not toy else (16, 64)
+    with (folder / "pairs.jsonl").open("w") as file:
+        for _ in range(PAIRS * STEPS):
+            answers = {key: f" {text(length - prompt - 1)}" for key in ("chosen", "rejected")}
+            file.write(json.dumps({"prompt": text(prompt), **answers}) + "\n")
+
+
+def run_ours(one: dict[str, Any]) -> dict[str, Any]:
+    """Run `liger train` and read its metrics."""
+    folder, objective = Path(one["folder"]), one["objective"]
+    output = Path(tempfile.mkdtemp())
+    keys: dict[str, Any] = {
+        "model": folder,
+        "dataset": folder / "pairs.jsonl",
+        "output_dir": output,
+        "objective": objective,
+        "beta": BETA[objective],
+        "max_length": LENGTH,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": PAIRS,
+        "learning_rate": 1e-6,
+        "dtype": "bfloat16",
+        "adapter": "lora" if one["adapter"] else "none",
+        "lora_r": LORA["r"],
+        "lora_alpha": LORA["lora_alpha"],
+        "logging_steps": 1,
+        "save_steps": 0,
+        "packing": False,
+        "use_cpu": one["toy"],
+    }
+    if objective == "dpo":
+        keys["reference"] = "precompute"
+    words = [w for key, value in keys.items() for w in ("--set", f"{key}={spelled(value)}")]
+    subprocess.run([sys.executable, "-m", "liger_cli", "train", *words], check=True, stdout=2)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "step_ms" in line]
+    return {
+        "step_ms": statistics.median(line["step_ms"] for line in steps[1:]),
+        "peak_bytes": max(line["peak_memory_bytes"] for line in steps),
+        "losses": [line["loss"] for line in steps],
+    }
+
+
+def spelled(value: Any) -> str:
+    """Write a value as `--set` reads it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class Clock:
+    """Note when each step ends, the loss of each, and the peak of memory from the first on."""
+
+    def __init__(self, cpu: bool) -> None:
+        import torch
+        from transformers import TrainerCallback
+
+        self.ends: list[float] = []
+        self.losses: list[float] = []
+        clock = self
+
+        class Callback(TrainerCallback):
+            def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+                if not clock.ends and not cpu:
+                    torch.cuda.synchronize()
+                    torch.cuda.reset_peak_memory_stats()
+
+            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                if not cpu:
+                    torch.cuda.synchronize()
+                clock.ends.append(time.perf_counter())
+
+            def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if "loss" in (kwargs["logs"] or {}):
+                    clock.losses.append(float(kwargs["logs"]["loss"]))
+
+        self.callback = Callback()
+
+
+def trl_trainer(objective: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Return the trainer of an objective, its settings' class, and what it sets."""
+    import trl
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    return {
+        "dpo": (trl.DPOTrainer, trl.DPOConfig, {"precompute_ref_log_probs": True}),
+        "orpo": (ORPOTrainer, ORPOConfig, {}),
+        "simpo": (CPOTrainer, CPOConfig, {"loss_type": "simpo", "cpo_alpha": 0.0}),
+    }[objective]
+
+
+def run_trl(one: dict[str, Any]) -> dict[str, Any]:
+    """Run a trainer of TRL over the same pairs."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, cpu = Path(one["folder"]), one["toy"]
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    if "liger-kernel" in one["side"]:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        # These losses read logits, which its fused loss does not make.
+        _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)
+    trainer_class, config_class, options = trl_trainer(one["objective"])
+    settings = config_class(
+        output_dir=tempfile.mkdtemp(),
+        beta=BETA[one["objective"]],
+        max_length=LENGTH,
+        max_steps=STEPS,
+        per_device_train_batch_size=PAIRS,
+        learning_rate=1e-6,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        use_cpu=cpu,
+        optim="adamw_torch_fused",
+        **options,
+    )
+    clock = Clock(cpu)
+    trainer = trainer_class(
+        model,
+        args=settings,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA) if one["adapter"] else None,
+        callbacks=[clock.callback],
+    )
+    trainer.train()
+    steps = [b - a for a, b in itertools.pairwise(clock.ends)]
+    return {
+        "step_ms": statistics.median(steps) * 1e3,
+        "peak_bytes": None if cpu else torch.cuda.max_memory_allocated(),
+        "losses": clock.losses,
+    }
+
+
+def measure(one: dict[str, Any], peer: Path | None) -> dict[str, Any]:
+    """Run a side in a process of its own."""
+    began = time.perf_counter()
+    paths = [os.environ.get("PYTHONPATH", ""), *([str(peer)] if peer else [])]
+    done = subprocess.run(
+        [sys.executable, __file__, "--one", json.dumps(one)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    found = json.loads(lines[-1][7:]) if lines else {"error": done.stdout[-1500:]}
+    seconds = round(time.perf_counter() - began, 1)
+    return {key: one[key] for key in ("objective", "adapter", "side")} | found | {"s": seconds}
+
+
+def compared(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a line for each side beside ours: times the speed, share of the memory."""
+    lines = []
+    for row in rows:
+        kind = row["objective"], row["adapter"]
+        ours = next(r for r in rows if (r["objective"], r["adapter"]) == kind)
+        name = f"{row['objective']} {'lora' if row['adapter'] else 'full'} {row['side']}"
+        if "error" in row:
+            lines.append(f"{name}: {row['error'].strip().splitlines()[-1:]}")
+            continue
+        line = f"{name}: {row['step_ms']:.1f} ms"
+        if row["peak_bytes"]:
+            line += f", {row['peak_bytes'] / 1e9:.1f} GB"
+        if row is not ours and "error" not in ours:
+            line += f"; ours {row['step_ms'] / ours['step_ms']:.2f}x"
+            if row["peak_bytes"]:
+                line += f", {ours['peak_bytes'] / row['peak_bytes']:.2f} of its peak"
+        lines.append(line)
+    return lines
+
+
+def main() -> None:
+    """Run the sides in turn and write one JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--peer-path", type=Path)
+    parser.add_argument("--objectives", default="dpo,orpo,simpo")
+    parser.add_argument("--budget", type=float, default=500, help="seconds; no side starts after")
+    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        one = json.loads(given.one)
+        found = run_ours(one) if one["side"] == "ours" else run_trl(one)
+        print("RESULT", json.dumps(found))
+        return
+    began, rows = time.perf_counter(), []
+    with tempfile.TemporaryDirectory() as folder:
+        write_inputs(Path(folder), given.toy)
+        for objective, adapter, side in itertools.product(
+            given.objectives.split(","), (True, False), SIDES
+        ):
+            if "liger-kernel" in side and not given.peer_path:
+                continue
+            if time.perf_counter() - began > given.budget:
+                continue
+            one = {"objective": objective, "adapter": adapter, "side": side}
+            rows.append(measure({**one, "folder": folder, "toy": given.toy}, given.peer_path))
+            print("\n".join(compared(rows)[-1:]), flush=True)
+    report = {"environment": environment(), "pairs": PAIRS, "length": LENGTH, "sides": rows}
+    if given.output:
+        given.output.write_text(json.dumps(report, indent=1) + "\n")
+    print("\n".join(compared(rows)))
+
+
+if __name__ == "__main__":
+    main()
