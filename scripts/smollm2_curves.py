@@ -1,0 +1,257 @@
+"""Train SmolLM2-135M in ways that must give the same losses, and plot them.
+
+python scripts/smollm2_curves.py --output curves.json [--parts packing,lora,dpo]     one GPU
+python scripts/smollm2_curves.py --plot curves.json --output curves.png              anywhere
+
+packing  all weights on chitchat: rows packed, laid end to end (padding-free), and padded
+lora     an adapter of rank 16, stock and patched, on packed rows and on padded ones
+dpo      an adapter of rank 16 on 400 preference pairs, beside TRL's DPOTrainer on the same batches
+
+A run is a `liger train`. Needs the packages of the demo, lora and plots
+extras, and trl for the last part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+from liger_cli.common.environment import environment
+
+COMMON = {"model": "llama", "dataset": "chitchat", "max_length": 512, "seed": 42}
+COMMON |= {
+    "max_eval_samples": 1,
+    "logging_steps": 1,
+    "save_steps": 0,
+    "lr_scheduler_type": "constant",
+    "bf16": True,
+}
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+ADAPTER = {"adapter": "lora", "lora_r": 16, "lora_alpha": 32, "learning_rate": 2e-4}
+PACKING = {
+    "packed": {"packing": True, "per_device_train_batch_size": 4},
+    "padding-free": {"padding_free": True, "per_device_train_batch_size": 16},
+    "padded": {"padding_free": False, "per_device_train_batch_size": 16},
+}
+LORA_RUNS = {
+    f"{rows} {side}": {**ADAPTER, **PACKING[rows], "ops": ops}
+    for rows in ("packed", "padded")
+    for side, ops in (("stock", "none"), ("patched", "auto"))
+}
+PAIRS, BATCH, BETA, RATE = 400, 8, 0.1, 5e-5
+COLUMNS = ("loss", "trained_tokens", "tokens_per_s", "rewards/accuracies", "rewards/margins")
+
+
+def train(keys: dict[str, Any]) -> dict[str, list[float]]:
+    """Run `liger train` and return the columns of its metrics."""
+    with tempfile.TemporaryDirectory() as folder:
+        keys = {**keys, "output_dir": folder}
+        words = [w for key, value in keys.items() for w in ("--set", f"{key}={spelled(value)}")]
+        command = [sys.executable, "-m", "liger_cli", "train", *words]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    steps = [line for line in map(json.loads, lines) if "loss" in line]
+    return {name: [s[name] for s in steps] for name in COLUMNS if name in steps[0]}
+
+
+def spelled(value: Any) -> str:
+    """Write a value as `--set` reads it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def write_start(folder: Path) -> None:
+    """Write SmolLM2 and a new adapter of it, from which both sides of dpo begin."""
+    from peft import LoraConfig, get_peft_model
+
+    from liger_cli.training.model.source import load_model, resolve_model
+    from liger_cli.training.model.tokenizers import load_tokenizer
+
+    source = resolve_model("llama")
+    model = load_model(source, dtype=torch.float32, device="cpu")
+    model.save_pretrained(folder / "model")
+    model.name_or_path = str(folder / "model")
+    for name in ("model", "adapter"):
+        load_tokenizer(source).save_pretrained(folder / name)
+    torch.manual_seed(42)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **LORA))
+    adapted.peft_config["default"].base_model_name_or_path = str(folder / "model")
+    adapted.save_pretrained(folder / "adapter")
+
+
+def dpo_keys(folder: Path, steps: int) -> dict[str, Any]:
+    """Return what `liger train` is given for dpo."""
+    return {
+        **COMMON,
+        "model": folder / "adapter",
+        "objective": "dpo",
+        "beta": BETA,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": RATE,
+        "max_steps": steps,
+    }
+
+
+def trl_batches(keys: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """Return the pairs in the order of the steps, as token ids of prompt and answers."""
+    from liger_cli.config import load_config
+    from liger_cli.data.batches import BatchPlan
+    from liger_cli.data.encode import IGNORED
+    from liger_cli.data.packing import answers_of
+    from liger_cli.training.inputs import load_inputs
+
+    config = load_config(flags={key: str(value) if key == "model" else value
+                                for key, value in keys.items()})  # fmt: skip
+    inputs = load_inputs(config)
+    plan = BatchPlan(len(inputs.train), BATCH, 1, config.order_seed)
+    rows = []
+    for [batch] in plan.windows(1, keys["max_steps"]):
+        for number in batch:
+            chosen, rejected = answers_of(inputs.train[number])
+            start = sum(1 for _ in itertools.takewhile(lambda x: x == IGNORED, chosen["labels"]))
+            answers = {"chosen_ids": chosen, "rejected_ids": rejected}
+            prompt = {"prompt_ids": chosen["input_ids"][:start]}
+            rows.append(prompt | {name: one["input_ids"][start:] for name, one in answers.items()})
+    return rows
+
+
+def train_trl(folder: Path, keys: dict[str, Any]) -> dict[str, list[float]]:
+    """Run TRL's DPOTrainer over the same batches, from the same adapter."""
+    import trl
+    from datasets import Dataset
+    from peft import PeftModel
+    from torch.utils.data import SequentialSampler
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    class InOrder(trl.DPOTrainer):  # type: ignore[name-defined,misc]
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset
+
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            return SequentialSampler(self.train_dataset)
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    settings = trl.DPOConfig(
+        output_dir=str(folder / "trl"),
+        beta=BETA,
+        max_length=COMMON["max_length"],
+        max_steps=keys["max_steps"],
+        per_device_train_batch_size=BATCH,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        bf16=torch.cuda.is_available(),
+        gradient_checkpointing=False,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    trainer = InOrder(
+        PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True),
+        args=settings,
+        train_dataset=Dataset.from_list(trl_batches(keys)),
+        processing_class=AutoTokenizer.from_pretrained(folder / "model"),
+    )
+    trainer.train()
+    logs = [line for line in trainer.state.log_history if "loss" in line]
+    return {name: [line[name] for line in logs] for name in COLUMNS if name in logs[0]}
+
+
+def train_dpo(side: str, steps: int) -> dict[str, list[float]]:
+    """Run a side of dpo from the start that both share."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_start(folder)
+        keys = dpo_keys(folder, min(steps, PAIRS // BATCH))
+        return train(keys) if side == "liger" else train_trl(folder, keys)
+
+
+def runs(parts: list[str], steps: int) -> dict[tuple[str, str], Callable[[], Any]]:
+    """Return the runs of the parts, each a function without arguments."""
+    found: dict[tuple[str, str], Callable[[], Any]] = {}
+    keys = {**COMMON, "max_steps": steps}
+    if "packing" in parts:
+        for name, one in PACKING.items():
+            found["packing", name] = partial(train, {**keys, "learning_rate": 5e-5, **one})
+    if "lora" in parts:
+        for name, one in LORA_RUNS.items():
+            found["lora", name] = partial(train, {**keys, **one})
+    if "dpo" in parts:
+        for side in ("liger", "TRL"):
+            found["dpo", side] = partial(train_dpo, side, steps)
+    return found
+
+
+def summarize(found: dict[str, Any]) -> list[str]:
+    """Return a line a run: first and last losses, and the largest distance to the run before it."""
+    lines = []
+    for part, runs in found.items():
+        for name, one in runs.items():
+            last = sum(one["loss"][-20:]) / len(one["loss"][-20:])
+            lines.append(f"{part} {name}: loss {one['loss'][0]:.4f}, last 20 {last:.4f}")
+        for (a, first), (b, second) in itertools.pairwise(runs.items()):
+            apart = max(abs(x - y) for x, y in zip(first["loss"], second["loss"], strict=False))
+            lines.append(f"{part} {a} and {b}: at most {apart:.4f} apart")
+    return lines
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Draw the losses, a picture a part, and the accuracies of the rewards beside dpo's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    pictures = [(part, "loss") for part in found]
+    pictures += [(part, "rewards/accuracies") for part in found if part == "dpo"]
+    figure, axes = plt.subplots(1, len(pictures), figsize=(5 * len(pictures), 4), squeeze=False)
+    for axis, (part, column) in zip(axes[0], pictures, strict=True):
+        for name, one in found[part].items():
+            axis.plot(one[column], label=name, linewidth=1)
+        axis.set(title=f"SmolLM2-135M, {part}", xlabel="step", ylabel=column)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Run the parts, or plot a file of them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--parts", default="packing,lora,dpo")
+    parser.add_argument("--max-steps", type=int, default=200)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once; speeds then say nothing")
+    parser.add_argument("--plot", type=Path, help="a file of --output to draw")
+    given = parser.parse_args()
+    if given.plot:
+        plot(json.loads(given.plot.read_text())["parts"], given.output)
+        return
+    parts: dict[str, Any] = {}
+    with ThreadPoolExecutor(given.jobs) as pool:
+        wanted = runs(given.parts.split(","), given.max_steps)
+        futures = {key: pool.submit(call) for key, call in wanted.items()}
+        for (part, name), future in futures.items():
+            parts.setdefault(part, {})[name] = future.result()
+            report = {"environment": environment(), "settings": COMMON, "parts": parts}
+            given.output.write_text(json.dumps({**report, "jobs": given.jobs}) + "\n")
+    print("\n".join(summarize(parts)))
+
+
+if __name__ == "__main__":
+    main()
