@@ -119,8 +119,13 @@ def stock_run(case: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
     return losses, {name: p.detach() for name, p in model.named_parameters()}
 
 
-def sharded_run(case: dict[str, Any], rank: int) -> tuple[list[float], dict[str, Tensor], Any]:
-    """Return the same of this rank's part of the sharded and patched model, and the model."""
+def sharded_run(
+    case: dict[str, Any], rank: int, gathers: list[list[set[int]]]
+) -> tuple[list[float], dict[str, Tensor], Any]:
+    """Return the same of this rank's part of the sharded and patched model, and the model.
+
+    Each forward begins a list in gathers, which is that of its backward too.
+    """
     model = build(case)
     if case["order"] == "patch-shard":
         apply_liger_kernel(model, case["ops"])
@@ -137,16 +142,20 @@ def sharded_run(case: dict[str, Any], rank: int) -> tuple[list[float], dict[str,
         parts = batches(rank)[: case["accumulate"]]
         if case["abandons"]:
             # A forward without a backward must leave no weights of before the step.
+            gathers.append([])
             loss_of(model, parts[0], case["loss"])
         for i, batch in enumerate(parts):
             if case["no_sync"]:
                 model.set_requires_gradient_sync(i == len(parts) - 1)
+            gathers.append([])
             loss = loss_of(model, batch, case["loss"])
             losses.append(loss.item())
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    losses.append(eval_loss(model, batches(rank)[0], skip_logits=True))
+    gathers.append([])
+    options = {} if case["ops"] == "none" else {"skip_logits": True}
+    losses.append(eval_loss(model, batches(rank)[0], **options))
     # What does not reshard after the evaluation's forward is whole already.
     weights = {
         name: p.detach().full_tensor() if isinstance(p, DTensor) else p.detach().clone()
@@ -156,17 +165,17 @@ def sharded_run(case: dict[str, Any], rank: int) -> tuple[list[float], dict[str,
 
 
 def run_case(case: dict[str, Any], rank: int) -> dict[str, Any] | None:
-    gathers = []
+    gathers: list[list[set[int]]] = []
     original = _fsdp_param_group.foreach_all_gather
 
     def counted(params: Any, *args: Any) -> Any:
         found = [p._module_info for p in params]
-        gathers.append({id(m) for info in found for m in (info.module, *info.shared_modules)})
+        gathers[-1].append({id(m) for info in found for m in (info.module, *info.shared_modules)})
         return original(params, *args)
 
     _fsdp_param_group.foreach_all_gather = counted
     try:
-        losses, weights, model = sharded_run(case, rank)
+        losses, weights, model = sharded_run(case, rank, gathers)
     except RuntimeError as error:
         if REFUSAL not in str(error):
             raise
@@ -184,8 +193,7 @@ def run_case(case: dict[str, Any], rank: int) -> dict[str, Any] | None:
         "weights": max(_distance(weights, stock).values()),
         "moved": max(_distance(initial, stock).values()),
         "num_fused": num_fused(model.lm_head),
-        "head_gathers": sum(id(model.lm_head) in modules for modules in gathers),
-        "num_forwards": len(losses) + 2 * case["abandons"],
+        "head_gathers": [sum(id(model.lm_head) in modules for modules in of) for of in gathers],
     }
 
 

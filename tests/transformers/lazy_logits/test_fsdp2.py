@@ -84,6 +84,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shard-patch": {"order": "shard-patch"},
     "cross-entropy": {"ops": "auto,-fused_linear_cross_entropy,cross_entropy"},
     "abandons": {"abandons": True},
+    "stock-abandons": {"abandons": True, "ops": "none"},
 }
 GROUPINGS = {
     **{groups: {"groups": groups} for groups in GROUPS},
@@ -166,8 +167,9 @@ def test_case_217_sharded_training_is_that_of_one_process(name, found):
 def test_case_218_the_head_is_gathered_at_most_twice(name, found):
     assert name in found, "a rank crashed"
     result = found[name]
-    assert result["num_forwards"] <= result["head_gathers"] <= 2 * result["num_forwards"]
-    assert result["num_fused"] >= result["num_forwards"]
+    gathers = result["head_gathers"]
+    assert set(gathers) <= {1, 2}
+    assert result["num_fused"] >= len(gathers)
 
 
 def is_refused(case: dict[str, Any]) -> bool:
@@ -176,11 +178,26 @@ def is_refused(case: dict[str, Any]) -> bool:
     return is_by_caller and case["reshard"] and "head" not in case["groups"]
 
 
-@pytest.mark.slow  # 612 trainings, a minute.
+def allowed_gathers(found: dict[str, Any], name: str) -> list[int]:
+    """Return how often each forward with its backward, or abandoned, may gather the head.
+
+    Twice; but after an abandoned forward as often as the stock model. torch keeps the order of its
+    groups until a backward, in which each group gathers the one before it: the first group of the
+    forward gathers the last one of the forward that was abandoned, which may be the head.
+    """
+    twice = [2] * len(found[name]["head_gathers"])
+    if not SLOW[name].get("abandons"):
+        return twice
+    stock = found[name.replace("-stock-", "-").replace("-abandons", "-stock-abandons")]
+    return list(map(max, twice, stock["head_gathers"]))
+
+
+@pytest.mark.slow  # 648 trainings, a minute.
 def test_case_217_and_218_of_every_grouping(found_slow):
     refused = {name for name, result in found_slow.items() if "refusal" in result}
     assert refused == {name for name, case in SLOW.items() if is_refused(case)}
     for name in SLOW.keys() - refused:
         check(found_slow, name)
-        result = found_slow[name]
-        assert result["head_gathers"] <= 2 * result["num_forwards"], name
+        allowed = allowed_gathers(found_slow, name)
+        pairs = zip(found_slow[name]["head_gathers"], allowed, strict=True)
+        assert all(gathers <= most for gathers, most in pairs), name
