@@ -11,7 +11,7 @@ import torch
 from liger_cli.data.batches import count_labels
 from liger_kernels.transformers.wrappers import forward_parameters, inner_model
 
-__all__ = ["LossOf"]
+__all__ = ["LossOf", "balance_of", "balance_weight"]
 
 
 class LossOf:
@@ -31,9 +31,7 @@ class LossOf:
             "accepts_loss_kwargs",
             takes_any and _leaves_loss_to_transformers(model),
         )
-        # Of what a mixture of experts adds to balance them, as its forward has it.
-        settings = inner_model(model).config.get_text_config()
-        self._balance_weight = float(getattr(settings, "router_aux_loss_coef", 0.0) or 0.0)
+        self._balance_weight = balance_weight(model)
         # Keys and values kept for generation would cost memory in every step.
         self._options = {"use_cache": False} if "use_cache" in parameters else {}
         self._device = device
@@ -71,6 +69,25 @@ class LossOf:
             del inputs["labels"]
             return model(**inputs).logits.sum() * 0.0
         return model(**inputs).loss * (own_labels / num_labels)
+
+
+def balance_weight(model: Any) -> float:
+    """Return the weight that aux_loss, the balance of its experts, has in the loss of a model."""
+    settings = inner_model(model).config.get_text_config()
+    if not getattr(settings, "output_router_logits", False):
+        return 0.0
+    return float(getattr(settings, "router_aux_loss_coef", 0.0) or 0.0)
+
+
+def balance_of(aux_loss: Any, share: float, loss: torch.Tensor) -> torch.Tensor:
+    """Return the part of a batch in the balance of experts over a step, a scalar like the loss.
+
+    Args:
+        aux_loss: The model's for this batch; None where its forward has none, and counts as 0.
+        share: Of the batch in everything that the step is a mean of.
+        loss: Scalar, with the dtype and the device to take.
+    """
+    return loss.new_zeros(()) if aux_loss is None else aux_loss.to(loss) * share
 
 
 def _leaves_loss_to_transformers(model: Any) -> bool:

@@ -43,8 +43,9 @@ def token_divergence(
         temperature: Divides both logits.
 
     Returns:
-        Two scalars: divergence, the sum over the labels in fp32, and nll, the sum of their negative
-        log-likelihoods under the model in fp64. Both have a gradient in the model's parameters.
+        Scalars: divergence, the sum over the labels in fp32, and nll, the sum of their negative
+        log-likelihoods under the model in fp64; and aux_loss as token_logprobs has it, or None. All
+        have a gradient in the model's parameters.
 
     Raises:
         ValueError: An argument is of another type, shape or value; the vocabularies differ; the
@@ -55,6 +56,6 @@ def token_divergence(
     place = next(teacher.parameters()).device
     moved = {k: v.to(place) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     with torch.no_grad():
-        known = call_for(teacher, moved, TeacherRequest(target.to(place)))
-    found: DivergenceSums = call_for(model, inputs, DivergenceRequest(target, known, options))
-    return found
+        known, _ = call_for(teacher, moved, TeacherRequest(target.to(place)))
+    found, aux_loss = call_for(model, inputs, DivergenceRequest(target, known, options))
+    return DivergenceSums(found.divergence, found.nll, aux_loss)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from liger_kernels.ops.arguments import Choices
-from liger_kernels.ops.fused_linear_logprobs import LOGPROB_OUTPUTS, TEMPERATURE
+from liger_kernels.ops.fused_linear_logprobs import LOGPROB_OUTPUTS, TEMPERATURE, named_outputs
 from liger_kernels.ops.losses.options import IGNORE_INDEX
 from liger_kernels.transformers.lazy_logits.head import is_head_patched
 from liger_kernels.transformers.lazy_logits.logprobs import (
@@ -23,7 +23,8 @@ from liger_kernels.transformers.wrappers import forward_takes, inner_model
 
 __all__ = ["call_for", "shifted", "token_logprobs"]
 
-_OUTPUTS = Choices("outputs", LOGPROB_OUTPUTS)
+_AUX_LOSS = "aux_loss"
+_OUTPUTS = Choices("outputs", (*LOGPROB_OUTPUTS, _AUX_LOSS))
 
 
 def token_logprobs(
@@ -48,23 +49,33 @@ def token_logprobs(
             t - 1 are of. -100 is left out, before the head's product.
         temperature: Divides the logits after the model's scale and softcap; positive and finite.
         outputs: Some of logprob, entropy (both differentiable), logsumexp, correct and mean_logit,
-            as fused_linear_logprobs has them.
+            as fused_linear_logprobs has them; and aux_loss, the model's measure of how evenly its
+            experts are used.
 
     Returns:
         A named tuple of tensors (B, T - 1), fp32 (correct: bool), with the fields that were asked
-        for in their order. The value at t is of the label at t + 1, 0 where that is -100.
+        for in their order. The value at t is of the label at t + 1, 0 where that is -100. aux_loss
+        is a scalar, differentiable, or None where the forward returns none: it does with
+        output_router_logits, in inputs or in the configuration of a mixture of experts.
 
     Raises:
         ValueError: An argument is of another type, shape or value; inputs hold labels; the model
             is an encoder with a decoder, or makes logits of another length than labels.
     """
     request = _request_of(inputs, labels, temperature, outputs)
-    values = call_for(model, inputs, request)
-    return type(values)(*(value[:, :-1] for value in values))
+    values, aux_loss = call_for(model, inputs, request)
+    found = iter(values)
+    return named_outputs(
+        tuple(outputs), [aux_loss if x == _AUX_LOSS else next(found)[:, :-1] for x in outputs]
+    )
 
 
-def call_for(model: nn.Module, inputs: Mapping[str, Any], request: HeadRequest) -> Any:
-    """Call a causal model for what a request asks of its head, in place of logits."""
+def call_for(model: nn.Module, inputs: Mapping[str, Any], request: HeadRequest) -> tuple[Any, Any]:
+    """Call a causal model for what a request asks of its head, in place of logits.
+
+    Returns:
+        The answer to the request, and the aux_loss that the model has for its experts, or None.
+    """
     inner = inner_model(model)
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         raise ValueError(
@@ -82,13 +93,16 @@ def call_for(model: nn.Module, inputs: Mapping[str, Any], request: HeadRequest) 
     if ARGUMENT not in options:
         warn_of_logits("the model's head is not patched, see apply_liger_kernel")
         values = request.of_real(values)
-    return values
+    return values, getattr(out, _AUX_LOSS, None)
 
 
 def _request_of(
     inputs: Mapping[str, Any], labels: Any, temperature: Any, outputs: Any
 ) -> LogprobRequest:
     names, temperature = _OUTPUTS.of(outputs), TEMPERATURE.of(temperature)
+    names = tuple(name for name in names if name != _AUX_LOSS)
+    if not names:
+        raise ValueError(f"outputs must have a value of each label beside {_AUX_LOSS}")
     return LogprobRequest(shifted(inputs, labels), temperature, names)
 
 

@@ -6,7 +6,7 @@ import socket
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from liger_cli.config import load_config
 from liger_cli.data.collate import Collator
@@ -15,6 +15,7 @@ from liger_cli.training.objectives import dpo, pairs
 from liger_cli.training.objectives.answers import Answers
 from liger_cli.training.objectives.reference import NoReference
 from liger_cli.training.objectives.table import make_objective
+from liger_kernels.ops.fused_linear_logprobs import named_outputs
 
 CPU = torch.device("cpu")
 VOCABULARY = 24
@@ -30,6 +31,23 @@ def tiny_model(seed: int = 0) -> Any:
         num_attention_heads=2,
     )
     return LlamaForCausalLM(config)
+
+
+def tiny_experts(balances: bool) -> Any:
+    """A mixture of experts, whose loss has their balance or not."""
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        output_router_logits=balances,
+        router_aux_loss_coef=0.5,
+    )
+    return MixtralForCausalLM(config)
 
 
 def make_pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -55,10 +73,10 @@ def collated(rows: list[dict[str, Any]], **layout: bool) -> dict[str, Any]:
     return PairCollator(Collator(0, **layout))(rows)
 
 
-def objective_of(name: str, **keys: Any) -> Any:
-    """An objective without a reference, of a model that is not called."""
+def objective_of(name: str, model: Any = None, **keys: Any) -> Any:
+    """An objective without a reference, of a model that it does not call by itself."""
     config = load_config(None, {"model": "qwen3", "objective": name, **keys})
-    made = make_objective(config, tiny_model(), CPU)
+    made = make_objective(config, model or tiny_model(), CPU)
     if isinstance(made, dpo.Dpo):
         made._reference = NoReference(CPU)
     return made
@@ -70,9 +88,12 @@ class Given:
     def __init__(self, monkeypatch: Any, model: torch.Tensor, squares: torch.Tensor) -> None:
         self.leaf = model.clone().requires_grad_()
 
-        def values(model: Any, batch: Any, device: Any, temperature: float = 1.0) -> torch.Tensor:
+        def values(
+            model: Any, batch: Any, device: Any, *, temperature: float = 1.0, balances: bool = False
+        ) -> Any:
             # log p at temperature 1/2 follows from log p and log sum p^2.
-            return self.leaf if temperature == 1.0 else 2 * self.leaf - squares
+            logprob = self.leaf if temperature == 1.0 else 2 * self.leaf - squares
+            return named_outputs(("logprob", "aux_loss"), (logprob, None))
 
         monkeypatch.setattr(pairs, "token_values", values)
         monkeypatch.setattr(dpo, "token_values", values)

@@ -15,6 +15,7 @@ from liger_cli.data.encode import IGNORED
 from liger_cli.training.objectives.objective import Batch
 from liger_kernels.ops import sequence_sums
 from liger_kernels.transformers import token_logprobs
+from liger_kernels.transformers.wrappers import forward_parameters
 
 __all__ = ["Answers", "model_inputs", "token_values"]
 
@@ -97,9 +98,21 @@ def model_inputs(batch: Batch, device: torch.device) -> dict[str, Any]:
 
 
 def token_values(
-    model: Any, batch: Batch, device: torch.device, temperature: float = 1.0
-) -> torch.Tensor:
-    """Return the log-probability of each label, (B, T - 1) float32, 0 where there is none."""
+    model: Any,
+    batch: Batch,
+    device: torch.device,
+    *,
+    temperature: float = 1.0,
+    balances: bool = False,
+) -> Any:
+    """Return the values of token_logprobs for the labels of a batch: logprob and aux_loss.
+
+    Args:
+        balances: Whether aux_loss, the balance of the model's experts, is asked for; else None.
+    """
     labels = batch["labels"].to(device, non_blocking=True)
     inputs = model_inputs(batch, device)
-    return token_logprobs(model, inputs, labels, temperature=temperature).logprob
+    if "output_router_logits" in forward_parameters(model):
+        inputs["output_router_logits"] = balances
+    outputs = ("logprob", "aux_loss")
+    return token_logprobs(model, inputs, labels, temperature=temperature, outputs=outputs)

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 
 from liger_cli.config import RunConfig
+from liger_cli.data.batches import count_labels
 from liger_cli.data.encode import WEIGHTS
 from liger_cli.errors import ConfigError, DataError
 from liger_cli.training.checkpoints.sharded_state import is_sharded
 from liger_cli.training.eval_result import EvalResult
+from liger_cli.training.forward import balance_of, balance_weight
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.model.loading import load_patched
 from liger_cli.training.model.source import ModelSource, resolve_model
@@ -29,6 +31,7 @@ from liger_cli.training.objectives.answers import model_inputs
 from liger_cli.training.objectives.objective import Batch, Part, Setting, Totals
 from liger_cli.training.objectives.sft import NextToken, TokenEvaluation
 from liger_kernels.transformers import token_divergence
+from liger_kernels.transformers.divergence import DivergenceSums
 
 __all__ = ["Distill"]
 
@@ -42,14 +45,17 @@ class Distill:
         device: Where batches go.
     """
 
-    metrics = ("divergence", "nll_loss")
-
     def __init__(self, config: RunConfig, model: Any, device: torch.device) -> None:
         self._config = config
         self._device = device
         self._tokens = NextToken(model, device)
+        self._balance_weight = balance_weight(model)
         self._teacher: Any = None
         self._accelerator: Any = None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("divergence", "nll_loss", *(["aux_loss"] if self._balance_weight else []))
 
     def prepare(self, setting: Setting) -> Inputs:
         _refuse_weights(setting.inputs)
@@ -68,7 +74,7 @@ class Distill:
     def begin(self, model: Any, batches: Sequence[Batch], totals: Totals) -> None:
         """Do nothing: the parts of a step do not depend on one another."""
 
-    def sums(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def sums(self, model: Any, batch: Batch) -> DivergenceSums:
         """Return the divergence and the cross-entropy, summed over the labels of a batch."""
         labels = batch["labels"].to(self._device, non_blocking=True)
         with self._accelerator.autocast():
@@ -80,13 +86,17 @@ class Distill:
                 beta=self._config.beta,
                 temperature=self._config.temperature,
             )
-        return found.divergence.double(), found.nll
+        return found._replace(divergence=found.divergence.double())
 
     def part(self, model: Any, batch: Batch, totals: Totals) -> Part:
         num_labels = max(totals.labels, 1)
-        divergence, nll = (value / num_labels for value in self.sums(model, batch))
-        loss = divergence + self._config.ce_weight * nll
-        return Part(loss.float(), torch.stack((divergence, nll)).detach())
+        found = self.sums(model, batch)
+        means = [found.divergence / num_labels, found.nll / num_labels]
+        loss = means[0] + self._config.ce_weight * means[1]
+        if self._balance_weight:
+            means.append(balance_of(found.aux_loss, count_labels(batch) / num_labels, loss))
+            loss = loss + self._balance_weight * means[2]
+        return Part(loss.float(), torch.stack(means).detach())
 
     def updated(self, step: int) -> None:
         """Do nothing: the teacher stays as it is."""
@@ -120,8 +130,8 @@ class DistillEvaluation:
         own = self._tokens.sums(batch)
         # The graphs of a compiled model are for the shapes of training.
         with torch.compiler.set_stance("force_eager"), torch.no_grad():
-            divergence, _ = self._objective.sums(self._model, batch)
-        return torch.cat((own, divergence.detach().cpu().view(1)))
+            found = self._objective.sums(self._model, batch)
+        return torch.cat((own, found.divergence.detach().cpu().view(1)))
 
     def result(self, sums: torch.Tensor) -> EvalResult:
         found = self._tokens.result(sums[:-1])

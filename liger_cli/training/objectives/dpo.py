@@ -187,7 +187,7 @@ class Dpo(PairObjective):
         """
         if not self._config.use_weighting:
             return None
-        sharper = token_values(model, batch, self._device, temperature=0.5)
+        sharper = token_values(model, batch, self._device, temperature=0.5).logprob
         means = scores.answers.sums(sharper - scores.tokens.detach()) / scores.lengths
         return means.view(-1, 2).sum(1).exp().clamp(max=1.0)
 

@@ -18,12 +18,12 @@ from liger_cli.config.objectives import METRICS
 from liger_cli.data.batches import count_labels, count_tokens
 from liger_cli.data.encode import IGNORED
 from liger_cli.data.feed import pair_figures
-from liger_cli.errors import ConfigError, DataError
+from liger_cli.errors import DataError
 from liger_cli.training.eval_result import EvalResult
+from liger_cli.training.forward import balance_of, balance_weight
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.objectives.answers import Answers, token_values
 from liger_cli.training.objectives.objective import Batch, Part, Setting, Totals
-from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = ["PairObjective", "PairSums", "Scores", "margin_of", "mean_metrics"]
 
@@ -36,12 +36,14 @@ class Scores:
         answers: Where their tokens are.
         tokens: (B, T - 1) float32, with a gradient in training.
         sums: (2N,) float64, in which tokens may be weighted.
+        aux_loss: The balance of the model's experts in the batch, where it is a part of the loss.
         reference: The sums that a reference gives, where there is one.
     """
 
     answers: Answers
     tokens: torch.Tensor
     sums: torch.Tensor
+    aux_loss: torch.Tensor | None = None
     reference: torch.Tensor | None = None
 
     @property
@@ -89,13 +91,14 @@ class PairObjective:
     def __init__(self, config: RunConfig, model: Any, device: torch.device) -> None:
         self._config = config
         self._device = device
-        _refuse_balance(model)
+        self._balance_weight = balance_weight(model)
         if config.disable_dropout:
             _disable_dropout(model)
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        return (*self.pair_metrics, *(["nll_loss"] if self.shows_likelihood else []))
+        likelihood = ["nll_loss"] if self.shows_likelihood else []
+        return (*self.pair_metrics, *likelihood, *(["aux_loss"] if self._balance_weight else []))
 
     def sums(self, model: Any, batch: Batch, scores: Scores) -> PairSums:
         """Return the sums of a batch whose answers the model has scored."""
@@ -136,11 +139,14 @@ class PairObjective:
     def score(self, model: Any, batch: Batch) -> Scores:
         """Return the log-probabilities that the model gives the answers of a batch."""
         answers = Answers.of(batch, self._device, self.ld_alpha)
-        tokens = token_values(model, batch, self._device)
-        return Scores(answers, tokens, answers.sums(tokens, weighted=True))
+        # As in evaluations of sft, the balance of the experts counts in training alone.
+        balances = self._balance_weight > 0 and torch.is_grad_enabled()
+        tokens, aux_loss = token_values(model, batch, self._device, balances=balances)
+        return Scores(answers, tokens, answers.sums(tokens, weighted=True), aux_loss)
 
     def part(self, model: Any, batch: Batch, totals: Totals) -> Part:
-        sums = self.sums(model, batch, self.score(model, batch))
+        scores = self.score(model, batch)
+        sums = self.sums(model, batch, scores)
         likelihood = sums.likelihood / max(totals.chosen_labels, 1)
         num_pairs = max(totals.pairs, 1)
         loss = sums.losses / num_pairs
@@ -149,6 +155,11 @@ class PairObjective:
         metrics = sums.metrics.detach() / num_pairs
         if self.shows_likelihood:
             metrics = torch.cat((metrics, likelihood.detach().view(1)))
+        if self._balance_weight:
+            share = int(batch["num_pairs"]) / num_pairs
+            balance = balance_of(scores.aux_loss, share, loss)
+            loss = loss + self._balance_weight * balance
+            metrics = torch.cat((metrics, balance.detach().view(1)))
         return Part(loss, metrics)
 
     def updated(self, step: int) -> None:
@@ -223,18 +234,6 @@ def margin_of(batch: Batch, like: torch.Tensor) -> torch.Tensor:
     if "margin" in batch:
         return batch["margin"].to(like.device)
     return torch.zeros_like(like)
-
-
-def _refuse_balance(model: Any) -> None:
-    """Raise a ConfigError where the model would add a loss that balances its experts."""
-    settings = inner_model(model).config.get_text_config()
-    weight = float(getattr(settings, "router_aux_loss_coef", 0.0) or 0.0)
-    if weight and getattr(settings, "output_router_logits", False):
-        raise ConfigError(
-            f"the model adds {weight:g} of the balance of its experts to its loss "
-            "(output_router_logits), which is no part of objectives of pairs",
-            hint="set output_router_logits to false in the model's config.json",
-        )
 
 
 def _disable_dropout(model: Any) -> None:

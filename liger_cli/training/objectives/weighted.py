@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from liger_cli.data.batches import count_weight
 from liger_cli.data.encode import WEIGHTS
-from liger_cli.errors import ConfigError
+from liger_cli.training.forward import balance_of, balance_weight
 from liger_cli.training.objectives.objective import Batch
 from liger_kernels.transformers import token_logprobs
-from liger_kernels.transformers.wrappers import forward_parameters, inner_model
+from liger_kernels.transformers.wrappers import forward_parameters
 
 __all__ = ["evaluated_sums", "weighted_loss"]
 
@@ -18,21 +19,17 @@ __all__ = ["evaluated_sums", "weighted_loss"]
 def weighted_loss(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
     """Return the sum over the labels of a batch of weight x loss, a scalar with a gradient.
 
+    What a model adds to its own loss to balance its experts counts as much as all of them.
+
     Args:
         model: The model, or the prepared one around it.
         batch: A collated batch; without label_weights (B, T) each label has 1.
         device: Where the model is.
-
-    Raises:
-        ConfigError: The model adds the balance of its experts to its own loss.
     """
-    config = inner_model(model).config
-    if getattr(config.get_text_config(), "output_router_logits", False):
-        raise ConfigError(
-            "loss weights are not for a model whose loss has the balance of its experts too "
-            "(output_router_logits is true in its configuration)"
-        )
-    return -_weighted_sum(_values(model, batch, device, ("logprob",)).logprob, batch)
+    balance = balance_weight(model)
+    found = _values(model, batch, device, ("logprob", "aux_loss"), balances=balance > 0)
+    loss = -_weighted_sum(found.logprob, batch)
+    return loss + balance * balance_of(found.aux_loss, count_weight(batch), loss)
 
 
 def evaluated_sums(model: Any, batch: Batch, device: torch.device) -> tuple[float, float, float]:
@@ -44,7 +41,14 @@ def evaluated_sums(model: Any, batch: Batch, device: torch.device) -> tuple[floa
     return -float(_weighted_sum(found.logprob, batch)), float(found.correct.sum()), float(entropy)
 
 
-def _values(model: Any, batch: Batch, device: torch.device, outputs: tuple[str, ...]) -> Any:
+def _values(
+    model: Any,
+    batch: Batch,
+    device: torch.device,
+    outputs: tuple[str, ...],
+    *,
+    balances: bool = False,
+) -> Any:
     left_out = ("labels", "num_tokens", WEIGHTS)
     inputs = {
         key: value.to(device, non_blocking=True) if hasattr(value, "to") else value
@@ -52,7 +56,7 @@ def _values(model: Any, batch: Batch, device: torch.device, outputs: tuple[str, 
         if key not in left_out
     }
     if "output_router_logits" in forward_parameters(model):
-        inputs["output_router_logits"] = False
+        inputs["output_router_logits"] = balances
     return token_logprobs(model, inputs, batch["labels"].to(device), outputs=outputs)
 
 

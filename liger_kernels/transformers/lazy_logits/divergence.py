@@ -45,6 +45,8 @@ class DivergenceSums(NamedTuple):
     divergence: Tensor
     # The negative log-likelihood of the labels at temperature 1.
     nll: Tensor
+    # How evenly the model uses its experts, where it says so.
+    aux_loss: Tensor | None = None
 
 
 class TeacherRequest(NamedTuple):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from forked_runs import start
-from objective_pairs import CPU, VOCABULARY, free_port, make_pairs, tiny_model
+from objective_pairs import CPU, VOCABULARY, free_port, make_pairs, tiny_experts, tiny_model
 from run_files import assert_same, metrics, stopped_copy, weights
 
 from liger_cli.config import load_config
@@ -25,6 +25,7 @@ ROWS = [
     {"input_ids": pair["chosen_input_ids"], "labels": pair["chosen_labels"]}
     for pair in make_pairs(8)
 ]
+NO_AUTOCAST = SimpleNamespace(autocast=torch.enable_grad)
 FREE = {"flatten": True, "padding_free": True, "has_lengths": False}
 
 
@@ -36,7 +37,7 @@ def build(teacher=None, **keys):
     for one in (model, teacher):
         apply_liger_kernel(one)
     objective._teacher = teacher.eval().requires_grad_(False)
-    objective._accelerator = SimpleNamespace(autocast=torch.enable_grad)
+    objective._accelerator = NO_AUTOCAST
     return objective, model.train()
 
 
@@ -90,6 +91,23 @@ def test_ce_weight_adds_the_loss_of_sft():
     wanted = tiny_model()(**batch).loss.item()
     assert means[1].item() == pytest.approx(wanted, rel=1e-5)
     assert both == pytest.approx(alone + 0.7 * wanted, rel=1e-6)
+
+
+def test_the_balance_of_experts_is_added_by_its_weight():
+    found = []
+    for balances in (True, False):
+        dense, _ = build()
+        model = tiny_experts(balances)
+        objective = make_objective(dense._config, model, CPU)
+        apply_liger_kernel(model)
+        objective._teacher, objective._accelerator = dense._teacher, NO_AUTOCAST
+        batch = collated(ROWS)
+        found.append((objective, objective.part(model.train(), batch, objective.count(batch))))
+    (objective, balanced), (_, plain) = found
+    assert objective.metrics == ("divergence", "nll_loss", "aux_loss")
+    wanted = tiny_experts(True)(**collated(ROWS)).aux_loss.item()
+    assert balanced.metrics[2].item() == pytest.approx(wanted, rel=1e-6)
+    assert balanced.loss.item() == pytest.approx(plain.loss.item() + 0.5 * wanted, rel=1e-6)
 
 
 def test_an_evaluation_of_distill_is_the_same_in_any_batches():

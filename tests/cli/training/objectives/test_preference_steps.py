@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from objective_pairs import CPU, collated, make_pairs, objective_of, tiny_model
+from objective_pairs import CPU, collated, make_pairs, objective_of, tiny_experts, tiny_model
 
 from liger_cli.data.collate import Collator
 from liger_cli.data.packing import join_rows
@@ -117,6 +117,38 @@ def test_a_process_without_pairs_adds_nothing():
     total, found = step(objective, model, [collated(ROWS), collated([row])])
     assert total.loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)
     assert (found - gradient).norm() <= 1e-6 * gradient.norm()
+
+
+def test_the_balance_of_experts_is_a_mean_over_pairs():
+    """Its weight and value are transformers', as TRL adds it; a batch counts by its pairs."""
+    found = []
+    for balances in (True, False):
+        model = tiny_experts(balances).train()
+        objective = objective_of("orpo", model=model)
+        apply_liger_kernel(model)
+        found.append((*step(objective, model, [collated(ROWS[:3]), collated(ROWS[3:])]), objective))
+    (balanced, gradient, objective), (plain, other, _) = found
+    model = tiny_experts(True).train()
+    wanted = 0.0
+    for rows in (ROWS[:3], ROWS[3:]):
+        batch = collated(rows)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        wanted = wanted + model(**inputs).aux_loss * len(rows) / len(ROWS)
+    weight = model.config.router_aux_loss_coef
+    (weight * wanted).backward()
+    of_balance = torch.cat(
+        [(0 * p if p.grad is None else p.grad).flatten() for p in model.parameters()]
+    )
+    assert objective.metrics[-1] == "aux_loss"
+    assert balanced.metrics[-1].item() == pytest.approx(wanted.item(), rel=1e-5)
+    expected = plain.loss.item() + weight * wanted.item()
+    assert balanced.loss.item() == pytest.approx(expected, rel=1e-6)
+    assert (gradient - other - of_balance).norm() <= 1e-5 * gradient.norm()
+    assert of_balance.norm() > 1e-3 * gradient.norm()
+    # The reference and evaluations leave it out.
+    apply_liger_kernel(model)
+    with torch.no_grad():
+        assert objective.score(model, collated(ROWS)).aux_loss is None
 
 
 def test_orpo_without_its_odds_is_sft_on_chosen_answers():

@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from objective_pairs import VOCABULARY, tiny_experts
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from liger_cli.data.batches import placeholder
 from liger_cli.data.collate import Collator
 from liger_cli.data.encode import IGNORED, WEIGHTS
-from liger_cli.errors import ConfigError
 from liger_cli.training.objectives.objective import Totals
 from liger_cli.training.objectives.sft import NextToken
 from liger_kernels.transformers import apply_liger_kernel
@@ -23,7 +23,9 @@ CPU = torch.device("cpu")
 def model_of(*, is_patched=True, **options):
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_attention_heads=2, **size, **options))
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCABULARY, num_attention_heads=2, **size, **options)
+    )
     if is_patched:
         apply_liger_kernel(model)
     return model
@@ -34,7 +36,7 @@ def rows_of(weights):
     generator = torch.Generator().manual_seed(3)
     rows = []
     for number, weight in enumerate(weights):
-        ids = torch.randint(32, (4 + 3 * number,), generator=generator).tolist()
+        ids = torch.randint(VOCABULARY, (4 + 3 * number,), generator=generator).tolist()
         labels = [IGNORED, IGNORED, *ids[2:]]
         row = {"input_ids": ids, "labels": labels}
         if weight is not None:
@@ -118,12 +120,21 @@ def test_evaluation_weighs_the_loss_alone(size):
     assert result.tokens == sum(label != IGNORED for row in rows for label in row["labels"])
 
 
-def test_a_model_that_balances_experts_by_its_loss_is_refused():
-    model = model_of(is_patched=False, output_router_logits=True)
-    batch = Collator()(rows_of((0.5,)))
-    objective = NextToken(model, CPU)
-    with pytest.raises(ConfigError, match="output_router_logits"):
-        objective.part(model, batch, objective.count(batch))
+def test_weights_of_1_leave_the_balance_of_experts_in_the_loss():
+    found = []
+    for weight in (1.0, None):
+        model = tiny_experts(balances=True).train()
+        apply_liger_kernel(model)
+        objective = NextToken(model, CPU)
+        batches = [Collator()(rows) for rows in (rows_of([weight] * 3), rows_of([weight]))]
+        totals = sum(map(objective.count, batches), Totals())
+        loss = sum(objective.part(model, batch, totals).loss for batch in batches)
+        loss.backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append((loss.item(), grads))
+    (weighted, gradient), (plain, wanted) = found
+    assert weighted == pytest.approx(plain, rel=1e-6)
+    assert (gradient - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 def test_a_row_of_weight_2_counts_as_two_rows(liger, tmp_path):
