@@ -26,27 +26,51 @@ INTERFACE_VERSION = f"0.8.2+liger.kernels.{liger_kernels.__version__}"
 # has all functional forms, monkey_patch the patching functions, ops its functions.
 _HOMES: dict[str, tuple[str, ...]] = {
     "ops": (),
+    "ops.backends": (),
+    "ops.backends.registry": ("IMPL_REGISTRY",),
+    "ops.cross_entropy": ("LigerCrossEntropyFunction",),
     "ops.fused_add_rms_norm": ("LigerFusedAddRMSNormFunction",),
+    "ops.fused_linear_cross_entropy": ("LigerFusedLinearCrossEntropyFunction",),
     "ops.geglu": ("LigerGELUMulFunction",),
     "ops.layer_norm": ("LigerLayerNormFunction",),
     "ops.rms_norm": ("LigerRMSNormFunction",),
     "ops.rope": ("LigerRopeFunction",),
     "ops.swiglu": ("LigerSiLUMulFunction",),
+    "ops.utils": (
+        *("calculate_settings", "compare_version"),
+        *("ensure_contiguous", "torch_to_triton_dtype"),
+    ),
     "transformers": (),
-    "transformers.cross_entropy": ("LigerCrossEntropyLoss",),
+    "transformers.cross_entropy": ("CrossEntropyOutput", "LigerCrossEntropyLoss"),
     "transformers.functional": (),
     "transformers.fused_add_rms_norm": ("LigerFusedAddRMSNorm",),
-    "transformers.fused_linear_cross_entropy": ("LigerFusedLinearCrossEntropyLoss",),
+    "transformers.fused_linear_cross_entropy": (
+        "CrossEntropyOutput",
+        "LigerFusedLinearCrossEntropyLoss",
+    ),
     "transformers.geglu": ("LigerGEGLUMLP",),
     "transformers.layer_norm": ("LigerLayerNorm",),
     "transformers.model": (),
     "transformers.model.loss_utils": ("LigerForCausalLMLoss",),
     "transformers.monkey_patch": (),
-    "transformers.rms_norm": ("LigerRMSNorm",),
+    "transformers.rms_norm": (
+        *("LigerRMSNorm", "LigerRMSNormForGemma", "LigerRMSNormForGemma2"),
+        *("LigerRMSNormForGemma3", "LigerRMSNormForGemma4", "LigerRMSNormForGlm4"),
+        *("LigerRMSNormForOlmo2", "LigerRMSNormForQwen3Next"),
+    ),
     "transformers.rope": ("liger_rotary_pos_emb",),
-    "transformers.swiglu": ("LigerSwiGLUMLP",),
+    "transformers.swiglu": (
+        *("LigerBlockSparseTop2MLP", "LigerPhi3SwiGLUMLP", "LigerQwen3MoeSwiGLUMLP"),
+        "LigerSwiGLUMLP",
+    ),
+    "transformers.trainer": (),
+    "transformers.trainer.orpo_trainer": ("_FSDPForwardRedirection",),
+    "utils": ("PEFT_AVAILABLE", "is_npu_available"),
 }
-_PACKAGES = (_NAME, *(f"{_NAME}.{name}" for name in ("ops", "transformers", "transformers.model")))
+_PACKAGES = (
+    _NAME,
+    *(f"{_NAME}.{name}" for name in _HOMES if any(k.startswith(f"{name}.") for k in _HOMES)),
+)
 _MODULES = (_NAME, *(f"{_NAME}.{name}" for name in _HOMES))
 
 
@@ -141,27 +165,36 @@ class AliasFinder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
         vars(module).update(names, __all__=sorted(names))
 
     def _names(self, home: str) -> dict[str, Any]:
-        from liger_kernels.compat import functional, functions, modules
+        from liger_kernels.compat import families, functional, functions, losses, modules, utils
         from liger_kernels.compat.patching import Patching
 
         self.patching = self.patching or Patching()
-        of_ops = {name: getattr(functions, name) for name in functions.__all__}
-        classes = {name: getattr(modules, name) for name in modules.__all__}
+        of_ops = _public(functions)
         names = {
+            "CrossEntropyOutput": losses.CrossEntropyOutput,
             "liger_rotary_pos_emb": functional.liger_rope,
-            **classes,
+            **_public(modules),
+            **_public(families),
             **self.patching.names,
         }
         whole = {
             "ops": of_ops,
             "transformers": names,
-            "transformers.functional": {n: getattr(functional, n) for n in functional.__all__},
-            "transformers.model": {},
+            "transformers.functional": {**_public(functional), **_public(losses)},
             "transformers.monkey_patch": self.patching.names,
         }
         if home in whole:
             return whole[home]
-        names |= {**of_ops, "LigerForCausalLMLoss": functions.LigerForCausalLMLoss}
+        names |= {
+            **of_ops,
+            **_public(utils),
+            # One implementation, so there is none to choose.
+            "IMPL_REGISTRY": {},
+            "LigerForCausalLMLoss": functions.LigerForCausalLMLoss,
+            "_FSDPForwardRedirection": utils.FSDPForwardRedirection,
+        }
+        if "torch_to_triton_dtype" in _HOMES[home]:
+            names["torch_to_triton_dtype"] = utils.torch_to_triton_dtype()
         return {name: names[name] for name in _HOMES[home]}
 
     def find_distributions(
@@ -173,6 +206,10 @@ class AliasFinder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
         if name is None or name.lower().replace("_", "-") == _DISTRIBUTION:
             return [_AliasDistribution()]
         return []
+
+
+def _public(module: ModuleType) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in module.__all__}
 
 
 class _AliasDistribution(importlib.metadata.Distribution):

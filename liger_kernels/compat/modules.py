@@ -5,14 +5,15 @@ Parameters have the names and shapes of the stock modules, so state dicts load b
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from liger_kernels import ops
-from liger_kernels.compat import functional, functions
-from liger_kernels.compat.functional import cast_of, refuse
+from liger_kernels.compat import functional, functions, losses
+from liger_kernels.compat.arguments import cast_of, refuse
 from liger_kernels.ops.losses.options import IGNORE_INDEX
 
 __all__ = [
@@ -42,9 +43,11 @@ class LigerRMSNorm(nn.Module):
         hidden_size: Width of the last dimension.
         eps: Added to the mean of squares.
         offset: Added to the weight; 1.0 with casting_mode "gemma" and init_fn "zeros" for Gemma.
-        casting_mode: "llama" or "gemma", as liger_rms_norm takes it.
+        casting_mode: "llama", "gemma" or "none", as liger_rms_norm takes it.
         init_fn: What the weight starts as: "ones" or "zeros".
-        in_place: Must be False: no input is written to.
+        in_place: A permission to overwrite a gradient, which no op uses.
+        row_mode: Must be None or False: the op chooses its launch.
+        elementwise_affine: Whether there is a weight.
     """
 
     def __init__(
@@ -54,12 +57,16 @@ class LigerRMSNorm(nn.Module):
         offset: float = 0.0,
         casting_mode: str = "llama",
         init_fn: str = "ones",
-        in_place: bool = False,
+        in_place: bool = True,
+        row_mode: bool | None = None,
+        elementwise_affine: bool = True,
     ) -> None:
         super().__init__()
-        refuse(type(self).__name__, in_place=in_place)
+        refuse(type(self).__name__, row_mode=row_mode)
         cast_of(casting_mode)
-        self.weight = _weight(hidden_size, init_fn)
+        weight = _weight(hidden_size, init_fn)
+        self.weight = weight if elementwise_affine else None
+        self.width = hidden_size
         self.variance_epsilon = eps
         self.offset = offset
         self.casting_mode = casting_mode
@@ -72,7 +79,7 @@ class LigerRMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the options for print(model)."""
-        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}, offset={self.offset}"
+        return f"({self.width},), eps={self.variance_epsilon}, offset={self.offset}"
 
 
 class LigerFusedAddRMSNorm(LigerRMSNorm):
@@ -119,23 +126,33 @@ class LigerLayerNorm(nn.Module):
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
 
 
+# ops.geglu's approximate for each name of the activation.
+_GELUS = {"gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu": "none"}
+SILUS = ("silu", "swish")
+
+
+def check_activation(module: nn.Module, config: Any, allowed: Iterable[str]) -> str:
+    """Return the activation of a configuration.
+
+    Raises:
+        ValueError: The module has another.
+    """
+    name: str = getattr(config, "hidden_activation", None) or config.hidden_act
+    if name not in allowed:
+        raise ValueError(
+            f"{type(module).__name__} needs a configuration whose activation is one of "
+            f"{', '.join(allowed)}, got {name!r}"
+        )
+    return name
+
+
 class _GatedMLP(nn.Module):
     """gate_proj, up_proj and down_proj of the sizes that a transformers configuration gives."""
 
-    # The op's approximate for each name of an activation; without one, the op has none.
-    _activations: dict[str, str | None]
-
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, intermediate_size: int | None = None) -> None:
         super().__init__()
-        name = getattr(config, "hidden_activation", None) or config.hidden_act
-        if name not in self._activations:
-            raise ValueError(
-                f"{type(self).__name__} needs a configuration whose activation is one of "
-                f"{', '.join(self._activations)}, got {name!r}"
-            )
-        self._approximate: Any = self._activations[name]
         has_bias = getattr(config, "mlp_bias", False)
-        width, inner = config.hidden_size, config.intermediate_size
+        width, inner = config.hidden_size, intermediate_size or config.intermediate_size
         self.gate_proj = nn.Linear(width, inner, bias=has_bias)
         self.up_proj = nn.Linear(width, inner, bias=has_bias)
         self.down_proj = nn.Linear(inner, width, bias=has_bias)
@@ -144,7 +161,9 @@ class _GatedMLP(nn.Module):
 class LigerSwiGLUMLP(_GatedMLP):
     """down(silu(gate(x)) * up(x)), built from a configuration as LlamaMLP."""
 
-    _activations = {"silu": None, "swish": None}
+    def __init__(self, config: Any, intermediate_size: int | None = None) -> None:
+        super().__init__(config, intermediate_size)
+        check_activation(self, config, SILUS)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the MLP of x."""
@@ -154,7 +173,9 @@ class LigerSwiGLUMLP(_GatedMLP):
 class LigerGEGLUMLP(_GatedMLP):
     """down(gelu(gate(x)) * up(x)), built from a configuration as GemmaMLP."""
 
-    _activations = {"gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu": "none"}
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._approximate: Any = _GELUS[check_activation(self, config, _GELUS)]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the MLP of x."""
@@ -174,15 +195,19 @@ class _Loss(nn.Module):
         reduction: str = "mean",
         softcap: float | None = None,
         return_z_loss: bool = False,
+        return_token_accuracy: bool = False,
+        return_predicted_tokens: bool = False,
     ) -> None:
         super().__init__()
-        refuse(type(self).__name__, return_z_loss=return_z_loss)
         self.options: dict[str, Any] = {
             "ignore_index": ignore_index,
             "lse_square_scale": lse_square_scale,
             "label_smoothing": label_smoothing,
             "reduction": reduction,
             "softcap": softcap,
+            "return_z_loss": return_z_loss,
+            "return_token_accuracy": return_token_accuracy,
+            "return_predicted_tokens": return_predicted_tokens,
         }
 
 
@@ -195,9 +220,9 @@ class LigerCrossEntropyLoss(_Loss):
         super().__init__(**options)
         self.register_buffer("weight", weight)
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor) -> Tensor | losses.CrossEntropyOutput:
         """Return the loss of logits."""
-        return functional.liger_cross_entropy(input, target, self.weight, **self.options)
+        return losses.liger_cross_entropy(input, target, self.weight, **self.options)
 
 
 class LigerFusedLinearCrossEntropyLoss(_Loss):
@@ -205,14 +230,23 @@ class LigerFusedLinearCrossEntropyLoss(_Loss):
 
     ce_weight: Tensor | None
 
-    def __init__(self, *, ce_weight: Tensor | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        ce_weight: Tensor | None = None,
+        accum_dtype: torch.dtype | None = None,
+        use_token_scaling: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
+        refuse(type(self).__name__, accum_dtype=accum_dtype)
+        self.options["use_token_scaling"] = use_token_scaling
         self.register_buffer("ce_weight", ce_weight)
 
     def forward(
         self, lin_weight: Tensor, input: Tensor, target: Tensor, bias: Tensor | None = None, /
-    ) -> Tensor:
+    ) -> Tensor | losses.CrossEntropyOutput:
         """Return the loss of input @ lin_weight.T + bias; the head's weight comes first."""
-        return functional.liger_fused_linear_cross_entropy(
+        return losses.liger_fused_linear_cross_entropy(
             input, lin_weight, target, bias, self.ce_weight, **self.options
         )

@@ -259,16 +259,18 @@ X, V = torch.ones(2, 4), torch.tensor([1, 2])
 
 # What we do not have: the call, the words of the error.
 REFUSALS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
-    "in-place": (lambda a, f: a.LigerRMSNorm(4, in_place=True), "in_place=True"),
-    "in-place-function": (lambda a, f: f.liger_rms_norm(X, None, 1e-6, in_place=True), "in_place"),
-    "casting": (lambda a, f: a.LigerRMSNorm(4, casting_mode="none"), "casting_mode.*'none'"),
+    "casting": (lambda a, f: a.LigerRMSNorm(4, casting_mode="fp8"), "casting_mode.*'fp8'"),
+    "row-mode": (lambda a, f: a.LigerRMSNorm(4, row_mode=True), "row_mode=True"),
     "init": (lambda a, f: a.LigerLayerNorm(4, init_fn="normal"), "init_fn.*'normal'"),
     "activation": (lambda a, f: a.LigerSwiGLUMLP(gemma_config()), "silu, swish.*gelu_pytorch_tanh"),
     "gelu": (lambda a, f: a.LigerGEGLUMLP(config()), "gelu_pytorch_tanh.*'silu'"),
-    "z-loss": (lambda a, f: a.LigerCrossEntropyLoss(return_z_loss=True), "return_z_loss=True"),
-    "fused-z-loss": (
-        lambda a, f: f.liger_fused_linear_cross_entropy(X, X, V, return_z_loss=True),
-        "return_z_loss=True",
+    "accum-dtype": (
+        lambda a, f: a.LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32),
+        "accum_dtype=torch.float32",
+    ),
+    "accum-dtype-function": (
+        lambda a, f: f.liger_fused_linear_cross_entropy(X, X, V, accum_dtype=torch.float32),
+        "accum_dtype=torch.float32",
     ),
     "size-average": (
         lambda a, f: f.liger_cross_entropy(X, V, size_average=False),
@@ -292,8 +294,8 @@ def test_what_no_op_has_is_refused(name, alias):
 
 def test_unknown_arguments_are_named(alias):
     for make in (alias.LigerCrossEntropyLoss, alias.LigerFusedLinearCrossEntropyLoss):
-        with pytest.raises(TypeError, match="accum_dtype"):
-            make(accum_dtype=torch.float32)
+        with pytest.raises(TypeError, match="chunk_dtype"):
+            make(chunk_dtype=torch.float32)
         # In torch the second is another than in the original; neither is guessed.
         with pytest.raises(TypeError, match="positional"):
             make(CLASS_WEIGHT)

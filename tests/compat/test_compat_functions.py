@@ -81,11 +81,15 @@ def test_rope_of_ops(alias):
 
 def test_ops_has_these_functions_and_no_others(alias):
     ops = importlib.import_module("liger_kernel.ops")
-    assert set(ops.__all__) == {*CASES, "LigerRopeFunction"} == set(functions.__all__)
-    with pytest.raises(ValueError, match="in_place=True"):
-        ops.LigerFusedAddRMSNormFunction.apply(A, B, W, 1e-5, 0.0, "llama", True)
-    with pytest.raises(ImportError, match="LigerCrossEntropyFunction"):
-        exec("from liger_kernel.ops import LigerCrossEntropyFunction")
+    of_losses = {"LigerCrossEntropyFunction", "LigerFusedLinearCrossEntropyFunction"}
+    assert set(ops.__all__) == {*CASES, *of_losses, "LigerRopeFunction"} == set(functions.__all__)
+    # A permission that is not used: the same values, and no tensor is written to.
+    before = A.detach().clone()
+    ours = ops.LigerFusedAddRMSNormFunction.apply(A, B, W, 1e-5, 0.0, "llama", True)
+    assert_equal(ours, CASES["LigerFusedAddRMSNormFunction"][1](), A, B, W)
+    assert torch.equal(A, before)
+    with pytest.raises(ImportError, match="LigerKLDivLossFunction"):
+        exec("from liger_kernel.ops import LigerKLDivLossFunction")
 
 
 LABELS = torch.tensor([[3, 4, -100, 0, 10], [7, -100, 9, 1, 2]])
@@ -118,7 +122,8 @@ def test_loss_of_a_causal_model(name, alias):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"return_token_accuracy": True}, "return_token_accuracy=True"),
+        ({"chunk_size": 4}, "chunk_size=4"),
+        ({"accum_dtype": torch.float32}, "accum_dtype=torch.float32"),
         ({"hidden_size": 7}, "hidden_size must be the width of hidden_states, 6, got 7"),
         ({"labels": None}, "needs labels or shift_labels"),
     ],

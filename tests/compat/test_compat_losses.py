@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
-from liger_kernels.compat import functional, modules
+from liger_kernels.compat import functional, losses, modules
 from liger_kernels.ops.backend import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs without the interpreter")
@@ -73,7 +73,7 @@ def reference(
 
 def of_logits(options: dict[str, Any]) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     return {
-        "function": lambda x, target: functional.liger_cross_entropy(x, target, **options),
+        "function": lambda x, target: losses.liger_cross_entropy(x, target, **options),
         "module": lambda x, target: modules.LigerCrossEntropyLoss(**options)(x, target),
     }
 
@@ -81,7 +81,7 @@ def of_logits(options: dict[str, Any]) -> dict[str, Callable[[Tensor, Tensor], T
 def of_hidden(options: dict[str, Any]) -> dict[str, Callable[..., Tensor]]:
     options = dict(options)
     options["ce_weight"] = options.pop("weight")
-    fused = functional.liger_fused_linear_cross_entropy
+    fused = losses.liger_fused_linear_cross_entropy
     return {
         "function": lambda x, w, target, b: fused(x, w, target, b, **options),
         "module": lambda x, w, target, b: modules.LigerFusedLinearCrossEntropyLoss(**options)(
@@ -201,7 +201,7 @@ def upcast_loss(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
 # name: (ours, the stock one), both functions of a dtype.
 NAMES: dict[str, tuple[Callable[[torch.dtype], Any], Callable[[torch.dtype], Any]]] = {
     "liger_cross_entropy": (
-        lambda d: functional.liger_cross_entropy(x(d, ROWS, VOCAB), TARGET),
+        lambda d: losses.liger_cross_entropy(x(d, ROWS, VOCAB), TARGET),
         lambda d: F.cross_entropy(x(d, ROWS, VOCAB), TARGET),
     ),
     "LigerCrossEntropyLoss": (
@@ -209,7 +209,7 @@ NAMES: dict[str, tuple[Callable[[torch.dtype], Any], Callable[[torch.dtype], Any
         lambda d: nn.CrossEntropyLoss(reduction="none")(x(d, ROWS, VOCAB), TARGET),
     ),
     "liger_fused_linear_cross_entropy": (
-        lambda d: functional.liger_fused_linear_cross_entropy(*fused_inputs(d)),
+        lambda d: losses.liger_fused_linear_cross_entropy(*fused_inputs(d)),
         lambda d: upcast_loss(*fused_inputs(d)),
     ),
     "LigerFusedLinearCrossEntropyLoss": (
@@ -262,7 +262,9 @@ NAMES: dict[str, tuple[Callable[[torch.dtype], Any], Callable[[torch.dtype], Any
 
 
 def test_every_name_has_a_dtype_case():
-    assert set(NAMES) == {*functional.__all__, *modules.__all__}
+    assert set(NAMES) == {*functional.__all__, *losses.__all__, *modules.__all__} - {
+        "CrossEntropyOutput"
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -289,7 +291,7 @@ def test_case_208_losses_under_autocast(name):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_case_208_gradients_keep_the_dtype_of_the_logits(reduction):
     logits = x(torch.bfloat16, ROWS, VOCAB).requires_grad_()
-    loss = functional.liger_cross_entropy(logits, TARGET, reduction=reduction)
+    loss = losses.liger_cross_entropy(logits, TARGET, reduction=reduction)
     stock = F.cross_entropy(logits, TARGET, reduction=reduction)
     (ours,) = torch.autograd.grad(loss.sum(), logits)
     (wanted,) = torch.autograd.grad(stock.sum(), logits)
