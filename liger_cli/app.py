@@ -40,6 +40,7 @@ COMMANDS = {
     "verify": "Check the ops and your model against stock on this machine, gradients included.",
     "estimate": "Estimate a training step's memory by part, before a card is rented.",
     "merge": "Put an adapter into its base model, or a sharded checkpoint together.",
+    "export": "Write a model as GGUF, or our layers for Hugging Face's kernels.",
     "generate": "Continue a prompt, or chat with a model or a checkpoint.",
     "config": "Write, check and show configuration files, and print their JSON schema.",
     "data": "Show what training sees of a dataset: rendered rows, lengths, cuts, packing.",

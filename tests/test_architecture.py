@@ -43,7 +43,7 @@ PROGRAM = ("errors", "common", "config", "data", "training", "report", "commands
 LIBRARY = ("nearest", "ops", "compare", "transformers", "compat")
 PATCHER = (
     *("wrappers", "attention", "recognise", "replacements", "lazy_logits", "patching"),
-    *("logprobs", "divergence", "options", "api", "loading", "class_mode"),
+    *("logprobs", "divergence", "options", "api", "loading", "class_mode", "hub_layers"),
 )
 ORDERS = {"liger_cli": PROGRAM, "liger_kernels": LIBRARY, "liger_kernels.transformers": PATCHER}
 

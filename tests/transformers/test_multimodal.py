@@ -23,7 +23,7 @@ from liger_kernels.transformers import (
 )
 from liger_kernels.transformers.patching.upstream_fixes import repair_model
 from liger_kernels.transformers.recognise import recognise_rope, rope_functions
-from liger_kernels.transformers.replacements.attention import _rotary
+from liger_kernels.transformers.replacements.attention import rotary_by_op
 from liger_kernels.transformers.replacements.subclasses import is_patched
 
 IS_BROKEN = transformers.__version__ == "5.24.0"
@@ -323,7 +323,7 @@ def test_rotation_case_23_24_25(case, monkeypatch):
         lambda module=None: calls.append(module),
     )
     results = []
-    for function in (original, _rotary(original, spec)):
+    for function in (original, rotary_by_op(original, spec)):
         q, k = (x.clone().requires_grad_() for x in heads)
         turned = function(q, k, *angles)
         torch.autograd.backward(turned, [_heads(*x.shape).cos() for x in turned])
@@ -343,7 +343,7 @@ def test_rotation_by_sections(family):
     original = rope_functions(type(attention))[spec.function]
     cos, sin = _cos_sin(3, 2, 5, 8)
     wanted = original(*HEADS, cos, sin, [2, 3, 3])
-    ours = _rotary(original, spec)(*HEADS, cos, sin, [2, 3, 3])
+    ours = rotary_by_op(original, spec)(*HEADS, cos, sin, [2, 3, 3])
     torch.testing.assert_close(ours, wanted)
 
 
@@ -354,7 +354,7 @@ def test_angles_that_lost_their_imaginary_part_are_left_to_the_class():
     original = rope_functions(type(attention))[spec.function]
     real = torch.randn(5, 1, 8)
     for ours, wanted in zip(
-        _rotary(original, spec)(*SEQUENCE, real), original(*SEQUENCE, real), strict=True
+        rotary_by_op(original, spec)(*SEQUENCE, real), original(*SEQUENCE, real), strict=True
     ):
         assert torch.equal(ours, wanted)
 

@@ -74,14 +74,15 @@ def recognise_rope(module: nn.Module) -> RopeSpec | Refusal | None:
         return None
     specs = []
     for name, function in sorted(functions.items()):
-        spec = _recognise_function(name, function) or _recognise_inside(name, function)
+        spec = recognise_rotary(name, function) or _recognise_inside(name, function)
         if spec is None:
             return unserved(f"{name} rotates in another way")
         specs.append(spec)
     return replace(specs[0], others=tuple(specs[1:]))
 
 
-def _recognise_function(name: str, function: Callable[..., Any]) -> RopeSpec | None:
+def recognise_rotary(name: str, function: Callable[..., Any]) -> RopeSpec | None:
+    """Return how one function rotates, or None where no kernel does it so."""
     try:
         with quiet():
             return _probe_rope(name, function)
@@ -94,7 +95,7 @@ def _recognise_inside(name: str, function: Callable[..., Any]) -> RopeSpec | Non
     inner = _rotary_globals(function)
     if len(inner) != 1:
         return None
-    spec = _recognise_function(*inner.popitem())
+    spec = recognise_rotary(*inner.popitem())
     return None if spec is None else replace(spec, inside=name)
 
 

@@ -29,7 +29,7 @@ from liger_kernels.transformers.replacements.subclasses import is_as_patched
 
 
 @functools.cache
-def _rotary(original: Callable[..., Any], spec: RopeSpec) -> Callable[..., Any]:
+def rotary_by_op(original: Callable[..., Any], spec: RopeSpec) -> Callable[..., Any]:
     """Return a function of original's signature that rotates through the op."""
     names, num_inputs = rope_parameters(original), rope_inputs(original)
     is_complex = spec.angles in ("complex", "complex_shared")
@@ -265,6 +265,6 @@ class _Global(NamedTuple):
 def _replacement(function: Any, spec: RopeSpec) -> Callable[..., Any]:
     """Return the replacement of a function that rotates, or that calls one that does."""
     if not spec.inside:
-        return _rotary(function, spec)
-    rotary = _rotary(function.__globals__[spec.function], replace(spec, inside=""))
+        return rotary_by_op(function, spec)
+    rotary = rotary_by_op(function.__globals__[spec.function], replace(spec, inside=""))
     return rebuild(function, {spec.function: rotary}, {})
