@@ -41,6 +41,7 @@ COMMANDS = {
     "estimate": "Estimate a training step's memory by part, before a card is rented.",
     "merge": "Put an adapter into its base model, or a sharded checkpoint together.",
     "export": "Write a model as GGUF, or our layers for Hugging Face's kernels.",
+    "push": "Push the model of a run and its card to the Hugging Face hub.",
     "generate": "Continue a prompt, or chat with a model or a checkpoint.",
     "config": "Write, check and show configuration files, and print their JSON schema.",
     "data": "Show what training sees of a dataset: rendered rows, lengths, cuts, packing.",

@@ -5,14 +5,21 @@ from __future__ import annotations
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from liger_cli.common.readers import read_json
 from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
 
-__all__ = ["fetch_config", "fetch_dataset", "fetch_weights", "loading_error"]
+__all__ = [
+    "check_push",
+    "fetch_config",
+    "fetch_dataset",
+    "fetch_weights",
+    "loading_error",
+    "push_files",
+]
 
 _PROBE_TIMEOUT_S = 5.0
 
@@ -92,6 +99,72 @@ def fetch_dataset(
             hint="organisation/name:configuration takes one of several configurations; offline, "
             "take a file or a folder that datasets.save_to_disk wrote",
         ) from error
+
+
+def check_push(repository: str) -> None:
+    """Check, without a request, that a push may succeed.
+
+    Raises:
+        ConfigError: The name is not one that the hub takes.
+        EnvironmentProblem: There is no login, or HF_HUB_OFFLINE is set.
+    """
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{repository!r} cannot be a repository of the hub: {text}") from error
+    if constants.HF_HUB_OFFLINE:
+        raise EnvironmentProblem(
+            f"{repository} cannot be pushed while HF_HUB_OFFLINE is set", hint="unset it"
+        )
+    if get_token() is None:
+        raise EnvironmentProblem(
+            f"{repository} cannot be pushed: there is no login to the Hugging Face hub",
+            hint="`hf auth login`, or the variable HF_TOKEN, with a token that may write",
+        )
+
+
+def push_files(
+    repository: str, files: Mapping[str, Path | bytes], *, private: bool, message: str
+) -> str:
+    """Create a repository, if there is none, and add files to it in one commit.
+
+    Args:
+        repository: organisation/name, or a name of the user's own.
+        files: Path or content by the name in the repository.
+        private: Of a repository that is created.
+        message: Of the commit.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        ConfigError: As check_push.
+        EnvironmentProblem: As check_push, or the hub is out of reach or refuses.
+    """
+    import huggingface_hub
+
+    check_push(repository)
+    try:
+        api = huggingface_hub.HfApi()
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        operations = [
+            huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+            for name, content in files.items()
+        ]
+        api.create_commit(address.repo_id, operations=operations, commit_message=message)
+    # A request fails in the ways of several libraries.
+    except Exception as error:
+        text = " ".join(str(error).split()) or repr(error)
+        raise EnvironmentProblem(
+            f"{repository} was not pushed: {text}",
+            hint="the files are where they were, and the command may be run again",
+        ) from error
+    return str(address)
 
 
 def _is_reachable() -> bool:

@@ -54,6 +54,10 @@ def _lacks_shards(key: str, config: Keys) -> bool:
     return config.dp_shard_size in (None, 1) and _is_set(key, config)
 
 
+def _lacks_push(key: str, config: Keys) -> bool:
+    return not config.push_to_hub and _is_set(key, config)
+
+
 def _doubles_train_on(key: str, config: Keys) -> bool:
     return config.train_on is not None and getattr(config, key) is not None
 
@@ -65,6 +69,16 @@ CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...] = (
         ("fp16", "dtype"),
         "fp16 needs float32 or bfloat16 parameters, dtype is float16",
         lambda c: c.fp16 and c.dtype == "float16" and c.adapter == "none",
+    ),
+    *(
+        ((key, "push_to_hub"), f"{key} is for push_to_hub", functools.partial(_lacks_push, key))
+        for key in ("hub_model_id", "hub_private_repo")
+    ),
+    (
+        ("push_to_hub", "save_consolidated"),
+        "push_to_hub needs the safetensors of the last checkpoint, which save_consolidated none "
+        "leaves out",
+        lambda c: c.push_to_hub and c.save_consolidated == "none",
     ),
     (
         ("master_weights", "dtype", "bf16", "fp16"),

@@ -323,6 +323,13 @@ class Keys(KeyChecks):
     report_to: Names | None = _run(
         None, f"Trackers of the metrics: none, or some of {', '.join(TRACKERS)}."
     )
+    push_to_hub: bool = _run(
+        False, "Push the model to the Hugging Face hub when the run has ended."
+    )
+    hub_model_id: str | None = _run(
+        None, "Repository of push_to_hub (the name of output_dir when not given)."
+    )
+    hub_private_repo: bool = _run(True, "Whether a repository that push_to_hub creates is private.")
     profile_steps: str | None = _run(
         None, "Steps to trace with torch.profiler, as 3 or 3-5, into profile-3-5.json."
     )

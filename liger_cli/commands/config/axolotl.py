@@ -226,6 +226,12 @@ def _steps(found: Translation, key: str, value: Any) -> None:
         found.set(key, value, key)
 
 
+def _hub_model(found: Translation, key: str, value: Any) -> None:
+    if value:
+        found.set("push_to_hub", True, key)
+        found.set("hub_model_id", value, key)
+
+
 _NEEDLESS = (
     *("datasets", "test_datasets", "dataset_prepared_path", "model_type", "tokenizer_type"),
     *("pad_to_sequence_len", "strict", "train_on_inputs", "peft_use_dora", "lora_target_linear"),
@@ -239,12 +245,13 @@ _NEEDLESS = (
         "trust_remote_code",
     ),
     *("wandb_entity", "wandb_watch", "wandb_name", "wandb_log_model", "xformers_attention"),
-    *("tokenizer_use_fast", "hub_model_id", "use_tensorboard", "save_only_model"),
+    *("tokenizer_use_fast", "use_tensorboard", "save_only_model"),
 )
 _OPTIM = {"adamw_bnb_8bit": "adamw_8bit", "adamw_hf": "adamw_torch"}
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(_NEEDLESS, needless),
     "base_model": rename("model"),
+    "hub_model_id": _hub_model,
     "adapter": _adapter,
     "peft_use_rslora": rename("use_rslora"),
     "sequence_len": rename("max_length"),

@@ -53,6 +53,7 @@ def command(
         return
 
     from liger_cli.commands.train.prepare import RunOptions
+    from liger_cli.commands.train.publish import publish_run
     from liger_cli.commands.train.run import run_train
     from liger_cli.report import show_report
     from liger_cli.report.required_ops import check_required
@@ -62,3 +63,4 @@ def command(
     if report is not None:
         show_report(report, as_json=as_json, is_result=report.train is not None)
         check_required(report, require, is_reported=True)
+        publish_run(report)

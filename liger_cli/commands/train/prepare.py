@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from liger_cli.commands.train.publish import check_publication
 from liger_cli.config import RunConfig
 from liger_cli.data.feed import plan_batches, total_steps
 from liger_cli.errors import ConfigError
@@ -96,6 +97,8 @@ def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]
         if asked is not None and asked.is_sharded:
             check_sharded(config, source, accelerator.device)
         config = config.model_copy(update={"output_dir": run_dir})
+        if not options.measure_only:
+            check_publication(config)
         if config.torch_compile == AUTO:
             config = _settle_compile(config, source, accelerator, checkpoint, options)
         inputs = load_inputs(config, source=source, device=accelerator.device, notify=notify)

@@ -28,6 +28,7 @@ from liger_cli.errors import DataError, EnvironmentProblem
 
 __all__ = [
     "BEST",
+    "MANIFEST",
     "checkpoint_path",
     "delete_old",
     "file_entries",

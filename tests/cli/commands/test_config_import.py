@@ -305,12 +305,14 @@ def test_trains_on_the_same_tokens(liger, folder, name):
 
 def test_values_of_a_run(liger, folder):
     file = folder / "axolotl.yml"
-    file.write_text(FILES["axolotl-chat.yml"][0].format(folder=folder))
+    more = "hub_model_id: org/tiny\n"
+    file.write_text(FILES["axolotl-chat.yml"][0].format(folder=folder) + more)
     done = liger("config", "import", file)
     (folder / "c.yaml").write_text(done.out)
     values = liger("config", "show", "-c", folder / "c.yaml", "--json").json()["keys"]
     wanted = {"model": "NousResearch/Llama-3.2-1B", "adapter": "lora", "lora_r": 16}
     wanted |= {"max_length": 512, "packing": True, "per_device_train_batch_size": 2}
+    wanted |= {"push_to_hub": True, "hub_model_id": "org/tiny"}
     wanted |= {"optim": "adamw_8bit", "lr_scheduler_type": "cosine", "learning_rate": 2e-4}
     assert {key: values[key]["value"] for key in wanted} == wanted
     file.write_text(FILES["factory-lora.yaml"][0].format(folder=folder))
