@@ -58,7 +58,12 @@ SLOW = {
     "test_the_template_trains_and_its_teacher_is_the_model": ("reads the sample", NONE),
     "test_every_objective_has_its_metrics": ("a training a case", "^orpo$"),
     "test_trl": ("a trainer of another library", NONE),
+    "test_case_209_trl_trains_as_on_stock_models": (
+        "two trainings a case by a trainer of another library",
+        "^(GRPO-full-by_class|CPO-lora-by_compat)$",
+    ),
     "test_shards_are_equal_to_one_process": ("two ranks a case", "^lora$"),
+    "test_the_notebook_runs_and_prints_what_it_shows": ("starts a Jupyter kernel", NONE),
     "test_example": ("trainers of other libraries", "^custom_loop$"),
     "test_trainer_case_59_66_67": ("two trainers a case", "^llama-plain$"),
     "test_trainer_asks_for_liger_kernel_case_67": ("a Trainer a case", NONE),
