@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import runpy
@@ -18,6 +19,7 @@ from liger_kernels.ops.backend import INTERPRETED
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs without the interpreter")
 
 FOLDER = Path(__file__).parents[1] / "docs" / "examples"
+NOTEBOOK = FOLDER / "one_gpu.ipynb"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "tiny")
 
 
@@ -48,7 +50,9 @@ def test_example(name, tmp_path, monkeypatch, capsys):
     assert "rope 2/2  rms_norm 5/5  swiglu 2/2  fused_linear_cross_entropy 1/1" in text
     losses = losses_in(text)
     assert len(losses) == 3
-    assert all(0.5 < loss < 4.0 for loss in losses)
+    # The mean of GRPO's advantages is zero.
+    low, high = (-1.0, 1.0) if name == "trl_grpo" else (0.5, 4.0)
+    assert all(low < loss < high for loss in losses)
     if name != "custom_loop":
         assert list(tmp_path.glob("runs/*/model.safetensors"))
 
@@ -69,8 +73,30 @@ def test_an_example_trains_a_model_and_rows_that_are_named(tmp_path, monkeypatch
 
 
 def test_examples_are_short_and_named_in_the_pages():
-    assert set(SCRIPTS) == {"custom_loop", "hf_trainer", "trl_dpo", "trl_sft"}
+    assert set(SCRIPTS) == {"custom_loop", "hf_trainer", "trl_dpo", "trl_grpo", "trl_sft"}
     pages = [(FOLDER.parent / page).read_text() for page in ("library.md", "migrating.md")]
+    assert all(f"(examples/{NOTEBOOK.name})" in page for page in pages)
     for name in SCRIPTS:
         assert len((FOLDER / f"{name}.py").read_text().splitlines()) < 60
         assert all(f"(examples/{name}.py)" in page for page in pages), name
+
+
+def printed(notebook: Any) -> list[str]:
+    """Return what each cell of code printed, with # for each number."""
+    outputs = [cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    texts = [
+        "".join(out["text"] for out in each if out.get("name") == "stdout") for each in outputs
+    ]
+    return [re.sub(r"\d[\d.,]*", "#", text) for text in texts]
+
+
+def test_the_notebook_runs_and_prints_what_it_shows():
+    nbclient = pytest.importorskip("nbclient", reason="pip install nbclient ipykernel")
+    pytest.importorskip("ipykernel", reason="pip install nbclient ipykernel")
+    pytest.importorskip("peft", reason="peft is not installed")
+    notebook = importlib.import_module("nbformat").read(NOTEBOOK, as_version=4)
+    shown = printed(notebook)
+    nbclient.NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}
+    ).execute()
+    assert printed(notebook) == shown

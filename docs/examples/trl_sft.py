@@ -30,7 +30,6 @@ def main() -> None:
         output_dir=given.output,
         max_steps=given.steps,
         per_device_train_batch_size=2,
-        loss_type="nll",  # the model's own loss, which is ours; TRL's default is a head of TRL
         learning_rate=1e-4,
         logging_steps=1,
         report_to=[],
