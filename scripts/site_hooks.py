@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
@@ -21,8 +22,15 @@ ROOT = Path(__file__).parents[1]
 HOME = "README.md"
 # A block of code, code in a line, or a link, whose target is the last group.
 _TOKEN = re.compile(r"^```.*?^```|`[^`\n]+`|(\]\()([^)\s]+)(?=\))", re.MULTILINE | re.DOTALL)
-_FOLD = re.compile(r"^<details><summary>(.*)</summary>$", re.MULTILINE)
-_FOLD_END = re.compile(r"^</details>$", re.MULTILINE)
+# What GitHub shows as it is and mkdocs in other words: markdown in a folded part, the name of a
+# file or another word at a block of code, a picture with a width.
+_SPELLINGS = {
+    r"^<details><summary>(.*)</summary>$": r"/// details | \1",
+    r"^</details>$": "///",
+    r"^```(\w+) (\S+\.\w+)$": r'```\1 title="\2"',
+    r"^```(\w+) [\w-]+$": r"```\1",
+    r'^<img src="(\S+)" width="(\d+)" alt="([^"]*)">$': r'![\3](\1){ width="\2" }',
+}
 
 
 def code_page(language: str) -> Callable[[str, str], str]:
@@ -85,7 +93,11 @@ def links(page: str, text: str) -> Iterator[str]:
 
 
 def rewrite(page: str, text: str) -> str:
-    """Return a page whose links are those of the site, and whose folded parts are markdown."""
+    """Return a page with the links of the site, in the spellings of mkdocs.
+
+    Raises:
+        PluginError: A link or picture is HTML, which mkdocs does not check.
+    """
     here = PurePosixPath(site_path(page)).parent
 
     def moved(match: re.Match[str]) -> str:
@@ -95,9 +107,11 @@ def rewrite(page: str, text: str) -> str:
         anchor = match[2][len(match[2].partition("#")[0]) :]
         return f"{match[1]}{os.path.relpath(site_path(path), here)}{anchor}"
 
-    # Markdown inside of an HTML block would stay as it is.
-    folded = _FOLD_END.sub("///", _FOLD.sub(r"/// details | \1", text))
-    return _TOKEN.sub(moved, folded)
+    for pattern, spelling in _SPELLINGS.items():
+        text = re.sub(pattern, spelling, text, flags=re.MULTILINE)
+    if found := re.search(r"<(?:a|img) [^>]*>", _TOKEN.sub("", text)):
+        raise PluginError(f"{page}: write {found[0]} in markdown, so that its target is checked")
+    return _TOKEN.sub(moved, text)
 
 
 def added_file(path: str, config: MkDocsConfig) -> File:

@@ -52,10 +52,24 @@ def test_every_public_name_has_its_place_on_an_api_page(package):
             "<details><summary>2 rows</summary>\n\n| <details>3</details> |\n</details>\n",
             "/// details | 2 rows\n\n| <details>3</details> |\n///\n",
         ),
+        ("docs/data.md", "```csv a/b.csv\n1\n```", '```csv title="a/b.csv"\n1\n```'),
+        ("docs/data.md", "```python no-run\n1\n```", "```python\n1\n```"),
+        (
+            "README.md",
+            '<img src="docs/images/a.png" width="390" alt="A, b">',
+            '![A, b](images/a.png){ width="390" }',
+        ),
     ],
 )
 def test_links_become_those_of_the_site(hooks, page, text, found):
     assert hooks.rewrite(page, text).startswith(found or text)
+
+
+@pytest.mark.parametrize("html", ['<a href="none.md">', '<img src="none.png">'])
+def test_a_link_that_is_not_checked_is_refused(hooks, html):
+    assert hooks.rewrite("docs/lora.md", f"`{html}`") == f"`{html}`"
+    with pytest.raises(Exception, match=f"docs/lora.md: write {html} in markdown"):
+        hooks.rewrite("docs/lora.md", f"text {html}")
 
 
 @pytest.mark.parametrize(
