@@ -96,6 +96,18 @@ CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...] = (
         "is in one: use_regional_compilation would compile nothing",
         lambda c: bool(c.use_regional_compilation and c.gradient_checkpointing),
     ),
+    (
+        ("activation_offloading", "gradient_checkpointing"),
+        "activation_offloading takes the one tensor that a checkpointed layer keeps; set "
+        "gradient_checkpointing",
+        lambda c: c.activation_offloading is True and not c.gradient_checkpointing,
+    ),
+    (
+        ("activation_offloading", "torch_compile"),
+        "with gradient_checkpointing the model is compiled as one graph, which "
+        "activation_offloading would break at each layer; leave torch_compile out",
+        lambda c: c.activation_offloading is True and c.torch_compile is True,
+    ),
     *(
         (
             (key, "adapter"),

@@ -58,7 +58,9 @@ class KeyChecks(BaseModel):
         # YAML reads a bare true or false as a boolean.
         return str(value).lower() if isinstance(value, bool) else value
 
-    @field_validator("torch_compile", mode="before", check_fields=False)
+    @field_validator(
+        "torch_compile", "activation_offloading", mode="before", check_fields=False
+    )
     @classmethod
     def _no_number(cls, value: object) -> object:
         # 1 equals true, and would be taken for it.

@@ -347,6 +347,11 @@ class Keys(KeyChecks):
         False, "Keep float32 copies of bfloat16 parameters in the optimizer, and update those."
     )
     gradient_checkpointing: bool = _machine(False, "Recompute activations to save memory.")
+    activation_offloading: Literal["auto", True, False] = _machine(
+        "auto",
+        "With gradient_checkpointing: keep the inputs of layers in host memory until backward; "
+        "auto: where a step does not fit without.",
+    )
     use_cpu: bool = _machine(False, "Stay on the CPU although there is a GPU.")
 
     ddp_timeout: int = _parallel(

@@ -23,6 +23,7 @@ from liger_cli.common.measure import StepTime
 from liger_cli.config import RunConfig
 from liger_cli.data.batches import BatchPlan
 from liger_cli.data.feed import Feed, make_feed
+from liger_cli.training.activation_offload import checkpoint_layers, offload_of
 from liger_cli.training.auto_compile import AUTO, decide_measured
 from liger_cli.training.checkpoints.run_log import STEP_LOG, JsonLines, copy_logs
 from liger_cli.training.checkpoints.saver import Saver, is_due
@@ -113,7 +114,8 @@ class TrainSession:
         self._run, self._record, self._callbacks = run, record, callbacks or Callbacks()
         self._objective = make_objective(config, model, run.device)
         if config.gradient_checkpointing:
-            _recompute_activations(model)
+            notify = self._callbacks.on_note if run.is_main else _ignore
+            checkpoint_layers(model, offload_of(config, run.device, notify))
         if config.neftune_noise_alpha:
             add_embedding_noise(model, config.neftune_noise_alpha)
         optimizer = make_optimizer(config, model)
@@ -392,8 +394,3 @@ def _is_finite(loss: float, norm: float, accelerator: Any) -> bool:
     # Loss scaling overflows now and then on purpose: the scaler skips the step and scales less.
     return math.isfinite(loss) and (math.isfinite(norm) or accelerator.scaler is not None)
 
-
-def _recompute_activations(model: Any) -> None:
-    # Renamed in transformers 5.24; the old name warns there.
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})

@@ -25,6 +25,7 @@ from liger_cli.training.launch.agreement import (
     check_shared_directory,
 )
 from liger_cli.training.memory.choice import choose_plan, with_sizes_of_launch
+from liger_cli.training.memory.long_rows import settle_offloading
 from liger_cli.training.model.adapters import adapts, is_quantised, quantization
 from liger_cli.training.model.source import ModelSource, resolve_model
 from liger_cli.training.model.tokenizers import check_same_template
@@ -108,8 +109,10 @@ def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]
             check_same_template(checkpoint, config, inputs.preprocessing)
         config = resolve_objective(config, inputs)
         parallel, line = choose_plan(config, inputs, accelerator)
-        if line is not None and accelerator.is_main_process:
-            notify(line)
+        config, offload_line = settle_offloading(config, inputs, accelerator, parallel)
+        if accelerator.is_main_process:
+            for note in filter(None, (line, offload_line)):
+                notify(note)
         batches = plan_batches(config, inputs.train, accelerator)
         run = PreparedRun(
             config=config,

@@ -33,6 +33,7 @@ __all__ = [
 # checkpoint, as the optimizer's options are.
 _FREE_KEYS = frozenset(
     {
+        "activation_offloading",
         "attn_implementation",
         "auto_fit",
         "cpu_offload",

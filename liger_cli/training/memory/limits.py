@@ -134,9 +134,13 @@ class RunMemory:
 
     def share_of_eager(self) -> float | None:
         """Return the peak as a share of that of the model without patches."""
-        eager = replace(self, config=self.config.model_copy(update={"ops": "none"})).peak()
+        eager = self.trying(ops="none").peak()
         now = self.peak()
         return None if eager is None or now is None else now / eager
+
+    def trying(self, **keys: Any) -> RunMemory:
+        """Return the same step with other values of keys that do not change its batch."""
+        return replace(self, config=self.config.model_copy(update=keys))
 
     def resized(self, config: RunConfig) -> RunMemory:
         """Return a step of the batch and of rows of max_length of a configuration."""
@@ -301,6 +305,11 @@ def _remedies(memory: RunMemory) -> Iterator[Remedy]:
     if not config.gradient_checkpointing:
         words = "--gradient-checkpointing (about a third more time)"
         yield Remedy(words, {"gradient_checkpointing": True})
+    if config.activation_offloading is not True and config.torch_compile is not True:
+        keys = {"gradient_checkpointing": True, "activation_offloading": True}
+        flags = "" if config.gradient_checkpointing else "--gradient-checkpointing "
+        words = f"{flags}--activation-offloading true (inputs of layers in host memory)"
+        yield Remedy(words, keys)
     if memory.plan.num_processes > memory.plan.dp_shard:
         keys = {"dp_replicate_size": 1, "dp_shard_size": -1}
         yield Remedy("--dp-replicate-size 1 --dp-shard-size -1 (all ranks share the model)", keys)

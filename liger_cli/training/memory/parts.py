@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["ACTIVATIONS", "HEAD_GRADIENT", "LOGITS", "module_parts", "table_of"]
+__all__ = ["ACTIVATIONS", "HEAD_GRADIENT", "LOGITS", "ON_HOST", "module_parts", "table_of"]
 
 LOGITS = "logits"
 HEAD_GRADIENT = "head buffers"
+# In the memory of the host: nothing of it is on the device.
+ON_HOST = "on the host"
 ACTIVATIONS = (
     "embeddings",
     "attention",

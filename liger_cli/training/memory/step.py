@@ -15,6 +15,7 @@ from torch.nn.modules import module as module_hooks
 
 from liger_cli.config import RunConfig
 from liger_cli.config.objectives import OBJECTIVES, REFERENCE_KINDS
+from liger_cli.training.activation_offload import ActivationOffload, checkpoint_layers
 from liger_cli.training.forward import LossOf
 from liger_cli.training.memory.ledger import Ledger
 from liger_cli.training.memory.packed import allocate_moments, pack_layers
@@ -22,6 +23,7 @@ from liger_cli.training.memory.parts import (
     ACTIVATIONS,
     HEAD_GRADIENT,
     LOGITS,
+    ON_HOST,
     module_parts,
     table_of,
 )
@@ -124,7 +126,7 @@ def step_memory(
     answers = Answers(num_labels, _num_experts(base), is_masked=is_masked)
     sort = _by_shape(base)
     plan = plan or ParallelPlan()
-    ledger = Ledger(answers, sort, shares=shares_of(config, plan))
+    ledger = Ledger(answers, sort, shares={**shares_of(config, plan), ON_HOST: 0.0})
     step = _Step(config, model, batch, plan, ledger, on_gpu)
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -176,7 +178,8 @@ class _Step:
             for parameter in parameters:
                 parameter.grad = None
         if config.gradient_checkpointing:
-            _make_again(model)
+            # Nothing is drawn, so that no generator's state need be kept.
+            checkpoint_layers(model, self._offload(), preserve_rng_state=False)
         ledger.peak = 0
         kept = self._passes(parameters, phases, num_labels)
         del moments, reference, buckets
@@ -229,11 +232,22 @@ class _Step:
         with self.ledger.counting(BUCKETS):
             return [torch.empty_like(p) for p in parameters]
 
+    def _offload(self) -> ActivationOffload | None:
+        def allocate(num_bytes: int) -> Tensor:
+            with self.ledger.counting(ON_HOST):
+                return torch.empty(num_bytes, dtype=torch.uint8)
+
+        asks = self.config.activation_offloading is True
+        return ActivationOffload(_CPU, allocate) if asks else None
+
     def _offloaded(self, whole: Mapping[str, int]) -> dict[str, int]:
-        if not (self.config.cpu_offload and self.plan.is_sharded):
-            return {}
-        parts = ("weights", "gradients", "optimizer")
-        return {part: whole.get(part, 0) // self.plan.dp_shard for part in parts}
+        found: dict[str, int] = {}
+        if self.config.cpu_offload and self.plan.is_sharded:
+            parts = ("weights", "gradients", "optimizer")
+            found = {part: whole.get(part, 0) // self.plan.dp_shard for part in parts}
+        if self.ledger.whole[ON_HOST]:
+            found["inputs of layers"] = self.ledger.whole[ON_HOST]
+        return found
 
 
 def _loss(config: RunConfig, model: Any, inputs: dict[str, Any], num_labels: int) -> Tensor:
@@ -308,13 +322,6 @@ def _inputs(batch: Batch) -> dict[str, Any]:
         inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), ends)
         inputs |= dict.fromkeys(("max_length_q", "max_length_k"), batch.length)
     return inputs
-
-
-def _make_again(model: Any) -> None:
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    # Nothing is drawn, so that no generator's state need be kept.
-    settings = {"use_reentrant": False, "preserve_rng_state": False}
-    (enable or model.gradient_checkpointing_enable)(settings)
 
 
 def _autocast(config: RunConfig, model: Any) -> contextlib.AbstractContextManager[Any]:

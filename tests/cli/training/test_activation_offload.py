@@ -1,0 +1,261 @@
+"""Activation offloading: same bits with and without, buffers that are used again, what is said."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from run_files import assert_same
+
+from liger_cli.config import load_config
+from liger_cli.errors import ConfigError, OutOfMemory
+from liger_cli.training import activation_offload
+from liger_cli.training.activation_offload import (
+    ActivationOffload,
+    HostBuffers,
+    checkpoint_layers,
+    offload_of,
+)
+from liger_cli.training.memory import Batch, long_rows, meta_model_of
+from liger_cli.training.memory.limits import RunMemory
+from liger_cli.training.model.adapters import attach_adapter, new_adapter
+from liger_cli.training.model.source import load_model, resolve_model
+from liger_kernels.transformers.api import apply_liger_kernel
+
+CPU = torch.device("cpu")
+
+
+def built(model: str = "qwen3", device: torch.device = CPU, dtype=torch.float32, **keys):
+    config = load_config(flags={"model": model, **keys})
+    source = resolve_model(config.model)
+    found = load_model(source, dtype=dtype, device=device, seed=0)
+    if config.adapter != "none":
+        found = attach_adapter(found, new_adapter(config, found, source.tokens), base="", seed=0)
+    apply_liger_kernel(found, config.ops)
+    return found.train()
+
+
+def offload_to_host(device: torch.device = CPU) -> ActivationOffload:
+    config = load_config(
+        flags={"model": "qwen3", "gradient_checkpointing": True, "activation_offloading": True}
+    )
+    found = offload_of(config, device, lambda line: None)
+    assert found is not None
+    return found
+
+
+def rows(length: int, size: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 200, (size, length), generator=generator)
+    return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def step(model, inputs) -> dict[str, torch.Tensor]:
+    """The gradients of a step, by parameter."""
+    model.zero_grad()
+    device = next(model.parameters()).device
+    model(**{key: x.to(device) for key, x in inputs.items()}, use_cache=False).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(got, wanted) -> None:
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("keys", [{}, {"adapter": "lora"}], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3-text", "qwen3-moe"])
+def test_gradients_are_the_same_bits(family, keys):
+    if keys:
+        pytest.importorskip("peft")
+    plain, offloaded = built(family, **keys), built(family, **keys)
+    offload = offload_to_host()
+    checkpoint_layers(plain)
+    checkpoint_layers(offloaded, offload)
+    for number, length in enumerate((24, 24, 40)):
+        inputs = rows(length, seed=number)
+        assert_equal(step(offloaded, inputs), step(plain, inputs))
+    num_layers = plain.config.num_hidden_layers
+    assert offload.num_kept == 3 * num_layers
+    # Graphs are gone, and every buffer is back.
+    assert offload.buffers.num_allocated == len(offload.buffers._free) == num_layers
+
+
+def chain(offload: ActivationOffload, x: torch.Tensor) -> torch.Tensor:
+    """The sum of what six layers make of x, each in a checkpoint."""
+    weight = torch.linspace(1, 2, 4, requires_grad=True)
+    for _ in range(6):
+        run = torch.utils.checkpoint.checkpoint
+        x = offload.checkpoint(run, lambda x: (x * weight).sin(), x, use_reentrant=False)
+    return x.sum()
+
+
+def test_two_inputs_at_most_are_on_the_device(monkeypatch):
+    """Of those of a forward the last stays; backward has the one in use and the next."""
+    inputs, most = [], []
+
+    class Counted(activation_offload._Input):
+        def __init__(self, *args):
+            super().__init__(*args)
+            inputs.append(self)
+
+        def fetch(self):
+            super().fetch()
+            most.append(sum(one._on_device is not None for one in inputs))
+
+    monkeypatch.setattr(activation_offload, "_Input", Counted)
+    loss = chain(offload_to_host(), torch.ones(3, 4, requires_grad=True))
+    assert [one._on_device is not None for one in inputs] == [False] * 5 + [True]
+    loss.backward()
+    # Each is fetched one layer ahead, and found to be there when its layer asks.
+    assert most == [1] * 11
+    assert all(one._on_device is None for one in inputs)
+
+
+def test_backward_twice_has_the_inputs_again():
+    offload = offload_to_host()
+    x = torch.linspace(0, 1, 12).view(3, 4).requires_grad_()
+    loss = chain(offload, x)
+    loss.backward(retain_graph=True)
+    once = x.grad.clone()
+    loss.backward()
+    assert torch.equal(x.grad, 2 * once)
+
+
+def test_buffers_come_back_without_a_backward():
+    offload = offload_to_host()
+    loss = chain(offload, torch.ones(3, 4, requires_grad=True))
+    del loss
+    assert len(offload.buffers._free) == offload.buffers.num_allocated == 6
+
+
+def test_two_forwards_before_a_backward():
+    model, plain = built(), built()
+    checkpoint_layers(model, offload_to_host())
+    checkpoint_layers(plain)
+    found = []
+    for one in (model, plain):
+        losses = [one(**rows(n, seed=n), use_cache=False).loss for n in (16, 32)]
+        # Backward of the first runs while inputs of the second are away.
+        losses[0].backward()
+        losses[1].backward()
+        found.append({name: p.grad for name, p in one.named_parameters()})
+    assert_equal(*found)
+
+
+def test_buffers_are_used_again_and_replaced_where_rows_grow():
+    made = []
+
+    def allocate(num_bytes):
+        made.append(num_bytes)
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    buffers = HostBuffers(allocate)
+    small, large = buffers.take(10), buffers.take(100)
+    for one in (large, small):
+        buffers.give(one)
+    assert buffers.take(8) is small
+    assert buffers.take(50) is large
+    buffers.give(small)
+    assert buffers.take(20).data.numel() == 20
+    assert made == [10, 100, 20]
+    assert buffers.num_allocated == 2
+
+
+def test_memory_that_cannot_be_pinned_is_said_once(monkeypatch):
+    lines, empty = [], torch.empty
+
+    def refuse(*args, pin_memory=False, **options):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nmore")
+        return empty(*args, **options)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    allocate = activation_offload._pinned_bytes(torch.device("cuda"), lines.append)
+    assert [allocate(8).numel(), allocate(9).numel()] == [8, 9]
+    assert len(lines) == 1
+    assert "no pinned memory (CUDA error: out of memory)" in lines[0]
+
+
+def test_a_run_has_the_same_steps(train, run_dir, tmp_path):
+    words = ("--gradient-checkpointing", "--gradient-accumulation-steps", 2)
+    assert train(*words).code == 0
+    other = tmp_path / "offloaded"
+    done = train(*words, "--activation-offloading", "true", "--output-dir", other)
+    assert done.code == 0
+    assert "activation_offloading: on a CPU inputs of layers are copied" in done.err + done.out
+    assert_same(run_dir, other)
+    assert "activation_offloading: false" in (run_dir / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["--activation-offloading", "true"], ["gradient_checkpointing"]),
+        (["--activation-offloading", "1"], ["activation_offloading", "auto, true"]),
+        (
+            ["--activation-offloading=true", "--gradient-checkpointing", "--torch-compile=true"],
+            ["torch_compile"],
+        ),
+    ],
+    ids=["no-checkpoints", "number", "compiled"],
+)
+def test_what_does_not_go_together_is_refused(train, words, names):
+    done = train(*words)
+    assert done.code == 2
+    for name in names:
+        assert name in done.err
+
+
+def test_a_model_whose_layers_cannot_be_reached_is_refused(monkeypatch):
+    model = built()
+    monkeypatch.setattr(type(model), "activation_checkpointing_enable", lambda *_: None)
+    monkeypatch.setattr(type(model), "gradient_checkpointing_enable", lambda *_: None)
+    with pytest.raises(ConfigError, match="activation_offloading: .*checkpoints its layers"):
+        checkpoint_layers(model, offload_to_host())
+
+
+# The estimate, and what auto decides by it ------------------------------------------------------
+
+
+def memory_of(length: int, **keys) -> RunMemory:
+    flags = {"model": "gemma3-text", "per_device_train_batch_size": 1, "max_length": length}
+    config = load_config(flags={**flags, "gradient_checkpointing": True, **keys})
+    return RunMemory(config, resolve_model(config.model), Batch(1, length), on_gpu=True)
+
+
+def test_the_estimate_has_inputs_of_layers_on_the_host():
+    memory = memory_of(8192)
+    text = meta_model_of(memory.config, memory.source).config
+    plain, offloaded = memory.estimate(), memory.trying(activation_offloading=True).estimate()
+    one = 8192 * text.hidden_size * 2
+    assert offloaded.offloaded == {"inputs of layers": text.num_hidden_layers * one}
+    # The last one stays.
+    saved = sum(plain.activations.values()) - sum(offloaded.activations.values())
+    assert saved == (text.num_hidden_layers - 1) * one
+    # In backward the next one comes while a layer is at work.
+    less = plain.phases["backward"] - offloaded.phases["backward"]
+    assert less >= (text.num_hidden_layers - 3) * one
+
+
+@pytest.mark.parametrize(
+    ("card", "host", "is_on", "words"),
+    [
+        (1 << 40, 1 << 40, False, None),
+        (1 << 20, 1 << 40, True, "auto: on: a step takes .* MB without it, .* on the host"),
+        (1 << 20, 1 << 10, False, "auto: off: .* but the host has only"),
+    ],
+    ids=["fits", "offloaded", "small-host"],
+)
+def test_auto_offloads_where_a_step_does_not_fit(monkeypatch, card, host, is_on, words):
+    monkeypatch.setattr(long_rows, "host_memory", lambda: host)
+    found, line = long_rows._decide(memory_of(256), card)
+    assert found is is_on
+    assert line is None if words is None else re.search(words, line)
+
+
+def test_a_host_that_is_too_small_is_refused(monkeypatch):
+    monkeypatch.setattr(long_rows, "host_memory", lambda: 1 << 10)
+    with pytest.raises(OutOfMemory, match="activation_offloading needs .* of host memory"):
+        long_rows._check_host(memory_of(256, activation_offloading=True))
