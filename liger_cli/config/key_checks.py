@@ -24,6 +24,8 @@ from liger_cli.config.pairs import (
 __all__ = ["TRACKERS", "KeyChecks"]
 
 _LARGEST_INT = 2**31 - 1
+# Tokens of a piece in gated MLPs: fewer would wait for their launches.
+_LEAST_TILE = 64
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "comet_ml")
 
@@ -58,15 +60,23 @@ class KeyChecks(BaseModel):
         # YAML reads a bare true or false as a boolean.
         return str(value).lower() if isinstance(value, bool) else value
 
-    @field_validator(
-        "torch_compile", "activation_offloading", mode="before", check_fields=False
-    )
+    @field_validator("torch_compile", "activation_offloading", mode="before", check_fields=False)
     @classmethod
     def _no_number(cls, value: object) -> object:
         # 1 equals true, and would be taken for it.
         if not (isinstance(value, bool) or value == "auto"):
             raise ValueError("should be auto, true or false")
         return value
+
+    @field_validator("tile_tokens", mode="before", check_fields=False)
+    @classmethod
+    def _tiles(cls, value: object) -> str:
+        text = str(value) if isinstance(value, int | str) else ""
+        if text in ("auto", "none"):
+            return text
+        if not (text.isascii() and text.isdigit() and _LEAST_TILE <= int(text) <= _LARGEST_INT):
+            raise ValueError(f"should be auto, none or a number of tokens >= {_LEAST_TILE}")
+        return str(int(text))
 
     @field_validator("optim", mode="before", check_fields=False)
     @classmethod

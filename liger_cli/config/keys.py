@@ -21,7 +21,7 @@ from liger_cli.config.key_checks import TRACKERS, KeyChecks
 from liger_cli.config.pairs import (
     Pairs,
 )
-from liger_cli.config.value_types import Names, Numbers, Tokens
+from liger_cli.config.value_types import Names, Numbers, Tiles, Tokens
 
 __all__ = ["ALIASES", "Keys"]
 
@@ -351,6 +351,11 @@ class Keys(KeyChecks):
         "auto",
         "With gradient_checkpointing: keep the inputs of layers in host memory until backward; "
         "auto: where a step does not fit without.",
+    )
+    tile_tokens: Tiles = _machine(
+        "auto",
+        "Run gated MLPs over pieces of so many tokens, and keep their input alone; auto: where a "
+        "step does not fit without; none: never.",
     )
     use_cpu: bool = _machine(False, "Stay on the CPU although there is a GPU.")
 

@@ -56,6 +56,11 @@ class RunConfig(Keys):
         return OBJECTIVES[self.objective].has_pairs
 
     @property
+    def tile_size(self) -> int | None:
+        """Tokens of a piece in gated MLPs; None: they run whole."""
+        return int(self.tile_tokens) if self.tile_tokens.isdigit() else None
+
+    @property
     def answers_per_row(self) -> int:
         """Sequences that a row is fed as: two of a pair."""
         return 2 if self.trains_pairs else 1

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, WithJsonSchema
 
-__all__ = ["Names", "Numbers", "Tokens"]
+__all__ = ["Names", "Numbers", "Tiles", "Tokens"]
 
 
 def _join_names(value: object) -> object:
@@ -62,4 +62,10 @@ Tokens = Annotated[
     str,
     BeforeValidator(_join_tokens),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+
+
+# KeyChecks reads the number as text.
+Tiles = Annotated[
+    str, WithJsonSchema({"anyOf": [{"enum": ["auto", "none"]}, {"type": "integer", "minimum": 64}]})
 ]

@@ -12,11 +12,14 @@ from liger_cli.data.pair_formats import ANSWERS
 __all__ = ["make_synthetic"]
 
 _NUM_ROWS = {"train": 1024, "eval": 64}
+# Rows that are longer than 32 768 tokens are fewer, so that they are drawn in seconds.
+_MOST_TOKENS, _LEAST_ROWS = 1 << 25, 16
 
 
 def make_synthetic(split: str, options: RowOptions, seed: int) -> Tokenised:
     """Return random rows; of pairs the first half of both answers is their prompt."""
-    num_rows, length = _NUM_ROWS[split], options.max_length
+    length = options.max_length
+    num_rows = min(_NUM_ROWS[split], max(_LEAST_ROWS, _MOST_TOKENS // length))
     # Even and odd: no seed gives the rows of one split as those of the other.
     generator = torch.Generator().manual_seed(2 * seed + (split == "eval"))
 

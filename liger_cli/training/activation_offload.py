@@ -66,7 +66,9 @@ def offload_of(
     if config.activation_offloading is not True:
         return None
     if device.type == "cpu":
-        notify("activation_offloading: on a CPU inputs of layers are copied, and no memory is saved")
+        notify(
+            "activation_offloading: on a CPU inputs of layers are copied, and no memory is saved"
+        )
     return ActivationOffload(device, _pinned_bytes(device, notify))
 
 
@@ -158,7 +160,7 @@ class _CopyStream:
 
 
 class _Input:
-    """The input of a layer, in host memory; also on the device before it leaves and when it is back.
+    """The input of a layer in host memory, and on the device before it leaves or once it is back.
 
     A tensor is allocated and freed on the stream that computes, and before it is freed there that
     stream waits for the copy. So the allocator need not know of the other streams.

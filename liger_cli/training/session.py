@@ -393,4 +393,3 @@ class TrainSession:
 def _is_finite(loss: float, norm: float, accelerator: Any) -> bool:
     # Loss scaling overflows now and then on purpose: the scaler skips the step and scales less.
     return math.isfinite(loss) and (math.isfinite(norm) or accelerator.scaler is not None)
-

@@ -25,7 +25,7 @@ from liger_cli.training.launch.agreement import (
     check_shared_directory,
 )
 from liger_cli.training.memory.choice import choose_plan, with_sizes_of_launch
-from liger_cli.training.memory.long_rows import settle_offloading
+from liger_cli.training.memory.long_rows import settle_long_rows
 from liger_cli.training.model.adapters import adapts, is_quantised, quantization
 from liger_cli.training.model.source import ModelSource, resolve_model
 from liger_cli.training.model.tokenizers import check_same_template
@@ -109,9 +109,9 @@ def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]
             check_same_template(checkpoint, config, inputs.preprocessing)
         config = resolve_objective(config, inputs)
         parallel, line = choose_plan(config, inputs, accelerator)
-        config, offload_line = settle_offloading(config, inputs, accelerator, parallel)
+        config, rows_line = settle_long_rows(config, inputs, accelerator, parallel)
         if accelerator.is_main_process:
-            for note in filter(None, (line, offload_line)):
+            for note in filter(None, (line, rows_line)):
                 notify(note)
         batches = plan_batches(config, inputs.train, accelerator)
         run = PreparedRun(

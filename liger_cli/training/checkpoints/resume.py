@@ -67,6 +67,7 @@ _FREE_KEYS = frozenset(
         "save_minutes",
         "save_steps",
         "save_total_limit",
+        "tile_tokens",
         "torch_compile",
         "use_cpu",
         "use_regional_compilation",

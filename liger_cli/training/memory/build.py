@@ -14,6 +14,7 @@ from liger_cli.training.memory.probe_copy import assumed_gpu
 from liger_cli.training.memory.step import Batch, MemoryEstimate, step_memory
 from liger_cli.training.model.adapters import adapts, attach_adapter, new_adapter
 from liger_cli.training.model.dtypes import parameter_dtype
+from liger_cli.training.model.loading import tile_layers
 from liger_cli.training.model.presets import ModelSource
 from liger_cli.training.model.source import build_meta_model
 from liger_cli.training.parallel.mesh import ParallelPlan
@@ -79,6 +80,7 @@ def meta_model_of(config: RunConfig, source: ModelSource, *, on_gpu: bool = True
         # Those of the run itself say the same.
         warnings.simplefilter("ignore", UserWarning)
         apply_liger_kernel(model, config.ops, save_memory=config.save_memory)
+    tile_layers(model, config)
     return model
 
 

@@ -1,8 +1,9 @@
-"""activation_offloading auto: on where a step does not fit into the device without it."""
+"""tile_tokens and activation_offloading auto: on where a step does not fit into the device."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +18,19 @@ from liger_cli.training.memory.choice import USABLE
 from liger_cli.training.memory.limits import RunMemory, device_memory
 from liger_cli.training.parallel.mesh import ParallelPlan
 
-__all__ = ["settle_offloading"]
+__all__ = ["AUTO_TILE", "check_host", "settle_long_rows", "with_long_rows"]
+
+_AUTO = "auto"
+_OFF = {"activation_offloading": False, "tile_tokens": "none"}
+# Tokens of a piece where auto chooses: enough to fill a GPU, and an MLP of them takes about a
+# gigabyte (llama-8b).
+AUTO_TILE = 8192
 
 
-def settle_offloading(
+def settle_long_rows(
     config: RunConfig, inputs: Inputs, accelerator: Any, plan: ParallelPlan
 ) -> tuple[RunConfig, str | None]:
-    """Return the configuration of a run with activation_offloading decided, and a line on it.
+    """Return the configuration of a run with both keys decided, and a line on them.
 
     Every process calls it and gets the same.
 
@@ -37,40 +44,56 @@ def settle_offloading(
         OutOfMemory: The inputs of its layers are more than the host has.
     """
     device = accelerator.device
-    can = config.gradient_checkpointing and config.torch_compile is not True
-    if device.type == "cpu" or not can or config.activation_offloading is False:
-        # Without checkpoints there is nothing to offload, and a CPU has one memory alone.
-        is_on = config.activation_offloading is True
-        return config.model_copy(update={"activation_offloading": is_on}), None
+    is_open = config.gradient_checkpointing and any(getattr(config, key) == _AUTO for key in _OFF)
+    offloads = config.activation_offloading is True
+    if device.type == "cpu" or not (is_open or offloads):
+        return config.model_copy(update=_closed(config)), None
     memory = replace(RunMemory.of(inputs.attention.applied(config), inputs, device), plan=plan)
-    if config.activation_offloading is True:
-        _check_host(memory)
+    if offloads:
+        check_host(memory)
+    if not is_open:
         return config, None
-    found = [_decide(memory, device_memory(device))]
+    found = [with_long_rows(memory, int(USABLE * device_memory(device)))]
     # Devices may differ, and the main process's decides.
     broadcast_object_list(found)
-    is_on, line = found[0]
-    return config.model_copy(update={"activation_offloading": is_on}), line
+    keys, line = found[0]
+    return config.model_copy(update=dict(keys)), line
 
 
-def _decide(memory: RunMemory, num_bytes: int) -> tuple[bool, str | None]:
-    """Return whether inputs of layers are offloaded on a device of so many bytes, and why."""
-    without = memory.trying(activation_offloading=False).peak()
-    if without is None:
-        return False, "activation_offloading: auto: off: the memory of a step cannot be estimated"
-    if without <= USABLE * num_bytes:
-        return False, None
-    offloaded = memory.trying(activation_offloading=True)
-    needed, on_host = offloaded.peak() or without, _on_host(offloaded)
-    size = f"{format_bytes(without)} of {format_bytes(num_bytes)} without it"
-    if on_host > host_memory():
-        has = format_bytes(host_memory())
-        return False, f"activation_offloading: auto: off: {size}, but the host has only {has}"
-    with_it = f"{format_bytes(needed)} with it and {format_bytes(on_host)} on the host"
-    return True, f"activation_offloading: auto: on: a step takes {size}, {with_it}"
+def with_long_rows(memory: RunMemory, num_bytes: int) -> tuple[Mapping[str, Any], str | None]:
+    """Return the values of both keys that a step needs to fit into so many bytes, and why.
+
+    What costs least of what fits; where nothing does, what takes least.
+
+    Args:
+        memory: A step with gradient checkpointing, each of whose keys may be auto.
+        num_bytes: Of the device.
+    """
+    closed = _closed(memory.config)
+    without = memory.trying(**closed).peak()
+    if without is None or without <= num_bytes:
+        why = None if without else "the memory of a step cannot be estimated: both are off"
+        return closed, why and f"tile_tokens, activation_offloading: auto: {why}"
+    peaks: list[tuple[int, dict[str, Any], RunMemory]] = []
+    for keys in _choices(memory.config):
+        tried = memory.trying(**{**closed, **keys})
+        peak = tried.peak()
+        if peak is None or _on_host(tried) > host_memory():
+            continue
+        peaks.append((peak, keys, tried))
+        if peak <= num_bytes:
+            break
+    fitting = [one for one in peaks if one[0] <= num_bytes]
+    if not peaks:
+        return closed, None
+    peak, keys, tried = fitting[0] if fitting else min(peaks, key=lambda one: one[0])
+    names = ", ".join(f"{key} {str(value).lower()}" for key, value in keys.items())
+    host = f", {format_bytes(size)} on the host" if (size := _on_host(tried)) else ""
+    line = f"{names}: auto: a step takes {format_bytes(peak)} of {format_bytes(num_bytes)}"
+    return {**closed, **keys}, f"{line}{host}; {format_bytes(without)} without"
 
 
-def _check_host(memory: RunMemory) -> None:
+def check_host(memory: RunMemory) -> None:
     """Refuse to offload more than the host has, where Linux would end the process without a word.
 
     Raises:
@@ -85,9 +108,25 @@ def _check_host(memory: RunMemory) -> None:
         )
 
 
+def _choices(config: RunConfig) -> Iterator[dict[str, Any]]:
+    """Yield values of what is open, the cheapest in time first."""
+    tiles = {"tile_tokens": str(AUTO_TILE)} if config.tile_tokens == _AUTO else {}
+    offload = {"activation_offloading": True} if config.activation_offloading == _AUTO else {}
+    if config.torch_compile is True:
+        return
+    for keys in (tiles, offload, {**tiles, **offload}):
+        if keys:
+            yield keys
+
+
 def _on_host(memory: RunMemory) -> int:
     """Return the bytes that all ranks of this machine keep in its memory."""
     found = memory.found
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return 0 if found is None else ranks * sum(found.offloaded.values())
 
+
+def _closed(config: RunConfig) -> dict[str, Any]:
+    """Return the values of both keys, with what is auto off."""
+    values = {key: getattr(config, key) for key in _OFF}
+    return {key: _OFF[key] if value == _AUTO else value for key, value in values.items()}

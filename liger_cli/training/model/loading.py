@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from liger_cli.config import RunConfig
+from liger_cli.errors import ConfigError
 from liger_cli.training.model.adapters import (
     adapts,
     attach_adapter,
@@ -25,8 +26,10 @@ from liger_cli.training.model.source import ModelSource, load_model
 from liger_kernels.ops.backend import backend
 from liger_kernels.transformers.api import apply_liger_kernel
 from liger_kernels.transformers.patching.engine import PatchRecord
+from liger_kernels.transformers.replacements.tiles import tile_mlps
+from liger_kernels.transformers.wrappers import inner_model
 
-__all__ = ["layers_of", "load_patched"]
+__all__ = ["layers_of", "load_patched", "tile_layers"]
 
 # Checks whose kernels are in Triton's cache take less.
 _NOTICE_AFTER_S = 2.0
@@ -68,6 +71,7 @@ def load_patched(
     with warnings.catch_warnings(record=True) as caught, _notice(device, notify):
         warnings.simplefilter("always", UserWarning)
         record = apply_liger_kernel(model, config.ops, save_memory=config.save_memory)
+        tile_layers(model, config)
     for warning in caught:
         notify(str(warning.message))
     for failure in record.plan.failures:
@@ -75,6 +79,19 @@ def load_patched(
     if trains:
         _compile(model, config, notify)
     return model, record
+
+
+def tile_layers(model: nn.Module, config: RunConfig) -> None:
+    """Let the MLPs of a patched model run over pieces of tokens where tile_tokens says so.
+
+    Raises:
+        ConfigError: It has no patched MLP.
+    """
+    if config.tile_size is not None and not tile_mlps(model, config.tile_size):
+        raise ConfigError(
+            f"tile_tokens: {type(inner_model(model)).__name__} has no gated MLP that is patched",
+            hint="Set tile_tokens to none; `liger inspect` shows what is patched, and why not.",
+        )
 
 
 def _compile(model: nn.Module, config: RunConfig, notify: Callable[[str], None]) -> None:

@@ -29,6 +29,7 @@ from liger_kernels.transformers.replacements.recompute import (
     run_recomputable,
 )
 from liger_kernels.transformers.replacements.subclasses import is_as_patched
+from liger_kernels.transformers.replacements.tiles import is_tiled, run_in_tiles
 
 
 def mlp_forward(base: Any, spec: MlpSpec) -> Callable[..., Any]:
@@ -50,29 +51,34 @@ def mlp_forward(base: Any, spec: MlpSpec) -> Callable[..., Any]:
             return base.forward(self, *args, **kwargs)
         (x,) = args
         self._adopt_adapters()
-        y = run_adapted(self, spec, x)
-        if y is not None:
-            return y
-        weights = _weights_of(self, spec, x)
-        if weights is not None:
-            record_call(self)
-            with recomputing(x):
-                keeps = not self._saves_memory
-                return glu_mlp(x, *weights, activation=spec.activation, keeps_product=keeps)
-        with recomputing(x), sharing(self):
-            gate = getattr(self, spec.gate)(x)
-            if spec.layout == "separate":
-                # After the gate, as the class does it: adapters with dropout draw in this order.
-                up = getattr(self, spec.up)(x)
-            else:
-                gate, up = split_gate(gate, spec.layout)
-        h = run_recomputable(
-            self, functools.partial(gate_and_multiply, self, spec.activation), gate, up
-        )
-        with recomputing(h):
-            return getattr(self, spec.down)(h)
+        run = functools.partial(_run, self, spec)
+        return run_in_tiles(self, run, x) if is_tiled(self, x) else run(x)
 
     return forward
+
+
+def _run(module: Any, spec: MlpSpec, x: Any) -> Any:
+    """Compute a patched MLP of x: as one function, or its layers one by one."""
+    y = run_adapted(module, spec, x)
+    if y is not None:
+        return y
+    weights = _weights_of(module, spec, x)
+    if weights is not None:
+        record_call(module)
+        with recomputing(x):
+            keeps = not module._saves_memory
+            return glu_mlp(x, *weights, activation=spec.activation, keeps_product=keeps)
+    with recomputing(x), sharing(module):
+        gate = getattr(module, spec.gate)(x)
+        if spec.layout == "separate":
+            # After the gate, as the class does it: adapters with dropout draw in this order.
+            up = getattr(module, spec.up)(x)
+        else:
+            gate, up = split_gate(gate, spec.layout)
+    multiply = functools.partial(gate_and_multiply, module, spec.activation)
+    h = run_recomputable(module, multiply, gate, up)
+    with recomputing(h):
+        return getattr(module, spec.down)(h)
 
 
 def _weights_of(

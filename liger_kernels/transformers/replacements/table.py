@@ -144,6 +144,7 @@ def patched_class(
         own = {
             **make(base, spec),
             "_saves_memory": saves_memory,
+            "_tile_tokens": None,
             "_adopt_adapters": adopt,
         }
         return {**own, **patch_members(base, spec, reads)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +32,11 @@ def built(model: str = "qwen3", device: torch.device = CPU, dtype=torch.float32,
     found = load_model(source, dtype=dtype, device=device, seed=0)
     if config.adapter != "none":
         found = attach_adapter(found, new_adapter(config, found, source.tokens), base="", seed=0)
+        generator = torch.Generator(device).manual_seed(1)
+        for name, parameter in found.named_parameters():
+            if "lora_B" in name:
+                # At zero, as it begins, there is no gradient of lora_A.
+                parameter.data.normal_(std=0.1, generator=generator)
     apply_liger_kernel(found, config.ops)
     return found.train()
 
@@ -55,7 +60,11 @@ def step(model, inputs) -> dict[str, torch.Tensor]:
     """The gradients of a step, by parameter."""
     model.zero_grad()
     device = next(model.parameters()).device
-    model(**{key: x.to(device) for key, x in inputs.items()}, use_cache=False).loss.backward()
+    # As a run does with an adapter in fp32 beside a model in bf16.
+    is_mixed = len({p.dtype for p in model.parameters()}) > 1
+    with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
+        loss = model(**{key: x.to(device) for key, x in inputs.items()}, use_cache=False).loss
+    loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -234,28 +243,68 @@ def test_the_estimate_has_inputs_of_layers_on_the_host():
     # The last one stays.
     saved = sum(plain.activations.values()) - sum(offloaded.activations.values())
     assert saved == (text.num_hidden_layers - 1) * one
-    # In backward the next one comes while a layer is at work.
-    less = plain.phases["backward"] - offloaded.phases["backward"]
-    assert less >= (text.num_hidden_layers - 3) * one
-
-
-@pytest.mark.parametrize(
-    ("card", "host", "is_on", "words"),
-    [
-        (1 << 40, 1 << 40, False, None),
-        (1 << 20, 1 << 40, True, "auto: on: a step takes .* MB without it, .* on the host"),
-        (1 << 20, 1 << 10, False, "auto: off: .* but the host has only"),
-    ],
-    ids=["fits", "offloaded", "small-host"],
-)
-def test_auto_offloads_where_a_step_does_not_fit(monkeypatch, card, host, is_on, words):
-    monkeypatch.setattr(long_rows, "host_memory", lambda: host)
-    found, line = long_rows._decide(memory_of(256), card)
-    assert found is is_on
-    assert line is None if words is None else re.search(words, line)
+    # At the peak of backward, which may lie where few of them are left, too.
+    assert plain.phases["backward"] - offloaded.phases["backward"] >= 2 * one
 
 
 def test_a_host_that_is_too_small_is_refused(monkeypatch):
     monkeypatch.setattr(long_rows, "host_memory", lambda: 1 << 10)
     with pytest.raises(OutOfMemory, match="activation_offloading needs .* of host memory"):
-        long_rows._check_host(memory_of(256, activation_offloading=True))
+        long_rows.check_host(memory_of(256, activation_offloading=True))
+
+
+class FakeMemory:
+    """A step whose peak is read from a table by its keys; 7 bytes go to the host."""
+
+    def __init__(self, peaks, **keys):
+        flags = {"model": "qwen3", "gradient_checkpointing": True}
+        self.peaks, self.keys = peaks, keys
+        self.config = load_config(flags={**flags, **keys})
+
+    def trying(self, **keys):
+        return FakeMemory(self.peaks, **{**self.keys, **keys})
+
+    @property
+    def found(self):
+        sizes = {"inputs of layers": 7} if self.config.activation_offloading is True else {}
+        return SimpleNamespace(offloaded=sizes)
+
+    def peak(self):
+        is_tiled = self.config.tile_size is not None
+        return self.peaks[is_tiled, self.config.activation_offloading is True]
+
+
+PEAKS = {(False, False): 100, (True, False): 80, (False, True): 60, (True, True): 40}
+
+
+@pytest.mark.parametrize(
+    ("card", "host", "keys", "is_tiled", "is_offloaded"),
+    [
+        (100, 9, {}, False, False),
+        (90, 9, {}, True, False),
+        (70, 9, {}, False, True),
+        (50, 9, {}, True, True),
+        (30, 9, {}, True, True),
+        # A host that is too small keeps them on the device.
+        (30, 6, {}, True, False),
+        # What is said is kept.
+        (90, 9, {"tile_tokens": "none"}, False, True),
+        (90, 9, {"activation_offloading": False, "tile_tokens": "none"}, False, False),
+        (70, 9, {"tile_tokens": "256"}, True, True),
+    ],
+)
+def test_auto_takes_what_costs_least_of_what_fits(
+    monkeypatch, card, host, keys, is_tiled, is_offloaded
+):
+    monkeypatch.setattr(long_rows, "host_memory", lambda: host)
+    found, line = long_rows.with_long_rows(FakeMemory(PEAKS, **keys), card)
+    tile = keys.get("tile_tokens", str(long_rows.AUTO_TILE) if is_tiled else "none")
+    assert found == {"activation_offloading": is_offloaded, "tile_tokens": tile}
+    is_auto = found != {**long_rows._closed(FakeMemory(PEAKS, **keys).config)}
+    assert (line is not None) is is_auto
+
+
+def test_what_cannot_be_estimated_stays_off():
+    found, line = long_rows.with_long_rows(FakeMemory(dict.fromkeys(PEAKS)), 1)
+    assert found == {"activation_offloading": False, "tile_tokens": "none"}
+    assert "cannot be estimated" in line
