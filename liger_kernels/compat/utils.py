@@ -88,13 +88,19 @@ class FSDPForwardRedirection:
     ) -> Any:
         """Return function(*args, **options), run in the place of the wrapped module's forward."""
         module: Any = wrapper.module
+        # Of an instance whose forward was replaced before.
+        own = {name: value for name, value in vars(module).items() if name == "forward"}
+
+        def restore() -> None:
+            vars(module).pop("forward", None)
+            vars(module).update(own)
 
         def instead(*inner: Any, **inner_options: Any) -> Any:
-            del module.forward
+            restore()
             return function(*inner, **inner_options)
 
         module.forward = instead
         try:
             return wrapper(*args, **options)
         finally:
-            vars(module).pop("forward", None)
+            restore()

@@ -346,6 +346,10 @@ def test_a_function_runs_inside_the_forward_of_a_wrapper(alias):
     with pytest.raises(KeyError, match="inside"):
         redirect(wrapper, fails)
     assert torch.equal(wrapper(x), stock)
+    # A forward that the instance had of somebody else stays.
+    wrapper.module.forward = lambda x: x + 1
+    assert redirect(wrapper, lambda: 5) == 5
+    assert torch.equal(wrapper(x), x + 1)
 
 
 # Import lines -----------------------------------------------------------------------------------
