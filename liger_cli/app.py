@@ -30,25 +30,37 @@ from liger_kernels.nearest import nearest_name
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = {
-    "train": "Fine-tune a model with fused kernels and measure what they gain.",
-    "eval": "Loss, perplexity and token accuracy of a model, without making logits.",
-    "inspect": "Show module by module what would be patched, and why the rest would not.",
-    "bench": "Run patched and eager side by side, with parity beside every speed.",
-    "report": "Show what a run or a comparison found: text, markdown, a page, pictures.",
-    "compare": "Compare runs: losses, evaluations, speed, memory and settings.",
-    "verify": "Check the ops and your model against stock on this machine, gradients included.",
-    "estimate": "Estimate a training step's memory by part, before a card is rented.",
-    "merge": "Put an adapter into its base model, or a sharded checkpoint together.",
-    "export": "Write a model as GGUF, or our layers for Hugging Face's kernels.",
-    "push": "Push the model of a run and its card to the Hugging Face hub.",
-    "generate": "Continue a prompt, or chat with a model or a checkpoint.",
-    "config": "Write, check and show configuration files, and print their JSON schema.",
-    "data": "Show what training sees of a dataset: rendered rows, lengths, cuts, packing.",
-    "models": "List the presets and the model types with a row.",
-    "ops": "List the operations, their short names and what they need.",
-    "doctor": "Check this machine: versions, devices, kernels.",
+# The commands, in the groups of `liger --help`.
+_GROUPS = {
+    "Train": {
+        "train": "Fine-tune a model with fused kernels and measure what they gain.",
+        "eval": "Loss, perplexity and token accuracy of a model, without making logits.",
+        "report": "Show what a run or a comparison found: text, markdown, a page, pictures.",
+        "compare": "Compare runs: losses, evaluations, speed, memory and settings.",
+    },
+    "Before a run": {
+        "inspect": "Show module by module what would be patched, and why the rest would not.",
+        "estimate": "Estimate a training step's memory by part, before a card is rented.",
+        "data": "Show what training sees of a dataset: rendered rows, lengths, cuts, packing.",
+        "config": "Write, check and show configuration files, and print their JSON schema.",
+    },
+    "Proof": {
+        "verify": "Check the ops and your model against stock on this machine, gradients included.",
+        "bench": "Run patched and eager side by side, with parity beside every speed.",
+    },
+    "After training": {
+        "generate": "Continue a prompt, or chat with a model or a checkpoint.",
+        "merge": "Put an adapter into its base model, or a sharded checkpoint together.",
+        "export": "Write a model as GGUF, or our layers for Hugging Face's kernels.",
+        "push": "Push the model of a run and its card to the Hugging Face hub.",
+    },
+    "This installation": {
+        "models": "List the presets and the model types with a row.",
+        "ops": "List the operations, their short names and what they need.",
+        "doctor": "Check this machine: versions, devices, kernels.",
+    },
 }
+COMMANDS = {name: line for group in _GROUPS.values() for name, line in group.items()}
 
 # typer is built on click, or carries its own copy of it, by version; both spell snake_case and
 # kebab-case flags alike through this function, and commands inherit it from the group.
@@ -73,8 +85,9 @@ class _LazyGroup(TyperGroup):
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
-        for name, line in COMMANDS.items():
-            self.commands[name] = TyperCommand(name, help=line)
+        for title, group in _GROUPS.items():
+            for name, line in group.items():
+                self.commands[name] = TyperCommand(name, help=line, rich_help_panel=title)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         # Older releases of typer name no nearest command.

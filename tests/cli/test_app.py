@@ -61,6 +61,8 @@ def test_every_command_has_a_line_and_a_module(capsys):
     output = capsys.readouterr().out
     for name in app.COMMANDS:
         assert f" {name} " in output
+    for title in ("Train", "Before a run", "Proof", "After training", "This installation"):
+        assert f"─ {title} ─" in output
         assert importlib.import_module(f"liger_cli.commands.{name}.cli").command
 
 
