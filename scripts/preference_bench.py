@@ -207,7 +207,7 @@ def run_trl(one: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(one: dict[str, Any], peer: Path | None) -> dict[str, Any]:
-    """Run a side in a process of its own."""
+    """Run a side in a separate process."""
     began = time.perf_counter()
     paths = [os.environ.get("PYTHONPATH", ""), *([str(peer)] if peer else [])]
     done = subprocess.run(

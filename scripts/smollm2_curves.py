@@ -94,7 +94,7 @@ def write_start(folder: Path) -> None:
 
 
 def dpo_keys(folder: Path, steps: int) -> dict[str, Any]:
-    """Return what `liger train` is given for dpo."""
+    """Return the keys of `liger train` for dpo."""
     return {
         **COMMON,
         # Sums over an answer in bfloat16 are noise beside the margins of the first steps.
