@@ -35,7 +35,7 @@ def run_eval(config: RunConfig) -> RunReport | None:
     Raises:
         LigerError: Anything a user can mend.
     """
-    config = config_of_launch(config)
+    config = config_of_launch(config, notify)
     parse_ops(config.ops)
     quiet_libraries()
     source = resolve_model(config.model, notify)

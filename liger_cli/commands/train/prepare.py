@@ -73,7 +73,7 @@ def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]
     Raises:
         LigerError: Anything a user can mend.
     """
-    config = config_of_launch(config)
+    config = config_of_launch(config, notify)
     parse_ops(config.ops, options.require)
     quiet_libraries()
     if options.measure_only:

@@ -57,7 +57,7 @@ def verify_ranks(config: RunConfig) -> RanksReport | None:
         LigerError: The layout is refused, or the model cannot be loaded.
     """
     began = time.monotonic()
-    config = config_of_launch(config)
+    config = config_of_launch(config, notify)
     quiet_libraries()
     source = resolve_model(config.model)
     accelerator = make_accelerator(config, adapts=adapts(config, source))

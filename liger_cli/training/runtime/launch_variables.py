@@ -1,118 +1,66 @@
 """The environment variables by which `accelerate launch` configures a run.
 
-Each that accelerate or transformers reads is in one of three tables: REFUSED asks for something
-that this version does not do, HONOURED is done, HARMLESS changes nothing here.
+Each that accelerate or transformers reads is in one of four tables: REFUSED asks for something that
+this version does not do, TRANSLATED for what keys of a run ask for, HONOURED is done, HARMLESS
+changes nothing here.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
 
 from liger_cli.config import RunConfig
 from liger_cli.errors import EnvironmentProblem
+from liger_cli.training.parallel.mesh import explicit_plan
 from liger_cli.training.runtime.launch_translation import (
+    USE_FSDP,
+    USE_MESH,
+    Asked,
     deepspeed_hint,
-    fsdp_hint,
-    parallelism_hint,
+    is_off,
+    read_launch,
 )
 
-__all__ = ["HARMLESS", "HONOURED", "REFUSED", "config_of_launch"]
+__all__ = ["HARMLESS", "HONOURED", "REFUSED", "TRANSLATED", "config_of_launch"]
 
-_OFF = ("", "0", "f", "false", "n", "no", "off")
 _USE_CPU = "ACCELERATE_USE_CPU"
+_SIZES = ("dp_replicate_size", "dp_shard_size")
 
-# What is asked for and a hint, or None where the value asks for nothing that config does not.
-Problem = Callable[[str, RunConfig, Mapping[str, str]], tuple[str, str] | None]
+# (variables) -> what a variable that is on asks for, and a hint.
+Problem = Callable[[Mapping[str, str]], tuple[str, str]]
 
 
-def _other_way(kind: str, hint: Callable[[Mapping[str, str]], str]) -> Problem:
-    """Return a check of a flag that asks for a kind of run which keys ask for here.
-
-    Args:
-        hint: (variables) -> the keys that mean the same.
-    """
-
-    def check(value: str, config: RunConfig, environ: Mapping[str, str]) -> tuple[str, str] | None:
-        if _is_off(value):
-            return None
-        return f"for {kind}; keys of the run say that here, not the launch", hint(environ)
-
-    return check
+def _deepspeed(environ: Mapping[str, str]) -> tuple[str, str]:
+    return "for DeepSpeed; keys of the run say that here, not the launch", deepspeed_hint(environ)
 
 
 def _unknown_kind(kind: str) -> Problem:
-    """Return a check of a flag that asks for a kind of run which there is not."""
-
-    def check(value: str, config: RunConfig, environ: Mapping[str, str]) -> tuple[str, str] | None:
-        if _is_off(value):
-            return None
-        return (
-            f"for {kind}, with which this version does not train",
-            "liger train --nproc auto, torchrun or accelerate launch --multi_gpu starts a process "
-            "for each GPU.",
-        )
-
-    return check
+    """Return the refusal of a kind of run which there is not."""
+    hint = "liger train --nproc auto, torchrun or accelerate launch --multi_gpu starts a process "
+    hint += "for each GPU."
+    return lambda environ: (f"for {kind}, with which this version does not train", hint)
 
 
-def _size_above_one(
-    value: str, config: RunConfig, environ: Mapping[str, str]
-) -> tuple[str, str] | None:
-    if value.strip() in ("", "1"):
-        return None
-    return _other_way("a parallelism", parallelism_hint)(value, config, environ)
-
-
-def _other_precision(
-    value: str, config: RunConfig, environ: Mapping[str, str]
-) -> tuple[str, str] | None:
-    asked = value.strip().lower()
-    ours = "bf16" if config.bf16 else "fp16" if config.fp16 else "no"
-    # "no" is also what the launcher writes where it is asked for nothing.
-    if asked == ours or _is_off(asked):
-        return None
-    if asked in ("bf16", "fp16"):
-        ask = f"for {asked} autocast, and the configuration for {ours if ours != 'no' else 'none'}"
-        return ask, f"Autocast is a key of the run: --{asked}."
-    return "for a precision that this version does not have", "--bf16 and --fp16 are there."
-
-
-def _compiles(value: str, config: RunConfig, environ: Mapping[str, str]) -> tuple[str, str] | None:
-    if _is_off(value):
-        return None
+def _compiles(environ: Mapping[str, str]) -> tuple[str, str]:
     return "for torch.compile", "Compilation is a key of the run: --torch-compile."
 
 
-def _other_accumulation(
-    value: str, config: RunConfig, environ: Mapping[str, str]
-) -> tuple[str, str] | None:
-    ours = config.gradient_accumulation_steps
-    if value.strip() in ("", str(ours)):
-        return None
-    return (
-        f"for another accumulation than gradient_accumulation_steps={ours}",
-        "Accumulation is a key of the run: --gradient-accumulation-steps.",
-    )
-
-
 REFUSED: Mapping[str, Problem] = {
-    "ACCELERATE_USE_DEEPSPEED": _other_way("DeepSpeed", deepspeed_hint),
-    "ACCELERATE_USE_FSDP": _other_way("FSDP", fsdp_hint),
+    "ACCELERATE_USE_DEEPSPEED": _deepspeed,
     "ACCELERATE_USE_MEGATRON_LM": _unknown_kind("Megatron-LM"),
     "ACCELERATE_USE_SAGEMAKER": _unknown_kind("SageMaker"),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": _other_way("a ParallelismConfig", parallelism_hint),
     "ACCELERATE_IN_TPU_POD": _unknown_kind("a TPU pod"),
     "ACCELERATE_DOWNCAST_BF16": _unknown_kind("bf16 on a TPU"),
-    # Without the flag accelerate would leave these out.
-    **{
-        f"PARALLELISM_CONFIG_{axis}_SIZE": _size_above_one
-        for axis in ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
-    },
-    "ACCELERATE_MIXED_PRECISION": _other_precision,
     "ACCELERATE_DYNAMO_BACKEND": _compiles,
-    # accelerate would divide the loss by it, which is divided by the tokens of the step already.
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": _other_accumulation,
+}
+TRANSLATED: Mapping[str, str] = {
+    USE_FSDP: "with the variables FSDP_*",
+    USE_MESH: "with the sizes",
+    "PARALLELISM_CONFIG_*_SIZE": "dp_replicate_size, dp_shard_size; others must be 1",
+    "ACCELERATE_MIXED_PRECISION": "bf16, fp16",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
 }
 HONOURED: Mapping[str, str] = {
     _USE_CPU: "as --use-cpu",
@@ -139,21 +87,78 @@ HARMLESS: Mapping[str, str] = {
 }
 
 
-def config_of_launch(config: RunConfig, environ: Mapping[str, str] = os.environ) -> RunConfig:
-    """Return the configuration with the settings of the launch, validated.
+def config_of_launch(
+    config: RunConfig,
+    notify: Callable[[str], None],
+    environ: MutableMapping[str, str] = os.environ,
+) -> RunConfig:
+    """Return the configuration with the settings of the launch.
+
+    Variables of FSDP and of meshes are taken out of the environment: accelerate and transformers
+    would act on them as well.
+
+    Args:
+        notify: Gets a line about what the launch asks for.
 
     Raises:
         EnvironmentProblem: A variable asks for another kind of run than config and this version do.
     """
-    for name, check in REFUSED.items():
-        problem = check(environ[name], config, environ) if name in environ else None
-        if problem is not None:
-            asks, hint = problem
+    for name, problem in REFUSED.items():
+        if name in environ and not is_off(environ[name]):
+            asks, hint = problem(environ)
             raise EnvironmentProblem(f"the launch asks {asks} ({name}={environ[name]})", hint=hint)
-    if _is_off(environ.get(_USE_CPU, "")):
+    asked = read_launch(environ)
+    if asked.unknown:
+        raise EnvironmentProblem(
+            f"the launch asks for what this version has nothing like ({asked.unknown[0]})",
+            hint="Leave it out of the launch, or of its YAML.",
+        )
+    changed = _with_keys(config, asked, int(environ.get("WORLD_SIZE") or 1))
+    if changed is not config or asked.without_effect:
+        notify(_line(asked))
+    for name in [name for name in environ if name.startswith(("FSDP_", "PARALLELISM_CONFIG_"))]:
+        del environ[name]
+    environ.pop(USE_FSDP, None)
+    environ.pop(USE_MESH, None)
+    if is_off(environ.get(_USE_CPU, "")):
+        return changed
+    return changed.model_copy(update={"use_cpu": True})
+
+
+def _with_keys(config: RunConfig, asked: Asked, num_processes: int) -> RunConfig:
+    """Return the configuration with the keys of a launch; the same where it has them.
+
+    Raises:
+        EnvironmentProblem: A key is given with another value.
+    """
+    new = {key: value for key, value in asked.keys.items() if getattr(config, key) != value}
+    if not new:
         return config
-    return config.model_copy(update={"use_cpu": True})
+    changed = config.model_copy(update=new)
+    given = config.model_fields_set
+    # Sizes may say the same in other words.
+    if given.intersection(_SIZES) and _same_layout(config, changed, num_processes):
+        given = given.difference(_SIZES)
+    for key in sorted(new.keys() & given):
+        raise EnvironmentProblem(
+            f"the launch asks for {key} {_word(new[key])} ({asked.said[key]}), and the "
+            f"configuration for {_word(getattr(config, key))}",
+            hint=f"Leave {key} out of one of the two.",
+        )
+    return changed
 
 
-def _is_off(value: str) -> bool:
-    return value.strip().lower() in _OFF
+def _same_layout(config: RunConfig, other: RunConfig, num_processes: int) -> bool:
+    return explicit_plan(config, num_processes) == explicit_plan(other, num_processes)
+
+
+def _line(asked: Asked) -> str:
+    words = ", ".join(f"{key} {_word(value)}" for key, value in asked.keys.items())
+    line = f"launch: {words or 'no key'}, as its variables say"
+    if asked.without_effect:
+        line += f"; without effect here: {', '.join(asked.without_effect)}"
+    return line
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -13,6 +13,7 @@ import time
 import psutil
 import pytest
 import torch
+import yaml
 from run_files import metrics, names
 
 HOST = socket.gethostname()
@@ -217,3 +218,41 @@ def test_an_error_under_torchrun_is_said_once(start, run_dir):
     assert process.returncode == 1
     [error] = errors(err)
     assert f"output_dir {run_dir} exists and is not empty" in error
+
+
+FSDP_YAML = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+mixed_precision: bf16
+num_machines: 1
+num_processes: 2
+fsdp_config:
+  fsdp_version: 2
+  fsdp_reshard_after_forward: false
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_state_dict_type: SHARDED_STATE_DICT
+  fsdp_cpu_ram_efficient_loading: true
+  fsdp_sync_module_states: true
+"""
+
+
+def test_accelerate_launch_with_fsdp_trains_shards(start, run_dir, tmp_path):
+    """Its YAML as its own questionnaire writes it, with the keys of the run left alone."""
+    (tmp_path / "fsdp.yaml").write_text(FSDP_YAML)
+    launch = ("-m", "accelerate.commands.launch", "--config_file", tmp_path / "fsdp.yaml")
+    words = ("--max-steps", 2, "--save-steps", 1, "--output-dir", run_dir)
+    process = start(*words, command=(*launch, "-m", "liger_cli"))
+    _, err = process.communicate(timeout=280)
+    assert process.returncode == 0, err
+    [line] = [line for line in err.splitlines() if line.startswith("launch: ")]
+    assert "dp_shard_size -1, reshard_after_forward false, bf16 true" in line
+    assert "without effect here: FSDP_AUTO_WRAP_POLICY" in line
+    assert "parallel: FSDP2, sharded over 2 ranks, as the keys say" in err
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert (config["dp_shard_size"], config["reshard_after_forward"], config["bf16"]) == (
+        *(-1, False, True),
+    )
+    assert {path.name for path in (run_dir / "checkpoint-1" / "dcp").glob("__*")} == {
+        "__0_0.distcp",
+        "__1_0.distcp",
+    }
