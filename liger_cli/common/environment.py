@@ -20,6 +20,7 @@ __all__ = [
     "commit",
     "devices",
     "environment",
+    "free_host_memory",
     "host_memory",
     "package_version",
 ]
@@ -90,6 +91,13 @@ def host_memory() -> int:
     import psutil
 
     return int(psutil.virtual_memory().total)
+
+
+def free_host_memory() -> int:
+    """Return the bytes of memory that new allocations of this machine can have."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def _cpu_name() -> str:

@@ -304,6 +304,10 @@ class Keys(KeyChecks):
         "final",
         "Checkpoints of a sharded run that also get the safetensors which other programs load.",
     )
+    async_save: Literal["auto", True, False] = _run(
+        "auto",
+        "Train on while a checkpoint is written, from a copy on the host; auto: on several ranks.",
+    )
     load_best_model_at_end: bool = _run(
         False, "Save whenever an evaluation is the best, which `best` in the directory links to."
     )

@@ -65,6 +65,10 @@ class RunConfig(Keys):
         """Sequences that a row is fed as: two of a pair."""
         return 2 if self.trains_pairs else 1
 
+    def saves_async(self, num_processes: int) -> bool:
+        """Return whether training goes on while a checkpoint of so many ranks is written."""
+        return num_processes > 1 if self.async_save == "auto" else self.async_save
+
     @property
     def losses(self) -> dict[str, float]:
         """The losses of the objective with their weights; none of one without a loss_type."""

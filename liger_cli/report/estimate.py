@@ -59,6 +59,8 @@ class EstimateReport(_Part):
 
     Attributes:
         phases: The most that is there in the optimizer's step, in forward and in backward.
+        checkpoint_copy: Bytes in the memory of the host from which async_save writes: for each
+            rank that has shards, else for rank 0. Of a run on the CPU it is one of the parts.
         remedies: What would make it fit, in words, the cheapest first.
     """
 
@@ -73,6 +75,7 @@ class EstimateReport(_Part):
     card: CardPart | None = None
     fit: FitPart | None = None
     ranks: RanksPart | None = None
+    checkpoint_copy: int = 0
     remedies: list[str] = []
 
 
@@ -97,6 +100,10 @@ def _lines(report: EstimateReport) -> list[str]:
         if ranks.offloaded:
             parts = ", ".join(f"{part} {format_bytes(n)}" for part, n in ranks.offloaded.items())
             lines.append(f"in the memory of the host, for each rank: {parts}")
+    if report.checkpoint_copy:
+        owner = "each rank" if report.ranks and report.ranks.dp_shard_size > 1 else "rank 0"
+        copy = format_bytes(report.checkpoint_copy)
+        lines.append(f"in the memory of the host, for {owner}: {copy} for the copy of async_save")
     if report.fit is not None:
         largest = "the largest that fits" if report.fit.is_limit else "fits; more was not tried"
         lines.append(f"{report.fit.key} {report.fit.value}: {largest}")

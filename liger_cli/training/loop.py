@@ -43,6 +43,7 @@ def train(
     trace = run.run_dir / f"profile-{run.config.profile_steps}.json"
     traced = run.config.profiled_steps if run.is_main else range(0)
     with (
+        session.saving(),
         PeakMemory(run.device) as memory,
         StepProfiler(traced, trace, run.device) as profiler,
         StopRequest() as stop,

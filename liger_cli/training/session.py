@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from liger_cli.config import RunConfig
 from liger_cli.data.batches import BatchPlan
 from liger_cli.data.feed import Feed, make_feed
 from liger_cli.training.activation_offload import checkpoint_layers, offload_of
+from liger_cli.errors import EnvironmentProblem
 from liger_cli.training.auto_compile import AUTO, decide_measured
 from liger_cli.training.checkpoints.run_log import STEP_LOG, JsonLines, copy_logs
 from liger_cli.training.checkpoints.saver import Saver, is_due
@@ -32,12 +33,10 @@ from liger_cli.training.embedding_noise import add_embedding_noise
 from liger_cli.training.eval_result import EvalResult
 from liger_cli.training.evaluate import evaluate_inputs
 from liger_cli.training.evaluations import EVAL_LOG, EarlyStop, Evaluations, eval_interval
-from liger_cli.training.model.adapters import is_adapted, save_weights
-from liger_cli.training.model.new_tokens import write_tokens
+from liger_cli.training.model_files import ModelFiles
 from liger_cli.training.objectives.objective import Part, Setting, Totals
 from liger_cli.training.objectives.table import make_objective
 from liger_cli.training.optim.optimizers import Schedule, make_optimizer
-from liger_cli.training.parallel.checkpoint import consolidate, save_sharded
 from liger_cli.training.prepared import PreparedRun
 from liger_cli.training.result import COUNTS, STEP_FIELDS, StepMetrics, TrainResult
 from liger_cli.training.runtime.async_scalars import AsyncScalars
@@ -130,15 +129,17 @@ class TrainSession:
         self._gradients = Gradients(
             self._model, self._objective, run.engine, self._feed, shrinks=config.auto_fit
         )
+        plain = accelerator.unwrap_model(self._model)
+        files = ModelFiles(run, plain, self._optimizer)
         self._state = TrainState(
             accelerator,
-            accelerator.unwrap_model(self._model),
+            plain,
             self._optimizer,
             self._scheduler,
             self._feed,
             data,
-            self._save_model,
-            self._write_whole,
+            files.stage,
+            files.write_whole,
             self._objective,
         )
         self._evaluated: EvalResult | None = None
@@ -167,26 +168,6 @@ class TrainSession:
             num_workers=run.config.dataloader_num_workers,
             pin_memory=run.device.type == "cuda",
         )
-
-    def _save_model(self, directory: Path) -> None:
-        model, inputs, is_main = self._state.model, self._run.inputs, self._run.is_main
-        if self._state.is_sharded:
-            save_sharded(directory, model, self._optimizer, is_main=is_main)
-        elif is_main:
-            save_weights(model, directory)
-        if not is_main:
-            return
-        if is_adapted(model) and inputs.source.tokens is not None:
-            write_tokens(directory, inputs.source.tokens)
-        inputs.preprocessing.save_pretrained(directory)
-
-    def _write_whole(self, directory: Path) -> list[str]:
-        if is_adapted(self._state.model):
-            # It is whole already.
-            return []
-        accelerator = self._run.accelerator
-        part = (accelerator.process_index, accelerator.num_processes)
-        return list(consolidate(directory, directory, part=part).files)
 
     def settle(self) -> None:
         """Decide on torch_compile where it is auto, before anything of the run has begun."""
@@ -248,6 +229,10 @@ class TrainSession:
             is_on=not run.measure_only,
         )
 
+    def saving(self) -> AbstractContextManager[None]:
+        """Return the context of all steps: an error leaves a checkpoint time to be written."""
+        return self._saver.finishing()
+
     @property
     def is_done(self) -> bool:
         """Whether all steps are done, or early stopping ends the run before."""
@@ -277,6 +262,8 @@ class TrainSession:
         self._scheduler.step()
         loss_value, norm_value, *found = values.get()
         if not _is_finite(loss_value, norm_value, accelerator):
+            with contextlib.suppress(EnvironmentProblem):
+                self._saver.finish()
             raise non_finite(step, loss_value, norm_value, self._saver.newest)
         self.num_done = step
         self._objective.updated(step)
@@ -316,16 +303,23 @@ class TrainSession:
                 all of them, each after the same step.
 
         Returns:
-            Whether a checkpoint was written.
+            Whether a checkpoint was written or begun.
 
         Raises:
-            EnvironmentProblem: It cannot be written; those before it are kept.
+            EnvironmentProblem: It, or one that was being written, cannot be written; those before
+                are kept.
             Interrupted: The run was stopped before its last step.
         """
-        stops, is_late = self._sum_over_processes(stop_requested, self._saver.is_late)
+        stops, is_late, fails = self._sum_over_processes(
+            stop_requested, self._saver.is_late, self._saver.has_failed
+        )
+        if fails:
+            self._saver.finish()
         is_last = self.num_done == self._run.num_steps
         now = is_last or stops > 0 or is_late > 0
         is_saved = self._saver.save_if_due(self.num_done, now=now, is_final=is_last)
+        if is_last or stops > 0:
+            self._saver.finish()
         if stops > 0 and not is_last:
             raise interrupted(self.num_done, self._saver.newest)
         return is_saved
@@ -362,13 +356,14 @@ class TrainSession:
         self._evaluated = result
 
     def finish(self) -> TrainResult:
-        """Evaluate the final model, bring the logs to the disk and return the result.
+        """Evaluate the final model, bring checkpoint and logs to the disk and return the result.
 
         Raises:
-            EnvironmentProblem: A log cannot be written.
+            EnvironmentProblem: One of them cannot be written.
         """
         if self._evaluated is None:
             self.evaluate()
+        self._saver.finish()
         self._log.sync()
         self._evals.sync()
         is_early = self.num_done < self._run.num_steps

@@ -13,7 +13,7 @@ from liger_cli.errors import ConfigError, OutOfMemory
 from liger_cli.report.estimate import CardPart, EstimateReport, FitPart, PartRow, RanksPart
 from liger_cli.training.memory.choice import USABLE
 from liger_cli.training.memory.limits import RunMemory, cheapest_remedies
-from liger_cli.training.memory.step import MemoryEstimate
+from liger_cli.training.memory.step import CHECKPOINT_COPY, MemoryEstimate
 from liger_cli.training.model.extended import extend_source
 from liger_cli.training.model.source import resolve_model
 from liger_cli.training.parallel.assumed import assumed_plan
@@ -70,6 +70,7 @@ def describe_estimate(
         card=room,
         fit=fitted,
         ranks=_ranks(memory, found, why),
+        checkpoint_copy=found.checkpoint_copy if memory.on_gpu else 0,
         remedies=list(cheapest_remedies(memory, room.usable)) if room and room.free < 0 else [],
     )
 
@@ -133,6 +134,7 @@ def _rows(found: MemoryEstimate) -> list[PartRow]:
         "logits": found.logits,
         "head buffers": found.head_buffers,
         **found.of_ranks,
+        CHECKPOINT_COPY: found.at_peak.get(CHECKPOINT_COPY, 0),
     }
     at_peak = dict(found.at_peak)
     rows = []

@@ -34,6 +34,7 @@ __all__ = [
 _FREE_KEYS = frozenset(
     {
         "activation_offloading",
+        "async_save",
         "attn_implementation",
         "auto_fit",
         "cpu_offload",

@@ -1,21 +1,52 @@
-"""When a checkpoint is written, which ones are kept, and which one is the best."""
+"""When a checkpoint is written, which ones are kept, and which one is the best.
+
+With async_save training goes on while one is written, and waits for it before the next one, and
+before the run ends.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+from liger_cli.common.numbers import format_bytes
 from liger_cli.config import RunConfig
 from liger_cli.errors import EnvironmentProblem
+from liger_cli.training.checkpoints.background import (
+    BackgroundWrite,
+    HostCopies,
+    fits_hosts,
+    make_writers,
+)
 from liger_cli.training.checkpoints.files import checkpoint_path, delete_old, mark_best
 from liger_cli.training.checkpoints.run_log import JsonLines
-from liger_cli.training.checkpoints.state import TrainState, raise_everywhere, save_checkpoint
+from liger_cli.training.checkpoints.state import (
+    TrainState,
+    kept_line,
+    stage_checkpoint,
+    write_checkpoint,
+)
+from liger_cli.training.checkpoints.writers import Writers
 from liger_cli.training.evaluations import Evaluations
 
 __all__ = ["Saver", "is_due"]
 
 _log = logging.getLogger(__name__)
+
+# How long a process that fails waits for its checkpoint: others wait for the process.
+_PATIENCE_S = 10.0
+
+
+class _Pending(NamedTuple):
+    """The checkpoint of a step that is being written."""
+
+    step: int
+    write: BackgroundWrite
 
 
 class Saver:
@@ -29,6 +60,9 @@ class Saver:
         evals: The evaluations so far.
         resumed: The checkpoint that the run was resumed from, in this directory or another.
         is_on: False writes nothing, for a run that only measures.
+
+    Attributes:
+        newest: The newest checkpoint that is whole.
     """
 
     def __init__(
@@ -50,8 +84,21 @@ class Saver:
         self._is_on = is_on
         self._is_main = is_on and state.accelerator.is_main_process
         self._saved_at = time.monotonic()
-        self.newest = resumed
+        self._stage, self._writers = self._make_stage()
+        self._everyone = Writers()
+        self._has_room = False
+        self._pending: _Pending | None = None
+        # Whole, or being written.
+        self._last = self.newest = resumed
         self._mark_best()
+
+    def _make_stage(self) -> tuple[HostCopies | None, Writers]:
+        """Return the copier of the state, None where training waits for the files, and the writers."""
+        accelerator = self._state.accelerator
+        count = accelerator.num_processes
+        if not (self._is_on and self._config.saves_async(count)):
+            return None, Writers()
+        return HostCopies(accelerator.device), make_writers(count, self._config.ddp_timeout)
 
     @property
     def is_late(self) -> bool:
@@ -59,16 +106,24 @@ class Saver:
         minutes = (time.monotonic() - self._saved_at) / 60
         return self._is_main and 0 < self._config.save_minutes <= minutes
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether a write has failed that training did not wait for: `finish` raises its error."""
+        return self._pending is not None and self._pending.write.has_failed
+
     def save_if_due(self, step: int, *, now: bool, is_final: bool) -> bool:
-        """Write the checkpoint of a step if it is due or asked for; return whether it was written.
+        """Write the checkpoint of a step if it is due or asked for; return whether it was begun.
 
         Args:
             now: Whether it is asked for.
             is_final: Whether the run ends with it.
 
         Raises:
-            EnvironmentProblem: It cannot be written; those before it are as they were.
+            EnvironmentProblem: It, or the one before, cannot be written; those before that are as
+                they were.
         """
+        if self._pending is not None and self._pending.write.is_done and not self.has_failed:
+            self.finish()
         saves = self._is_on and (now or is_due(step, self._config.save_steps))
         if saves:
             self._save(step, is_final=is_final)
@@ -80,7 +135,7 @@ class Saver:
         Raises:
             EnvironmentProblem: As save_if_due.
         """
-        is_saved = self.newest == checkpoint_path(self._run_dir, step)
+        is_saved = self._last == checkpoint_path(self._run_dir, step)
         is_best = self._config.load_best_model_at_end and 0 < step == self._evals.best_step
         ends = self._evals.should_stop
         # When it was saved nobody knew that it is the last.
@@ -89,22 +144,78 @@ class Saver:
             self._save(step, is_evaluated=True, is_final=ends)
         self._mark_best()
 
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written is whole.
+
+        Raises:
+            EnvironmentProblem: It cannot be written; the same on all processes.
+        """
+        if self._pending is not None:
+            (step, write), self._pending = self._pending, None
+            write.result()
+            self._written(step)
+
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Give the checkpoint that is being written some time if the block raises an error.
+
+        Not after a KeyboardInterrupt, which is to end the run at once.
+        """
+        try:
+            yield
+        except Exception:
+            if self._pending is not None:
+                self._pending.write.wait(_PATIENCE_S)
+            raise
+
     def _save(self, step: int, *, is_evaluated: bool = False, is_final: bool) -> None:
+        self.finish()
         # A checkpoint on the disk must not be ahead of the logs there.
-        problem = self._sync_logs()
-        self.newest = save_checkpoint(
-            self._run_dir,
-            step,
-            self._state,
-            self._config,
-            is_evaluated=is_evaluated,
-            is_final=is_final,
-        )
-        self._saved_at = time.monotonic()
+        problem = self._everyone.first_problem(self._sync_logs())
+        copies = self._copies()
+        target = checkpoint_path(self._run_dir, step)
+        with self._everyone.together(target, kept_line(self._run_dir)):
+            staged = stage_checkpoint(
+                step,
+                self._state,
+                self._config,
+                copies or (lambda tree: tree),
+                is_evaluated=is_evaluated,
+                is_final=is_final,
+            )
+        self._saved_at, self._last = time.monotonic(), target
+        write = functools.partial(write_checkpoint, self._run_dir, staged, self._writers)
+        if copies is None:
+            write()
+            self._written(step)
+        else:
+            self._pending = _Pending(step, BackgroundWrite(write))
+        if problem is not None:
+            self.finish()
+            raise problem
+
+    def _copies(self) -> HostCopies | None:
+        """Return the copier of the state; None from the first save on where a host has no room."""
+        if self._stage is not None and not self._has_room:
+            fits, needed, free = fits_hosts(self._state.num_bytes)
+            self._has_room = fits
+            if not fits:
+                self._stage = None
+                if self._is_main:
+                    _log.warning(
+                        "training waits for checkpoints: the copies of async_save take %s, and the "
+                        "host has %s free",
+                        format_bytes(needed),
+                        format_bytes(free),
+                    )
+        return self._stage
+
+    def _written(self, step: int) -> None:
+        self.newest = checkpoint_path(self._run_dir, step)
         if self._is_main and self._config.save_total_limit is not None:
             limit, best = self._config.save_total_limit, self._evals.best_step
             delete_old(self._run_dir, step, limit, _log.warning, best=best)
-        raise_everywhere(problem)
+        self._mark_best()
 
     def _sync_logs(self) -> EnvironmentProblem | None:
         """Bring the logs to the disk; return the error of one that cannot be written.

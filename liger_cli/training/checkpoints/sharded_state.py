@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from liger_cli.training.checkpoints.shards import SHARDS, ShardReader, write_ten
 from liger_cli.training.optim.composite_optimizers import state_tree
 
 __all__ = [
+    "Shards",
     "is_sharded",
     "missing_names",
     "model_dtype",
@@ -32,6 +33,8 @@ __all__ = [
     "read_optimizer",
     "read_shards",
     "saved_tensors",
+    "shards_of",
+    "with_values",
     "write_shards",
 ]
 
@@ -69,22 +72,53 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def write_shards(directory: Path, model: nn.Module, optimizer: Any = None) -> None:
+def with_values(
+    model: nn.Module, saved: Mapping[str, Tensor], values: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Return the state_dict of a model with other values for the tensors that are saved.
+
+    Args:
+        saved: As saved_tensors returns them; one that is tied has each of its names in the result.
+        values: By the names of `saved`.
+    """
+    found = {id(value): values[name] for name, value in saved.items()}
+    state = model.state_dict(keep_vars=True)
+    return {name: found.get(id(value), value) for name, value in state.items()}
+
+
+class Shards(NamedTuple):
+    """The state of a model and its optimizer: tensors by entry, and what of it is no tensor."""
+
+    tensors: dict[str, Tensor]
+    rest: list[dict[str, Any]] | None
+
+
+def shards_of(model: nn.Module, optimizer: Any = None) -> Shards:
+    """Return this process's part of a model, and of its optimizer where one is given."""
+    saved = saved_tensors(model)
+    tensors = {_MODEL + name: value.detach() for name, value in saved.items()}
+    if optimizer is None:
+        return Shards(tensors, None)
+    found, rest = _split_state(optimizer, _names_of(saved, optimizer))
+    return Shards(tensors | found, rest)
+
+
+def write_shards(directory: Path, shards: Shards, group: dist.ProcessGroup | None = None) -> None:
     """Write model and optimizer into directory/dcp, each process its part. All processes call it.
+
+    Args:
+        directory: Of the checkpoint.
+        shards: Of this process.
+        group: The process group of the messages; the default one where it is None.
 
     Raises:
         RuntimeError: A process could not write its file; raised on all.
         OSError: The first process could not write optimizer.pt; raised there alone.
     """
-    saved = saved_tensors(model)
-    tensors = {_MODEL + name: value.detach() for name, value in saved.items()}
-    rest: list[dict[str, Any]] = []
-    if optimizer is not None:
-        found, rest = _split_state(optimizer, _names_of(saved, optimizer))
-        tensors |= found
-    write_tensors(directory / SHARDS, tensors)
-    if optimizer is not None and (not dist.is_initialized() or dist.get_rank() == 0):
-        torch.save(rest, directory / SHARDS / _REST)
+    write_tensors(directory / SHARDS, shards.tensors, group)
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    if shards.rest is not None and is_first:
+        torch.save(shards.rest, directory / SHARDS / _REST)
 
 
 def _inner(optimizer: Any) -> Any:

@@ -55,8 +55,15 @@ def file_pattern(rank: int) -> str:
     return f"{SHARDS}/__{rank}_*"
 
 
-def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(
+    directory: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None
+) -> None:
     """Write tensors, of a DTensor the local part. Every process calls it with the same names.
+
+    Args:
+        directory: Of the files.
+        tensors: By name.
+        group: The process group of the messages; the default one where it is None.
 
     Raises:
         RuntimeError: A process could not write its file; raised on all.
@@ -66,7 +73,8 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         with warnings.catch_warnings():
             # Of one process without a group.
             warnings.simplefilter("ignore")
-            save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
+            no_dist = not dist.is_initialized()
+            save(dict(tensors), storage_writer=writer, process_group=group, no_dist=no_dist)
     except CheckpointException as error:
         raise RuntimeError(_first_failure(error)) from error
 

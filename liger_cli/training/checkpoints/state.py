@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import gather_object
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from liger_cli.config import RunConfig
 from liger_cli.data.feed import Feed
-from liger_cli.errors import DataError, EnvironmentProblem, LigerError
+from liger_cli.errors import DataError, LigerError
 from liger_cli.training.checkpoints.files import (
     checkpoint_path,
     file_entries,
@@ -30,7 +32,6 @@ from liger_cli.training.checkpoints.files import (
     glob_names,
     read_manifest,
     unfinished_path,
-    write_failure,
     write_manifest,
     written_aside,
 )
@@ -39,12 +40,30 @@ from liger_cli.training.checkpoints.sharded_state import (
     is_sharded,
     place_optimizer_state,
     read_optimizer,
+    saved_tensors,
 )
 from liger_cli.training.checkpoints.shards import file_pattern, has_shards
+from liger_cli.training.checkpoints.writers import Writers
 
-__all__ = ["ResumePoint", "TrainState", "load_state", "raise_everywhere", "save_checkpoint"]
+__all__ = [
+    "ResumePoint",
+    "Stage",
+    "StagedCheckpoint",
+    "TrainState",
+    "WriteModel",
+    "kept_line",
+    "load_state",
+    "stage_checkpoint",
+    "write_checkpoint",
+]
 
 _STATE = "trainer_state.pt"
+
+# Nested lists and dictionaries -> the same with tensors that training does not change; or as they
+# are, where it waits.
+Stage = Callable[[Any], Any]
+# Writes a model into a directory, with the process group of its messages.
+WriteModel = Callable[[Path, dist.ProcessGroup | None], None]
 
 
 @dataclass(frozen=True)
@@ -54,10 +73,10 @@ class TrainState:
     Attributes:
         model: Without the wrapper of several processes.
         data: The identity of the training data, as JSON has it.
-        save_model: Writes the model and its preprocessing into a directory, of a sharded model its
-            optimizer too; every process calls it.
+        stage_model: Returns the function that writes the model as it is and its preprocessing, of a
+            sharded model its optimizer too; every process calls both.
         write_whole: Writes this process's part of the files that put a sharded model together
-            again, after save_model, and returns their names.
+            again, into a directory that has the model, and returns their names.
         objective: Of the run; has a state as well.
     """
 
@@ -67,13 +86,22 @@ class TrainState:
     scheduler: Any
     feed: Feed
     data: dict[str, Any]
-    save_model: Callable[[Path], None]
+    stage_model: Callable[[Stage], WriteModel]
     write_whole: Callable[[Path], list[str]]
     objective: Any
 
     @property
     def is_sharded(self) -> bool:
         return is_sharded(self.model)
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of tensors that this process stages for a checkpoint."""
+        if not (self.is_sharded or self.accelerator.is_main_process):
+            return 0
+        state = tree_leaves([saved_tensors(self.model), self.optimizer.state_dict()])
+        tensors = [x for x in state if isinstance(x, Tensor)]
+        return sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in tensors)
 
     def state_dict(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
@@ -102,38 +130,73 @@ class ResumePoint(NamedTuple):
     is_evaluated: bool
 
 
-def save_checkpoint(
-    run_dir: Path,
+@dataclass(frozen=True)
+class StagedCheckpoint:
+    """All that a process writes of a checkpoint.
+
+    Attributes:
+        manifest: Values of the manifest but for the files.
+        files: What torch.save writes, by the name of the file; of the main process.
+        random_state: The generators of this process.
+        write_model: As stage_model of TrainState returns it.
+        write_whole: As in TrainState; None where the whole model is not asked for.
+    """
+
+    step: int
+    manifest: dict[str, Any]
+    files: dict[str, Any]
+    random_state: dict[str, Any]
+    write_model: WriteModel
+    write_whole: Callable[[Path], list[str]] | None
+
+
+def stage_checkpoint(
     step: int,
     state: TrainState,
     config: RunConfig,
+    stage: Stage,
     *,
     is_evaluated: bool = False,
     is_final: bool = False,
-) -> Path:
-    """Write checkpoint-STEP and return its path. Every process calls it.
+) -> StagedCheckpoint:
+    """Return the content of checkpoint-STEP. Every process calls it.
 
     Args:
+        stage: Returns what is written of tensors, in nested lists and dictionaries.
         is_evaluated: Whether the state includes the evaluation of this step.
         is_final: Whether the run ends with it.
+    """
+    accelerator = state.accelerator
+    keeps = config.save_consolidated
+    is_whole = state.is_sharded and (keeps == "every" or (keeps == "final" and is_final))
+    return StagedCheckpoint(
+        step=step,
+        manifest={
+            "step": step,
+            "is_evaluated": is_evaluated,
+            "num_processes": accelerator.num_processes,
+            "device": accelerator.device.type,
+            "data": state.data,
+            "config": config.model_dump(mode="json"),
+        },
+        files={_STATE: stage(state.state_dict())} if accelerator.is_main_process else {},
+        random_state=random_state(accelerator.device),
+        write_model=state.stage_model(stage),
+        write_whole=state.write_whole if is_whole else None,
+    )
+
+
+def write_checkpoint(run_dir: Path, staged: StagedCheckpoint, writers: Writers) -> None:
+    """Write a checkpoint. Every process calls it.
 
     Raises:
         EnvironmentProblem: It cannot be written, on any process; the same on all. Earlier ones are
             as they were.
     """
-    accelerator = state.accelerator
-    is_main = accelerator.is_main_process
-    target = checkpoint_path(run_dir, step)
-    in_step = functools.partial(_raised_on_all, target, _kept_line(run_dir))
-    random_states = gather_object([random_state(accelerator.device)])
-    manifest = {
-        "step": step,
-        "is_evaluated": is_evaluated,
-        "num_processes": accelerator.num_processes,
-        "device": accelerator.device.type,
-        "data": state.data,
-        "config": config.model_dump(mode="json"),
-    }
+    is_main = writers.rank == 0
+    target = checkpoint_path(run_dir, staged.step)
+    in_step = functools.partial(writers.together, target, kept_line(run_dir))
+    random_states = writers.gather(staged.random_state)
     with contextlib.ExitStack() as writing:
         directory = unfinished_path(target)
         with in_step():
@@ -142,74 +205,27 @@ def save_checkpoint(
                     shutil.rmtree(leftover, ignore_errors=True)
                 writing.enter_context(written_aside(target))
         with in_step():
-            state.save_model(directory)
+            staged.write_model(directory, writers.group)
             if is_main:
-                torch.save(state.state_dict(), directory / _STATE)
+                for name, values in staged.files.items():
+                    torch.save(values, directory / name)
                 for rank, values in enumerate(random_states):
                     torch.save(values, directory / _random_file(rank))
         entries: dict[str, Any] = {}
         with in_step():
-            if state.is_sharded:
-                keeps = config.save_consolidated
-                is_whole = keeps == "every" or (keeps == "final" and is_final)
-                names = state.write_whole(directory) if is_whole else []
-                names += glob_names(directory, file_pattern(accelerator.process_index))
-                entries = file_entries(directory, names)
-        entries = dict(pair for found in gather_object([entries]) for pair in found.items())
+            names = staged.write_whole(directory) if staged.write_whole else []
+            # Of a model that is not sharded no file has such a name.
+            names += glob_names(directory, file_pattern(writers.rank))
+            entries = file_entries(directory, names)
+        entries = dict(pair for found in writers.gather(entries) for pair in found.items())
         with in_step():
             if is_main:
-                write_manifest(directory, manifest, entries)
+                write_manifest(directory, staged.manifest, entries)
                 writing.close()
-    return target
 
 
-@contextlib.contextmanager
-def _raised_on_all(target: Path, hint: str) -> Iterator[None]:
-    """Raise what a process raises in the block on all of them: the others would wait for ever.
-
-    Each process leaves the block before any goes on. Collective calls in it come first, or raise on
-    all processes themselves.
-
-    Raises:
-        EnvironmentProblem: The first process's that failed, the same on all.
-        Exception: Of another kind than of writing, where it was raised.
-    """
-    problem: EnvironmentProblem | None = None
-    unexpected: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        try:
-            problem = write_failure(error, target, hint)
-            problem.__cause__ = error
-        except Exception:
-            unexpected = error
-            text = f"{target} cannot be written: {type(error).__name__}: {error}"
-            problem = EnvironmentProblem(text, hint=hint)
-    with contextlib.nullcontext() if unexpected is None else contextlib.suppress(LigerError):
-        raise_everywhere(problem)
-    if unexpected is not None:
-        raise unexpected
-
-
-def raise_everywhere(problem: EnvironmentProblem | None) -> None:
-    """Raise a process's error on every process; each calls it.
-
-    Args:
-        problem: The error of this process; None where there is none.
-
-    Raises:
-        EnvironmentProblem: There is one; that of the first process that has one.
-    """
-    found = gather_object([None if problem is None else (problem.message, problem.hint)])
-    words = next(filter(None, found), None)
-    if problem is not None and words == (problem.message, problem.hint):
-        raise problem
-    if words is not None:
-        raise EnvironmentProblem(words[0], hint=words[1])
-
-
-def _kept_line(run_dir: Path) -> str:
+def kept_line(run_dir: Path) -> str:
+    """Return a sentence on the checkpoint that a run has whatever becomes of the next."""
     checkpoints = find_checkpoints(run_dir)
     if not checkpoints:
         return "There is no earlier checkpoint."

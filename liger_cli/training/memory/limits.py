@@ -21,6 +21,7 @@ from liger_cli.training.memory import (
     assumed_attention,
     estimate_memory,
 )
+from liger_cli.training.memory.step import CHECKPOINT_COPY
 from liger_cli.training.model.adapters import is_adapted
 from liger_cli.training.model.dtypes import parameter_dtype
 from liger_cli.training.model.presets import ModelSource
@@ -234,6 +235,7 @@ def parts_line(found: MemoryEstimate) -> str:
         "logits": found.logits,
         "head buffers": found.head_buffers,
         **found.of_ranks,
+        CHECKPOINT_COPY: found.at_peak.get(CHECKPOINT_COPY, 0),
     }
     words = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
     return f"{words}; at most {format_bytes(found.peak)} at once"

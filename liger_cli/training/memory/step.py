@@ -36,8 +36,9 @@ from liger_cli.training.parallel.mesh import ParallelPlan
 from liger_kernels.transformers import token_logprobs
 from liger_kernels.transformers.wrappers import inner_model
 
-__all__ = ["Batch", "MemoryEstimate", "step_memory"]
+__all__ = ["CHECKPOINT_COPY", "Batch", "MemoryEstimate", "step_memory"]
 
+CHECKPOINT_COPY = "copy for a checkpoint"
 _CPU = torch.device("cpu")
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
@@ -80,6 +81,8 @@ class MemoryEstimate:
         offloaded: What is in the memory of the host instead of the device's.
         at_peak: What is there at the moment when most is, by part.
         phases: The most that is there in the optimizer's step, in forward and in backward.
+        checkpoint_copy: What async_save copies into the memory of the host; on a CPU it is in
+            at_peak and phases as well. Of copies of the model rank 0 alone makes one.
     """
 
     weights: int
@@ -94,6 +97,7 @@ class MemoryEstimate:
     at_peak: Mapping[str, int]
     phases: Mapping[str, int]
     reference: int = 0
+    checkpoint_copy: int = 0
 
     @property
     def peak(self) -> int:
@@ -183,6 +187,9 @@ class _Step:
         ledger.peak = 0
         kept = self._passes(parameters, phases, num_labels)
         del moments, reference, buckets
+        copy = self._checkpoint_copy(parameters, whole)
+        here = 0 if self.on_gpu else copy
+        at_peak = {**ledger.at_peak, CHECKPOINT_COPY: here}
         return MemoryEstimate(
             weights=kept["weights"],
             optimizer=optimizer,
@@ -193,9 +200,10 @@ class _Step:
             kept_for_loss=kept.get(HEAD_GRADIENT, 0) + kept.get(LOGITS, 0),
             of_ranks={part: ledger.most[part] for part in OF_RANKS if ledger.most[part]},
             offloaded=self._offloaded(whole),
-            at_peak={part: size for part, size in ledger.at_peak.items() if size},
-            phases=phases,
+            at_peak={part: size for part, size in at_peak.items() if size},
+            phases={phase: size + here for phase, size in phases.items()},
             reference=kept.get("reference", 0),
+            checkpoint_copy=copy,
         )
 
     def _passes(
@@ -239,6 +247,13 @@ class _Step:
 
         asks = self.config.activation_offloading is True
         return ActivationOffload(_CPU, allocate) if asks else None
+
+    def _checkpoint_copy(self, parameters: list[Any], whole: Mapping[str, int]) -> int:
+        if not self.config.saves_async(self.plan.num_processes):
+            return 0
+        saved = sum(p.numel() * p.element_size() for p in parameters)
+        saved = saved if is_adapted(self.model) else whole.get("weights", 0)
+        return (saved + whole.get("optimizer", 0)) // self.plan.dp_shard
 
     def _offloaded(self, whole: Mapping[str, int]) -> dict[str, int]:
         found: dict[str, int] = {}

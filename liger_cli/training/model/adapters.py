@@ -274,11 +274,15 @@ def is_adapted(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
-def save_weights(model: Any, directory: Path) -> None:
-    """Write the model, of an adapted one the adapter alone."""
+def save_weights(model: Any, directory: Path, state: dict[str, Any]) -> None:
+    """Write the model, of an adapted one the adapter alone.
+
+    Args:
+        state: The values to write, under the names of its state_dict.
+    """
     # An embedding is saved where it is trained; else peft would ask the hub for its size.
     options = {"save_embedding_layers": False} if is_adapted(model) else {}
-    model.save_pretrained(directory, **options)
+    model.save_pretrained(directory, state_dict=state, **options)
 
 
 def trained_line(model: Any) -> str:

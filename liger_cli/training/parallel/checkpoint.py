@@ -14,17 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from liger_cli.errors import DataError
 from liger_cli.training.checkpoints.sharded_state import (
+    Shards,
     model_entry,
     read_shards,
     saved_tensors,
+    shards_of,
+    with_values,
     write_shards,
 )
 from liger_cli.training.checkpoints.shards import SHARDS, ShardReader
+from liger_cli.training.checkpoints.state import Stage, WriteModel
 from liger_cli.training.checkpoints.tensor_files import Shape, write_safetensors
 from liger_cli.training.model.adapters import is_adapted
 from liger_cli.training.model.source import build_meta_model, resolve_model
@@ -33,8 +38,7 @@ __all__ = [
     "Consolidated",
     "consolidate",
     "read_shards",
-    "save_sharded",
-    "write_shards",
+    "stage_sharded",
 ]
 
 _MAX_FILE_BYTES = 5 * 10**9
@@ -71,33 +75,41 @@ class _Group:
         return sum(shape.num_bytes for shape in self.shapes.values())
 
 
-def save_sharded(directory: Path, model: Any, optimizer: Any, *, is_main: bool) -> None:
-    """Write model and optimizer of all processes; of an adapted model the adapter whole as well.
+def stage_sharded(model: Any, optimizer: Any, stage: Stage, *, is_main: bool) -> WriteModel:
+    """Return the function that writes model and optimizer of all processes.
+
+    Of an adapted model it writes the adapter whole as well.
 
     Args:
-        directory: Of the checkpoint, the same on all processes. They all call it.
-        model: Sharded, without a wrapper.
+        model: Sharded, without a wrapper. All processes call this.
         optimizer: Of its parameters.
+        stage: Returns what is written of tensors, in nested lists and dictionaries.
         is_main: Whether this process writes what is there once.
 
-    Raises:
-        RuntimeError: A process could not write its file; raised on all.
-        OSError: This process could not write a file.
+    Returns:
+        A function that all processes call with the directory of the checkpoint and the process
+        group of its messages. It raises a RuntimeError on all of them where one could not write its
+        file, and an OSError where this process could not.
     """
-    write_shards(directory, model, optimizer)
-    if is_adapted(model):
-        saved = saved_tensors(model)
-        whole = _gather(saved, is_main=is_main)
-        if is_main:
-            # A tensor that is tied is saved under each of its names.
-            found = {id(value): whole[name] for name, value in saved.items()}
-            state = {
-                name: found.get(id(value), value)
-                for name, value in model.state_dict(keep_vars=True).items()
-            }
-            model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
-    elif is_main:
-        _save_configuration(model, directory)
+    found = shards_of(model, optimizer)
+    shards = Shards(stage(found.tensors), stage(found.rest))
+    adapter = _whole_adapter(model, is_main=is_main) if is_adapted(model) else None
+
+    def write(directory: Path, group: dist.ProcessGroup | None) -> None:
+        write_shards(directory, shards, group)
+        if adapter is None and is_main:
+            _save_configuration(model, directory)
+        elif is_main:
+            model.save_pretrained(directory, state_dict=adapter, save_embedding_layers=False)
+
+    return write
+
+
+def _whole_adapter(model: Any, *, is_main: bool) -> dict[str, Any]:
+    """Return the whole state that peft saves, on the main process; all processes call it."""
+    saved = saved_tensors(model)
+    whole = _gather(saved, is_main=is_main)
+    return with_values(model, saved, whole) if is_main else {}
 
 
 def _gather(tensors: Mapping[str, Tensor], *, is_main: bool) -> dict[str, Tensor]:
@@ -107,7 +119,8 @@ def _gather(tensors: Mapping[str, Tensor], *, is_main: bool) -> dict[str, Tensor
         whole = value.detach()
         whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
         if is_main:
-            found[name] = whole.cpu()
+            # Tensors that no process shares are trained on meanwhile.
+            found[name] = whole.to("cpu", copy=True)
     return found
 
 

@@ -14,7 +14,7 @@ import zoo
 from liger_cli.config import RunConfig
 from liger_cli.training.checkpoints import sharded_state
 from liger_cli.training.optim.optimizers import make_optimizer
-from liger_cli.training.parallel.checkpoint import read_shards, save_sharded
+from liger_cli.training.parallel.checkpoint import read_shards, stage_sharded
 from liger_cli.training.parallel.mesh import Layout, ParallelPlan
 from liger_cli.training.parallel.wrapping import shard_model
 
@@ -81,7 +81,7 @@ def write(rank, plan, out):
         train(model, optimizer)
         (out / name).mkdir(exist_ok=True)
         dist.barrier()
-        save_sharded(out / name, model, optimizer, is_main=rank == 0)
+        stage_sharded(model, optimizer, lambda tree: tree, is_main=rank == 0)(out / name, None)
         state = state_of(model, optimizer)
         if rank == 0:
             torch.save(state, out / name / "wanted.pt")

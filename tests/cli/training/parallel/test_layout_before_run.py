@@ -100,6 +100,25 @@ def test_offloaded_shards_are_on_the_host(tmp_path):
     assert on_host.peak < on_card.peak
 
 
+def test_the_copy_of_async_save_is_weights_and_optimizer_on_the_host(tmp_path):
+    model = model_file(tmp_path)
+    assert estimate(model, ParallelPlan()).checkpoint_copy == 0
+    for plan in (SHARDS, ParallelPlan(8, 1)):
+        found, waits = (estimate(model, plan, async_save=on) for on in ("auto", False))
+        assert found.checkpoint_copy == pytest.approx(found.weights + found.optimizer, rel=0.01)
+        assert waits.checkpoint_copy == 0
+        assert found.peak == waits.peak
+    adapter = estimate(model, SHARDS, adapter="lora", lora_r=2)
+    assert 0 < adapter.checkpoint_copy < found.checkpoint_copy / 100
+    config = load_config(flags={"model": model, "async_save": True})
+    on_cpu = [
+        estimate_memory(keys, resolve_model(model), Batch(1, 64), on_gpu=False)
+        for keys in (config, config.model_copy(update={"async_save": False}))
+    ]
+    assert on_cpu[0].peak - on_cpu[1].peak == on_cpu[0].checkpoint_copy > 0
+    assert on_cpu[0].at_peak["copy for a checkpoint"] == on_cpu[0].checkpoint_copy
+
+
 def test_of_an_adapter_only_its_own_gradients_are_summed(tmp_path):
     model = model_file(tmp_path)
     whole, adapter = estimate(model, SHARDS), estimate(model, SHARDS, adapter="lora", lora_r=2)

@@ -16,7 +16,7 @@ from shard_ranks import CASES, build, load_whole, read, run_ranks, state_of, tra
 from transformers import AutoModelForCausalLM
 
 from liger_cli.errors import ConfigError, DataError
-from liger_cli.training.checkpoints.sharded_state import read_shards, write_shards
+from liger_cli.training.checkpoints.sharded_state import read_shards, shards_of, write_shards
 from liger_cli.training.checkpoints.shards import ShardReader
 from liger_cli.training.checkpoints.tensor_files import Shape, write_safetensors
 from liger_cli.training.model.source import load_model, resolve_model
@@ -152,7 +152,7 @@ def test_dtype_of_whole_files(written, tmp_path):
 def test_one_process_writes_shards_too(tmp_path):
     model, optimizer = build("adamw")
     train(model, optimizer)
-    write_shards(tmp_path, model, optimizer)
+    write_shards(tmp_path, shards_of(model, optimizer))
     other, its_optimizer = build("adamw")
     read_shards(tmp_path, other, its_optimizer)
     assert_equal(state_of(other, its_optimizer), state_of(model, optimizer))
