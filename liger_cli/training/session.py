@@ -150,6 +150,7 @@ class TrainSession:
         return Setting(
             config=run.config,
             accelerator=run.accelerator,
+            engine=run.engine,
             model=self._model,
             inputs=run.inputs,
             batches=run.batches,

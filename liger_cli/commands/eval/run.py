@@ -57,7 +57,7 @@ def run_eval(config: RunConfig) -> RunReport | None:
         inputs = check_documents(config, inputs, model, accelerator, say)
     objective = make_objective(config, model, device)
     model = engine.prepare_evaluated(model)
-    inputs = objective.prepare(Setting(config, accelerator, model, inputs, notify=say))
+    inputs = objective.prepare(Setting(config, accelerator, engine, model, inputs, notify=say))
     if is_main:
         show_patched(report_of("eval", config, inputs, record))
     rows_at_once = config.per_device_eval_batch_size * accelerator.num_processes

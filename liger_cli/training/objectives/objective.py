@@ -18,6 +18,7 @@ from liger_cli.config import RunConfig
 from liger_cli.data.batches import BatchPlan
 from liger_cli.training.eval_result import EvalResult
 from liger_cli.training.inputs import Inputs
+from liger_cli.training.parallel.engine import Engine
 
 __all__ = ["Batch", "Evaluation", "Objective", "Part", "Setting", "Totals"]
 
@@ -90,6 +91,7 @@ class Setting:
 
     Attributes:
         config: With its keys resolved (table.py).
+        engine: Loads a model in the layout of the run.
         model: The prepared model.
         inputs: Its data, and the model as it was found before training.
         batches: The order of the training data; None of a run that evaluates alone.
@@ -101,6 +103,7 @@ class Setting:
 
     config: RunConfig
     accelerator: Any
+    engine: Engine
     model: Any
     inputs: Inputs
     notify: Callable[[str], None]

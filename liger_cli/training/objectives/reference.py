@@ -263,20 +263,14 @@ def original_weights(setting: Setting) -> dict[str, torch.Tensor]:
     A resumed run loads them once more from the model that it started from.
 
     Raises:
-        ConfigError: The model is sharded, and was resumed.
+        ConfigError: That model has other parameters now.
     """
     model = setting.accelerator.unwrap_model(setting.model)
     if setting.checkpoint is None:
         return copied(model)
-    if is_sharded(model):
-        raise ConfigError(
-            "reference model cannot be had again where the model is sharded and the run resumed",
-            hint="--reference precompute keeps its values",
-        )
     # Unpatched: it is loaded for its weights, and scores nothing.
     config = setting.config.model_copy(update={"ops": "none", "torch_compile": False})
-    device = setting.accelerator.device
-    first, _ = load_patched(config, setting.inputs.source, device, lambda line: None)
+    first, _ = setting.engine.load(config, setting.inputs.source, lambda line: None)
     found = {name: p.detach() for name, p in trained_parameters(first).items()}
     if found.keys() != trained_parameters(model).keys():
         raise ConfigError(

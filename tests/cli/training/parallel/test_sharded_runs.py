@@ -228,6 +228,21 @@ def test_adapter_of_a_sharded_run_is_that_of_one_process(rows, tmp_path, liger):
     assert load_file(tmp_path / "merged" / "model.safetensors")
 
 
+def test_dpo_finds_its_first_weights_again(tmp_path):
+    """They are loaded once more as shards, from the model that the run started from."""
+    pairs, run = tmp_path / "pairs.jsonl", tmp_path / "run"
+    row = {"prompt": "say ", "chosen": "yes " * 3, "rejected": "no " * 2}
+    pairs.write_text("".join(json.dumps({**row, "chosen": f"yes {i}"}) + "\n" for i in range(9)))
+    more = ("--objective", "dpo", "--reference", "model", "--max-steps", 3, "--save-steps", 1)
+    assert launch(2, *words_of(pairs, run, 2, *more)) == [0, 0]
+    [first, second, _] = metrics(run, "rewards/margins")
+    assert first == (0.0,) != second
+    again = stopped_copy(run, tmp_path / "again", 1)
+    assert launch(2, *words_of(pairs, again, 2, *more, "--resume", "auto")) == [0, 0]
+    assert metrics(again, "rewards/margins") == metrics(run, "rewards/margins")
+    assert_same(run, again)
+
+
 @pytest.mark.gpu
 def test_two_gpus_write_what_one_resumes(rows, tmp_path):
     if torch.cuda.device_count() < 2:
