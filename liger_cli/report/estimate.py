@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from liger_cli.common.numbers import format_bytes
+from liger_cli.common.numbers import format_bytes, format_count
 from liger_cli.report.console import show_json, show_lines, show_table
 
-__all__ = ["CardPart", "EstimateReport", "FitPart", "PartRow", "RanksPart", "show_estimate"]
+__all__ = [
+    "CardPart",
+    "EstimateReport",
+    "FitPart",
+    "PartRow",
+    "RanksPart",
+    "TimeRow",
+    "show_estimate",
+]
 
 SCHEMA_VERSION = 1
+
+_TIME_COLUMNS = (
+    *("layout", "step", "collectives", "exposed", "tokens/s", "efficiency", "memory, about"),
+)
 
 
 class _Part(BaseModel):
@@ -54,6 +66,29 @@ class RanksPart(_Part):
     offloaded: dict[str, int] = {}
 
 
+class TimeRow(_Part):
+    """A layout of the ranks and the time of a step in it.
+
+    Attributes:
+        step_ms: Of an optimizer step.
+        collectives_ms: In which a rank sends and receives.
+        exposed_ms: Of these, in which it does nothing else.
+        tokens_per_s: Of all ranks.
+        efficiency: Tokens a second of a rank, as a share of those of one card alone.
+        peak: Memory of a rank, about; that of the layout asked for is in `peak` of the report.
+    """
+
+    layout: str
+    dp_replicate_size: int
+    dp_shard_size: int
+    step_ms: float
+    collectives_ms: float
+    exposed_ms: float
+    tokens_per_s: float
+    efficiency: float
+    peak: int
+
+
 class EstimateReport(_Part):
     """The memory of a training step, estimated.
 
@@ -61,6 +96,7 @@ class EstimateReport(_Part):
         phases: The most that is there in the optimizer's step, in forward and in backward.
         checkpoint_copy: Bytes in the memory of the host from which async_save writes: for each
             rank that has shards, else for rank 0. Of a run on the CPU it is one of the parts.
+        times: The time of a step in the layouts that so many ranks can have.
         remedies: What would make it fit, in words, the cheapest first.
     """
 
@@ -76,6 +112,7 @@ class EstimateReport(_Part):
     fit: FitPart | None = None
     ranks: RanksPart | None = None
     checkpoint_copy: int = 0
+    times: list[TimeRow] = []
     remedies: list[str] = []
 
 
@@ -87,6 +124,9 @@ def show_estimate(report: EstimateReport, *, as_json: bool) -> None:
     rows = [(row.name, _bytes(row.size), _bytes(row.at_peak)) for row in report.parts]
     show_table(("part", "takes", "at the peak"), [*rows, ("peak", "", _bytes(report.peak))])
     show_lines("", *_lines(report))
+    if report.times:
+        show_table(_TIME_COLUMNS, [_time_row(row) for row in report.times])
+        show_lines("", *_time_lines(report))
 
 
 def _lines(report: EstimateReport) -> list[str]:
@@ -112,6 +152,21 @@ def _lines(report: EstimateReport) -> list[str]:
         left = "are left" if card.free >= 0 else "are missing"
         lines.append(f"{has}: {format_bytes(abs(card.free))} {left}")
     return lines + report.remedies
+
+
+def _time_row(row: TimeRow) -> tuple[str, ...]:
+    times = (f"{ms:.0f} ms" for ms in (row.step_ms, row.collectives_ms, row.exposed_ms))
+    rates = (format_count(round(row.tokens_per_s)), f"{row.efficiency:.2f}")
+    return (row.layout, *times, *rates, format_bytes(row.peak))
+
+
+def _time_lines(report: EstimateReport) -> list[str]:
+    fitting = [row for row in report.times if not report.card or row.peak <= report.card.usable]
+    where = f" that fits {report.card.name}" if report.card else ", whatever its memory"
+    if not fitting:
+        return [f"no layout{where}"]
+    best = min(fitting, key=lambda row: row.step_ms)
+    return [f"the fastest{where}: {best.layout}"]
 
 
 def _widest_phase(report: EstimateReport) -> str:

@@ -1,17 +1,34 @@
-"""liger estimate: the memory of a training step by part, before a card is rented."""
+"""liger estimate: the memory of a training step by part and its time, before a card is rented."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from liger_cli.commands.estimate.machine import Machine
 from liger_cli.commands.estimate.sizes import as_sharded, with_sizes
 from liger_cli.config import RunConfig, config_flags
 from liger_cli.errors import OutOfMemory
 from liger_cli.training.model.names import check_model_name
 
 __all__ = ["command"]
+
+
+def _rate(flag: str, text: str) -> Any:
+    return typer.Option(flag, metavar="RATE", min=1e-3, max=1e9, help=text)
+
+
+# Of one and two H200, but for the network.
+_Tflops = Annotated[float, _rate("--tflops", "Rate of a card in products of 16 bits, TFLOP/s.")]
+_CopyGBs = Annotated[float, _rate("--copy-gbs", "Rate at which a card copies, GB/s.")]
+_IntraGBs = Annotated[
+    float, _rate("--intra-node-gbs", "Rate of an all-gather between the GPUs of a host, GB/s.")
+]
+_InterGBs = Annotated[
+    float, _rate("--inter-node-gbs", "Rate of a GPU's share of the network between hosts, GB/s.")
+]
+_PerNode = Annotated[int, typer.Option("--gpus-per-node", min=1, max=1024, help="GPUs of a host.")]
 
 
 @config_flags
@@ -47,12 +64,17 @@ def command(
     padded: Annotated[
         bool, typer.Option("--padded", help="Rows have several lengths, so attention is masked.")
     ] = False,
+    tflops: _Tflops = Machine.flops / 1e12,
+    copy_gbs: _CopyGBs = Machine.copy / 1e9,
+    intra_node_gbs: _IntraGBs = Machine.intra / 1e9,
+    inter_node_gbs: _InterGBs = Machine.inter / 1e9,
+    gpus_per_node: _PerNode = Machine.per_host,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Estimate the memory of a training step by part. Needs no weights, no data and no GPU.
 
-    Rows are as long as max_length. Of a run on several ranks it is the memory of each. Exit 5 where
-    the card of --gpu has less than it takes.
+    Rows are as long as max_length. Of a run on several ranks it is the memory of each, and the time
+    of a step in the layouts they can have. Exit 5 where the card of --gpu has less than it takes.
     """
     # Before torch and transformers are imported.
     check_model_name(config.model)
@@ -71,6 +93,13 @@ def command(
         fit=fit,
         nproc=nproc,
         is_padded=padded,
+        machine=Machine(
+            tflops * 1e12,
+            copy_gbs * 1e9,
+            intra_node_gbs * 1e9,
+            inter_node_gbs * 1e9,
+            gpus_per_node,
+        ),
     )
     if config.torch_compile is True:
         notify("torch_compile is not in the estimate: it decides by itself what to keep")

@@ -8,6 +8,8 @@ from typing import Literal
 from liger_cli.commands.estimate.cards import Card
 from liger_cli.commands.estimate.fit import largest_that_fits
 from liger_cli.commands.estimate.layout import chosen_layout, fewest_shards
+from liger_cli.commands.estimate.machine import Machine
+from liger_cli.commands.estimate.times import time_rows
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError, OutOfMemory
 from liger_cli.report.estimate import CardPart, EstimateReport, FitPart, PartRow, RanksPart
@@ -35,6 +37,7 @@ def describe_estimate(
     fit: Fit | None = None,
     nproc: int | None = None,
     is_padded: bool = False,
+    machine: Machine | None = None,
 ) -> EstimateReport:
     """Return the memory of a step of a run, from its model's configuration alone.
 
@@ -44,6 +47,7 @@ def describe_estimate(
         fit: What is to be made as large as the card allows; the run's own size is where it starts.
         nproc: Ranks of the run; one by default. With fit "shards" any number by default.
         is_padded: Whether rows have several lengths.
+        machine: The speed of cards and links, of which the time of a step follows.
 
     Raises:
         ConfigError: The model's forward cannot be followed, or there is nothing to fit into.
@@ -71,6 +75,7 @@ def describe_estimate(
         fit=fitted,
         ranks=_ranks(memory, found, why),
         checkpoint_copy=found.checkpoint_copy if memory.on_gpu else 0,
+        times=[] if machine is None else time_rows(memory, found, machine),
         remedies=list(cheapest_remedies(memory, room.usable)) if room and room.free < 0 else [],
     )
 

@@ -93,7 +93,7 @@ class Saver:
         self._mark_best()
 
     def _make_stage(self) -> tuple[HostCopies | None, Writers]:
-        """Return the copier of the state, None where training waits for the files, and the writers."""
+        """Return the copier of the state, if training does not wait for files, and the writers."""
         accelerator = self._state.accelerator
         count = accelerator.num_processes
         if not (self._is_on and self._config.saves_async(count)):

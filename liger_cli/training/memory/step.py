@@ -36,7 +36,7 @@ from liger_cli.training.parallel.mesh import ParallelPlan
 from liger_kernels.transformers import token_logprobs
 from liger_kernels.transformers.wrappers import inner_model
 
-__all__ = ["CHECKPOINT_COPY", "Batch", "MemoryEstimate", "step_memory"]
+__all__ = ["CHECKPOINT_COPY", "Batch", "MemoryEstimate", "num_experts", "step_memory"]
 
 CHECKPOINT_COPY = "copy for a checkpoint"
 _CPU = torch.device("cpu")
@@ -127,7 +127,7 @@ def step_memory(
     base = inner_model(model)
     num_labels = max(1, round(batch.size * batch.length * batch.label_share))
     is_masked = batch.is_padded or batch.is_packed or batch.is_flat
-    answers = Answers(num_labels, _num_experts(base), is_masked=is_masked)
+    answers = Answers(num_labels, num_experts(base), is_masked=is_masked)
     sort = _by_shape(base)
     plan = plan or ParallelPlan()
     ledger = Ledger(answers, sort, shares={**shares_of(config, plan), ON_HOST: 0.0})
@@ -389,7 +389,7 @@ def _by_shape(model: Any) -> Any:
     return sort
 
 
-def _num_experts(model: Any) -> int:
+def num_experts(model: Any) -> int:
     config = model.config.get_text_config()
     nums = [getattr(config, name) for name in _NUM_EXPERTS if getattr(config, name, None)]
     return int(nums[0]) if nums else 1

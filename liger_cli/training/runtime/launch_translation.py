@@ -117,7 +117,7 @@ _DEEPSPEED: Mapping[str, Translate] = {
 
 @dataclass
 class Asked:
-    """The wishes of a launch.
+    """The settings that a launch asks for.
 
     Attributes:
         keys: Values of keys.
@@ -147,7 +147,7 @@ class Asked:
 
 
 def read_launch(environ: Mapping[str, str]) -> Asked:
-    """Return the wishes of `accelerate launch`, but for those for DeepSpeed."""
+    """Return the settings that `accelerate launch` asks for, but for DeepSpeed."""
     asked = Asked()
     if not is_off(environ.get(USE_FSDP, "")):
         asked.add(*_strategy(environ))

@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from liger_cli.config import RunConfig
 from liger_cli.errors import EnvironmentProblem
 from liger_cli.training.parallel.mesh import explicit_plan
@@ -145,6 +147,14 @@ def _with_keys(config: RunConfig, asked: Asked, num_processes: int) -> RunConfig
             f"configuration for {_word(getattr(config, key))}",
             hint=f"Leave {key} out of one of the two.",
         )
+    try:
+        RunConfig(**{key: getattr(changed, key) for key in changed.model_fields_set})
+    except ValidationError as error:
+        said = " ".join(dict.fromkeys(asked.said[key] for key in sorted(new)))
+        raise EnvironmentProblem(
+            f"the launch asks for what the other keys do not allow ({said}): "
+            + "; ".join(detail["msg"] for detail in error.errors())
+        ) from None
     return changed
 
 

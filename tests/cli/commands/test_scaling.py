@@ -41,10 +41,11 @@ def test_the_share_of_collectives_that_nothing_hides(events, share):
 
 def test_rates_of_processes_against_the_fewest(monkeypatch, liger):
     """Each process has the same batch: twice the tokens a second on two are an efficiency of 1."""
-    asked = []
+    asked, copies = [], []
 
     def run_arm(config, *, name, ops, steps, ranks):
         asked.append((ranks.nproc, ranks.is_traced, config.dp_shard_size, steps))
+        copies.append(config.dp_replicate_size)
         rate = {1: 100.0, 2: 190.0, 4: 300.0}[ranks.nproc]
         first = {"tokens_per_s": 1.0, "peak_memory_bytes": 7}
         return ArmResult(name, [first, *[{**first, "tokens_per_s": rate}] * 2], {}, [])
@@ -59,9 +60,13 @@ def test_rates_of_processes_against_the_fewest(monkeypatch, liger):
         (2, 0.95),
         (4, 0.75),
     ]
+    assert set(copies) == {1}
+    liger(*words, "--nproc", "1,2,4", "--dp-replicate-size", 2)
+    assert copies[-6:] == [1, 2, 2] * 2
+    del asked[6:]
     # On a CPU nothing is traced, and the report says so.
     assert all(row["exposed"] is None for row in found.values())
-    assert asked == [(n, False, -1, 3) for n in (1, 2, 4)] * 2
+    assert asked == [(1, False, None, 3), (2, False, -1, 3), (4, False, -1, 3)] * 2
     assert "not measured on a CPU" in liger(*words, "--nproc", "1,2").out
 
 
@@ -72,6 +77,8 @@ def test_rates_of_processes_against_the_fewest(monkeypatch, liger):
         (("--nproc", "1,x"), "numbers of processes"),
         (("--nproc", "1,2", "--ablate"), "Leave out --against"),
         (("--nproc", "1,2", "--dp-shard-size", 2), "--dp-shard-size -1"),
+        (("--nproc", "1,3", "--dp-shard-size", -1, "--dp-replicate-size", 2), "which divides"),
+        (("--nproc", "1,2", "--dp-replicate-size", 2), "which divides"),
         (("--nproc", "1,2", "--nnodes", 2), "one host"),
     ],
 )

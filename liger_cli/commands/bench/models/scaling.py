@@ -40,12 +40,17 @@ def parse_nproc(launch: Launch, request: BenchRequest, config: RunConfig) -> tup
             "--nproc compares numbers of processes, each with the patched model",
             hint="Leave out --against, --ablate, --seq, --batch and --assert.",
         )
-    if config.dp_replicate_size != 1 or config.dp_shard_size not in (None, -1, 1):
+    counts = tuple(sorted({int(word) for word in words}))
+    copies, shards = config.dp_replicate_size, config.dp_shard_size
+    follows = shards == -1 and all(count == 1 or count % copies == 0 for count in counts)
+    if not follows and (copies != 1 or shards not in (None, 1)):
         raise ConfigError(
             "the layout must follow the number of processes",
-            hint="--dp-shard-size -1 shards the model over all; without it train chooses.",
+            hint="--dp-shard-size -1 shards the model over all, or over those that a "
+            "--dp-replicate-size leaves which divides all numbers above 1; without it train "
+            "chooses.",
         )
-    return tuple(sorted({int(word) for word in words}))
+    return counts
 
 
 def run_scaling(
@@ -67,8 +72,8 @@ def run_scaling(
                 f"{count} process{'es' if count > 1 else ''}, run {number + 1} of {plan.repeats}"
             )
             config = plan.config
-            if count == 1 and config.dp_shard_size == 1:
-                config = config.model_copy(update={"dp_shard_size": None})
+            if count == 1 and config.dp_shard_size is not None:
+                config = config.model_copy(update={"dp_shard_size": None, "dp_replicate_size": 1})
             elif config.dp_shard_size == 1:
                 config = config.model_copy(update={"dp_replicate_size": count})
             ranks = ArmRanks(count, is_traced=plan.on_gpu and number == plan.repeats - 1)
