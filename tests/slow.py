@@ -25,6 +25,7 @@ SLOW = {
         "auto-mistral-lora-new-token$|auto-qwen3-moe-lora$",
     ),
     "test_training_goes_on_and_changes_nothing_that_is_written": ("two trainings a case", "^full$"),
+    "test_memory_of_other_layouts_is_about_theirs": ("five estimates", NONE),
     "test_dpo_finds_its_first_weights_again": ("two runs of two ranks", NONE),
     "test_case_93_stopped_and_resumed": ("three trainings a case", "packed-stream"),
     "test_case_93_resume_is_exact_with_every_optimizer": ("three trainings a case", "muon-master"),

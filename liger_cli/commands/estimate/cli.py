@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from liger_cli.commands.estimate.machine import Machine
+from liger_cli.commands.estimate.rates import rate_flags
 from liger_cli.commands.estimate.sizes import as_sharded, with_sizes
 from liger_cli.config import RunConfig, config_flags
 from liger_cli.errors import OutOfMemory
@@ -15,26 +16,12 @@ from liger_cli.training.model.names import check_model_name
 __all__ = ["command"]
 
 
-def _rate(flag: str, text: str) -> Any:
-    return typer.Option(flag, metavar="RATE", min=1e-3, max=1e9, help=text)
-
-
-# Of one and two H200, but for the network.
-_Tflops = Annotated[float, _rate("--tflops", "Rate of a card in products of 16 bits, TFLOP/s.")]
-_CopyGBs = Annotated[float, _rate("--copy-gbs", "Rate at which a card copies, GB/s.")]
-_IntraGBs = Annotated[
-    float, _rate("--intra-node-gbs", "Rate of an all-gather between the GPUs of a host, GB/s.")
-]
-_InterGBs = Annotated[
-    float, _rate("--inter-node-gbs", "Rate of a GPU's share of the network between hosts, GB/s.")
-]
-_PerNode = Annotated[int, typer.Option("--gpus-per-node", min=1, max=1024, help="GPUs of a host.")]
-
-
 @config_flags
+@rate_flags
 def command(
     config: RunConfig,
     context: typer.Context,
+    machine: Machine,
     gpu: Annotated[
         str | None,
         typer.Option("--gpu", metavar="NAME|GB", help="The card it shall fit into: H100-80GB, 24."),
@@ -42,9 +29,7 @@ def command(
     fit: Annotated[
         Literal["batch", "seq", "shards"] | None,
         typer.Option(
-            "--fit",
-            help="Find the largest batch or the longest rows that fit, or the fewest shards "
-            "and then the largest batch.",
+            "--fit", help="Find the largest batch, longest rows or fewest shards that fit."
         ),
     ] = None,
     batch_size: Annotated[
@@ -52,10 +37,7 @@ def command(
     ] = None,
     seq_len: Annotated[int | None, typer.Option("--seq-len", min=2, help="max_length.")] = None,
     nproc: Annotated[
-        int | None,
-        typer.Option(
-            "--nproc", min=1, metavar="N", help="Ranks of the run; the figures are of one."
-        ),
+        int | None, typer.Option("--nproc", min=1, metavar="N", help="Ranks; figures are of one.")
     ] = None,
     fsdp: Annotated[
         int | None,
@@ -64,11 +46,6 @@ def command(
     padded: Annotated[
         bool, typer.Option("--padded", help="Rows have several lengths, so attention is masked.")
     ] = False,
-    tflops: _Tflops = Machine.flops / 1e12,
-    copy_gbs: _CopyGBs = Machine.copy / 1e9,
-    intra_node_gbs: _IntraGBs = Machine.intra / 1e9,
-    inter_node_gbs: _InterGBs = Machine.inter / 1e9,
-    gpus_per_node: _PerNode = Machine.per_host,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
     """Estimate the memory of a training step by part. Needs no weights, no data and no GPU.
@@ -93,13 +70,7 @@ def command(
         fit=fit,
         nproc=nproc,
         is_padded=padded,
-        machine=Machine(
-            tflops * 1e12,
-            copy_gbs * 1e9,
-            intra_node_gbs * 1e9,
-            inter_node_gbs * 1e9,
-            gpus_per_node,
-        ),
+        machine=machine,
     )
     if config.torch_compile is True:
         notify("torch_compile is not in the estimate: it decides by itself what to keep")

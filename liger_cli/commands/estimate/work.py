@@ -1,4 +1,4 @@
-"""What a rank computes and sends in a step, from the model's parameters alone."""
+"""The work of a rank in a step, computing and sending, from the model's parameters alone."""
 
 from __future__ import annotations
 
