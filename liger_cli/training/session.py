@@ -23,8 +23,8 @@ from liger_cli.common.measure import StepTime
 from liger_cli.config import RunConfig
 from liger_cli.data.batches import BatchPlan
 from liger_cli.data.feed import Feed, make_feed
-from liger_cli.training.activation_offload import checkpoint_layers, offload_of
 from liger_cli.errors import EnvironmentProblem
+from liger_cli.training.activation_offload import checkpoint_layers, offload_of
 from liger_cli.training.auto_compile import AUTO, decide_measured
 from liger_cli.training.checkpoints.run_log import STEP_LOG, JsonLines, copy_logs
 from liger_cli.training.checkpoints.saver import Saver, is_due
