@@ -3,6 +3,10 @@
 A label is -100 where nothing is to be learned: in a prompt, in what the user says, in padding, and
 at the first token of a row, which nothing predicts. Padding is known by its place alone, since a
 padding token may be the token that ends a text.
+
+Labels: of `text` every token and the end of the text; of `prompt` and `completion` the completion
+and the end of the text; of a conversation what the assistant says and the ends of its turns. An
+instruction is a conversation where the tokenizer has a chat template.
 """
 
 from __future__ import annotations
@@ -125,10 +129,6 @@ def load_examples(
 ) -> Examples:
     """Return tokenised rows with labels.
 
-    Labels: of `text` every token and the end of the text; of `prompt` and `completion` the
-    completion and the end of the text; of a conversation what the assistant says and the ends of
-    its turns. An instruction is a conversation where the tokenizer has a chat template.
-
     Args:
         datasets: What find_source takes, synthetic (random tokens, each row exactly max_length), or
             several of these with weights, as split_names reads them; or entries.
@@ -145,38 +145,34 @@ def load_examples(
         DataError: The data cannot be read, or hold nothing to train on.
         EnvironmentProblem: The sample's package is not installed, or the hub is out of reach.
     """
-    counts, licences = Counts(), list[str]()
+    counts = Counts()
     parts: list[tuple[str, Any, float | None]] = []
     found = find_sources(datasets, split, as_stream=options.as_stream, pairs=options.pairs)
+    tokenising = _Tokenising(tokenizer, options, processor, num_proc, notify)
     for entry, source in found:
-        one = entry.path
-        if source is None:
-            made = make_synthetic(split, options, seed)
-        elif tokenizer is None:
-            raise ConfigError(f"{one} needs a tokenizer; only {SYNTHETIC_NAME} needs none")
-        else:
-            licences += [source.licence] if source.licence else []
-            maker = open_source(source, tokenizer, options, entry)
-            made = _tokenise(source, maker, processor, num_proc, notify)
-            check_names(entry, made.counts, maker.form.name)
-            if options.pairs:
-                refuse_same_answers(one, made.counts, options.max_length)
-        if not len(made.rows):
-            raise nothing_to_train(one, made.counts, options.max_length)
-        counts.add(made.counts)
-        parts.append((one, made.rows, entry.weight))
-    has_images = any(isinstance(rows, ImageRows) for _, rows, _ in parts)
-    if options.pairs:
-        check_figures(
-            [
-                (name, tuple(name for name in FIGURES if name in rows.column_names))
-                for name, rows, _ in parts
-            ]
+        made = (
+            make_synthetic(split, options, seed)
+            if source is None
+            else tokenising.load(source, entry)
         )
+        counts.add(made.counts)
+        parts.append((entry.path, made.rows, entry.weight))
+    if options.pairs:
+        check_figures([(name, _figures_of(rows)) for name, rows, _ in parts])
     rows, shares = join_sources(parts)
-    notes = (*(source.note for _, source in found if source and source.note), *shares)
-    name = datasets_name(datasets)
-    return Examples(rows, counts, name, join_licences(licences), notes, has_images)
+    sources = [source for _, source in found if source]
+    return Examples(
+        examples=rows,
+        counts=counts,
+        name=datasets_name(datasets),
+        licence=join_licences([source.licence for source in sources if source.licence]),
+        notes=(*(source.note for source in sources if source.note), *shares),
+        has_images=any(isinstance(rows, ImageRows) for _, rows, _ in parts),
+    )
+
+
+def _figures_of(rows: Any) -> tuple[str, ...]:
+    return tuple(name for name in FIGURES if name in rows.column_names)
 
 
 def join_licences(licences: Sequence[str]) -> str | None:
@@ -215,63 +211,78 @@ def open_source(
     return RowMaker(form, encoder, renderer, options, entry)
 
 
-def _tokenise(
-    source: Source,
-    maker: RowMaker | PairMaker,
-    processor: Any,
-    num_proc: int,
-    notify: Callable[[str], None] | None,
-) -> Tokenised:
-    """Tokenize a source; with a processor if one of its rows has images."""
-    if isinstance(maker, PairMaker):
-        return _tokenise_text(source, maker, num_proc, notify)
-    try:
-        return _tokenise_text(source, maker, num_proc, notify)
-    except ImagesFound as found:
-        if processor is None:
-            raise DataError(
-                f"{found.where}: the row has images, and this model has no processor that takes "
-                "them",
-                hint="image-text models take images, with the preprocessor_config.json that "
-                "belongs to them",
-            ) from None
-    if num_proc > 1 and notify is not None:
-        notify(f"{source.name}: rows with images are tokenised by one process")
-    if maker.options.min_length:
-        raise DataError(f"{source.name}: min_length is for rows without images")
-    return ImageRows.of(
-        map(maker.row, source.read()),
-        maker.encoder,
-        maker.renderer,
-        processor,
-        max_length=maker.options.max_length,
-        vocab_size=maker.options.vocab_size,
-    )
+@dataclass(frozen=True)
+class _Tokenising:
+    """Makes the rows of sources; the arguments are those of load_examples."""
 
+    tokenizer: PreTrainedTokenizerBase | None
+    options: RowOptions
+    processor: Any
+    num_proc: int
+    notify: Callable[[str], None] | None
 
-def _tokenise_text(
-    source: Source,
-    maker: RowMaker | PairMaker,
-    num_proc: int,
-    notify: Callable[[str], None] | None,
-) -> Tokenised:
-    def make() -> Iterator[tuple[pyarrow.Table, Counts]]:
-        tables = map_in_order(maker, _chunks(source.read()), num_proc)
-        options = maker.options
-        return join_texts(tables, options.max_length) if options.as_stream else tables
+    def load(self, source: Source, entry: DatasetEntry) -> Tokenised:
+        """Return the rows of a source, and check what its entry names.
 
-    keep = source.num_bytes >= cache.MIN_BYTES
-    key: dict[str, Any] = {}
-    if keep:
-        # Only now: the hash of the data reads all of them. Their name and weight do not matter.
-        key = {
-            "data": source.fingerprint(),
-            "split": source.split,
-            "tokenizer": cache.tokenizer_content(maker.encoder.tokenizer),
-            "options": asdict(maker.options),
-            "entry": asdict(replace(maker.entry, path="", weight=None)),
-        }
-    return cache.cached(key, make, keep=keep, notify=notify)
+        Raises:
+            LigerError: As load_examples.
+        """
+        if self.tokenizer is None:
+            raise ConfigError(f"{entry.path} needs a tokenizer; only {SYNTHETIC_NAME} needs none")
+        maker = open_source(source, self.tokenizer, self.options, entry)
+        made = self._rows(source, maker)
+        check_names(entry, made.counts, maker.form.name)
+        if self.options.pairs:
+            refuse_same_answers(entry.path, made.counts, self.options.max_length)
+        if not len(made.rows):
+            raise nothing_to_train(entry.path, made.counts, self.options.max_length)
+        return made
+
+    def _rows(self, source: Source, maker: RowMaker | PairMaker) -> Tokenised:
+        """Tokenize a source; with the processor if one of its rows has images."""
+        if isinstance(maker, PairMaker):
+            return self._text_rows(source, maker)
+        try:
+            return self._text_rows(source, maker)
+        except ImagesFound as found:
+            if self.processor is None:
+                raise DataError(
+                    f"{found.where}: the row has images, and this model has no processor that "
+                    "takes them",
+                    hint="image-text models take images, with the preprocessor_config.json that "
+                    "belongs to them",
+                ) from None
+        if self.num_proc > 1 and self.notify is not None:
+            self.notify(f"{source.name}: rows with images are tokenised by one process")
+        if maker.options.min_length:
+            raise DataError(f"{source.name}: min_length is for rows without images")
+        return ImageRows.of(
+            map(maker.row, source.read()),
+            maker.encoder,
+            maker.renderer,
+            self.processor,
+            max_length=maker.options.max_length,
+            vocab_size=maker.options.vocab_size,
+        )
+
+    def _text_rows(self, source: Source, maker: RowMaker | PairMaker) -> Tokenised:
+        def make() -> Iterator[tuple[pyarrow.Table, Counts]]:
+            tables = map_in_order(maker, _chunks(source.read()), self.num_proc)
+            options = maker.options
+            return join_texts(tables, options.max_length) if options.as_stream else tables
+
+        keep = source.num_bytes >= cache.MIN_BYTES
+        key: dict[str, Any] = {}
+        if keep:
+            # Only now: the hash of the data reads all of them. Their name and weight do not matter.
+            key = {
+                "data": source.fingerprint(),
+                "split": source.split,
+                "tokenizer": cache.tokenizer_content(maker.encoder.tokenizer),
+                "options": asdict(maker.options),
+                "entry": asdict(replace(maker.entry, path="", weight=None)),
+            }
+        return cache.cached(key, make, keep=keep, notify=self.notify)
 
 
 def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:

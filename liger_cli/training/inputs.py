@@ -113,9 +113,38 @@ def load_inputs(
     meta_model = _meta_model(config, source, trains=trains)
     dtype = compute_dtype(config, device, adapts=is_adapted(meta_model))
     check_implementation(config, meta_model, device, dtype, trains=trains)
+    longest = config.max_length * config.answers_per_row
     if config.packing:
-        refuse_packing(meta_model, config.max_length * config.answers_per_row)
-    options = RowOptions(
+        refuse_packing(meta_model, longest)
+    reader = _Reader(config, preprocessing, _row_options(config, meta_model), notify)
+    data, train_rows, eval_rows = _read(reader) if trains else _read_evaluation(reader)
+    limit = config.max_eval_samples
+    eval_rows = {name: _at_most(limit, rows) for name, rows in eval_rows.items()}
+    lengths = sampled_lengths(train_rows if trains else next(iter(eval_rows.values())))
+    if config.packing:
+        refuse_packing(meta_model, longest, has_images=data.has_images)
+    if config.packing and not trains:
+        eval_rows = {name: _packed(config, rows) for name, rows in eval_rows.items()}
+    elif config.packing and not config.streaming:
+        train_rows = _packed(config, train_rows)
+    rows = Rows(config.packing, data.has_images, _padding(config, lengths, trains=trains))
+    attention = plan_attention(config, meta_model, rows, device, dtype)
+    collator = Collator.for_tokenizer(preprocessing.tokenizer, **attention.layout)
+    return Inputs(
+        source=source,
+        meta_model=meta_model,
+        preprocessing=preprocessing,
+        collator=PairCollator(collator) if config.trains_pairs else collator,
+        data=data,
+        train=train_rows,
+        eval=eval_rows,
+        attention=attention,
+        lengths=lengths,
+    )
+
+
+def _row_options(config: RunConfig, meta_model: Any) -> RowOptions:
+    return RowOptions(
         max_length=config.max_length,
         vocab_size=meta_model.config.get_text_config().vocab_size,
         completion_only=config.trains_completions_only,
@@ -125,35 +154,6 @@ def load_inputs(
         reasoning=config.reasoning,
         as_stream=config.text_mode == "stream",
         pairs=config.trains_pairs,
-    )
-    reader = _Reader(config, preprocessing, options, notify)
-    data, train_rows, eval_rows = _read(reader) if trains else _read_evaluation(reader)
-    limit = config.max_eval_samples
-    eval_rows = {name: _at_most(limit, rows) for name, rows in eval_rows.items()}
-    lengths = sampled_lengths(train_rows if trains else next(iter(eval_rows.values())))
-    if config.packing:
-        refuse_packing(
-            meta_model,
-            config.max_length * config.answers_per_row,
-            has_images=data.has_images,
-        )
-        if not trains:
-            eval_rows = {name: _packed(config, rows) for name, rows in eval_rows.items()}
-        elif not config.streaming:
-            train_rows = _packed(config, train_rows)
-    rows = Rows(config.packing, data.has_images, _padding(config, lengths, trains=trains))
-    attention = plan_attention(config, meta_model, rows, device, dtype)
-    collator = Collator.for_tokenizer(preprocessing.tokenizer, **attention.layout)
-    return Inputs(
-        source=source,
-        meta_model=meta_model,
-        preprocessing=preprocessing,
-        collator=PairCollator(collator) if options.pairs else collator,
-        data=data,
-        train=train_rows,
-        eval=eval_rows,
-        attention=attention,
-        lengths=lengths,
     )
 
 
