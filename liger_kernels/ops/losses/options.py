@@ -67,6 +67,20 @@ class LossOptions:
             _SCALE.of(scale),
         )
 
+    def kernel_arguments(self) -> dict[str, Any]:
+        """Return the arguments of the kernels of rows that these options are."""
+        return {
+            "label_smoothing": self.label_smoothing,
+            "z_loss": self.z_loss,
+            "softcap": self.softcap or 1.0,
+            "scale": self.scale,
+            "IGNORE_INDEX": self.ignore_index,
+            "HAS_SMOOTHING": self.label_smoothing != 0.0,
+            "HAS_Z_LOSS": self.z_loss != 0.0,
+            "HAS_SOFTCAP": self.softcap is not None,
+            "HAS_SCALE": self.scale != 1.0,
+        }
+
 
 # Asked once: torch.compile of torch 2.11 does not trace the question.
 _AUTOCAST_DEVICES = frozenset(
