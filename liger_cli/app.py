@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from liger_cli.common.failures import describe_error, is_usage_error, show_error
+from liger_cli.common.failures import describe_error, is_usage_error, show_error, shown_warnings
 from liger_cli.common.ranks import Rank, adopt_slurm, find_rank
 from liger_cli.common.streams import SafeStreams
 from liger_cli.common.text import printable
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in words
     rank = _find_rank(words)
-    with SafeStreams() as streams, _shown(rank, words) as stderr:
+    with SafeStreams() as streams, _shown(rank, words) as stderr, shown_warnings():
         ending = _Ending(rank, stderr)
         obj = {"as_json": as_json, "words": tuple(words), "ending": ending}
         try:

@@ -1,10 +1,17 @@
-"""Errors as a user sees them: a message, a hint and an exit code, for every entry point alike."""
+"""Errors as a user sees them: a message, a hint and an exit code, for every entry point alike.
+
+Warnings too: a line each.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sys
-from typing import TextIO
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
 
 from liger_cli.common.text import printable, shorten
 from liger_cli.errors import (
@@ -15,11 +22,35 @@ from liger_cli.errors import (
     OutOfMemory,
 )
 
-__all__ = ["describe_error", "is_out_of_memory", "is_usage_error", "show_error"]
+__all__ = ["describe_error", "is_out_of_memory", "is_usage_error", "show_error", "shown_warnings"]
+
+# The directory of liger_cli and liger_kernels.
+_OURS = Path(__file__).parents[2]
 
 # What CPUs and libraries say, which raise a plain RuntimeError.
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "_ALLOC_FAILED")
 _RED, _RESET = "\x1b[31m", "\x1b[0m"
+
+
+@contextlib.contextmanager
+def shown_warnings() -> Iterator[None]:
+    """Print the warnings of this program as lines, each once; those of libraries as they are."""
+    usual, seen = warnings.showwarning, set[str]()
+
+    def show(message: Any, category: Any, filename: str, *rest: Any, **more: Any) -> None:
+        text = str(message)
+        path = Path(filename)
+        if not any(path.is_relative_to(_OURS / name) for name in ("liger_cli", "liger_kernels")):
+            usual(message, category, filename, *rest, **more)
+        elif text not in seen:
+            seen.add(text)
+            sys.stderr.write(printable(f"warning: {text}") + "\n")
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
 
 
 def is_out_of_memory(error: BaseException) -> bool:

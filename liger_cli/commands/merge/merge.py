@@ -25,6 +25,7 @@ from liger_cli.training.checkpoints.run_lock import locked
 from liger_cli.training.checkpoints.shards import has_shards
 from liger_cli.training.model.adapters import load_adapter
 from liger_cli.training.model.dtypes import stored_dtype
+from liger_cli.training.model.run_models import check_in_run
 from liger_cli.training.model.source import ModelSource, load_model, resolve_model
 from liger_cli.training.model.tokenizers import Preprocessing
 from liger_cli.training.parallel.checkpoint import consolidate
@@ -87,6 +88,7 @@ def find_checkpoint(checkpoint: Path, notify: Callable[[str], None]) -> ModelSou
     Raises:
         ConfigError: It is not a directory, or holds no model.
     """
+    check_in_run(checkpoint)
     if not checkpoint.is_dir():
         raise ConfigError(
             f"{checkpoint} is not a directory",

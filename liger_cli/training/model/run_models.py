@@ -8,7 +8,7 @@ from pathlib import Path
 from liger_cli.errors import ConfigError
 from liger_cli.training.checkpoints.files import BEST, find_checkpoints, find_damage, newest_whole
 
-__all__ = ["find_run_model"]
+__all__ = ["check_in_run", "find_run_model"]
 
 
 def find_run_model(path: Path, notify: Callable[[str], None]) -> Path:
@@ -35,3 +35,20 @@ def find_run_model(path: Path, notify: Callable[[str], None]) -> Path:
         raise ConfigError(f"{path} is the directory of a run that wrote no checkpoint")
     notify(f"{path}: taking {checkpoint.name}, the last")
     return checkpoint
+
+
+def check_in_run(path: Path) -> None:
+    """Raise a ConfigError where a path is in the directory of a run, and is not there."""
+    run = path.parent
+    if path.exists() or not (run / "config.yaml").is_file() or (run / "config.json").is_file():
+        return
+    names = ", ".join(found.name for found in find_checkpoints(run))
+    reason = f"run {run} has no {path.name}"
+    if path.is_symlink():
+        reason = f"{path} is a link to {path.readlink()}, which is not there"
+    elif path.name == BEST:
+        reason += ", as no evaluation chose a best checkpoint"
+    raise ConfigError(
+        f"{reason}; the checkpoints of this run: {names or 'none'}",
+        hint=f"{run} alone means its best checkpoint, else its last.",
+    )

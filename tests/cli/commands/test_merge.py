@@ -231,6 +231,12 @@ def test_wrong_input(train, liger, base, tmp_path):
 
     assert train("-m", base, *LORA).code == 0
     checkpoint = tmp_path / "run" / "checkpoint-3"
+    best = tmp_path / "run" / "best"
+    refused(best, "has no best, as no evaluation chose a best checkpoint; the checkpoints of this")
+    best.symlink_to("checkpoint-2", target_is_directory=True)
+    refused(best, "is a link to checkpoint-2, which is not there; the checkpoints of this run: ")
+    gone = tmp_path / "run" / "checkpoint-1"
+    refused(gone, "has no checkpoint-1; the checkpoints of this run: checkpoint-3")
     refused(checkpoint, "not an empty directory Take another --output", out=checkpoint)
     refused(checkpoint, "exists and is not an empty directory", out=base / "config.json")
     refused(checkpoint, "cannot be written", out=base / "config.json" / "out", code=3)

@@ -207,6 +207,15 @@ def test_what_does_not_fit_is_refused(prefer, words, code, text):
     assert text in done.err
 
 
+def test_a_model_that_is_not_patched_says_in_a_line_that_it_makes_logits(prefer):
+    done = prefer("--objective", "orpo", "--ops", "none", "--max-steps", 2)
+    assert done.code == 0, done.err
+    lines = [line for line in done.err.splitlines() if "makes all logits" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("warning: token_logprobs makes all logits: the model's head is not")
+    assert "UserWarning" not in done.err
+
+
 @pytest.mark.parametrize("words", [(), ("--loss-type", "aot,sft")], ids=["sigmoid", "aot"])
 def test_two_processes_train_the_weights_of_one(pairs, tmp_path, words):
     def launch(count, run_dir, accumulation):
