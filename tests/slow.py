@@ -58,6 +58,7 @@ SLOW = {
     "test_a_run_from_a_trained_model_starts_at_its_reference": ("two trainings", NONE),
     "test_two_processes_distill_the_weights_of_one": ("three processes", NONE),
     "test_it_compiles_into_one_graph": ("compiles a graph", NONE),
+    "test_a_compiled_model_distills_the_same": ("compiles a model", "^layers$"),
     "test_the_template_trains_and_its_teacher_is_the_model": ("reads the sample", NONE),
     "test_every_objective_has_its_metrics": ("a training a case", "^orpo$"),
     "test_trl": ("a trainer of another library", NONE),

@@ -104,11 +104,6 @@ OBJECTIVE_CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], 
         lambda c: c.beta > 1 and c.objective == "distill",
     ),
     (
-        ("torch_compile", "objective"),
-        "objective distill is not compiled; leave torch_compile out",
-        lambda c: c.torch_compile is True and c.objective == "distill",
-    ),
-    (
         ("objective", "teacher_model_name_or_path"),
         "objective distill needs a teacher: set teacher_model_name_or_path to a preset, a "
         "directory or a hub id of the same vocabulary",

@@ -11,6 +11,7 @@ instruction is a conversation where the tokenizer has a chat template.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from liger_cli.data.makers import TOO_SHORT, RowMaker, RowOptions
 from liger_cli.data.mixture import join_sources
 from liger_cli.data.pair_formats import FIGURES, PairFormat
 from liger_cli.data.pair_maker import PairMaker, check_figures, refuse_same_answers
-from liger_cli.data.rows import Record, RowFormat
+from liger_cli.data.rows import Record, RowFormat, as_object
 from liger_cli.data.sources import SYNTHETIC_NAME, Source, Split, find_sources
 from liger_cli.data.synthetic import make_synthetic
 from liger_cli.data.text_stream import join_texts
@@ -50,6 +51,8 @@ __all__ = [
 
 # Records that are tokenised at once: enough to keep a tokenizer's threads busy.
 BATCH = 1000
+# In the name of a column: logprobs, log_probs, logps, logits.
+_STORED = re.compile(r"log[_-]?(prob|ps?(?![a-z])|it)", re.IGNORECASE)
 # Fewer where they are long, which are all in memory with their tokens.
 _BATCH_BYTES = 32 * 1024 * 1024
 
@@ -193,6 +196,8 @@ def open_source(
     first = next(source.read(), None)
     if first is None:
         raise DataError(f"{source.name} holds no rows")
+    if options.distills:
+        _refuse_stored(first)
     options = replace(options, min_length=entry.min_length or 0)
     max_length = None if options.as_stream else options.max_length
     encoder = Encoder(tokenizer, options.completion_only, options.assistant_only, max_length)
@@ -209,6 +214,17 @@ def open_source(
             hint="packing fills rows with whole conversations and prompts",
         )
     return RowMaker(form, encoder, renderer, options, entry)
+
+
+def _refuse_stored(record: Record) -> None:
+    """Raise a DataError where a record has log-probabilities or logits, as a teacher gives them."""
+    names = [name for name in as_object(record) if _STORED.search(name)]
+    if names:
+        raise DataError(
+            f"{record[0]}: {', '.join(names)}: a teacher's stored values are not read by objective "
+            "distill, which runs the teacher itself",
+            hint="leave the column out; teacher_model_name_or_path names the teacher",
+        )
 
 
 @dataclass(frozen=True)

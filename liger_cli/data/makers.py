@@ -39,6 +39,7 @@ class RowOptions:
         reasoning: The same.
         as_stream: The texts are one stream of tokens, in rows of max_length.
         pairs: Rows are pairs of a chosen and a rejected answer.
+        distills: A teacher computes the distributions that are learned, and none is stored.
     """
 
     max_length: int
@@ -51,6 +52,7 @@ class RowOptions:
     reasoning: Reasoning | None = None
     as_stream: bool = False
     pairs: bool = False
+    distills: bool = False
 
     def __post_init__(self) -> None:
         if self.max_length < 2:

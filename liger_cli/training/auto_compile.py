@@ -63,8 +63,6 @@ def decide_early(
     """
     if device_timer.device_timer(device) is None:
         return Decision(False, f"not compiled: the run is on {device.type}")
-    if config.objective == "distill":
-        return Decision(False, "not compiled: objective distill is not")
     if config.gradient_checkpointing:
         why = "with gradient_checkpointing torch compiles nothing inside of the layers"
         return Decision(False, f"not compiled: {why}")

@@ -154,6 +154,7 @@ def _row_options(config: RunConfig, meta_model: Any) -> RowOptions:
         reasoning=config.reasoning,
         as_stream=config.text_mode == "stream",
         pairs=config.trains_pairs,
+        distills=config.objective == "distill",
     )
 
 

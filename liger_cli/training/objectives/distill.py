@@ -10,7 +10,8 @@ The teacher is patched, frozen and in evaluation mode. Neither model makes all l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,6 @@ from liger_cli.config import RunConfig
 from liger_cli.data.batches import count_labels
 from liger_cli.data.encode import WEIGHTS
 from liger_cli.errors import ConfigError, DataError
-from liger_cli.training.checkpoints.sharded_state import is_sharded
 from liger_cli.training.eval_result import EvalResult
 from liger_cli.training.forward import balance_of, balance_weight
 from liger_cli.training.inputs import Inputs
@@ -33,7 +33,7 @@ from liger_cli.training.objectives.sft import NextToken, TokenEvaluation
 from liger_kernels.transformers import token_divergence
 from liger_kernels.transformers.divergence import DivergenceSums
 
-__all__ = ["Distill"]
+__all__ = ["Distill", "check_vocabulary_size"]
 
 
 class Distill:
@@ -51,7 +51,7 @@ class Distill:
         self._tokens = NextToken(model, device)
         self._balance_weight = balance_weight(model)
         self._teacher: Any = None
-        self._accelerator: Any = None
+        self._autocast: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -59,14 +59,14 @@ class Distill:
 
     def prepare(self, setting: Setting) -> Inputs:
         _refuse_weights(setting.inputs)
-        if is_sharded(setting.accelerator.unwrap_model(setting.model)):
-            raise ConfigError(
-                "objective distill is for a model that is whole on every process, and this one is "
-                "sharded",
-                hint="--dp-shard-size 1",
-            )
-        self._teacher, self._accelerator = load_teacher(setting), setting.accelerator
+        self.set_teacher(load_teacher(setting), setting.accelerator.autocast)
         return setting.inputs
+
+    def set_teacher(
+        self, teacher: Any, autocast: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """Take a teacher, frozen and in evaluation mode, and the context of both models."""
+        self._teacher, self._autocast = teacher, autocast
 
     def count(self, batch: Batch) -> Totals:
         return self._tokens.count(batch)
@@ -77,7 +77,7 @@ class Distill:
     def sums(self, model: Any, batch: Batch) -> DivergenceSums:
         """Return the divergence and the cross-entropy, summed over the labels of a batch."""
         labels = batch["labels"].to(self._device, non_blocking=True)
-        with self._accelerator.autocast():
+        with self._autocast():
             found = token_divergence(
                 model,
                 self._teacher,
@@ -164,15 +164,18 @@ def load_teacher(setting: Setting) -> Any:
     loaded_as = setting.inputs.attention.applied(config).model_copy(update={"adapter": "none"})
     device = setting.accelerator.device
     teacher, _ = load_patched(loaded_as, source, device, setting.notify, trains=False)
-    size, wanted = (
-        m.config.get_text_config().vocab_size for m in (teacher, setting.inputs.meta_model)
-    )
+    check_vocabulary_size(name, teacher, setting.inputs.meta_model)
+    return teacher.requires_grad_(False).eval()
+
+
+def check_vocabulary_size(name: str, teacher: Any, model: Any) -> None:
+    """Raise a ConfigError where a teacher, which has this name, has more or fewer tokens."""
+    size, wanted = (m.config.get_text_config().vocab_size for m in (teacher, model))
     if size != wanted:
         raise ConfigError(
             f"teacher {name} has a vocabulary of {size}, the model one of {wanted}",
             hint="a teacher has the same tokens, as a larger model of the same family",
         )
-    return teacher.requires_grad_(False).eval()
 
 
 def _check_vocabulary(setting: Setting, source: ModelSource) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from types import SimpleNamespace
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from run_files import assert_same, metrics, stopped_copy, weights
 from liger_cli.config import load_config
 from liger_cli.data.collate import Collator
 from liger_cli.data.packing import join_rows
+from liger_cli.training.model.loading import layers_of
 from liger_cli.training.model.presets import configs_directory
 from liger_cli.training.model.tokenizers import byte_tokenizer
 from liger_cli.training.objectives.objective import Totals
@@ -25,7 +26,6 @@ ROWS = [
     {"input_ids": pair["chosen_input_ids"], "labels": pair["chosen_labels"]}
     for pair in make_pairs(8)
 ]
-NO_AUTOCAST = SimpleNamespace(autocast=torch.enable_grad)
 FREE = {"flatten": True, "padding_free": True, "has_lengths": False}
 
 
@@ -36,8 +36,7 @@ def build(teacher=None, **keys):
     objective = make_objective(load_config(None, keys), model, CPU)
     for one in (model, teacher):
         apply_liger_kernel(one)
-    objective._teacher = teacher.eval().requires_grad_(False)
-    objective._accelerator = NO_AUTOCAST
+    objective.set_teacher(teacher.eval().requires_grad_(False), nullcontext)
     return objective, model.train()
 
 
@@ -100,7 +99,7 @@ def test_the_balance_of_experts_is_added_by_its_weight():
         model = tiny_experts(balances)
         objective = make_objective(dense._config, model, CPU)
         apply_liger_kernel(model)
-        objective._teacher, objective._accelerator = dense._teacher, NO_AUTOCAST
+        objective.set_teacher(dense._teacher, nullcontext)
         batch = collated(ROWS)
         found.append((objective, objective.part(model.train(), batch, objective.count(batch))))
     (objective, balanced), (_, plain) = found
@@ -108,6 +107,18 @@ def test_the_balance_of_experts_is_added_by_its_weight():
     wanted = tiny_experts(True)(**collated(ROWS)).aux_loss.item()
     assert balanced.metrics[2].item() == pytest.approx(wanted, rel=1e-6)
     assert balanced.loss.item() == pytest.approx(plain.loss.item() + 0.5 * wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("by_layers", [True, False], ids=["layers", "whole"])
+def test_a_compiled_model_distills_the_same(by_layers):
+    loss, means, gradient = step(*build(beta=0.3, ce_weight=0.5), [collated(ROWS)])
+    objective, model = build(beta=0.3, ce_weight=0.5)
+    for part in layers_of(model) if by_layers else [model]:
+        part.compile(backend="aot_eager")
+    found = step(objective, model, [collated(ROWS)])
+    assert found[0] == pytest.approx(loss, rel=1e-6)
+    assert torch.allclose(found[1], means, rtol=1e-6)
+    assert (found[2] - gradient).norm() <= 5e-6 * gradient.norm()
 
 
 def test_an_evaluation_of_distill_is_the_same_in_any_batches():
@@ -204,7 +215,6 @@ REFUSED = {
         2,
         "teacher_model_name_or_path is read by the objectives distill",
     ),
-    "compile": (("--torch-compile",), 2, "objective distill is not compiled"),
     "key": (("--label-smoothing", 0.1), 2, "label_smoothing is read by the objectives"),
 }
 
@@ -244,13 +254,25 @@ def test_weights_of_rows_are_refused(distill, data):
     assert "objective distill does not read" in done.err
 
 
-def test_two_processes_distill_the_weights_of_one(data, tmp_path):
-    def launch(count, run_dir, accumulation):
+@pytest.mark.parametrize("layout", [(), ("--streaming", "--max-steps", 1)], ids=["rows", "stream"])
+@pytest.mark.parametrize("column", ["teacher_logprobs", "teacher_logps", "target_logits"])
+def test_values_of_a_teacher_in_the_data_are_refused_by_name(distill, data, column, layout):
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps({**row, column: [-0.5]}) + "\n" for row in rows))
+    done = distill(*layout)
+    assert done.code == 4
+    assert f"{column}: a teacher's stored values are not read" in " ".join(done.err.split())
+
+
+@pytest.mark.parametrize("layout", [(), ("--dp-shard-size", 2)], ids=["copies", "shards"])
+def test_two_processes_distill_the_weights_of_one(data, tmp_path, layout):
+    def launch(count, run_dir, accumulation, *layout):
         port = free_port()
         more = ("train", "-m", "qwen3", "-d", data, "-o", run_dir, "--use-cpu", "--max-length", 64)
         more += ("--objective", "distill", "--teacher-model", "qwen2", "--max-steps", 2)
         more += ("--optim", "sgd", "--learning-rate", 0.1, "--max-grad-norm", 0, "--beta", 0.5)
         more += ("--per-device-train-batch-size", 2, "--gradient-accumulation-steps", accumulation)
+        more += layout
         ranks = [start(*more, rank=i, num_processes=count, port=port) for i in range(count)]
         for process in ranks:
             process.join()
@@ -258,7 +280,7 @@ def test_two_processes_distill_the_weights_of_one(data, tmp_path):
 
     one, two = tmp_path / "one", tmp_path / "two"
     launch(1, one, 4)
-    launch(2, two, 2)
+    launch(2, two, 2, *layout)
     names = ("loss", "grad_norm", "divergence", "nll_loss")
     for of_two, of_one in zip(metrics(two, *names), metrics(one, *names), strict=True):
         assert of_two == pytest.approx(of_one, rel=1e-5, abs=1e-6)
