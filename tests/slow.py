@@ -394,6 +394,7 @@ SLOW = {
     "test_float32_shares_no_keys_and_so_makes_scores": ("several estimates", NONE),
     "test_estimate_knows_what_the_layers_keep": ("several estimates", NONE),
     "test_case_214_jit_trace": ("a traced model a case", "llama-True"),
+    "test_the_loss_of_an_objective_is_compared": ("two models a case", "^(dpo|distill)$"),
     "test_verify_compares_the_gradients_of_an_adapter": ("two models a case", "float32"),
     "test_rows_of_new_tokens_are_trained_wherever_the_weights_lie": (
         "two trainings a case",

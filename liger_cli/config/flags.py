@@ -13,6 +13,7 @@ import typer
 from liger_cli.common.text import printable
 from liger_cli.config.describe import choices, default_text, group, limits, value_type
 from liger_cli.config.keys import ALIASES
+from liger_cli.config.objectives import REFERENCE_KEYS
 from liger_cli.config.resolve import ResolvedConfig, flag_name, load_config, resolve_config
 from liger_cli.config.run_config import RunConfig
 
@@ -20,8 +21,8 @@ __all__ = ["adapter_flags", "config_flags"]
 
 _Result = TypeVar("_Result")
 
-# The heading of the keys of an adapter.
-_ADAPTER = "Adapter"
+# The headings of the keys of an adapter and of objectives.
+_ADAPTER, _OBJECTIVE = "Adapter", "Objective"
 _SHORT = {"model": "-m", "dataset": "-d", "output_dir": "-o"}
 
 
@@ -78,13 +79,23 @@ def config_flags(
     return with_config
 
 
-def adapter_flags(command: Callable[..., _Result]) -> Callable[..., _Result]:
+def adapter_flags(
+    command: Callable[..., _Result], *, trains: bool = False
+) -> Callable[..., _Result]:
     """Give a typer command a flag for every key of an adapter, and for the sizes of a layout.
 
     It receives them as `adapter`, a RunConfig with the command's `model` and `ops`. Its other
     parameters stay as they are.
+
+    Args:
+        trains: Adds the keys of objectives, but those of a reference.
     """
-    names = [name for name in RunConfig.model_fields if group(name) == _ADAPTER]
+    groups = {_ADAPTER, _OBJECTIVE} if trains else {_ADAPTER}
+    names = [
+        name
+        for name in RunConfig.model_fields
+        if group(name) in groups and name not in REFERENCE_KEYS
+    ]
     names += ["dp_replicate_size", "dp_shard_size"]
     keys = {name: _flag_parameter(name) for name in names}
     switches = [name for name in keys if _is_switch(name)]

@@ -14,6 +14,7 @@ __all__ = [
     "OBJECTIVES",
     "OBJECTIVES_OF_TRL",
     "PAIR_MEANS",
+    "REFERENCE_KEYS",
     "REFERENCE_KINDS",
     "RISING_METRICS",
     "SMOOTHED_LOSSES",
@@ -87,7 +88,7 @@ WHOLE_STEP_LOSSES = frozenset({"aot", "aot_unpaired"})
 REFERENCE_KINDS = frozenset({"auto", "precompute", "adapter_off", "model", "none"})
 
 _PAIRS = frozenset({"beta", "disable_dropout"})
-_REFERENCE = frozenset(
+REFERENCE_KEYS = frozenset(
     {"reference", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"}
 )
 _DPO = frozenset(
@@ -104,9 +105,9 @@ _DISTILL = frozenset({"beta", "teacher_model_name_or_path", "temperature", "ce_w
 OBJECTIVES: Mapping[str, ObjectiveKeys] = {
     "sft": ObjectiveKeys("sft", metrics=TOKEN_METRICS, has_pairs=False),
     "dpo": ObjectiveKeys(
-        "dpo", _PAIRS | _REFERENCE | _DPO | _CHOICE, _DPO_LOSSES, "sigmoid", metrics=METRICS
+        "dpo", _PAIRS | REFERENCE_KEYS | _DPO | _CHOICE, _DPO_LOSSES, "sigmoid", metrics=METRICS
     ),
-    "ipo": ObjectiveKeys("dpo", _PAIRS | _REFERENCE | _DPO, ("ipo",), "ipo", metrics=METRICS),
+    "ipo": ObjectiveKeys("dpo", _PAIRS | REFERENCE_KEYS | _DPO, ("ipo",), "ipo", metrics=METRICS),
     "orpo": ObjectiveKeys(
         "orpo", _PAIRS, metrics=(*METRICS, "nll_loss", "log_odds_ratio", "log_odds_chosen")
     ),

@@ -92,6 +92,7 @@ class VerifyReport(_Part):
     """The result of `liger verify`.
 
     Attributes:
+        objective: Whose loss is compared; of sft it is the model's own.
         truth: What errors are measured against: the stock model in fp64 or fp32, or, where neither
             fits, "eager": the stock model as it is, with a fixed limit.
         loss, logits, gradients: Of the whole model, patched and stock; empty if nothing is patched.
@@ -104,6 +105,7 @@ class VerifyReport(_Part):
     backend: str
     dtype: str
     truth: str
+    objective: str
     tokens: int
     seconds: float
     coverage: dict[str, dict[str, int]]
@@ -132,9 +134,10 @@ _TRUTHS = {
 
 def show_verify_report(report: VerifyReport, *, as_json: bool) -> None:
     """Print the tables and the verdict; with as_json the JSON alone to stdout, they to stderr."""
+    objective = "" if report.objective == "sft" else f"objective {report.objective}, "
     show_lines(
         f"{report.model['name']} on {report.device} ({report.backend}), {report.dtype}, "
-        f"{report.tokens} tokens: {_TRUTHS[report.truth]}",
+        f"{objective}{report.tokens} tokens: {_TRUTHS[report.truth]}",
         "allowed: half an ulp more than twice eager's error in a module, eight times in the model",
         stderr=as_json,
     )

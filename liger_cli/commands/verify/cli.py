@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, Literal
 
 import typer
@@ -13,7 +14,7 @@ from liger_cli.training.model.names import check_model_name
 __all__ = ["command"]
 
 
-@adapter_flags
+@functools.partial(adapter_flags, trains=True)
 @launch_flags
 def command(
     adapter: RunConfig,
@@ -38,7 +39,8 @@ def command(
 
     Errors are against fp64, beside those of eager torch in the same dtype. Exit 7 where one is
     larger than eager's can explain, with the module named. With --adapter the model has that
-    adapter, with random matrices, and the gradients are the adapter's.
+    adapter, with random matrices, and the gradients are the adapter's. With --objective the loss
+    is that of pairs, which are scored without a reference, or of the distance from --teacher-model.
 
     With --nproc the loss and the gradients of so many ranks, which share the model or copy it as
     the dp keys say, are compared with those of one process instead. Exit 7 where they differ.

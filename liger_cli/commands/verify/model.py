@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from liger_cli.commands.verify.errors import GRADIENT, errors_of, judge, norm
+from liger_cli.commands.verify.losses import Loss, make_loss
 from liger_cli.commands.verify.modules import compare_modules
 from liger_cli.commands.verify.precision import in_precision
 from liger_cli.common.environment import devices, environment, host_memory
 from liger_cli.config import RunConfig
-from liger_cli.data.encode import IGNORED
 from liger_cli.errors import ConfigError, OutOfMemory, RequirementFailed
 from liger_cli.report.inspection import describe_model
 from liger_cli.report.verify import ModulePart, OpPart, TensorPart, VerifyReport, WorstPart, verdict
@@ -29,10 +29,8 @@ from liger_kernels.transformers.api import apply_liger_kernel, inspect_model
 from liger_kernels.transformers.patching.engine import PatchRecord
 from liger_kernels.transformers.patching.plan import LOSSES, PatchPlan, build_plan, resolve_ops
 
-__all__ = ["random_batch", "require_right", "turn_off_dropout", "verify"]
+__all__ = ["require_right", "turn_off_dropout", "verify"]
 
-# Tokens of the batch: enough for a full block of every kernel, little enough for fp64.
-_BATCH_ON_CPU, _BATCH_ON_GPU = (2, 64), (2, 256)
 # Through thirty layers the same rounding grows more here and less there: on SmolLM2-135M correct
 # kernels are up to six times further from fp64 than eager in one gradient and closer in the next.
 # What a module does alone is held to twice.
@@ -66,36 +64,38 @@ def verify(
     source: ModelSource,
     *,
     ops: str,
-    adapter: RunConfig,
+    config: RunConfig,
     dtype: torch.dtype,
     device: torch.device,
-    seed: int,
     notify: Callable[[str], None],
 ) -> VerifyReport:
     """Verify the ops and a model, patched against stock; a wrong result is a value, not an error.
 
     Args:
         ops: As `--ops` takes them. An op that auto would leave out on this device fails.
-        adapter: The keys of a new adapter; `adapter` none puts none on.
-        seed: Of random weights and of the batch.
+        config: The keys of a new adapter, where `adapter` is not none, and of the objective; its
+            seed is that of random weights and of the batch.
         notify: Called with a line before each part.
 
     Raises:
         LigerError: The model cannot be loaded, or does not fit on a CPU.
     """
     began = time.monotonic()
-    model = _add_adapter(_load(source, dtype, device, seed, notify), source, adapter, seed)
+    seed = config.seed
+    model = _add_adapter(_load(source, dtype, device, seed, notify), source, config, seed)
     plan = inspect_model(model, ops)
     used = _used_ops(plan)
     op_parts = _check_ops(model, ops, used, device)
-    batch = random_batch(model, device, seed)
+    loss = make_loss(config, model, device, dtype, notify)
     notify("the stock model ...")
     with _as_trained(model, dtype):
-        truth = _truth(model, batch, dtype, notify)
-        losses = _losses_alone(model, plan, batch, truth, notify)
+        truth = _truth(model, loss, dtype, notify)
+        losses = _losses_alone(model, plan, loss, truth, notify)
         notify("the patched model ...")
         record = apply_liger_kernel(model, ops)
-        whole, modules = _judge_patched(model, record, batch, truth, seed)
+        if loss.teacher is not None:
+            apply_liger_kernel(loss.teacher, ops)
+        whole, modules = _judge_patched(model, record, loss, truth, seed)
     modules += losses
     return VerifyReport(
         model=describe_model(source, model, plan),
@@ -104,7 +104,8 @@ def verify(
         backend=backend(device),
         dtype=str(dtype).removeprefix("torch."),
         truth=truth.name,
-        tokens=batch["input_ids"].numel(),
+        objective=config.objective,
+        tokens=loss.num_tokens,
         seconds=time.monotonic() - began,
         coverage=record.coverage,
         ops=op_parts,
@@ -174,12 +175,12 @@ def _used_ops(plan: PatchPlan) -> list[str]:
 
 
 def _judge_patched(
-    model: Any, record: PatchRecord, batch: Mapping[str, torch.Tensor], truth: _Truth, seed: int
+    model: Any, record: PatchRecord, loss: Loss, truth: _Truth, seed: int
 ) -> tuple[dict[str, TensorPart], list[ModulePart]]:
     """Judge the outcome of the patched model by tensor, and each patched module alone."""
-    whole = {part.name: part for part in truth.judge(_outcome(model, batch))}
+    whole = {part.name: part for part in truth.judge(_outcome(model, loss))}
     model.train()
-    run = functools.partial(model, input_ids=batch["input_ids"], use_cache=False)
+    run = functools.partial(model, input_ids=loss.input_ids, use_cache=False)
     return whole, compare_modules(model, record, run, seed)
 
 
@@ -199,7 +200,7 @@ def _is_right(
 def _losses_alone(
     model: Any,
     plan: PatchPlan,
-    batch: Mapping[str, torch.Tensor],
+    loss: Loss,
     truth: _Truth,
     notify: Callable[[str], None],
 ) -> list[ModulePart]:
@@ -208,7 +209,7 @@ def _losses_alone(
     for patch in (patch for patch in plan.patches if patch.op in LOSSES):
         notify(f"{patch.op} alone ...")
         record = apply_liger_kernel(model, patch.op)
-        tensor = max(truth.judge(_outcome(model, batch)), key=lambda part: part.share)
+        tensor = max(truth.judge(_outcome(model, loss)), key=lambda part: part.share)
         record.undo()
         parts.append(
             ModulePart(name=patch.name, module_class=patch.module_class, op=patch.op, tensor=tensor)
@@ -269,32 +270,16 @@ def _check_ops(model: Any, ops: str, used: Sequence[str], device: torch.device) 
     return parts
 
 
-def random_batch(model: Any, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
-    """Draw random tokens; a quarter of the labels and the first of each row are ignored."""
-    shape = _BATCH_ON_CPU if device.type == "cpu" else _BATCH_ON_GPU
-    vocab_size = model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, vocab_size, shape, generator=generator)
-    # Image tokens would want images.
-    for name in ("image_token_id", "image_token_index", "video_token_id"):
-        special = getattr(model.config, name, None)
-        if isinstance(special, int):
-            ids[ids == special] = 0
-    labels = ids.masked_fill(torch.rand(shape, generator=generator) < 0.25, IGNORED)
-    labels[:, 0] = IGNORED
-    return {"input_ids": ids.to(device), "labels": labels.to(device)}
-
-
-def _outcome(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _outcome(model: Any, loss: Loss) -> dict[str, torch.Tensor]:
     """Compute the loss and every gradient as in training, and the logits as in evaluation."""
     model.eval()
     with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+        logits = model(input_ids=loss.input_ids, use_cache=False).logits
     model.train()
     model.zero_grad(set_to_none=True)
-    loss = model(**batch, use_cache=False).loss
-    loss.backward()
-    found = {"loss": loss.detach(), "logits": logits}
+    value = loss.of(model)
+    value.backward()
+    found = {"loss": value.detach(), "logits": logits}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             found[f"{GRADIENT}{name}"] = parameter.grad
@@ -302,27 +287,24 @@ def _outcome(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.T
     return found
 
 
-def _truth(
-    model: Any,
-    batch: Mapping[str, torch.Tensor],
-    dtype: torch.dtype,
-    notify: Callable[[str], None],
-) -> _Truth:
+def _truth(model: Any, loss: Loss, dtype: torch.dtype, notify: Callable[[str], None]) -> _Truth:
     """Compute the stock model in the highest precision that fits, and its own error."""
-    device = batch["input_ids"].device
+    device = loss.input_ids.device
     for name, precision in _TRUTHS.items():
         if precision.itemsize <= dtype.itemsize or not _may_fit(model, precision):
             continue
         try:
-            with in_precision(model, precision):
-                values = _to_host(_outcome(model, batch))
+            with contextlib.ExitStack() as widened:
+                for one in filter(None, (model, loss.teacher)):
+                    widened.enter_context(in_precision(one, precision))
+                values = _to_host(_outcome(model, loss))
         except torch.OutOfMemoryError:
             notify(f"the stock model does not fit in {name}")
             torch.cuda.empty_cache()
             continue
-        errors = errors_of(_outcome(model, batch), values, norm)
+        errors = errors_of(_outcome(model, loss), values, norm)
         return _Truth(name, values, errors, dtype, device)
-    return _Truth("eager", _to_host(_outcome(model, batch)), None, dtype, device)
+    return _Truth("eager", _to_host(_outcome(model, loss)), None, dtype, device)
 
 
 def _may_fit(model: Any, precision: torch.dtype) -> bool:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from liger_cli.commands.verify.model import random_batch, turn_off_dropout
+from liger_cli.commands.verify.losses import random_batch
+from liger_cli.commands.verify.model import turn_off_dropout
 from liger_cli.config import RunConfig
 from liger_cli.data.batches import count_labels
 from liger_cli.errors import RequirementFailed

@@ -32,6 +32,10 @@ def run_verify(config: RunConfig, *, as_json: bool) -> None:
     """
     parse_ops(config.ops)
     if find_rank() is not None:
+        if config.objective != "sft":
+            raise ConfigError(
+                f"--nproc compares the loss of objective sft, and --objective is {config.objective}"
+            )
         ranks_report = verify_ranks(config)
         if ranks_report is not None:
             show_ranks_report(ranks_report, as_json=as_json)
@@ -45,12 +49,11 @@ def run_verify(config: RunConfig, *, as_json: bool) -> None:
     report = verify(
         source,
         ops=config.ops,
-        adapter=config,
+        config=config,
         dtype=choose_dtype(
             "auto" if config.dtype == "auto" else getattr(torch, config.dtype), device
         ),
         device=device,
-        seed=config.seed,
         notify=lambda text: show_lines(text, stderr=True),
     )
     show_verify_report(report, as_json=as_json)

@@ -37,7 +37,11 @@ from liger_cli.training.objectives.pairs import (
     mean_metrics,
 )
 from liger_cli.training.objectives.precompute import has_values, with_values
-from liger_cli.training.objectives.reference import Reference, ready_reference
+from liger_cli.training.objectives.reference import (
+    NoReference,
+    Reference,
+    ready_reference,
+)
 
 __all__ = ["Dpo"]
 
@@ -76,6 +80,8 @@ class Dpo(PairObjective):
             discopop_tau=config.discopop_tau,
         )
         self._reference: Reference | None = None
+        if config.reference == "none":
+            self._reference = NoReference(device)
         self._shares: deque[_Share] = deque()
 
     def prepare(self, setting: Setting) -> Inputs:

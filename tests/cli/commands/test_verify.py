@@ -17,6 +17,7 @@ from liger_cli.report.verify import SCHEMA_VERSION
 from liger_kernels.compare import CheckResult
 from liger_kernels.ops.registry import OPS
 from liger_kernels.transformers.api import apply_liger_kernel
+from liger_kernels.transformers.lazy_logits import logprobs
 from liger_kernels.transformers.patching.engine import PatchRecord
 
 CPU = torch.device("cpu")
@@ -50,6 +51,52 @@ def test_a_right_model(model: str, dtype: str, truth: str, liger: Callable[..., 
     assert "gradient of model.embed_tokens.weight" in names
     assert f"{len(names)} gradients compared; nearest to its limit: " in ran.err
     assert "errors are against the stock model in fp64" in ran.err
+
+
+OBJECTIVES = {
+    "dpo": ("--loss-type", "sigmoid,aot"),
+    "distill": ("--teacher-model", "qwen2", "--ce-weight", 0.5),
+    "orpo": (),
+    "cpo": (),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_loss_of_an_objective_is_compared(name: str, liger: Callable[..., Any]) -> None:
+    words = ("--model", "qwen3", "--objective", name, *OBJECTIVES[name], "--use-cpu", "--json")
+    ran = liger("verify", *words)
+    assert ran.code == 0, ran.err
+    found = ran.json()
+    assert (found["objective"], found["truth"], found["ok"]) == (name, "fp64", True)
+    assert found["loss"]["eager"] < 1e-6
+    names = {part["name"] for part in found["gradients"]}
+    assert "gradient of model.layers.0.mlp.up_proj.weight" in names
+    # The stock model makes logits, which is no warning here.
+    assert f"objective {name}, " in ran.err
+    assert "warning" not in ran.err
+
+
+def test_a_wrong_log_probability_is_found(
+    liger: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = logprobs.linear_logprobs
+
+    def wrong(*args: Any, **keys: Any) -> Any:
+        values = right(*args, **keys)
+        return values._replace(logprob=1.01 * values.logprob)
+
+    monkeypatch.setattr(logprobs, "linear_logprobs", wrong)
+    words = ("--model", "qwen3", "--objective", "orpo", "--use-cpu", "--json")
+    ran = liger("verify", *words)
+    assert ran.code == 7
+    assert not ran.json()["loss"]["ok"]
+    assert "worst offender: lm_head (fused_linear_cross_entropy)" in ran.err
+
+
+def test_distill_is_compared_with_a_teacher(liger: Callable[..., Any]) -> None:
+    ran = liger("verify", "--model", "qwen3", "--objective", "distill", "--use-cpu")
+    assert ran.code == 2
+    assert "objective distill needs a teacher" in " ".join(ran.err.split())
 
 
 class _WrongGradient(torch.autograd.Function):
