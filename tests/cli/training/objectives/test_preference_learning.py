@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 
@@ -72,34 +73,50 @@ def test_a_preference_is_learned_offline(case):
     assert accuracy == 1.0
 
 
-@pytest.mark.parametrize(
-    ("reference", "dies_at"),
-    [("precompute", 4), ("model", 9), ("adapter_off", 15)]
-    + [
-        (reference, dies_at)
-        for reference in ("precompute", "model", "adapter_off")
-        for dies_at in (1, 7, 12, 22)
-    ],
-)
-def test_a_killed_run_ends_with_the_same_weights(tmp_path, reference, dies_at):
+KILLED = {
+    "precompute": (1, 4, 7, 12, 22),
+    "model": (1, 7, 9, 12, 22),
+    "adapter_off": (1, 7, 12, 15, 22),
+}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """For a reference the words of a run, by its directory, and one that nothing stops."""
+    data = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     drawn = random.Random(0)
-    data = tmp_path / "pairs.jsonl"
     rows = [
         {"prompt": f"{i} ", "chosen": "yes " * drawn.randint(1, 4), "rejected": "no no"}
         for i in range(12)
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = ("--objective", "dpo", "--reference", reference)
-    more += ("--adapter", "lora") if reference == "adapter_off" else ()
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    processes = [
-        start(*words_of(data, whole, *more)),
-        start(*words_of(data, killed, *more), dies_at=dies_at),
-    ]
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, -9]
-    again = start(*words_of(data, killed, *more, "--resume", "auto"))
+
+    @functools.cache
+    def run(reference):
+        more = ("--objective", "dpo", "--reference", reference)
+        more += ("--adapter", "lora") if reference == "adapter_off" else ()
+
+        def words(run_dir, *last):
+            return words_of(data, run_dir, *more, *last)
+
+        whole = data.parent / reference
+        return words, whole, start(*words(whole))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("reference", "dies_at"),
+    [(reference, time) for reference, times in KILLED.items() for time in times],
+)
+def test_a_killed_run_ends_with_the_same_weights(whole_run, tmp_path, reference, dies_at):
+    words, whole, process = whole_run(reference)
+    run_dir = tmp_path / "killed"
+    killed = start(*words(run_dir), dies_at=dies_at)
+    for one in (process, killed):
+        one.join()
+    assert [process.exitcode, killed.exitcode] == [0, -9]
+    again = start(*words(run_dir, "--resume", "auto"))
     again.join()
     assert again.exitcode == 0
-    assert_same(whole, killed)
+    assert_same(whole, run_dir)
