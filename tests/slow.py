@@ -19,6 +19,12 @@ SLOW = {
     "test_every_output_compiles_into_one_graph": ("two compiled losses", "frozen"),
     "test_layers_alone_keep_attention_from_a_mask": ("two compiled models", NONE),
     "test_compiled_run_equals_the_other": ("two trainings a case", NONE),
+    "test_a_step_grows_with_its_rows": ("two estimates a case", "^(long|several-lengths)$"),
+    "test_tiles_compute_what_the_whole_does": (
+        "two models a case",
+        "^(llama-lora-checkpoints|gemma2-full-checkpoints|phi3-lora-plain|glm4-full-plain)$",
+    ),
+    "test_gradients_are_the_same_bits": ("two models a case", "^(qwen3-lora|gemma3-text-full)$"),
     "test_remedies_that_fit_come_first": ("forty estimates of one model", NONE),
     "test_so_it_does_with_options": (
         "38 models, estimated and run",

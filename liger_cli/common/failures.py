@@ -88,7 +88,8 @@ def describe_error(error: BaseException, *, was_interrupted: bool = False) -> Li
         return OutOfMemory(
             f"out of memory: {_first_line(error)}",
             hint="Lower --per-device-train-batch-size (and raise --gradient-accumulation-steps), "
-            "lower --max-length, or add --gradient-checkpointing.",
+            "lower --max-length, or add --gradient-checkpointing; to it, --tile-tokens 8192 or "
+            "--activation-offloading true.",
         )
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return ConfigError(f"no file system has such long names: {shorten(str(error.filename))}")

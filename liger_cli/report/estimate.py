@@ -53,17 +53,12 @@ class FitPart(_Part):
 
 
 class RanksPart(_Part):
-    """The layout of several ranks; all other figures are of one of them.
-
-    Attributes:
-        offloaded: Bytes in the memory of the host for each rank, by part.
-    """
+    """The layout of several ranks; all other figures are of one of them."""
 
     layout: str
     why: str
     dp_replicate_size: int
     dp_shard_size: int
-    offloaded: dict[str, int] = {}
 
 
 class TimeRow(_Part):
@@ -97,6 +92,8 @@ class EstimateReport(_Part):
         checkpoint_copy: Bytes in the memory of the host from which async_save writes: for each
             rank that has shards, else for rank 0. Of a run on the CPU it is one of the parts.
         times: The time of a step in the layouts that so many ranks can have.
+        offloaded: Bytes in the memory of the host, of each rank, by part.
+        chosen: Keys that are auto and that this size needs, with their values.
         remedies: What would make it fit, in words, the cheapest first.
     """
 
@@ -113,6 +110,8 @@ class EstimateReport(_Part):
     ranks: RanksPart | None = None
     checkpoint_copy: int = 0
     times: list[TimeRow] = []
+    offloaded: dict[str, int] = {}
+    chosen: dict[str, str] = {}
     remedies: list[str] = []
 
 
@@ -137,13 +136,17 @@ def _lines(report: EstimateReport) -> list[str]:
     if (ranks := report.ranks) is not None:
         sizes = f"dp_replicate_size {ranks.dp_replicate_size}, dp_shard_size {ranks.dp_shard_size}"
         lines.append(f"for each rank of {ranks.layout} ({sizes}): {ranks.why}")
-        if ranks.offloaded:
-            parts = ", ".join(f"{part} {format_bytes(n)}" for part, n in ranks.offloaded.items())
-            lines.append(f"in the memory of the host, for each rank: {parts}")
+    if report.offloaded:
+        parts = ", ".join(f"{part} {format_bytes(n)}" for part, n in report.offloaded.items())
+        of_each = "" if report.ranks is None else ", for each rank"
+        lines.append(f"in the memory of the host{of_each}: {parts}")
     if report.checkpoint_copy:
         owner = "each rank" if report.ranks and report.ranks.dp_shard_size > 1 else "rank 0"
         copy = format_bytes(report.checkpoint_copy)
         lines.append(f"in the memory of the host, for {owner}: {copy} for the copy of async_save")
+    if report.chosen:
+        keys = ", ".join(f"{key} {value}" for key, value in report.chosen.items())
+        lines.append(f"auto turns on: {keys}")
     if report.fit is not None:
         largest = "the largest that fits" if report.fit.is_limit else "fits; more was not tried"
         lines.append(f"{report.fit.key} {report.fit.value}: {largest}")

@@ -15,6 +15,7 @@ from liger_cli.errors import ConfigError, OutOfMemory
 from liger_cli.report.estimate import CardPart, EstimateReport, FitPart, PartRow, RanksPart
 from liger_cli.training.memory.choice import USABLE
 from liger_cli.training.memory.limits import RunMemory, cheapest_remedies
+from liger_cli.training.memory.long_rows import everything_on, with_long_rows
 from liger_cli.training.memory.step import CHECKPOINT_COPY, MemoryEstimate
 from liger_cli.training.model.extended import extend_source
 from liger_cli.training.model.source import resolve_model
@@ -56,9 +57,12 @@ def describe_estimate(
     if fit is not None and card is None:
         raise ConfigError("fit needs a card to fit into", hint="--gpu H100-80GB, or --gpu 24 (GB)")
     memory, why, card = _laid_out(config, card, fit, nproc, is_padded=is_padded)
-    fitted = None
+    fitted, asked = None, memory.config
+    if card is not None and fit is None:
+        memory = _with_long_rows(memory, card)
     if fit is not None and card is not None:
-        memory, fitted = _fitted(memory, card, fit)
+        # What is auto is turned on as it is needed: the largest size has all of it.
+        memory, fitted = _fitted(everything_on(memory), card, fit)
     # Where there is nothing to be found, the second call says why.
     found = memory.found or memory.estimate()
     room = None
@@ -73,9 +77,11 @@ def describe_estimate(
         phases=dict(found.phases),
         card=room,
         fit=fitted,
-        ranks=_ranks(memory, found, why),
+        ranks=_ranks(memory, why),
         checkpoint_copy=found.checkpoint_copy if memory.on_gpu else 0,
         times=[] if machine is None else time_rows(memory, found, machine),
+        offloaded=dict(found.offloaded),
+        chosen=_chosen(asked, memory.config),
         remedies=list(cheapest_remedies(memory, room.usable)) if room and room.free < 0 else [],
     )
 
@@ -116,7 +122,25 @@ def _fitted(memory: RunMemory, card: Card, fit: Fit) -> tuple[RunMemory, FitPart
     return of(largest), FitPart(key=key, value=largest * unit, is_limit=largest * unit < most)
 
 
-def _ranks(memory: RunMemory, found: MemoryEstimate, why: str) -> RanksPart | None:
+def _with_long_rows(memory: RunMemory, card: Card) -> RunMemory:
+    """Return a step with what is auto as `liger train` decides it on a card."""
+    if not memory.config.gradient_checkpointing:
+        return memory
+    keys, _ = with_long_rows(memory, int(USABLE * card.usable))
+    return memory.trying(**keys)
+
+
+def _chosen(asked: RunConfig, config: RunConfig) -> dict[str, str]:
+    """Return the keys that were auto and are on now."""
+    found = {}
+    if asked.tile_size != config.tile_size:
+        found["tile_tokens"] = config.tile_tokens
+    if asked.activation_offloading != config.activation_offloading is True:
+        found["activation_offloading"] = "true"
+    return found
+
+
+def _ranks(memory: RunMemory, why: str) -> RanksPart | None:
     plan = memory.plan
     if plan.num_processes == 1:
         return None
@@ -125,7 +149,6 @@ def _ranks(memory: RunMemory, found: MemoryEstimate, why: str) -> RanksPart | No
         why=why,
         dp_replicate_size=plan.dp_replicate,
         dp_shard_size=plan.dp_shard,
-        offloaded=dict(found.offloaded),
     )
 
 

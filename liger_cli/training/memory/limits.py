@@ -30,6 +30,7 @@ from liger_cli.training.parallel.mesh import ParallelPlan, explicit_plan
 from liger_cli.training.runtime.auto_fit import smaller_batches
 
 __all__ = [
+    "AUTO_TILE",
     "RunMemory",
     "cheapest_remedies",
     "check_memory",
@@ -46,6 +47,9 @@ _WORTH_IT = 0.98
 _NUM_REMEDIES = 3
 # Rows that are not worth cutting.
 _SHORT = 64
+# Tokens of a piece of tile_tokens where nobody says: enough to fill a GPU, and an MLP of them takes
+# about a gigabyte (llama-8b).
+AUTO_TILE = 8192
 
 
 @dataclass(frozen=True)
@@ -307,11 +311,7 @@ def _remedies(memory: RunMemory) -> Iterator[Remedy]:
     if not config.gradient_checkpointing:
         words = "--gradient-checkpointing (about a third more time)"
         yield Remedy(words, {"gradient_checkpointing": True})
-    if config.activation_offloading is not True and config.torch_compile is not True:
-        keys = {"gradient_checkpointing": True, "activation_offloading": True}
-        flags = "" if config.gradient_checkpointing else "--gradient-checkpointing "
-        words = f"{flags}--activation-offloading true (inputs of layers in host memory)"
-        yield Remedy(words, keys)
+    yield from _remedies_of_long_rows(memory)
     if memory.plan.num_processes > memory.plan.dp_shard:
         keys = {"dp_replicate_size": 1, "dp_shard_size": -1}
         yield Remedy("--dp-replicate-size 1 --dp-shard-size -1 (all ranks share the model)", keys)
@@ -323,3 +323,19 @@ def _remedies(memory: RunMemory) -> Iterator[Remedy]:
     if config.adapter == "none" and memory.source.adapter is None:
         words = "--adapter lora (trains an adapter instead of the model)"
         yield Remedy(words, {"adapter": "lora"})
+
+
+def _remedies_of_long_rows(memory: RunMemory) -> Iterator[Remedy]:
+    config = memory.config
+    if config.torch_compile is True:
+        return
+    tokens = memory.batch.size * memory.batch.length
+    if config.tile_size is None and config.ops != "none" and tokens > AUTO_TILE:
+        cost = "little" if config.gradient_checkpointing else "about a fifth more"
+        words = f"--tile-tokens {AUTO_TILE} (MLPs in pieces of tokens, {cost} time)"
+        yield Remedy(words, {"tile_tokens": str(AUTO_TILE)})
+    if config.activation_offloading is not True and memory.on_gpu:
+        keys = {"gradient_checkpointing": True, "activation_offloading": True}
+        flags = "" if config.gradient_checkpointing else "--gradient-checkpointing "
+        words = f"{flags}--activation-offloading true (inputs of layers in host memory)"
+        yield Remedy(words, keys)

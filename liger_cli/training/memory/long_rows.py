@@ -15,16 +15,13 @@ from liger_cli.config import RunConfig
 from liger_cli.errors import OutOfMemory
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.memory.choice import USABLE
-from liger_cli.training.memory.limits import RunMemory, device_memory
+from liger_cli.training.memory.limits import AUTO_TILE, RunMemory, device_memory
 from liger_cli.training.parallel.mesh import ParallelPlan
 
-__all__ = ["AUTO_TILE", "check_host", "settle_long_rows", "with_long_rows"]
+__all__ = ["check_host", "everything_on", "settle_long_rows", "with_long_rows"]
 
 _AUTO = "auto"
 _OFF = {"activation_offloading": False, "tile_tokens": "none"}
-# Tokens of a piece where auto chooses: enough to fill a GPU, and an MLP of them takes about a
-# gigabyte (llama-8b).
-AUTO_TILE = 8192
 
 
 def settle_long_rows(
@@ -53,14 +50,17 @@ def settle_long_rows(
         check_host(memory)
     if not is_open:
         return config, None
-    found = [with_long_rows(memory, int(USABLE * device_memory(device)))]
+    limit = int(USABLE * device_memory(device))
+    found = [with_long_rows(memory, limit, host_memory())]
     # Devices may differ, and the main process's decides.
     broadcast_object_list(found)
     keys, line = found[0]
     return config.model_copy(update=dict(keys)), line
 
 
-def with_long_rows(memory: RunMemory, num_bytes: int) -> tuple[Mapping[str, Any], str | None]:
+def with_long_rows(
+    memory: RunMemory, num_bytes: int, host_bytes: int | None = None
+) -> tuple[Mapping[str, Any], str | None]:
     """Return the values of both keys that a step needs to fit into so many bytes, and why.
 
     What costs least of what fits; where nothing does, what takes least.
@@ -68,6 +68,7 @@ def with_long_rows(memory: RunMemory, num_bytes: int) -> tuple[Mapping[str, Any]
     Args:
         memory: A step with gradient checkpointing, each of whose keys may be auto.
         num_bytes: Of the device.
+        host_bytes: Of the host; None where it is unknown.
     """
     closed = _closed(memory.config)
     without = memory.trying(**closed).peak()
@@ -78,7 +79,7 @@ def with_long_rows(memory: RunMemory, num_bytes: int) -> tuple[Mapping[str, Any]
     for keys in _choices(memory.config):
         tried = memory.trying(**{**closed, **keys})
         peak = tried.peak()
-        if peak is None or _on_host(tried) > host_memory():
+        if peak is None or (host_bytes is not None and _on_host(tried) > host_bytes):
             continue
         peaks.append((peak, keys, tried))
         if peak <= num_bytes:
@@ -91,6 +92,17 @@ def with_long_rows(memory: RunMemory, num_bytes: int) -> tuple[Mapping[str, Any]
     host = f", {format_bytes(size)} on the host" if (size := _on_host(tried)) else ""
     line = f"{names}: auto: a step takes {format_bytes(peak)} of {format_bytes(num_bytes)}"
     return {**closed, **keys}, f"{line}{host}; {format_bytes(without)} without"
+
+
+def everything_on(memory: RunMemory) -> RunMemory:
+    """Return a step that has on whatever auto can turn on, which takes least."""
+    choices = list(_choices(memory.config)) if memory.config.gradient_checkpointing else []
+    for keys in reversed(choices):
+        tried = memory.trying(**{**_closed(memory.config), **keys})
+        # A model without a patched MLP has no tiles.
+        if tried.found is not None:
+            return tried
+    return memory
 
 
 def check_host(memory: RunMemory) -> None:

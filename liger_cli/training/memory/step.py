@@ -130,7 +130,9 @@ def step_memory(
     answers = Answers(num_labels, num_experts(base), is_masked=is_masked)
     sort = _by_shape(base)
     plan = plan or ParallelPlan()
-    ledger = Ledger(answers, sort, shares={**shares_of(config, plan), ON_HOST: 0.0})
+    # A CPU has one memory.
+    shares = {**shares_of(config, plan), ON_HOST: 0.0 if on_gpu else 1.0}
+    ledger = Ledger(answers, sort, shares=shares)
     step = _Step(config, model, batch, plan, ledger, on_gpu)
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

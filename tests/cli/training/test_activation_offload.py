@@ -18,7 +18,7 @@ from liger_cli.training.activation_offload import (
     offload_of,
 )
 from liger_cli.training.memory import Batch, long_rows, meta_model_of
-from liger_cli.training.memory.limits import RunMemory
+from liger_cli.training.memory.limits import AUTO_TILE, RunMemory
 from liger_cli.training.model.adapters import attach_adapter, new_adapter
 from liger_cli.training.model.source import load_model, resolve_model
 from liger_kernels.transformers.api import apply_liger_kernel
@@ -293,12 +293,9 @@ PEAKS = {(False, False): 100, (True, False): 80, (False, True): 60, (True, True)
         (70, 9, {"tile_tokens": "256"}, True, True),
     ],
 )
-def test_auto_takes_what_costs_least_of_what_fits(
-    monkeypatch, card, host, keys, is_tiled, is_offloaded
-):
-    monkeypatch.setattr(long_rows, "host_memory", lambda: host)
-    found, line = long_rows.with_long_rows(FakeMemory(PEAKS, **keys), card)
-    tile = keys.get("tile_tokens", str(long_rows.AUTO_TILE) if is_tiled else "none")
+def test_auto_takes_what_costs_least_of_what_fits(card, host, keys, is_tiled, is_offloaded):
+    found, line = long_rows.with_long_rows(FakeMemory(PEAKS, **keys), card, host)
+    tile = keys.get("tile_tokens", str(AUTO_TILE) if is_tiled else "none")
     assert found == {"activation_offloading": is_offloaded, "tile_tokens": tile}
     is_auto = found != {**long_rows._closed(FakeMemory(PEAKS, **keys).config)}
     assert (line is not None) is is_auto
