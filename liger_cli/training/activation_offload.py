@@ -166,12 +166,13 @@ class _Input:
     stream waits for the copy. So the allocator need not know of the other streams.
     """
 
-    def __init__(self, x: Tensor, owner: ActivationOffload, before: Callable[[], Any]) -> None:
-        self._owner = owner
-        self._shape, self._dtype, self.device = x.shape, x.dtype, x.device
-        self._buffer = owner.buffers.take(x.numel() * x.element_size())
+    def __init__(
+        self, x: Tensor, owner: ActivationOffload, buffer: _Buffer, before: Callable[[], Any]
+    ) -> None:
+        self._owner, self._buffer, self.before = owner, buffer, before
+        self._shape, self._dtype, self._device = x.shape, x.dtype, x.device
         self._on_device: Tensor | None = x
-        self.before = before
+        self._copied: Any = None
         self._copied = owner.out.copy(self._on_host(), x, after=self._buffer.last_read)
 
     def _on_host(self) -> Tensor:
@@ -187,7 +188,7 @@ class _Input:
     def fetch(self) -> None:
         """Begin to copy it back, unless it is there."""
         if self._on_device is None:
-            self._on_device = torch.empty(self._shape, dtype=self._dtype, device=self.device)
+            self._on_device = torch.empty(self._shape, dtype=self._dtype, device=self._device)
             copied = self._owner.back.copy(self._on_device, self._on_host(), after=self._copied)
             self._copied = self._buffer.last_read = copied
 
@@ -201,7 +202,7 @@ class _Input:
 
     def _wait(self) -> None:
         if self._copied is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._copied)
+            torch.cuda.current_stream(self._device).wait_event(self._copied)
 
     def __del__(self) -> None:
         # Backward may have ended early, with a copy on its way.
@@ -224,6 +225,7 @@ class ActivationOffload:
     """
 
     def __init__(self, device: torch.device, allocate: Callable[[int], Tensor]) -> None:
+        self._device = device
         self.buffers = HostBuffers(allocate)
         self.out, self.back = _CopyStream(device), _CopyStream(device)
         self.num_kept = 0
@@ -236,14 +238,17 @@ class ActivationOffload:
             return run(*args, **kwargs)
 
     def _pack(self, x: Tensor) -> Tensor | _Input:
-        if not (x.requires_grad and x.is_floating_point()):
-            # Masks and positions are shared by all layers.
+        is_input = x.requires_grad and x.is_floating_point() and x.numel() > 0
+        if not is_input or x.device.type != self._device.type:
+            # Masks and positions are shared by all layers, and torch before 2.13 saves an empty
+            # tensor of its own, on the CPU.
             return x
         last = self._last()
         if last is not None:
             # Its layer has run. The last of all stays, as backward begins with it.
             last.leave()
-        kept = _Input(x.detach(), self, self._last)
+        buffer = self.buffers.take(x.numel() * x.element_size())
+        kept = _Input(x.detach(), self, buffer, self._last)
         self._last = weakref.ref(kept)
         self.num_kept += 1
         return kept

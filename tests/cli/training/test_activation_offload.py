@@ -122,6 +122,21 @@ def test_two_inputs_at_most_are_on_the_device(monkeypatch):
     assert all(one._on_device is None for one in inputs)
 
 
+@pytest.mark.parametrize(
+    "x",
+    [
+        pytest.param(torch.ones(2, 2), id="mask"),
+        pytest.param(torch.empty(0, requires_grad=True), id="empty"),
+        pytest.param(torch.ones(2, 2, device="meta", requires_grad=True), id="elsewhere"),
+    ],
+)
+def test_what_is_no_input_of_a_layer_stays(x):
+    """torch before 2.13 saves an empty tensor beside the inputs, on the CPU of a run on a GPU."""
+    offload = offload_to_host()
+    assert offload._unpack(offload._pack(x)) is x
+    assert offload.num_kept == offload.buffers.num_allocated == 0
+
+
 def test_backward_twice_has_the_inputs_again():
     offload = offload_to_host()
     x = torch.linspace(0, 1, 12).view(3, 4).requires_grad_()
