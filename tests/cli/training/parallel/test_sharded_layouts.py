@@ -67,6 +67,7 @@ BASE: dict[str, Any] = {
     "gradient_accumulation_steps": 3,
 }
 ADAM = {"max_grad_norm": 1.0, "learning_rate": 1e-3}
+LONG_ROWS = {"gradient_checkpointing": True, "activation_offloading": True, "tile_tokens": 64}
 OPTIONS: dict[str, dict[str, Any]] = {
     "tied": {},
     "untied": {"model": "untied"},
@@ -78,6 +79,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "padding-free": {"padding_free": "true"},
     "stream": {"streaming": True, "shuffle_buffer_size": 5},
     "checkpointing": {"gradient_checkpointing": True, "model": "untied"},
+    "long-rows": {**LONG_ROWS, "model": "untied"},
+    "long-rows-lora": {**LONG_ROWS, "adapter": "lora", "lora_r": 4},
     "lora": {"adapter": "lora", "lora_r": 4},
     "eval": {"eval_fraction": 0.3, "model": "untied"},
     "dora": {"adapter": "dora", "lora_r": 4},
@@ -108,6 +111,7 @@ FAST = [
         (option, "fsdp-2")
         for option in ("tied", "untied", "moe", "packing", "padding-free", "lora", "eval")
     ),
+    ("long-rows", "fsdp-2"),
     ("untied", "hsdp-4"),
 ]
 SLOW = [
