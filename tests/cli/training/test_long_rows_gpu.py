@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from test_activation_offload import built, offload_to_host, rows, step
+from test_activation_offload import assert_kept, built, offload_to_host, rows, step
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from liger_cli.training import activation_offload
@@ -59,9 +59,7 @@ def test_offloaded_steps_have_the_same_bits(family, keys, copies):
                 num_same += 1
                 assert torch.equal(got[name], wanted[name]), name
     assert num_same >= 0.5 * 3 * len(wanted)
-    num_layers = plain.config.num_hidden_layers
-    assert offload.num_kept == 3 * num_layers
-    assert offload.buffers.num_allocated == num_layers
+    assert_kept(offload, plain.config.num_hidden_layers, 3)
     assert all(buffer.data.is_pinned() for buffer in offload.buffers._free)
 
 
