@@ -241,7 +241,7 @@ class ActivationOffload:
         is_input = x.requires_grad and x.is_floating_point() and x.numel() > 0
         if not is_input or x.device.type != self._device.type:
             # Masks and positions are shared by all layers, and torch before 2.13 saves an empty
-            # tensor of its own, on the CPU.
+            # tensor beside the inputs, on the CPU.
             return x
         last = self._last()
         if last is not None:
