@@ -59,6 +59,8 @@ SLOW = {
         "two processes a case",
         "^(precompute-4|model-9|adapter_off-15)$",
     ),
+    "test_a_preference_is_learned_offline": ("a training a case", "^(dpo-sigmoid|reward)$"),
+    "test_a_killed_run_ends_with_the_same_weights": ("three processes a case", "^precompute-4$"),
     "test_a_step_is_the_same_in_any_split": (
         "six objectives in six splits",
         "^(all-(4x2|packed)|dpo-(8x1|free)|(weighted|simpo|orpo|cpo)-uneven|orpo-packed)$",
@@ -66,6 +68,14 @@ SLOW = {
     "test_two_processes_train_the_weights_of_one": ("two processes train beside one", NONE),
     "test_a_run_from_a_trained_model_starts_at_its_reference": ("two trainings", NONE),
     "test_two_processes_distill_the_weights_of_one": ("three processes", NONE),
+    "test_two_processes_train_the_scores_of_one": ("three processes a case", NONE),
+    "test_a_classifier_is_saved_loaded_and_merged_with_its_labels": (
+        "a training and two evaluations a case",
+        "^lora$",
+    ),
+    "test_a_scored_run_resumes_exactly": ("two trainings a case", "^classify$"),
+    "test_a_classifier_of_the_sample_is_right_in_99_of_100": ("a training to the end", NONE),
+    "test_a_template_of_scores_trains_on_the_sample": ("a training a case", "^classify$"),
     "test_it_compiles_into_one_graph": ("compiles a graph", NONE),
     "test_a_compiled_model_distills_the_same": ("compiles a model", "^layers$"),
     "test_the_template_trains_and_its_teacher_is_the_model": ("reads the sample", NONE),

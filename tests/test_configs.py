@@ -22,6 +22,7 @@ def test_train_config_loads(path):
 def test_every_kind_of_training_has_a_file():
     names = {path.stem for path in (CONFIGS / "train").glob("*.yaml")}
     kinds = {"sft", "full", "pretrain", "eval", "ddp", "fsdp2", "dpo", "orpo", "cpo", "distill"}
+    kinds |= {"reward", "classify"}
     assert kinds <= names
 
 

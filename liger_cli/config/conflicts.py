@@ -230,8 +230,11 @@ CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...] = (
     ),
     (
         ("objective", "text_mode"),
-        "text_mode stream is for rows of text, and this objective compares two answers",
-        lambda c: OBJECTIVES[c.objective].has_pairs and c.text_mode == "stream",
+        "text_mode stream is for objectives that learn every token of a text",
+        lambda c: (
+            (OBJECTIVES[c.objective].has_pairs or OBJECTIVES[c.objective].has_scores)
+            and c.text_mode == "stream"
+        ),
     ),
     (
         ("streaming", "eval_strategy"),

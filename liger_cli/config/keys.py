@@ -100,10 +100,12 @@ class Keys(KeyChecks):
         True, "Quantise the scales of the 4 bits too; without it they take 9 % more."
     )
 
-    objective: Literal["sft", "dpo", "orpo", "cpo", "simpo", "ipo", "distill"] = _objective(
+    objective: Literal[
+        "sft", "dpo", "orpo", "cpo", "simpo", "ipo", "distill", "reward", "classify"
+    ] = _objective(
         "sft",
-        "sft: the next token; distill: that of a teacher; the others learn from pairs of a chosen "
-        "and a rejected answer.",
+        "sft: the next token; distill: that of a teacher; classify: the class of a text; the "
+        "others learn from pairs of a chosen and a rejected answer, reward a model that scores.",
     )
     beta: float = _objective(
         0.1,
@@ -157,6 +159,19 @@ class Keys(KeyChecks):
     )
     ce_weight: float = _objective(
         0.0, "Weight of the cross-entropy of the labels beside distill's divergence.", ge=0
+    )
+
+    center_rewards_coefficient: float | None = _objective(
+        None, "Weight of the squared sum of both rewards of a pair, which centers them.", ge=0
+    )
+    num_labels: int | None = _objective(
+        None, "Classes of classify. null: as many as label_names, else as the data have.", ge=2
+    )
+    label_names: Tokens | None = _objective(
+        None, "Their names, in the order of their numbers. null: those in the data."
+    )
+    class_weights: Numbers | None = _objective(
+        None, "Weight of the loss of each class; with several labels a row, where a row has it."
     )
 
     dataset: Datasets = _data(
@@ -314,7 +329,7 @@ class Keys(KeyChecks):
     metric_for_best_model: str | None = _run(
         None,
         "loss (the default), perplexity, token_accuracy, entropy; of pairs rewards/accuracies, "
-        "rewards/margins and more; of a named set NAME_loss.",
+        "rewards/margins and more; of classes accuracy, f1; of a named set NAME_loss.",
     )
     greater_is_better: bool | None = _run(
         None,

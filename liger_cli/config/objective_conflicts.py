@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from liger_cli.config.class_conflicts import CLASS_CONFLICTS
 from liger_cli.config.keys import Keys
 from liger_cli.config.objectives import (
     DIVERGENCE_LOSSES,
@@ -172,6 +173,7 @@ OBJECTIVE_CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], 
         "ref_model_mixup_alpha 1",
         lambda c: c.sync_ref_model and c.adapter != "none" and c.ref_model_mixup_alpha < 1,
     ),
+    *CLASS_CONFLICTS,
     (
         ("streaming", "reference"),
         "reference precompute passes over all rows before the first step, which a stream has not",

@@ -16,6 +16,7 @@ __all__ = [
     "PAIR_MEANS",
     "REFERENCE_KEYS",
     "REFERENCE_KINDS",
+    "REWARD_METRICS",
     "RISING_METRICS",
     "SMOOTHED_LOSSES",
     "TOKEN_METRICS",
@@ -38,6 +39,8 @@ class ObjectiveKeys:
         cpo_alpha: The default of that key.
         metrics: Of an evaluation, beside loss.
         has_pairs: Whether the rows are pairs of a chosen and a rejected answer.
+        has_scores: Whether the model is one of sequence classification, which gives scores of a
+            whole text and not of each token.
     """
 
     objective: str
@@ -47,24 +50,21 @@ class ObjectiveKeys:
     cpo_alpha: float = 1.0
     metrics: tuple[str, ...] = field(default=())
     has_pairs: bool = True
+    has_scores: bool = False
 
 
 # Of all that learn from rows of tokens.
 TOKEN_METRICS = ("perplexity", "token_accuracy", "entropy")
 DISTILL_MEANS = ("divergence", "nll_loss")
 # Of all that learn from pairs.
-METRICS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-)
+REWARD_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+METRICS = (*REWARD_METRICS, "logps/chosen", "logps/rejected")
 # The largest is the best.
 RISING_METRICS = frozenset(METRICS) - {"rewards/rejected", "logps/rejected"} | {
     "token_accuracy",
     "log_odds_chosen",
+    "accuracy",
+    "f1",
 }
 
 _DPO_LOSSES = (
@@ -100,6 +100,7 @@ _DPO = frozenset(
 _CPO = frozenset({"label_smoothing", "cpo_alpha", "alpha"})
 _CHOICE = frozenset({"loss_type"})
 _GAMMA = frozenset({"simpo_gamma"})
+_CLASSES = frozenset({"num_labels", "label_names", "class_weights"})
 _DISTILL = frozenset({"beta", "teacher_model_name_or_path", "temperature", "ce_weight"})
 
 OBJECTIVES: Mapping[str, ObjectiveKeys] = {
@@ -129,6 +130,15 @@ OBJECTIVES: Mapping[str, ObjectiveKeys] = {
     "distill": ObjectiveKeys(
         "distill", _DISTILL, metrics=(*TOKEN_METRICS, *DISTILL_MEANS), has_pairs=False
     ),
+    "reward": ObjectiveKeys(
+        "reward",
+        frozenset({"disable_dropout", "center_rewards_coefficient"}),
+        metrics=REWARD_METRICS,
+        has_scores=True,
+    ),
+    "classify": ObjectiveKeys(
+        "classify", _CLASSES, metrics=("accuracy", "f1"), has_pairs=False, has_scores=True
+    ),
 }
 
 # The metrics of all objectives but those of tokens alone, which a line of metrics.jsonl may have.
@@ -144,7 +154,7 @@ OBJECTIVES_OF_TRL = {
         ("grpo", "rloo", "ppo", "online_dpo"), "generates answers and needs a reward for them"
     ),
     "gkd": "generates answers and needs a teacher",
-    **dict.fromkeys(("kto", "reward"), "is not there yet"),
+    **dict.fromkeys(("kto",), "is not there yet"),
 }
 
 

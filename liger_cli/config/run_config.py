@@ -61,6 +61,21 @@ class RunConfig(Keys):
         return int(self.tile_tokens) if self.tile_tokens.isdigit() else None
 
     @property
+    def has_scores(self) -> bool:
+        """Whether the model is one of sequence classification."""
+        return OBJECTIVES[self.objective].has_scores
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the rows are texts with their classes."""
+        return self.has_scores and not self.trains_pairs
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names in label_names."""
+        return split_names(self.label_names)
+
+    @property
     def answers_per_row(self) -> int:
         """Sequences that a row is fed as: two of a pair."""
         return 2 if self.trains_pairs else 1

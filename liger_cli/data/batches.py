@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
+from liger_cli.data.class_formats import TARGETS
 from liger_cli.data.encode import IGNORED, WEIGHTS
 from liger_cli.data.packing import answers_of
 from liger_cli.data.pair_formats import FIGURES
@@ -112,8 +113,8 @@ def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
 def placeholder(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a short row without labels, which is computed and counts nothing."""
     ids = answers_of(row)[0]["input_ids"][:2]
-    # A batch has the figures of its pairs, of which there are none here.
-    figures: dict[str, list[float]] = {name: [] for name in FIGURES if name in row}
+    # A batch has the figures of its pairs or the targets of its rows: there are none here.
+    figures: dict[str, list[float]] = {name: [] for name in (*FIGURES, TARGETS) if name in row}
     # Every batch of data with weights has them, so that all processes compute alike.
     weights = {WEIGHTS: None} if WEIGHTS in row else {}
     labels = [IGNORED] * len(ids)

@@ -20,6 +20,8 @@ from liger_cli.config.datasets import DatasetEntry, datasets_name
 from liger_cli.data import cache
 from liger_cli.data.cache import Counts, Tokenised
 from liger_cli.data.chat import ChatRenderer
+from liger_cli.data.class_formats import ClassFormat
+from liger_cli.data.class_maker import ClassMaker
 from liger_cli.data.encode import Encoder
 from liger_cli.data.images import ImageRows, ImagesFound
 from liger_cli.data.makers import TOO_SHORT, RowMaker, RowOptions
@@ -42,12 +44,15 @@ __all__ = [
     "BATCH",
     "DataStats",
     "Examples",
+    "Maker",
     "RowOptions",
     "join_licences",
     "load_examples",
     "nothing_to_train",
     "open_source",
 ]
+
+Maker = RowMaker | PairMaker | ClassMaker
 
 # Records that are tokenised at once: enough to keep a tokenizer's threads busy.
 BATCH = 1000
@@ -90,7 +95,7 @@ class Examples:
     """Rows with the columns input_ids and labels, in the order of the source.
 
     Pairs have chosen_input_ids, chosen_labels, rejected_input_ids and rejected_labels, and perhaps
-    margin, ref_chosen_logps and ref_rejected_logps.
+    margin, ref_chosen_logps and ref_rejected_logps. Rows of classes have targets beside.
 
     Args:
         examples: The rows by number: a datasets.Dataset, or what images and mixtures need; or a
@@ -150,7 +155,13 @@ def load_examples(
     """
     counts = Counts()
     parts: list[tuple[str, Any, float | None]] = []
-    found = find_sources(datasets, split, as_stream=options.as_stream, pairs=options.pairs)
+    found = find_sources(
+        datasets,
+        split,
+        as_stream=options.as_stream,
+        pairs=options.pairs,
+        classes=options.classes is not None,
+    )
     tokenising = _Tokenising(tokenizer, options, processor, num_proc, notify)
     for entry, source in found:
         made = (
@@ -187,8 +198,8 @@ def open_source(
     tokenizer: PreTrainedTokenizerBase,
     options: RowOptions,
     entry: DatasetEntry,
-) -> RowMaker | PairMaker:
-    """Return a maker of rows, or of pairs, for the records of a source.
+) -> Maker:
+    """Return a maker of rows, of pairs, or of rows with targets, for the records of a source.
 
     Raises:
         DataError: It has no records, or they are of no format.
@@ -207,6 +218,9 @@ def open_source(
     if options.pairs:
         pairs = PairFormat.find(first, source.folder, entry.naming)
         return PairMaker(pairs, encoder, renderer, options, entry)
+    if options.classes is not None:
+        labelled = ClassFormat.find(first, source.folder, entry.naming)
+        return ClassMaker(labelled, encoder, renderer, options, entry)
     form = RowFormat.find(first, source.folder, entry.naming)
     if options.as_stream and form.name != "text":
         raise DataError(
@@ -254,9 +268,9 @@ class _Tokenising:
             raise nothing_to_train(entry.path, made.counts, self.options.max_length)
         return made
 
-    def _rows(self, source: Source, maker: RowMaker | PairMaker) -> Tokenised:
+    def _rows(self, source: Source, maker: Maker) -> Tokenised:
         """Tokenize a source; with the processor if one of its rows has images."""
-        if isinstance(maker, PairMaker):
+        if not isinstance(maker, RowMaker):
             return self._text_rows(source, maker)
         try:
             return self._text_rows(source, maker)
@@ -281,7 +295,7 @@ class _Tokenising:
             vocab_size=maker.options.vocab_size,
         )
 
-    def _text_rows(self, source: Source, maker: RowMaker | PairMaker) -> Tokenised:
+    def _text_rows(self, source: Source, maker: Maker) -> Tokenised:
         def make() -> Iterator[tuple[pyarrow.Table, Counts]]:
             tables = map_in_order(maker, _chunks(source.read()), self.num_proc)
             options = maker.options

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from liger_cli.config.datasets import DatasetEntry
 from liger_cli.data.cache import Counts
 from liger_cli.data.chat import ChatRenderer
+from liger_cli.data.class_formats import Classes
 from liger_cli.data.encode import IGNORED, WEIGHTED, WEIGHTS, Encoder
 from liger_cli.data.images import ImagesFound
 from liger_cli.data.rows import Record, Row, RowFormat, only_last
@@ -40,6 +41,7 @@ class RowOptions:
         as_stream: The texts are one stream of tokens, in rows of max_length.
         pairs: Rows are pairs of a chosen and a rejected answer.
         distills: A teacher computes the distributions that are learned, and none is stored.
+        classes: Rows are texts with a label, which is one of these; None: they are not.
     """
 
     max_length: int
@@ -53,6 +55,7 @@ class RowOptions:
     as_stream: bool = False
     pairs: bool = False
     distills: bool = False
+    classes: Classes | None = None
 
     def __post_init__(self) -> None:
         if self.max_length < 2:

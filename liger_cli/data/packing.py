@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from transformers import masking_utils
 
+from liger_cli.data.class_formats import TARGETS
 from liger_cli.data.encode import WEIGHTS, default_weights
 from liger_cli.data.pair_formats import ANSWERS, FIGURES
 from liger_cli.errors import ConfigError
-from liger_kernels.transformers.wrappers import forward_takes, inner_model
+from liger_kernels.transformers.wrappers import forward_takes, inner_model, output_head
 
 __all__ = [
     "PackedRows",
@@ -120,7 +121,7 @@ def join_rows(documents: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Return one row of input_ids, labels and position_ids, which restart at each document.
 
     One of pairs also has answer_ids, the number of the answer of each token, and lists of what
-    else a pair has.
+    else a pair has; one of rows with targets has a list of them.
     """
     row: dict[str, list[Any]] = {"input_ids": [], "labels": [], "position_ids": []}
     answers = [answer for document in documents for answer in answers_of(document)]
@@ -130,6 +131,8 @@ def join_rows(documents: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         row["position_ids"] += range(len(answer["input_ids"]))
     if any(WEIGHTS in answer for answer in answers):
         row[WEIGHTS] = [weight for answer in answers for weight in weights_of(answer)]
+    if TARGETS in documents[0]:
+        row[TARGETS] = [document[TARGETS] for document in documents]
     if len(answers) > len(documents):
         row["answer_ids"] = [n for n, one in enumerate(answers) for _ in one["input_ids"]]
         for name in FIGURES:
@@ -288,7 +291,7 @@ def check_packed(model: Any, *, flatten: bool = False, has_lengths: bool = False
             logits, gradient = _packed_gradient(model, batch, place)
             with torch.no_grad():
                 alone = torch.tensor([documents[1]], device=logits.device)
-                wanted = model(input_ids=alone, use_cache=False).logits.float()
+                wanted = _token_outputs(model, input_ids=alone)
     finally:
         model.train(was_training)
     gradient[:, place] = 0
@@ -328,11 +331,21 @@ def _packed_gradient(
     handle = inner_model(model).get_input_embeddings().register_forward_hook(record)
     try:
         with torch.enable_grad():
-            logits = model(**inputs, use_cache=False).logits[:, place].float()
+            logits = _token_outputs(model, **inputs)[:, place]
             [gradient] = torch.autograd.grad(logits.square().sum(), embedded)
     finally:
         handle.remove()
     return logits.detach(), gradient.clone()
+
+
+def _token_outputs(model: Any, **inputs: Any) -> torch.Tensor:
+    """Compute the logits of each token in float32; of a classifier its hidden states."""
+    inner = inner_model(model)
+    if output_head(inner) is not None:
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits
+        return logits.float()
+    hidden: torch.Tensor = inner.base_model(**inputs, use_cache=False).last_hidden_state
+    return hidden.float()
 
 
 def _refused(model: Any, reason: str) -> ConfigError:

@@ -7,22 +7,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import liger_cli
 from liger_cli.common.readers import read_json
 from liger_cli.data.rows import Record
 from liger_cli.errors import EnvironmentProblem
 
 __all__ = [
+    "SAMPLE_CLASSES",
     "SAMPLE_LICENCE",
     "SAMPLE_NAME",
     "SAMPLE_PAIRS",
+    "code_files",
     "find_sample",
     "read_sample",
+    "read_sample_classes",
     "read_sample_pairs",
 ]
 
 SAMPLE_NAME = "chitchat"
 SAMPLE_LICENCE = "MIT"
 SAMPLE_PAIRS = "pairs, whose rejected answer is the reply of another conversation"
+
+SAMPLE_CLASSES = "labels chitchat, and code: lines of the source of this program"
 
 _PACKAGE = "chitchat-dataset==0.9.0"
 # Every twentieth conversation is for evaluation: 201 of 4018.
@@ -31,6 +37,8 @@ _EVAL_EVERY = 20
 _MAX_TURNS = 8
 # Of a pair the answer must be within max_length.
 _MAX_PAIR_TURNS = 4
+# Of code a text has as many lines.
+_CODE_LINES = 6
 
 
 def read_sample(split: Literal["train", "eval"]) -> Iterator[Record]:
@@ -65,6 +73,40 @@ def read_sample_pairs(split: Literal["train", "eval"]) -> Iterator[Record]:
         others = (dialogs[number - i][1][-1] for i in range(1, len(dialogs)))
         rejected = next((one for one in others if one["content"] != chosen["content"]), chosen)
         yield where, {"prompt": messages[:-1], "chosen": [chosen], "rejected": [rejected]}
+
+
+def read_sample_classes(split: Literal["train", "eval"]) -> Iterator[Record]:
+    """Yield texts with a label in turn: what people say in a conversation, and lines of code.
+
+    The code is that of this program, as many texts of it as there are conversations, or fewer.
+
+    Raises:
+        EnvironmentProblem: The package is not installed.
+    """
+    for (where, content), (place, code) in zip(read_sample(split), _code(split), strict=False):
+        said = "\n".join(message["content"] for message in content["messages"])
+        yield where, {"text": said, "label": "chitchat"}
+        yield place, {"text": code, "label": "code"}
+
+
+def code_files() -> list[Path]:
+    """Return the files of this program that the sample has lines of."""
+    return sorted(Path(liger_cli.__file__).parent.rglob("*.py"))
+
+
+def _code(split: Literal["train", "eval"]) -> Iterator[tuple[str, str]]:
+    """Yield texts of code of a split, each with its place."""
+    root = Path(liger_cli.__file__).parent
+    number = 0
+    for path in code_files():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        for start in range(0, len(lines) - _CODE_LINES, _CODE_LINES):
+            if (number % _EVAL_EVERY == 0) == (split == "eval"):
+                yield (
+                    f"{path.relative_to(root)} {start + 1}",
+                    "\n".join(lines[start : start + _CODE_LINES]),
+                )
+            number += 1
 
 
 def _answered(messages: list[dict[str, str]]) -> list[dict[str, str]]:

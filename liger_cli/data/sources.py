@@ -22,11 +22,14 @@ from liger_cli.data.layouts import refuse_ending
 from liger_cli.data.places import files_below, matching_files
 from liger_cli.data.rows import Record
 from liger_cli.data.samples import (
+    SAMPLE_CLASSES,
     SAMPLE_LICENCE,
     SAMPLE_NAME,
     SAMPLE_PAIRS,
+    code_files,
     find_sample,
     read_sample,
+    read_sample_classes,
     read_sample_pairs,
 )
 from liger_cli.data.threads import conversations_of
@@ -96,6 +99,7 @@ def find_sources(
     streaming: bool = False,
     as_stream: bool = False,
     pairs: bool = False,
+    classes: bool = False,
 ) -> list[tuple[DatasetEntry, Source | None]]:
     """Return the source of each dataset; synthetic has none.
 
@@ -103,6 +107,7 @@ def find_sources(
         datasets: Text, as split_names reads it, or entries.
         as_stream: A .txt file is one text, and not a row a line.
         pairs: The sample is of pairs.
+        classes: The sample is of texts with a label.
 
     Raises:
         ConfigError: Two of them have a file in common, whose rows would be used twice.
@@ -115,7 +120,7 @@ def find_sources(
         entry, source = translate_entry(given), None
         if entry.path != SYNTHETIC_NAME:
             source = _from_entry(entry, split, streaming=streaming, as_stream=as_stream)
-            source = _with_pairs(source, entry, split) if pairs else source
+            source = _sample_of(source, entry, split, pairs=pairs, classes=classes)
         elif idle := [key for key, value in vars(entry).items() if value and key not in _ANY]:
             raise ConfigError(f"{SYNTHETIC_NAME} data have no {idle[0]}")
         found.append((entry, source))
@@ -151,15 +156,24 @@ def _from_entry(entry: DatasetEntry, split: Split, *, streaming: bool, as_stream
     return replace(source, records=records)
 
 
-def _with_pairs(source: Source, entry: DatasetEntry, split: Split) -> Source:
-    """Return a source of pairs: the sample has no rejected answers by itself."""
-    if entry.path != SAMPLE_NAME:
+def _sample_of(
+    source: Source, entry: DatasetEntry, split: Split, *, pairs: bool, classes: bool
+) -> Source:
+    """Return a source as it is; the sample has pairs, or texts with labels, where these are asked.
+
+    By itself it has neither rejected answers nor labels.
+    """
+    if entry.path != SAMPLE_NAME or not (pairs or classes):
         return source
+    read = read_sample_pairs if pairs else read_sample_classes
 
     def records() -> Iterator[Record]:
-        return islice(read_sample_pairs(split), entry.max_samples)
+        return islice(read(split), entry.max_samples)
 
-    return replace(source, records=records, note=SAMPLE_PAIRS)
+    if pairs:
+        return replace(source, records=records, note=SAMPLE_PAIRS)
+    files = (*source.files, *code_files())
+    return replace(source, records=records, note=SAMPLE_CLASSES, files=files)
 
 
 def find_source(

@@ -23,13 +23,13 @@ from liger_cli.data.cache import Counts
 from liger_cli.data.examples import (
     BATCH,
     Examples,
+    Maker,
     RowOptions,
     join_licences,
     nothing_to_train,
     open_source,
 )
 from liger_cli.data.images import ImagesFound
-from liger_cli.data.makers import RowMaker
 from liger_cli.data.mixture import next_source
 from liger_cli.data.packing import Strategy, answer_lengths, join_rows, pack_lengths
 from liger_cli.data.pair_maker import PairMaker, check_figures, refuse_same_answers
@@ -88,7 +88,7 @@ class Stream:
         packing: How the rows of a block are packed, if they are.
     """
 
-    sources: Sequence[tuple[Source, RowMaker | PairMaker]]
+    sources: Sequence[tuple[Source, Maker]]
     weights: Sequence[float]
     buffer_size: int
     seed: int

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from liger_cli.data.cache import Counts, Tokenised, cached
+from liger_cli.data.class_formats import TARGETS, Classes
+from liger_cli.data.class_maker import scored_at_end
 from liger_cli.data.encode import IGNORED
 from liger_cli.data.makers import RowOptions, ids_table
 from liger_cli.data.pair_formats import ANSWERS
+
+if TYPE_CHECKING:
+    import pyarrow
 
 __all__ = ["make_synthetic"]
 
@@ -40,4 +47,25 @@ def make_synthetic(split: str, options: RowOptions, seed: int) -> Tokenised:
         tokens=num_answers * num_rows * length,
         trained_tokens=num_answers * num_rows * (length - max(1, num_prompt)),
     )
-    return cached({}, lambda: [(ids_table(columns), counts)], keep=False)
+    table = ids_table(columns)
+    if (classes := options.classes) is not None:
+        table, counts = _with_targets(table, classes, length, generator)
+    return cached({}, lambda: [(table, counts)], keep=False)
+
+
+def _with_targets(
+    table: pyarrow.Table, classes: Classes, length: int, generator: torch.Generator
+) -> tuple[pyarrow.Table, Counts]:
+    """Return random rows with random targets, scored at their last tokens, and their counts."""
+    import pyarrow
+
+    num_rows, num_classes = len(table), len(classes.names)
+    if classes.is_multi:
+        targets = torch.randint(2, (num_rows, num_classes), generator=generator)
+    else:
+        targets = torch.randint(num_classes, (num_rows, 1), generator=generator)
+    kind = pyarrow.list_(pyarrow.float32())
+    labels = pyarrow.array([scored_at_end(length)] * num_rows, table.schema.field("labels").type)
+    table = table.set_column(table.column_names.index("labels"), "labels", labels)
+    table = table.append_column(TARGETS, pyarrow.array(targets.float().tolist(), kind))
+    return table, Counts(num_rows, tokens=num_rows * length, trained_tokens=num_rows)

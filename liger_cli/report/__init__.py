@@ -32,7 +32,7 @@ from liger_cli.report.console import (
     show_lines,
     show_table,
 )
-from liger_cli.report.evaluation import eval_lines, eval_table, eval_texts
+from liger_cli.report.evaluation import classes_table, eval_lines, eval_table, eval_texts
 from liger_cli.report.layout import layout_lines, layout_table
 from liger_cli.report.modules import (
     FoldedRow,
@@ -207,9 +207,8 @@ def _tables(report: RunReport, *, details: bool, verbose: bool) -> list[Table]:
         tables.append(fits_table(report.fits))
     if report.asserted:
         tables.append(asserted_table(report))
-    if (evaluated := eval_table(report)) is not None:
-        tables.append(evaluated)
-    return tables
+    found = (eval_table(report), classes_table(report))
+    return [*tables, *(table for table in found if table is not None)]
 
 
 def _model_text(model: Mapping[str, Any]) -> str:

@@ -76,9 +76,15 @@ def add_training(report: RunReport, result: TrainResult) -> None:
 
 def add_evaluation(report: RunReport, found: EvalResult) -> None:
     """Add an evaluation to a report."""
-    report.eval = EvalPart(**found.figures())
-    sets = {name: EvalPart(**part.figures()) for name, part in found.sets.items()}
-    report.eval_sets = sets or None
+    report.eval = _eval_part(found)
+    report.eval_sets = {name: _eval_part(part) for name, part in found.sets.items()} or None
+
+
+def _eval_part(found: EvalResult) -> EvalPart:
+    figures = found.figures()
+    if found.confusion is not None:
+        figures["confusion"] = found.confusion
+    return EvalPart(**figures)
 
 
 def find_gain(

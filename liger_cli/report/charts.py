@@ -312,6 +312,12 @@ def step_charts(
             _used(_by_set(evaluations, "token_accuracy", divisor=0.01)),
             title="Token accuracy in evaluation",
         ),
+        Curves(
+            "step",
+            "%",
+            _used(_by_set(evaluations, "accuracy", divisor=0.01)),
+            title="Accuracy of classes in evaluation",
+        ),
         *_preference_charts(steps, evaluations),
     ]
     return [chart for chart in charts if any(len(points) > 1 for points in chart.lines.values())]
@@ -322,10 +328,10 @@ def _by_set(
 ) -> dict[str, dict[int, float]]:
     """Return a figure of each evaluation set by step, and of all together where they are many."""
     names = dict.fromkeys(
-        re.sub("^eval_|_(perplexity|pairs)$", "", column)
+        re.sub("^eval_|_(perplexity|pairs|rows)$", "", column)
         for row in evaluations
         for column in row
-        if re.fullmatch("eval_.+_(perplexity|pairs)", column)
+        if re.fullmatch("eval_.+_(perplexity|pairs|rows)", column)
     )
     columns = {f"evaluation of {name}": f"eval_{name}_{key}" for name in names}
     if len(columns) != 1:

@@ -49,6 +49,7 @@ class RowPreview:
         answer: chosen or rejected, of a pair, which has a row for both.
         figures: Margin and log-probabilities of a pair, where it has them.
         weights: Of the loss of each token, where some are neither 0 nor 1.
+        labels: The classes of the row; the last token is scored.
     """
 
     tokens: int
@@ -58,6 +59,7 @@ class RowPreview:
     answer: str | None = None
     figures: Mapping[str, float] | None = None
     weights: tuple[float, ...] | None = None
+    labels: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class DataPreview:
         """Return it as plain JSON values."""
         content = {"command": "data preview", **asdict(self)}
         for part in (content, *content["rows"]):
-            for name in ("listed", "answer", "figures", "weights", "pairs"):
+            for name in ("listed", "answer", "figures", "weights", "labels", "pairs"):
                 if part.get(name, ...) is None:
                     del part[name]
         return content
@@ -157,6 +159,9 @@ def _heading(number: int, row: RowPreview, preview: DataPreview) -> str:
     share = f"{row.tokens} tokens, {row.trained_tokens} {{}} " + (
         f"({_percent(row.trained_tokens, row.tokens)})"
     )
+    if row.labels is not None:
+        shown = ", ".join(map(printable, row.labels)) or "none"
+        return f"row {preview.first_row + number}: {row.tokens} tokens; label {shown}"
     if row.answer is None:
         return f"row {preview.first_row + number}: {share.format('trained on')}"
     figures = [f"{name} {value:g}" for name, value in (row.figures or {}).items()]

@@ -9,7 +9,7 @@ from liger_cli.report.bench import loss_text
 from liger_cli.report.tables import Table
 from liger_cli.report.values import EvalPart, RunReport
 
-__all__ = ["eval_lines", "eval_table", "eval_texts", "parts_by_name"]
+__all__ = ["classes_table", "eval_lines", "eval_table", "eval_texts", "parts_by_name"]
 
 _FIGURES = ("loss", "perplexity", "token accuracy", "entropy", "tokens")
 
@@ -43,11 +43,27 @@ def eval_texts(report: RunReport) -> list[str]:
     """Return the figures of each evaluation set, and of all together, in a line each."""
     lines = []
     for name, part in parts_by_name(report).items():
-        *figures, (_, tokens) = _words(part).items()
+        *figures, (what, count) = _words(part).items()
         words = [name] if name else []
         words += [f"{key} {text}" for key, text in figures]
-        lines.append("  ".join([*words, f"{tokens} tokens"]))
+        lines.append("  ".join([*words, f"{count} {what}"]))
     return lines
+
+
+def classes_table(report: RunReport) -> Table | None:
+    """Return the F1 of each class, and what its rows were taken for; None without classes."""
+    if report.eval is None:
+        return None
+    f1 = {k.removeprefix("f1/"): v for k, v in report.eval.means.items() if k.startswith("f1/")}
+    if not f1:
+        return None
+    counts = report.eval.confusion or [[] for _ in f1]
+    heads = [f"as {name}" for name in f1] if report.eval.confusion else []
+    rows = [
+        (name, _figure(value), *map(format_count, row))
+        for (name, value), row in zip(f1.items(), counts, strict=True)
+    ]
+    return Table("Classes", ("class", "f1", *heads), rows)
 
 
 def parts_by_name(report: RunReport) -> Mapping[str, EvalPart]:
@@ -61,6 +77,10 @@ def parts_by_name(report: RunReport) -> Mapping[str, EvalPart]:
     return report.eval_sets if is_one else {**report.eval_sets, "all sets": report.eval}
 
 
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
 def _words(part: EvalPart) -> dict[str, str]:
     words = {"loss": loss_text([part.loss])}
     if part.perplexity is not None:
@@ -70,7 +90,13 @@ def _words(part: EvalPart) -> dict[str, str]:
     if part.entropy is not None:
         words["entropy"] = f"{part.entropy:.2f}"
     for key, value in part.means.items():
-        words[key] = "-" if value is None else f"{value:.4g}"
+        # Those of each class are in a table.
+        if not key.startswith("f1/"):
+            words[key] = _figure(value)
     if part.pairs is not None:
         words["pairs"] = format_count(part.pairs)
-    return {**words, "tokens": format_count(part.tokens)}
+    if part.rows is not None:
+        words["rows"] = format_count(part.rows)
+    if part.tokens is not None:
+        words["tokens"] = format_count(part.tokens)
+    return words

@@ -31,7 +31,7 @@ from liger_cli.report.charts import (
     step_charts,
     sweep_charts,
 )
-from liger_cli.report.evaluation import eval_lines, eval_table
+from liger_cli.report.evaluation import classes_table, eval_lines, eval_table
 from liger_cli.report.modules import coverage_table, fold_modules, op_counts, others_lines
 from liger_cli.report.summary import (
     SavedReport,
@@ -84,6 +84,7 @@ def html(saved: SavedReport) -> str:
             op_counts={op: op_counts(report, op) for op in report.coverage or {}},
             modules=fold_modules(report.modules or ()),
             evaluation=eval_table(report),
+            classes=classes_table(report),
             eval_lines=eval_lines(report),
             data=[*(data_rows(report.data) if report.data else ()), *attention_rows(report)],
             settings=settings(report.config or {}),

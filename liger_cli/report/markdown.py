@@ -12,7 +12,7 @@ from liger_cli.report.bench import (
     sweep_table,
     verdicts,
 )
-from liger_cli.report.evaluation import eval_lines, eval_table
+from liger_cli.report.evaluation import classes_table, eval_lines, eval_table
 from liger_cli.report.modules import coverage_table
 from liger_cli.report.summary import (
     SavedReport,
@@ -37,6 +37,7 @@ def markdown(saved: SavedReport) -> str:
         asserted_table(report),
         parity_table(report),
         eval_table(report),
+        classes_table(report),
         coverage_table(report),
     ]
     changed = [

@@ -208,11 +208,14 @@ def _eval_tiles(part: EvalPart) -> list[Tile]:
     perplexity = "" if part.perplexity is None else f"perplexity {part.perplexity:.2f}"
     tiles = [Tile("Evaluation loss", loss_text([part.loss]), perplexity)]
     if part.token_accuracy is not None:
-        tokens = f"on {format_count(part.tokens)} tokens with a label"
+        tokens = f"on {format_count(part.tokens or 0)} tokens with a label"
         tiles.append(Tile("Token accuracy", f"{part.token_accuracy:.1%}", tokens))
     if (accuracy := part.means.get("rewards/accuracies")) is not None:
         pairs = f"of {format_count(part.pairs or 0)} pairs the chosen answer has the larger reward"
         tiles.append(Tile("Reward accuracy", f"{accuracy:.1%}", pairs))
+    if (accuracy := part.means.get("accuracy")) is not None:
+        rows = f"of {format_count(part.rows or 0)} rows have the right class"
+        tiles.append(Tile("Accuracy", f"{accuracy:.1%}", rows))
     return tiles
 
 

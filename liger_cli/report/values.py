@@ -148,9 +148,11 @@ class AttentionPart(_Part):
 
 
 class EvalPart(_Part):
-    """Evaluation over all tokens with a label, or over all pairs; entropy is in nats a token.
+    """Evaluation over all tokens with a label, all pairs or all rows with a class.
 
-    Of pairs there are TRL's names beside, such as rewards/accuracies.
+    entropy is in nats a token. Of pairs there are TRL's names beside, such as rewards/accuracies;
+    of rows accuracy, f1 and f1/NAME, and the rows of each class by what they are said to be
+    (confusion), in the order of the f1/NAME.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -160,12 +162,14 @@ class EvalPart(_Part):
     perplexity: Finite = None
     token_accuracy: Finite = None
     entropy: Finite = None
-    tokens: int
+    tokens: int | None = None
     pairs: int | None = None
+    rows: int | None = None
+    confusion: list[list[int]] | None = None
 
     @property
     def means(self) -> dict[str, float | None]:
-        """The means over pairs, by name."""
+        """The means over pairs or rows, by name."""
         return dict(self.__pydantic_extra__)
 
     @model_serializer(mode="wrap")

@@ -79,7 +79,8 @@ class Evaluations:
                 f"metric_for_best_model is {self._metric}, which nobody knows of this model: its "
                 f"loss is not one cross-entropy of its tokens; there are {known}"
             )
-        row = {"step": step, **{logged_name(name): value for name, value in values.items()}}
+        logged = {logged_name(name): value for name, value in result.logged().items()}
+        row = {"step": step, **logged}
         self._log.write(row)
         self._note(row)
 
@@ -133,7 +134,7 @@ class Evaluations:
 
 
 def evaluated_values(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the numbers of a line of eval.jsonl as EvalResult.by_name had them."""
+    """Return the numbers of a line of eval.jsonl as EvalResult.logged had them."""
     return {plain_name(key): value for key, value in row.items() if key != "step"}
 
 

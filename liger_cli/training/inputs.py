@@ -17,6 +17,8 @@ import torch
 from liger_cli.config import RunConfig
 from liger_cli.config.datasets import read_datasets
 from liger_cli.data.cache import Counts
+from liger_cli.data.class_batches import ClassCollator
+from liger_cli.data.class_formats import Classes, describe_classes
 from liger_cli.data.collate import Collator
 from liger_cli.data.examples import Examples, RowOptions, join_licences, load_examples
 from liger_cli.data.feed import identity
@@ -38,6 +40,7 @@ from liger_cli.training.model.dtypes import compute_dtype
 from liger_cli.training.model.extended import load_preprocessing
 from liger_cli.training.model.source import ModelSource, build_meta_model, resolve_model
 from liger_cli.training.model.tokenizers import Preprocessing
+from liger_cli.training.scores import with_scores
 
 __all__ = ["Inputs", "load_inputs"]
 
@@ -62,7 +65,7 @@ class Inputs:
     source: ModelSource
     meta_model: Any
     preprocessing: Preprocessing
-    collator: Collator | PairCollator
+    collator: Collator | PairCollator | ClassCollator
     data: Examples
     train: Any
     eval: dict[str, Any]
@@ -110,14 +113,18 @@ def load_inputs(
     """
     source = source or resolve_model(config.model)
     preprocessing, source = load_preprocessing(config, source, trains=trains, notify=notify)
+    source, classes = with_scores(config, source, preprocessing, trains=trains)
     meta_model = _meta_model(config, source, trains=trains)
     dtype = compute_dtype(config, device, adapts=is_adapted(meta_model))
     check_implementation(config, meta_model, device, dtype, trains=trains)
     longest = config.max_length * config.answers_per_row
     if config.packing:
         refuse_packing(meta_model, longest)
-    reader = _Reader(config, preprocessing, _row_options(config, meta_model), notify)
+    options = _row_options(config, meta_model, classes)
+    reader = _Reader(config, preprocessing, options, notify)
     data, train_rows, eval_rows = _read(reader) if trains else _read_evaluation(reader)
+    if classes is not None and trains:
+        data = replace(data, notes=(*data.notes, describe_classes(data.examples, classes)))
     limit = config.max_eval_samples
     eval_rows = {name: _at_most(limit, rows) for name, rows in eval_rows.items()}
     lengths = sampled_lengths(train_rows if trains else next(iter(eval_rows.values())))
@@ -134,7 +141,7 @@ def load_inputs(
         source=source,
         meta_model=meta_model,
         preprocessing=preprocessing,
-        collator=PairCollator(collator) if config.trains_pairs else collator,
+        collator=_collator(collator, options),
         data=data,
         train=train_rows,
         eval=eval_rows,
@@ -143,7 +150,7 @@ def load_inputs(
     )
 
 
-def _row_options(config: RunConfig, meta_model: Any) -> RowOptions:
+def _row_options(config: RunConfig, meta_model: Any, classes: Classes | None) -> RowOptions:
     return RowOptions(
         max_length=config.max_length,
         vocab_size=meta_model.config.get_text_config().vocab_size,
@@ -155,7 +162,14 @@ def _row_options(config: RunConfig, meta_model: Any) -> RowOptions:
         as_stream=config.text_mode == "stream",
         pairs=config.trains_pairs,
         distills=config.objective == "distill",
+        classes=classes,
     )
+
+
+def _collator(rows: Collator, options: RowOptions) -> Collator | PairCollator | ClassCollator:
+    if options.pairs:
+        return PairCollator(rows)
+    return rows if options.classes is None else ClassCollator(rows)
 
 
 def _packed(config: RunConfig, rows: Any) -> PackedRows:

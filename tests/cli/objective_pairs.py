@@ -6,7 +6,13 @@ import socket
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from liger_cli.config import load_config
 from liger_cli.data.collate import Collator
@@ -48,6 +54,21 @@ def tiny_experts(balances: bool) -> Any:
         router_aux_loss_coef=0.5,
     )
     return MixtralForCausalLM(config)
+
+
+def tiny_classifier(num_labels: int = 1, problem_type: str | None = None) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_labels=num_labels,
+        problem_type=problem_type,
+        pad_token_id=0,
+    )
+    return LlamaForSequenceClassification(config)
 
 
 def make_pairs(count: int, seed: int = 0) -> list[dict[str, Any]]:

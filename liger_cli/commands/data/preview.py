@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from liger_cli.config import RunConfig
+from liger_cli.data.class_formats import TARGETS
 from liger_cli.data.encode import IGNORED, WEIGHTS
 from liger_cli.data.packing import Strategy, answer_lengths, answers_of, row_lengths
 from liger_cli.data.padding import packed_share, padding_share
@@ -19,7 +20,9 @@ from liger_cli.data.stream import Stream
 from liger_cli.errors import ConfigError
 from liger_cli.report.data import Bar, DataPreview, Fill, Piece, RowPreview, TokenPreview
 from liger_cli.training.inputs import load_inputs
+from liger_cli.training.model.classifiers import MULTI_LABEL
 from liger_cli.training.model.template_facts import template_facts
+from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = ["preview_data"]
 
@@ -69,7 +72,9 @@ def preview_data(
             config.enable_thinking,
         ),
         rows=tuple(
-            row for i in numbers for row in _render(examples[i], tokenizer, with_ids=with_ids)
+            replace(row, labels=_labels(examples[i], inputs.meta_model))
+            for i in numbers
+            for row in _render(examples[i], tokenizer, with_ids=with_ids)
         ),
         first_row=index or 1,
         pairs=compare_pairs(examples) if config.trains_pairs else None,
@@ -118,6 +123,17 @@ def _render_one(row: Mapping[str, Any], tokenizer: Any, *, with_ids: bool) -> Ro
         tuple(listed) if with_ids else None,
         weights=None if weights is None else tuple(weights),
     )
+
+
+def _labels(row: Mapping[str, Any], model: Any) -> tuple[str, ...] | None:
+    """Return the names of the classes of a row; None of one without."""
+    if TARGETS not in row:
+        return None
+    config = inner_model(model).config
+    target = row[TARGETS]
+    if config.problem_type == MULTI_LABEL:
+        return tuple(config.id2label[i] for i, has in enumerate(target) if has)
+    return (config.id2label[int(target[0])],)
 
 
 def _piece(token: int, tokenizer: Any) -> str:

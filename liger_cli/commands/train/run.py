@@ -41,7 +41,7 @@ __all__ = ["run_train"]
 
 _DEFAULTS = RunOptions()
 # Means of an objective that the line of a step shows; metrics.jsonl has all.
-_SHOWN = ("rewards/accuracies", "rewards/margins")
+_SHOWN = ("rewards/accuracies", "rewards/margins", "accuracy")
 
 
 class _Trained(NamedTuple):

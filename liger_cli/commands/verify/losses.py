@@ -15,6 +15,7 @@ from liger_cli.data.batches import count_tokens
 from liger_cli.data.collate import Collator
 from liger_cli.data.encode import IGNORED
 from liger_cli.data.pair_batches import PairCollator
+from liger_cli.training.model.classifiers import is_classifier, random_labels
 from liger_cli.training.model.source import load_model, resolve_model
 from liger_cli.training.objectives.distill import Distill, check_vocabulary_size
 from liger_cli.training.objectives.objective import Objective
@@ -54,6 +55,8 @@ def make_loss(
 ) -> Loss:
     """Return the loss of the objective that a configuration names, on random tokens.
 
+    Of a classifier it is the model's own.
+
     Args:
         config: Its objective with the keys of that, and the seed of the tokens.
         dtype: Of a teacher.
@@ -63,7 +66,7 @@ def make_loss(
         LigerError: A teacher cannot be loaded, or has another vocabulary.
     """
     batch = random_batch(model, device, config.seed)
-    if config.objective == "sft":
+    if config.objective == "sft" or is_classifier(model):
         return Loss(
             input_ids=batch["input_ids"],
             num_tokens=batch["input_ids"].numel(),
@@ -113,7 +116,10 @@ def _load_teacher(
 
 
 def random_batch(model: Any, device: torch.device, seed: int) -> dict[str, torch.Tensor]:
-    """Draw random tokens; a quarter of the labels and the first of each row are ignored."""
+    """Draw random tokens; a quarter of the labels and the first of each row are ignored.
+
+    Of a classifier there is a label, or several, for each row.
+    """
     shape = _BATCH_ON_CPU if device.type == "cpu" else _BATCH_ON_GPU
     vocab_size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(seed)
@@ -123,6 +129,8 @@ def random_batch(model: Any, device: torch.device, seed: int) -> dict[str, torch
         special = getattr(model.config, name, None)
         if isinstance(special, int):
             ids[ids == special] = 0
+    if is_classifier(model):
+        return {"input_ids": ids.to(device), "labels": random_labels(model, shape[0], generator)}
     labels = ids.masked_fill(torch.rand(shape, generator=generator) < 0.25, IGNORED)
     labels[:, 0] = IGNORED
     return {"input_ids": ids.to(device), "labels": labels.to(device)}

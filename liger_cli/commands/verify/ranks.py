@@ -16,7 +16,7 @@ from liger_cli.commands.verify.losses import random_batch
 from liger_cli.commands.verify.model import turn_off_dropout
 from liger_cli.config import RunConfig
 from liger_cli.data.batches import count_labels
-from liger_cli.errors import RequirementFailed
+from liger_cli.errors import ConfigError, RequirementFailed
 from liger_cli.report import notify
 from liger_cli.report.verify_ranks import RanksReport, RankTensor, ranks_verdict
 from liger_cli.training.forward import LossOf
@@ -61,6 +61,12 @@ def verify_ranks(config: RunConfig) -> RanksReport | None:
     config = config_of_launch(config, notify)
     quiet_libraries()
     source = resolve_model(config.model)
+    if source.is_classifier:
+        raise ConfigError(
+            "several ranks are compared by losses of next tokens, which a model of sequence "
+            "classification has not",
+            hint="liger verify without --nproc compares it with the stock model.",
+        )
     accelerator = make_accelerator(config, adapts=adapts(config, source))
     check_same_launch(config, accelerator)
     count, is_main = accelerator.num_processes, accelerator.is_main_process

@@ -18,6 +18,7 @@ from liger_cli.training.model.loading import tile_layers
 from liger_cli.training.model.presets import ModelSource
 from liger_cli.training.model.source import build_meta_model
 from liger_cli.training.parallel.mesh import ParallelPlan
+from liger_cli.training.scores import assumed_scores
 from liger_kernels.transformers.api import apply_liger_kernel
 from liger_kernels.transformers.patching.upstream_fixes import repair_model
 from liger_kernels.transformers.wrappers import inner_model
@@ -48,7 +49,7 @@ def estimate_memory(
         ValueError: The forward of this model cannot run without data.
         LigerError: The model cannot be built, or the adapter not be put on it.
     """
-    model = meta_model_of(config, source, on_gpu=on_gpu)
+    model = meta_model_of(config, assumed_scores(config, source), on_gpu=on_gpu)
     return step_memory(config, model, batch, on_gpu=on_gpu, plan=plan)
 
 

@@ -30,6 +30,7 @@ from liger_cli.training.memory.parts import (
 from liger_cli.training.memory.probe_copy import BACKWARD, Answers, gpu_stand_in, plain_tensors
 from liger_cli.training.memory.sharding import BUCKETS, OF_RANKS, ShardedStep, shares_of
 from liger_cli.training.model.adapters import is_adapted
+from liger_cli.training.model.classifiers import row_scores, take_places
 from liger_cli.training.model.source import build_meta_model, resolve_model
 from liger_cli.training.optim.optimizers import EIGHT_BIT, make_optimizer
 from liger_cli.training.parallel.mesh import ParallelPlan
@@ -268,6 +269,12 @@ class _Step:
 
 
 def _loss(config: RunConfig, model: Any, inputs: dict[str, Any], num_labels: int) -> Tensor:
+    if config.has_scores:
+        take_places(model)
+        del inputs["labels"]
+        # A row each: of packed rows there are more, and all are few numbers.
+        places = torch.zeros(len(inputs["input_ids"]), dtype=torch.int64)
+        return row_scores(model, inputs, places).double().sum()
     if not config.trains_pairs:
         return LossOf(model, _CPU)(model, inputs, num_labels)
     labels = inputs.pop("labels")

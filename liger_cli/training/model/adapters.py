@@ -23,10 +23,12 @@ from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
 from liger_cli.training.checkpoints.files import write_failure, written_aside
 from liger_cli.training.model.adapter_names import check_names, check_parameters
+from liger_cli.training.model.classifiers import HEAD, is_classifier, with_labels_of
 from liger_cli.training.model.demo_model import converted_model, converted_preset
 from liger_cli.training.model.new_tokens import read_tokens
 from liger_cli.training.model.presets import ModelSource, NewTokens
 from liger_cli.training.model.trained_rows import check_trained_rows, rows_to_train
+from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -131,7 +133,8 @@ def new_adapter(config: RunConfig, model: Any, tokens: NewTokens | None = None) 
         rows, whole = rows_to_train(config, model, tokens, saved)
         saved = [*saved, *whole]
     return _peft().LoraConfig(
-        task_type="CAUSAL_LM",
+        # Of a classifier peft trains and saves the head, which is new.
+        task_type="SEQ_CLS" if is_classifier(model) else "CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
@@ -283,6 +286,9 @@ def save_weights(model: Any, directory: Path, state: dict[str, Any]) -> None:
     # An embedding is saved where it is trained; else peft would ask the hub for its size.
     options = {"save_embedding_layers": False} if is_adapted(model) else {}
     model.save_pretrained(directory, state_dict=state, **options)
+    if is_adapted(model) and is_classifier(model):
+        # The names of its classes are nowhere else.
+        inner_model(model).config.save_pretrained(directory)
 
 
 def trained_line(model: Any) -> str:
@@ -341,14 +347,17 @@ def quantization(config: RunConfig, source: ModelSource, device: torch.device) -
     require_package("bitsandbytes", key, "pip install 'liger-kernels[quant]'")
     from transformers import BitsAndBytesConfig
 
+    # A new head is trained, and not held in few bits.
+    whole = [HEAD] if source.is_classifier else None
     if config.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     half = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=config.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=config.use_bnb_nested_quant,
         bnb_4bit_compute_dtype=half,
+        llm_int8_skip_modules=whole,
     )
 
 
@@ -359,5 +368,6 @@ def _peft() -> Any:
 def with_adapter(base: ModelSource, name: str, path: Path) -> ModelSource:
     """Return the source of an adapter's directory: its base model and what comes on top."""
     description = f"an adapter of {base.name}"
+    base = with_labels_of(path, base)
     tokens = read_tokens(path)
     return replace(base, name=name, adapter=path, description=description, tokens=tokens)

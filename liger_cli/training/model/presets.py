@@ -101,6 +101,12 @@ class ModelSource:
         """Whether its files are the Hugging Face hub's."""
         return self.kind == "hub"
 
+    @property
+    def is_classifier(self) -> bool:
+        """Whether it is a model of sequence classification: scores of a text, no next token."""
+        names = (self.config or {}).get("architectures") or ()
+        return any(str(name).endswith("ForSequenceClassification") for name in names)
+
 
 def configs_directory() -> Path:
     """Return the directory of the configurations: in the wheel, or at the top of a checkout."""

@@ -15,6 +15,7 @@ from liger_cli.common.readers import check_regular_files, expand_path, read_json
 from liger_cli.errors import ConfigError, LigerError
 from liger_cli.training.model.adapters import ADAPTER_CONFIG, find_base, load_adapter, with_adapter
 from liger_cli.training.model.build_limits import check_sizes, counted_modules
+from liger_cli.training.model.classifiers import HEAD, check_head
 from liger_cli.training.model.demo_model import converted_model
 from liger_cli.training.model.dtypes import check_device, choose_dtype
 from liger_cli.training.model.names import check_model_name, preset_of
@@ -196,7 +197,9 @@ def load_model(
         model = load_shards(source, lambda: _build(source, config, **options), device)
     else:
         place = _find_weights(source, notify)
-        model = _load_weights(place, source, config, device, options, notice)
+        with _seeded(seed, device) if source.is_classifier else nullcontext():
+            # A head that is not in the files is random.
+            model = _load_weights(place, source, config, device, options, notice)
     # Whether or not anything is patched later: the stock model could not run.
     if (repair := repair_model(model)) is not None:
         notice(f"{source.name}: {repair}")
@@ -245,14 +248,21 @@ def _make_config(source: ModelSource) -> PretrainedConfig:
 
 
 def _auto_class(source: ModelSource, config: PretrainedConfig) -> Any:
-    """Return the auto class: image-text for a configuration with a vision part, else causal LM."""
+    """Return the auto class of a model's kind.
+
+    That is image-text for a configuration with a vision part, else causal LM; of a model of
+    sequence classification the class of it.
+    """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
+        AutoModelForSequenceClassification,
     )
 
+    if source.is_classifier:
+        return AutoModelForSequenceClassification
     has_vision = getattr(config, "vision_config", None) is not None
     is_image_text = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -276,7 +286,7 @@ def _build(source: ModelSource, config: PretrainedConfig, **options: Any) -> Pre
     auto_class = _auto_class(source, config)
     try:
         with counted_modules(source.name):
-            return auto_class.from_config(config, trust_remote_code=False, **options)
+            model = auto_class.from_config(config, trust_remote_code=False, **options)
     except (torch.OutOfMemoryError, MemoryError, LigerError):
         raise
     # Values that do not fit together surface as whatever the model's constructor raises.
@@ -285,6 +295,9 @@ def _build(source: ModelSource, config: PretrainedConfig, **options: Any) -> Pre
             f"{source.name} cannot be built from its configuration: "
             f"{type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
+    if source.is_classifier:
+        check_head(source, model)
+    return model
 
 
 def _build_random(
@@ -341,6 +354,9 @@ def _load_weights(
     notify: Callable[[str], None],
 ) -> PreTrainedModel:
     auto_class = _auto_class(source, config)
+    if source.is_classifier:
+        # Its labels may be those of the run, and not of the files.
+        options = {**options, "config": config}
     try:
         # transformers loads straight onto the device of this context.
         with nullcontext() if device.type == "cpu" else device:
@@ -352,7 +368,9 @@ def _load_weights(
     # Files fail in the ways of several libraries; what is wrong is in the message.
     except Exception as error:
         raise loading_error(error, f"the model {source.name}", source.is_remote) from error
-    if missing := sorted(info["missing_keys"]):
+    # An adapter of a classifier has its head.
+    kept = {f"{HEAD}.weight"} if source.adapter is not None else set()
+    if missing := sorted(set(info["missing_keys"]) - kept):
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         notify(f"{source.name}: {len(missing)} weights are not in its files and random: {shown}")
     # Weights of 4 bits are where they are to be, and cannot be moved.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from liger_cli.data.class_formats import TARGETS
 from liger_cli.data.encode import IGNORED
 from liger_cli.training.objectives.objective import Batch
 from liger_kernels.ops import sequence_sums
@@ -22,7 +23,7 @@ __all__ = ["Answers", "model_inputs", "token_values"]
 # Keys of a batch that no forward takes.
 _NOT_INPUTS = frozenset(
     {
-        *("labels", "num_tokens", "answer_ids", "num_pairs"),
+        *("labels", "num_tokens", "answer_ids", "num_pairs", TARGETS),
         *("margin", "ref_chosen_logps", "ref_rejected_logps"),
     }
 )

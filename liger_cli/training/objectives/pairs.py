@@ -59,11 +59,13 @@ class PairSums(NamedTuple):
         losses: Over pairs, a scalar with a gradient.
         likelihood: The negative log-likelihood over chosen tokens, the same.
         metrics: (len(PairObjective.pair_metrics),) float64, over pairs.
+        aux_loss: The balance of the model's experts, where it is asked for.
     """
 
     losses: torch.Tensor
     likelihood: torch.Tensor
     metrics: torch.Tensor
+    aux_loss: torch.Tensor | None = None
 
 
 class PairObjective:
@@ -144,9 +146,13 @@ class PairObjective:
         tokens, aux_loss = token_values(model, batch, self._device, balances=balances)
         return Scores(answers, tokens, answers.sums(tokens, weighted=True), aux_loss)
 
-    def part(self, model: Any, batch: Batch, totals: Totals) -> Part:
+    def batch_sums(self, model: Any, batch: Batch) -> PairSums:
+        """Return the sums of a batch, whose answers are scored for that."""
         scores = self.score(model, batch)
-        sums = self.sums(model, batch, scores)
+        return self.sums(model, batch, scores)._replace(aux_loss=scores.aux_loss)
+
+    def part(self, model: Any, batch: Batch, totals: Totals) -> Part:
+        sums = self.batch_sums(model, batch)
         likelihood = sums.likelihood / max(totals.chosen_labels, 1)
         num_pairs = max(totals.pairs, 1)
         loss = sums.losses / num_pairs
@@ -157,7 +163,7 @@ class PairObjective:
             metrics = torch.cat((metrics, likelihood.detach().view(1)))
         if self._balance_weight:
             share = int(batch["num_pairs"]) / num_pairs
-            balance = balance_of(scores.aux_loss, share, loss)
+            balance = balance_of(sums.aux_loss, share, loss)
             loss = loss + self._balance_weight * balance
             metrics = torch.cat((metrics, balance.detach().view(1)))
         return Part(loss, metrics)
@@ -195,7 +201,7 @@ class PairEvaluation:
         objective = self._objective
         # The graphs of a compiled model are for the shapes of training.
         with torch.compiler.set_stance("force_eager"):
-            found = objective.sums(self._model, batch, objective.score(self._model, batch))
+            found = objective.batch_sums(self._model, batch)
         totals = objective.count(batch)
         counts = (totals.pairs, totals.chosen_labels, totals.labels)
         sums = torch.cat((found.losses.view(1), found.likelihood.view(1), found.metrics))

@@ -1,6 +1,6 @@
 """The objectives by name.
 
-A new one (kto, reward, classify) is a class with the methods of `Objective` in a file
+A new one (kto) is a class with the methods of `Objective` in a file
 here, a row of MAKERS, and one in liger_cli/config/objectives.py for its names and keys.
 """
 
@@ -14,6 +14,7 @@ import torch
 from liger_cli.config import RunConfig
 from liger_cli.config.objectives import OBJECTIVES
 from liger_cli.training.inputs import Inputs
+from liger_cli.training.objectives.classify import Classify
 from liger_cli.training.objectives.cpo import Cpo
 from liger_cli.training.objectives.distill import Distill
 from liger_cli.training.objectives.dpo import Dpo
@@ -21,6 +22,7 @@ from liger_cli.training.objectives.objective import Objective
 from liger_cli.training.objectives.orpo import Orpo
 from liger_cli.training.objectives.precompute import has_values
 from liger_cli.training.objectives.reference import resolve_reference
+from liger_cli.training.objectives.reward import Reward
 from liger_cli.training.objectives.sft import NextToken
 
 __all__ = ["MAKERS", "describe_objective", "make_objective", "resolve_objective"]
@@ -33,6 +35,8 @@ MAKERS: dict[str, _Make] = {
     "orpo": Orpo,
     "cpo": Cpo,
     "distill": Distill,
+    "reward": Reward,
+    "classify": Classify,
 }
 
 
@@ -72,7 +76,13 @@ def describe_objective(config: RunConfig) -> str | None:
     weights = config.losses
     losses = ", ".join(n if w == 1 else f"{w:g} x {n}" for n, w in weights.items())
     parts = [f"loss {losses}"] if losses else []
-    parts.append(f"beta {config.beta:g}")
+    if "beta" in keys.reads:
+        parts.append(f"beta {config.beta:g}")
+    parts += [
+        f"{key} {value}"
+        for key in ("center_rewards_coefficient", "class_weights")
+        if (value := getattr(config, key)) is not None
+    ]
     if "temperature" in keys.reads:
         parts.append(f"temperature {config.temperature:g}")
         parts.append(f"ce_weight {config.ce_weight:g}")
@@ -83,4 +93,4 @@ def describe_objective(config: RunConfig) -> str | None:
         parts.append(f"simpo_gamma {config.simpo_gamma:g}")
     if "reference" in keys.reads:
         parts.append(f"reference {config.reference}")
-    return f"objective: {config.objective}: {', '.join(parts)}"
+    return f"objective: {config.objective}" + (f": {', '.join(parts)}" if parts else "")

@@ -35,6 +35,7 @@ from liger_cli.training.model.source import ModelSource, build_meta_model, resol
 from liger_cli.training.runtime.arms import ArmResult, ArmSpec, run_arm
 from liger_cli.training.runtime.peer_interpreter import PeerInterpreter
 from liger_cli.training.runtime.peer_patch import PEER, PEER_PACKAGE
+from liger_cli.training.scores import assumed_scores
 from liger_kernels.transformers.api import inspect_model
 
 __all__ = ["run_bench"]
@@ -80,6 +81,7 @@ def run_bench(plan: BenchPlan, *, on_run: Callable[[str], None]) -> RunReport:
     """
     parse_ops(plan.config.ops)
     source = extend_source(plan.config, resolve_model(plan.config.model))
+    source = assumed_scores(plan.config, source)
     with plan.peer() as peer:
         if peer is not None:
             peer.require(PEER_PACKAGE)

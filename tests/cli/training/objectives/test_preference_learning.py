@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 from forked_runs import start, words_of
-from objective_pairs import collated, objective_of, tiny_model
+from objective_pairs import collated, objective_of, tiny_classifier, tiny_model
 from run_files import assert_same
 
 from liger_cli.training.objectives.reference import WeightsReference, copied
@@ -43,14 +43,15 @@ CASES |= {
 }
 CASES["cpo-hinge"][1]["beta"] = CASES["cpo-simpo"][1]["beta"] = 2.0
 CASES |= {"orpo": ("orpo", {"beta": 1.0}), "simpo": ("simpo", {"beta": 2.0})}
+CASES["reward"] = ("reward", {})
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_preference_is_learned_offline(case):
     name, keys = CASES[case]
-    model = tiny_model()
+    model = tiny_classifier() if name == "reward" else tiny_model()
     apply_liger_kernel(model)
-    objective = objective_of(name, **keys)
+    objective = objective_of(name, model, **keys)
     if name == "dpo":
         objective._reference = WeightsReference(model, copied(model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)

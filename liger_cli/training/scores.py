@@ -1,0 +1,104 @@
+"""The model that an objective needs: one of the next token, or one that scores a whole text."""
+
+from __future__ import annotations
+
+from liger_cli.config import RunConfig
+from liger_cli.data.class_formats import Classes
+from liger_cli.data.class_maker import scan_classes
+from liger_cli.data.collate import Collator
+from liger_cli.errors import ConfigError
+from liger_cli.training.model.classifiers import (
+    MULTI_LABEL,
+    SINGLE_LABEL,
+    label_names_of,
+    with_labels,
+)
+from liger_cli.training.model.presets import ModelSource
+from liger_cli.training.model.tokenizers import Preprocessing
+
+__all__ = ["assumed_scores", "with_scores"]
+
+
+def with_scores(
+    config: RunConfig, source: ModelSource, preprocessing: Preprocessing, *, trains: bool
+) -> tuple[ModelSource, Classes | None]:
+    """Return the source of the model that the objective of a run needs, and its classes.
+
+    A language model gets a new head, of one score for reward, of one for each class for classify.
+    The classes of a model that has them already are its own; else those of the training data.
+
+    Raises:
+        ConfigError: The model has another head, or one that is not trained yet is evaluated.
+        DataError: The labels of the data are no classes.
+    """
+    if not config.has_scores:
+        _refuse_classifier(config, source)
+        return source, None
+    if not (source.is_classifier or trains):
+        raise ConfigError(
+            f"{config.model} is a language model: there is no head to evaluate by objective "
+            f"{config.objective}",
+            hint=f"liger train --objective {config.objective} trains one",
+        )
+    if config.classifies:
+        classes = _classes_of(config, source)
+        names, problem = classes.names, MULTI_LABEL if classes.is_multi else SINGLE_LABEL
+    else:
+        classes, names, problem = None, ("LABEL_0",), None
+        _check_reward(config, source)
+    if source.is_classifier:
+        return source, classes
+    pad = Collator.for_tokenizer(preprocessing.tokenizer).pad_token_id
+    return with_labels(source, names, problem_type=problem, pad_token_id=pad), classes
+
+
+def assumed_scores(config: RunConfig, source: ModelSource) -> ModelSource:
+    """Return the source of the model that an objective needs, where no data are read.
+
+    Of as many classes as the keys say, else of two.
+    """
+    if not config.has_scores or source.is_classifier:
+        return source
+    num = (len(config.class_names) or config.num_labels or 2) if config.classifies else 1
+    return with_labels(source, [f"LABEL_{i}" for i in range(num)])
+
+
+def _refuse_classifier(config: RunConfig, source: ModelSource) -> None:
+    if source.is_classifier:
+        wanted = "reward" if len(label_names_of(source)) == 1 else "classify"
+        raise ConfigError(
+            f"{config.model} is a model of sequence classification, whose head gives scores of a "
+            f"text and no next token, which objective {config.objective} learns",
+            hint=f"--objective {wanted}",
+        )
+
+
+def _check_reward(config: RunConfig, source: ModelSource) -> None:
+    if source.is_classifier and len(names := label_names_of(source)) != 1:
+        raise ConfigError(
+            f"{config.model} is a classifier of {len(names)} labels, and a reward is one score",
+            hint="--objective classify, or a language model, which gets a new head",
+        )
+
+
+def _classes_of(config: RunConfig, source: ModelSource) -> Classes:
+    """Return the classes of a run: those of its model, or of its training data."""
+    if not source.is_classifier:
+        return scan_classes(config.datasets, "train", config.num_labels, config.class_names)
+    names = tuple(label_names_of(source))
+    if len(names) == 1:
+        raise ConfigError(
+            f"{config.model} is a model of one score, which is no class",
+            hint="--objective reward",
+        )
+    if config.num_labels not in (None, len(names)):
+        raise ConfigError(
+            f"num_labels is {config.num_labels}, and {config.model} has {len(names)}",
+            hint="leave num_labels out, or start from the language model",
+        )
+    if config.class_names and tuple(config.class_names) != names:
+        raise ConfigError(
+            f"label_names are {config.label_names}, and {config.model} has {', '.join(names)}",
+            hint="leave label_names out, or start from the language model",
+        )
+    return Classes(names, (source.config or {}).get("problem_type") == MULTI_LABEL)
