@@ -54,13 +54,11 @@ SLOW = {
     "test_resume_of_another_run_is_refused": ("a training a case", "[0-3]|seed|model"),
     "test_a_signal_ends_the_run_in_progress_too": ("a bench of two processes a case", NONE),
     "test_the_peer_patches_our_model_in_our_loop": ("a bench of four processes", NONE),
-    "test_a_preference_is_learned_offline": ("a training a case", "^dpo-sigmoid$"),
     "test_a_killed_run_ends_with_the_same_weights": (
         "two processes a case",
         "^(precompute-4|model-9|adapter_off-15)$",
     ),
     "test_a_preference_is_learned_offline": ("a training a case", "^(dpo-sigmoid|reward)$"),
-    "test_a_killed_run_ends_with_the_same_weights": ("three processes a case", "^precompute-4$"),
     "test_a_step_is_the_same_in_any_split": (
         "six objectives in six splits",
         "^(all-(4x2|packed)|dpo-(8x1|free)|(weighted|simpo|orpo|cpo)-uneven|orpo-packed)$",

@@ -112,12 +112,12 @@ CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...] = (
         ("tile_tokens", "torch_compile"),
         "a compiled MLP is one graph, which does not run over pieces of tokens; leave "
         "torch_compile out",
-        lambda c: c.tile_size is not None and c.torch_compile is True,
+        lambda c: c.tile_tokens.isdigit() and c.torch_compile is True,
     ),
     (
         ("tile_tokens", "ops"),
         "tile_tokens is for patched MLPs; ops is none",
-        lambda c: c.tile_size is not None and c.ops == "none",
+        lambda c: c.tile_tokens.isdigit() and c.ops == "none",
     ),
     *(
         (
