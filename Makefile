@@ -43,7 +43,7 @@ check: setup
 
 # A dead link, a missing heading or a page that nothing leads to is an error (mkdocs.yml).
 site: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The ops run twice: as torch code, and as Triton kernels in Triton's interpreter.
 test: setup
