@@ -9,6 +9,7 @@ in place of computing them:
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tempfile
@@ -73,6 +74,14 @@ CPO: list[dict[str, Any]] = [
     for alpha in (0.0, 0.25)
     if not (smoothing and name in ("hinge", "ipo"))
 ]
+# Labels of the answers; sign 1 or -1 exchanges model and reference of the mismatched ones.
+KTO: list[dict[str, Any]] = [
+    {"loss_type": name, "labels": labels, "sign": sign, **weights}
+    for name in ("kto", "apo_zero_unpaired")
+    for labels in ([1, 0, 0, 1, 1, 0, 1, 1], [1] * 8, [0] * 8)
+    for sign in (1, -1)
+    for weights in ({}, {"beta": 0.7, "desirable_weight": 1.5, "undesirable_weight": 0.4})
+]
 
 
 def tokens(lengths: list[int], seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -88,7 +97,8 @@ def tokens(lengths: list[int], seed: int, dtype: torch.dtype) -> dict[str, torch
 
 
 def trainer(**options: Any) -> Any:
-    """Return a DPOTrainer of a tiny model."""
+    """Return a DPOTrainer of a tiny model, or a KTOTrainer for its losses."""
+    is_kto = options.get("loss_type") in ("kto", "apo_zero_unpaired")
     vocabulary = {word: i for i, word in enumerate(["a", "b", "c", "<pad>", "<eos>", "<unk>"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -100,7 +110,11 @@ def trainer(**options: Any) -> Any:
         LlamaForCausalLM(LlamaConfig(vocab_size=6, num_attention_heads=2, **sizes)) for _ in "ab"
     )
     rows = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}] * 2)
-    settings = trl.DPOConfig(
+    if is_kto:
+        rows = Dataset.from_list(
+            [{"prompt": "a", "completion": " b", "label": bool(i)} for i in range(2)]
+        )
+    settings = (trl.KTOConfig if is_kto else trl.DPOConfig)(
         output_dir=tempfile.mkdtemp(),
         use_cpu=True,
         bf16=False,
@@ -108,20 +122,21 @@ def trainer(**options: Any) -> Any:
         max_steps=1,
         **options,
     )
-    return trl.DPOTrainer(
+    return (trl.KTOTrainer if is_kto else trl.DPOTrainer)(
         policy, ref_model=reference, args=settings, train_dataset=rows, processing_class=fast
     )
 
 
-def dpo_loss(options: dict[str, Any], drawn: dict[str, torch.Tensor]) -> tuple[float, Any]:
-    """Return the loss, and its gradient in the model's log-probabilities."""
-    model, mask = drawn["model"].clone().requires_grad_(), drawn["mask"]
+def gives(answers: list[torch.Tensor], squares: torch.Tensor, mask: torch.Tensor) -> Any:
+    """Return a forward that gives these log-probabilities, one after the other."""
+    turns = itertools.cycle(answers)
 
-    def gives(logps: torch.Tensor) -> Any:
+    def forward(*_: Any, **__: Any) -> Any:
+        logps = next(turns)
         zeros = torch.zeros_like(logps)
-        return lambda *_, **__: types.SimpleNamespace(
+        return types.SimpleNamespace(
             log_probs=logps,
-            log_sum_sq_probs=drawn["squares"],
+            log_sum_sq_probs=squares,
             label_mask=mask,
             entropy=zeros,
             mean_logits=zeros,
@@ -130,8 +145,47 @@ def dpo_loss(options: dict[str, Any], drawn: dict[str, torch.Tensor]) -> tuple[f
             aux_loss=None,
         )
 
+    return forward
+
+
+def kto_loss(options: dict[str, Any], drawn: dict[str, Any], other: dict[str, Any]) -> Any:
+    """Return the loss, its gradient in the model's log-probabilities, and the metrics."""
+    options = dict(options)
+    labels, sign = options.pop("labels"), options.pop("sign")
+    model, mask = drawn["model"].clone().requires_grad_(), drawn["mask"]
+    mismatched = [other["model"], other["reference"]][::sign]
     one = trainer(**options)
-    one.model.forward, one.ref_model.forward = gives(model), gives(drawn["reference"])
+    # The mismatched answers come first.
+    own = [model, drawn["reference"]]
+    if options["loss_type"] == "kto":
+        answers = [[one, two] for one, two in zip(mismatched, own, strict=True)]
+    else:
+        answers = [[logps] for logps in own]
+    one.model.forward, one.ref_model.forward = (
+        gives(logps, drawn["squares"], mask) for logps in answers
+    )
+    ones = torch.ones(len(mask), mask.shape[1] + 1, dtype=torch.int64)
+    completion = torch.cat((torch.zeros(len(mask), 1, dtype=torch.int64), mask.long()), 1)
+    batch = {"input_ids": ones, "attention_mask": ones, "completion_mask": completion}
+    batch |= {f"KL_{name}": value for name, value in batch.items()}
+    batch["label"] = torch.tensor(labels).bool()
+    loss = one._compute_loss(one.model, batch, False)
+    [gradient] = torch.autograd.grad(loss, model)
+    metrics = {
+        name: values[-1]
+        for name, values in one._metrics["train"].items()
+        if name == "kl" or name.startswith(("rewards/", "logps/"))
+    }
+    return {"loss": loss.item(), "gradient": (gradient * mask).tolist(), "metrics": metrics}
+
+
+def dpo_loss(options: dict[str, Any], drawn: dict[str, torch.Tensor]) -> tuple[float, Any]:
+    """Return the loss, and its gradient in the model's log-probabilities."""
+    model, mask = drawn["model"].clone().requires_grad_(), drawn["mask"]
+    one = trainer(**options)
+    one.model.forward, one.ref_model.forward = (
+        gives([logps], drawn["squares"], mask) for logps in (model, drawn["reference"])
+    )
     ones = torch.ones(len(mask), mask.shape[1] + 1, dtype=torch.int64)
     completion = torch.cat((torch.zeros(len(mask), 1, dtype=torch.int64), mask.long()), 1)
     batch = {"input_ids": ones, "attention_mask": ones, "completion_mask": completion}
@@ -172,6 +226,8 @@ def main() -> None:
     drawn = tokens(LENGTHS, 0, torch.float64)
     means = drawn["model"].sum(1) / drawn["mask"].sum(1)
     chosen, rejected = means.chunk(2)
+    # The reference is less likely on average, so that the KL is above 0.
+    other = tokens(LENGTHS, 2, torch.float64)
 
     def cpo(options: dict[str, Any]) -> Any:
         keys = {"beta": 0.3, "simpo_gamma": 0.5, "cpo_alpha": 1.0, **options}
@@ -187,6 +243,8 @@ def main() -> None:
         "means": means.tolist(),
         "dpo": list(dpo_cases()),
         "cpo": [{"options": one, **by_pair(cpo(one), chosen, rejected)} for one in CPO],
+        "kto_tokens": {name: other[name].tolist() for name in ("model", "reference")},
+        "kto": [{"options": one, **kto_loss(one, drawn, other)} for one in KTO],
         "orpo": by_pair(lambda *x: ORPOTrainer.odds_ratio_loss(orpo, *x)[0], chosen, rejected),
         # The same numbers rounded to float32, and as they were.
         "long": {

@@ -74,6 +74,11 @@ SLOW = {
     "test_a_scored_run_resumes_exactly": ("two trainings a case", "^classify$"),
     "test_a_classifier_of_the_sample_is_right_in_99_of_100": ("a training to the end", NONE),
     "test_a_template_of_scores_trains_on_the_sample": ("a training a case", "^classify$"),
+    "test_kto_starts_at_its_reference_and_resumes_exactly": (
+        "two trainings a case",
+        "^(precompute|stream)$",
+    ),
+    "test_eval_does_not_depend_on_its_batches": ("a training and two evaluations", NONE),
     "test_it_compiles_into_one_graph": ("compiles a graph", NONE),
     "test_a_compiled_model_distills_the_same": ("compiles a model", "^layers$"),
     "test_the_template_trains_and_its_teacher_is_the_model": ("reads the sample", NONE),

@@ -21,8 +21,8 @@ def test_train_config_loads(path):
 
 def test_every_kind_of_training_has_a_file():
     names = {path.stem for path in (CONFIGS / "train").glob("*.yaml")}
-    kinds = {"sft", "full", "pretrain", "eval", "ddp", "fsdp2", "dpo", "orpo", "cpo", "distill"}
-    kinds |= {"reward", "classify"}
+    kinds = {"sft", "full", "pretrain", "eval", "ddp", "fsdp2", "dpo", "orpo", "cpo", "kto"}
+    kinds |= {"distill", "reward", "classify"}
     assert kinds <= names
 
 

@@ -232,7 +232,7 @@ CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...] = (
         ("objective", "text_mode"),
         "text_mode stream is for objectives that learn every token of a text",
         lambda c: (
-            (OBJECTIVES[c.objective].has_pairs or OBJECTIVES[c.objective].has_scores)
+            (OBJECTIVES[c.objective].compares_answers or OBJECTIVES[c.objective].has_scores)
             and c.text_mode == "stream"
         ),
     ),

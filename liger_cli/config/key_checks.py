@@ -132,7 +132,7 @@ class KeyChecks(BaseModel):
         if isinstance(value, str) and (reason := OBJECTIVES_OF_TRL.get(value.lower())):
             why = (
                 f"objective {value} {reason}: use TRL's trainer on a patched model and reference, "
-                "as in docs/preferences.md (kto, grpo and others); objectives here are "
+                "as in docs/preferences.md (grpo and others); objectives here are "
                 f"{', '.join(OBJECTIVES)}"
             )
             raise PydanticCustomError("objective", "{why}", {"why": why})

@@ -55,6 +55,10 @@ def _has_wrong_losses(config: Keys) -> bool:
     return bool(known) and not set(known).issuperset(_losses(config))
 
 
+def _trains_all(key: str, config: Keys) -> bool:
+    return getattr(config, key) in ("all", False)
+
+
 _WEIGHED = frozenset(OBJECTIVES["dpo"].losses) - WHOLE_STEP_LOSSES - {"sft"}
 
 OBJECTIVE_CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...] = (
@@ -78,8 +82,22 @@ OBJECTIVE_CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], 
     ),
     (
         ("loss_type", "objective"),
-        "objective cpo has one loss_type",
-        lambda c: c.objective == "cpo" and len(_losses(c)) > 1,
+        "objectives cpo and kto have one loss_type",
+        lambda c: c.objective in ("cpo", "kto") and len(_losses(c)) > 1,
+    ),
+    (
+        ("desirable_weight", "undesirable_weight"),
+        "with both weights at 0 there is no loss to learn from",
+        lambda c: c.desirable_weight == c.undesirable_weight == 0,
+    ),
+    *(
+        (
+            ("objective", key),
+            f"objective kto scores completions alone, which it also puts behind other prompts; "
+            f"leave {key} out",
+            functools.partial(lambda key, c: c.objective == "kto" and _trains_all(key, c), key),
+        )
+        for key in ("train_on", "completion_only_loss", "assistant_only_loss")
     ),
     (
         ("loss_weights", "loss_type"),
@@ -181,7 +199,10 @@ OBJECTIVE_CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], 
     ),
     (
         ("lora_dropout", "disable_dropout"),
-        "disable_dropout leaves no dropout on pairs; set it to false to train with lora_dropout",
-        lambda c: OBJECTIVES[c.objective].has_pairs and c.disable_dropout and c.lora_dropout > 0,
+        "disable_dropout leaves no dropout on answers that are compared; set it to false to train "
+        "with lora_dropout",
+        lambda c: (
+            OBJECTIVES[c.objective].compares_answers and c.disable_dropout and c.lora_dropout > 0
+        ),
     ),
 )

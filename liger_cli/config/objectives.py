@@ -1,6 +1,6 @@
 """The objectives by name, and the keys and losses that each of them reads.
 
-Names, defaults and meanings are those of TRL's DPOConfig, ORPOConfig and CPOConfig.
+Names, defaults and meanings are those of TRL's DPOConfig, KTOConfig, ORPOConfig and CPOConfig.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 __all__ = [
     "DIVERGENCE_LOSSES",
+    "KTO_METRICS",
     "METRICS",
     "OBJECTIVES",
     "OBJECTIVES_OF_TRL",
@@ -39,6 +40,7 @@ class ObjectiveKeys:
         cpo_alpha: The default of that key.
         metrics: Of an evaluation, beside loss.
         has_pairs: Whether the rows are pairs of a chosen and a rejected answer.
+        is_unpaired: Whether the rows are answers labelled as good or bad.
         has_scores: Whether the model is one of sequence classification, which gives scores of a
             whole text and not of each token.
     """
@@ -50,7 +52,13 @@ class ObjectiveKeys:
     cpo_alpha: float = 1.0
     metrics: tuple[str, ...] = field(default=())
     has_pairs: bool = True
+    is_unpaired: bool = False
     has_scores: bool = False
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether it scores answers, in pairs or not."""
+        return self.has_pairs or self.is_unpaired
 
 
 # Of all that learn from rows of tokens.
@@ -59,6 +67,7 @@ DISTILL_MEANS = ("divergence", "nll_loss")
 # Of all that learn from pairs.
 REWARD_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 METRICS = (*REWARD_METRICS, "logps/chosen", "logps/rejected")
+KTO_METRICS = (*(name for name in METRICS if name != "rewards/accuracies"), "kl")
 # The largest is the best.
 RISING_METRICS = frozenset(METRICS) - {"rewards/rejected", "logps/rejected"} | {
     "token_accuracy",
@@ -72,6 +81,7 @@ _DPO_LOSSES = (
     *("aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
 _CPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo", "alphapo")
+_KTO_LOSSES = ("kto", "apo_zero_unpaired")
 
 # Losses that take label_smoothing, and those of the difference of both rewards, which an
 # f-divergence can replace.
@@ -98,6 +108,7 @@ _DPO = frozenset(
     }
 )
 _CPO = frozenset({"label_smoothing", "cpo_alpha", "alpha"})
+_KTO = frozenset({"desirable_weight", "undesirable_weight"})
 _CHOICE = frozenset({"loss_type"})
 _GAMMA = frozenset({"simpo_gamma"})
 _CLASSES = frozenset({"num_labels", "label_names", "class_weights"})
@@ -127,6 +138,15 @@ OBJECTIVES: Mapping[str, ObjectiveKeys] = {
         cpo_alpha=0.0,
         metrics=(*METRICS, "nll_loss"),
     ),
+    "kto": ObjectiveKeys(
+        "kto",
+        _PAIRS | REFERENCE_KEYS | _KTO | _CHOICE,
+        _KTO_LOSSES,
+        "kto",
+        metrics=KTO_METRICS,
+        has_pairs=False,
+        is_unpaired=True,
+    ),
     "distill": ObjectiveKeys(
         "distill", _DISTILL, metrics=(*TOKEN_METRICS, *DISTILL_MEANS), has_pairs=False
     ),
@@ -154,7 +174,6 @@ OBJECTIVES_OF_TRL = {
         ("grpo", "rloo", "ppo", "online_dpo"), "generates answers and needs a reward for them"
     ),
     "gkd": "generates answers and needs a teacher",
-    **dict.fromkeys(("kto",), "is not there yet"),
 }
 
 

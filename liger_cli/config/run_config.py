@@ -61,6 +61,16 @@ class RunConfig(Keys):
         return int(self.tile_tokens) if self.tile_tokens.isdigit() else None
 
     @property
+    def trains_unpaired(self) -> bool:
+        """Whether the rows are answers labelled as good or bad."""
+        return OBJECTIVES[self.objective].is_unpaired
+
+    @property
+    def takes_kl(self) -> bool:
+        """Whether the loss reads a KL divergence over mismatched answers."""
+        return self.objective == "kto" and "kto" in self.losses
+
+    @property
     def has_scores(self) -> bool:
         """Whether the model is one of sequence classification."""
         return OBJECTIVES[self.objective].has_scores

@@ -1,12 +1,17 @@
-"""Types of keys that a YAML file may also write as a list of names."""
+"""Keys as fields, and types of keys that a YAML file may also write as a list of names."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
-__all__ = ["Names", "Numbers", "Tiles", "Tokens"]
+__all__ = ["Names", "Numbers", "Tiles", "Tokens", "key"]
+
+
+def key(group: str, default: Any, description: str, **limits: Any) -> Any:
+    """Return the field of a key, which pages and --help show in its group."""
+    return Field(default, description=description, json_schema_extra={"group": group}, **limits)
 
 
 def _join_names(value: object) -> object:

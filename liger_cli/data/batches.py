@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from liger_cli.data.class_formats import TARGETS
 from liger_cli.data.encode import IGNORED, WEIGHTS
 from liger_cli.data.packing import answers_of
-from liger_cli.data.pair_formats import FIGURES
+from liger_cli.data.pair_formats import ANSWER_FIGURES
 
 __all__ = [
     "PLACEHOLDER",
@@ -113,8 +113,9 @@ def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
 def placeholder(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a short row without labels, which is computed and counts nothing."""
     ids = answers_of(row)[0]["input_ids"][:2]
-    # A batch has the figures of its pairs or the targets of its rows: there are none here.
-    figures: dict[str, list[float]] = {name: [] for name in (*FIGURES, TARGETS) if name in row}
+    # A batch has the figures of its answers or the targets of its rows: there are none here.
+    names = [name for name in (*ANSWER_FIGURES, TARGETS) if name in row]
+    figures: dict[str, list[float]] = {name: [] for name in names}
     # Every batch of data with weights has them, so that all processes compute alike.
     weights = {WEIGHTS: None} if WEIGHTS in row else {}
     labels = [IGNORED] * len(ids)

@@ -38,7 +38,7 @@ _CODE = (
     *("factory", "files", "formats", "image_parts", "instructions", "makers", "marks"),
     *("messages", "names", "pair_formats", "pair_maker", "rendering", "rows", "samples"),
     *("shown", "sources", "template", "text_stream", "thoughts", "threads", "token_ids"),
-    *("turns", "used", "values"),
+    *("turns", "unpaired_formats", "unpaired_maker", "used", "values"),
 )
 
 

@@ -32,6 +32,8 @@ from liger_cli.data.rows import Record, RowFormat, as_object
 from liger_cli.data.sources import SYNTHETIC_NAME, Source, Split, find_sources
 from liger_cli.data.synthetic import make_synthetic
 from liger_cli.data.text_stream import join_texts
+from liger_cli.data.unpaired_formats import UnpairedFormat
+from liger_cli.data.unpaired_maker import UnpairedMaker, refuse_one_kind
 from liger_cli.data.used import check_names
 from liger_cli.data.workers import map_in_order
 from liger_cli.errors import ConfigError, DataError
@@ -52,7 +54,7 @@ __all__ = [
     "open_source",
 ]
 
-Maker = RowMaker | PairMaker | ClassMaker
+Maker = RowMaker | PairMaker | UnpairedMaker | ClassMaker
 
 # Records that are tokenised at once: enough to keep a tokenizer's threads busy.
 BATCH = 1000
@@ -95,7 +97,8 @@ class Examples:
     """Rows with the columns input_ids and labels, in the order of the source.
 
     Pairs have chosen_input_ids, chosen_labels, rejected_input_ids and rejected_labels, and perhaps
-    margin, ref_chosen_logps and ref_rejected_logps. Rows of classes have targets beside.
+    margin, ref_chosen_logps and ref_rejected_logps. Labelled answers have desirable, 1 or 0, and
+    rows of classes have targets beside.
 
     Args:
         examples: The rows by number: a datasets.Dataset, or what images and mixtures need; or a
@@ -159,7 +162,7 @@ def load_examples(
         datasets,
         split,
         as_stream=options.as_stream,
-        pairs=options.pairs,
+        pairs=options.compares_answers,
         classes=options.classes is not None,
     )
     tokenising = _Tokenising(tokenizer, options, processor, num_proc, notify)
@@ -173,6 +176,8 @@ def load_examples(
         parts.append((entry.path, made.rows, entry.weight))
     if options.pairs:
         check_figures([(name, _figures_of(rows)) for name, rows, _ in parts])
+    if options.unpaired and split == "train":
+        refuse_one_kind(datasets_name(datasets), counts)
     rows, shares = join_sources(parts)
     sources = [source for _, source in found if source]
     return Examples(
@@ -199,7 +204,7 @@ def open_source(
     options: RowOptions,
     entry: DatasetEntry,
 ) -> Maker:
-    """Return a maker of rows, of pairs, or of rows with targets, for the records of a source.
+    """Return a maker of the rows that the options ask for, for the records of a source.
 
     Raises:
         DataError: It has no records, or they are of no format.
@@ -218,6 +223,9 @@ def open_source(
     if options.pairs:
         pairs = PairFormat.find(first, source.folder, entry.naming)
         return PairMaker(pairs, encoder, renderer, options, entry)
+    if options.unpaired:
+        answers = UnpairedFormat.find(first, source.folder, entry.naming)
+        return UnpairedMaker(answers, encoder, renderer, options, entry)
     if options.classes is not None:
         labelled = ClassFormat.find(first, source.folder, entry.naming)
         return ClassMaker(labelled, encoder, renderer, options, entry)
@@ -262,8 +270,11 @@ class _Tokenising:
         maker = open_source(source, self.tokenizer, self.options, entry)
         made = self._rows(source, maker)
         check_names(entry, made.counts, maker.form.name)
-        if self.options.pairs:
-            refuse_same_answers(entry.path, made.counts, self.options.max_length)
+        if self.options.compares_answers:
+            rows_per_pair = 2 if self.options.unpaired else 1
+            refuse_same_answers(
+                entry.path, made.counts, self.options.max_length, rows_per_pair=rows_per_pair
+            )
         if not len(made.rows):
             raise nothing_to_train(entry.path, made.counts, self.options.max_length)
         return made

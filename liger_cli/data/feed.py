@@ -19,6 +19,7 @@ from liger_cli.data.packing import PackedRows
 from liger_cli.data.pair_formats import FIGURES
 from liger_cli.data.pair_maker import PairMaker
 from liger_cli.data.stream import Place, Stream
+from liger_cli.data.unpaired_batches import MismatchedRows
 
 __all__ = ["Feed", "identity", "make_feed", "pair_figures", "plan_batches", "total_steps"]
 
@@ -67,6 +68,8 @@ def identity(examples: Any) -> dict[str, Any]:
     if isinstance(examples, Stream):
         return {"bytes": sum(source.num_bytes for source, _ in examples.sources)}
     rows = examples.rows if isinstance(examples, PackedRows) else examples
+    # Mismatched answers are a function of the rows.
+    rows = rows.rows if isinstance(rows, MismatchedRows) else rows
     found: dict[str, Any] = {"rows": len(rows)}
     if isinstance(rows, Dataset):
         digest = hashlib.sha256()

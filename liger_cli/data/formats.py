@@ -22,6 +22,7 @@ __all__ = [
     "find_format",
     "find_shape",
     "message_weight",
+    "read_truth",
     "row_marks",
 ]
 
@@ -189,7 +190,7 @@ def _mask(content: Mapping[str, Any], name: str, where: str) -> tuple[bool, ...]
     value = content.get(name)
     if not isinstance(value, list) or not value:
         return None
-    marks = [_truth(entry) for entry in value]
+    marks = [read_truth(entry) for entry in value]
     for i, mark in enumerate(marks):
         if mark is None:
             raise _not_allowed(f"{name}[{i}]", "list", value[i], where)
@@ -230,7 +231,7 @@ def _check_spelling(
         if mark == name or name in kinds or value is None or value == "":
             continue
         # A text or a figure under these names is not read, however they are written.
-        if kinds[mark] in ("good", "train?") and _truth(value) is None:
+        if kinds[mark] in ("good", "train?") and read_truth(value) is None:
             continue
         raise DataError(
             f"{where}: {prefix}{name} is {_shown(value)}; the field that says what is trained is "
@@ -251,7 +252,7 @@ def _read(
         value = content.get(name)
         if value is None or value == "":
             continue
-        truth, label = _truth(value), f"{prefix}{name}"
+        truth, label = read_truth(value), f"{prefix}{name}"
         if kind in ("refuse", "list"):
             raise DataError(
                 f"{where}: {label} marks what is trained in a way that is not read here",
@@ -270,8 +271,8 @@ def _read(
             raise DataError(
                 f"{where}: {label} is {_shown(value)}: rows labelled false are examples of bad "
                 "answers, which training would imitate",
-                hint="keep the rows labelled true; a label that means something else takes "
-                "another name",
+                hint="--objective kto learns from good and bad answers; or keep the rows labelled "
+                "true; a label that means something else takes another name",
             )
         yield name, kind, float(not truth if kind == "masked" else truth)
 
@@ -285,8 +286,8 @@ def _weight(value: Any) -> float | None:
     return number if number == 0 or _MIN_WEIGHT <= number <= _MAX_WEIGHT else None
 
 
-def _truth(value: Any) -> bool | None:
-    """True or false; tables such as CSV have them as text."""
+def read_truth(value: Any) -> bool | None:
+    """Return true or false, which tables such as CSV have as text; None for anything else."""
     if isinstance(value, str):
         return _WORDS.get(value.strip().lower())
     return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None

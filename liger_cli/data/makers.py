@@ -40,6 +40,7 @@ class RowOptions:
         reasoning: The same.
         as_stream: The texts are one stream of tokens, in rows of max_length.
         pairs: Rows are pairs of a chosen and a rejected answer.
+        unpaired: Rows are answers labelled as good or bad.
         distills: A teacher computes the distributions that are learned, and none is stored.
         classes: Rows are texts with a label, which is one of these; None: they are not.
     """
@@ -54,6 +55,7 @@ class RowOptions:
     reasoning: Reasoning | None = None
     as_stream: bool = False
     pairs: bool = False
+    unpaired: bool = False
     distills: bool = False
     classes: Classes | None = None
 
@@ -62,6 +64,11 @@ class RowOptions:
             raise ConfigError(
                 f"max_length is {self.max_length}; at least 2, since a token predicts the next"
             )
+
+    @property
+    def compares_answers(self) -> bool:
+        """Whether answers are compared, in pairs or not."""
+        return self.pairs or self.unpaired
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,12 @@ from transformers import masking_utils
 
 from liger_cli.data.class_formats import TARGETS
 from liger_cli.data.encode import WEIGHTS, default_weights
-from liger_cli.data.pair_formats import ANSWERS, FIGURES
+from liger_cli.data.pair_formats import ANSWER_FIGURES, ANSWERS, DESIRABLE
 from liger_cli.errors import ConfigError
 from liger_kernels.transformers.wrappers import forward_takes, inner_model, output_head
 
 __all__ = [
+    "MISMATCHED",
     "PackedRows",
     "Strategy",
     "answer_lengths",
@@ -34,6 +35,7 @@ __all__ = [
     "check_packed",
     "document_lengths",
     "join_rows",
+    "mismatched_of",
     "pack",
     "pack_lengths",
     "packing_problem",
@@ -43,6 +45,9 @@ __all__ = [
 ]
 
 Strategy = Literal["bfd", "sequential"]
+
+# Before the names of the columns of another row's answer behind the prompt of a row.
+MISMATCHED = "kl_"
 
 # Layers whose every token sees all or the nearest tokens before it; others carry a state.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
@@ -120,8 +125,9 @@ def weights_of(row: Mapping[str, Any]) -> Sequence[float]:
 def join_rows(documents: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Return one row of input_ids, labels and position_ids, which restart at each document.
 
-    One of pairs also has answer_ids, the number of the answer of each token, and lists of what
-    else a pair has; one of rows with targets has a list of them.
+    One of pairs or of labelled answers also has answer_ids, the number of the answer of each token,
+    and lists of what else they have; and the same, prefixed, of their mismatched answers. One of
+    rows with targets has a list of them.
     """
     row: dict[str, list[Any]] = {"input_ids": [], "labels": [], "position_ids": []}
     answers = [answer for document in documents for answer in answers_of(document)]
@@ -133,12 +139,28 @@ def join_rows(documents: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         row[WEIGHTS] = [weight for answer in answers for weight in weights_of(answer)]
     if TARGETS in documents[0]:
         row[TARGETS] = [document[TARGETS] for document in documents]
-    if len(answers) > len(documents):
-        row["answer_ids"] = [n for n, one in enumerate(answers) for _ in one["input_ids"]]
-        for name in FIGURES:
-            if name in documents[0]:
-                row[name] = [document[name] for document in documents]
+    if len(answers) > len(documents) or DESIRABLE in documents[0]:
+        row |= _answer_columns(answers, documents)
+    others = [other for document in documents if (other := mismatched_of(document))]
+    if others:
+        joined = {**join_rows(others), **_answer_columns(others, others)}
+        row |= {f"{MISMATCHED}{name}": values for name, values in joined.items()}
     return row
+
+
+def _answer_columns(
+    answers: Sequence[Mapping[str, Any]], owners: Sequence[Mapping[str, Any]]
+) -> dict[str, list[Any]]:
+    """Return the number of the answer of each token, and the figures of what has the answers."""
+    numbers = [n for n, one in enumerate(answers) for _ in one["input_ids"]]
+    names = [name for name in ANSWER_FIGURES if name in owners[0]]
+    return {"answer_ids": numbers} | {name: [one[name] for one in owners] for name in names}
+
+
+def mismatched_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the mismatched answer of a row, or of packed rows; empty where there is none."""
+    prefix = MISMATCHED
+    return {name[len(prefix) :]: row[name] for name in row if name.startswith(prefix)}
 
 
 def document_lengths(position_ids: torch.Tensor) -> dict[str, Any]:
@@ -160,9 +182,14 @@ def document_lengths(position_ids: torch.Tensor) -> dict[str, Any]:
 
 
 def row_lengths(rows: Any) -> np.ndarray[Any, Any]:
-    """Return the tokens of each row of a datasets.Dataset, (N,), or of each answer, (N, 2)."""
+    """Return the tokens of each row of a datasets.Dataset, (N,), or of each answer, (N, 2).
+
+    Rows with mismatched answers say it themselves.
+    """
     import pyarrow.compute
 
+    if (lengths := getattr(rows, "lengths", None)) is not None:
+        return np.asarray(lengths)
     names = [name for name in rows.column_names if name.endswith("input_ids")]
     parts = [
         np.stack([pyarrow.compute.list_value_length(batch[name]).to_numpy() for name in names], 1)

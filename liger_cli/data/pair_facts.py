@@ -1,25 +1,27 @@
-"""Pairs that say the same or the contrary of each other."""
+"""Pairs, and labelled answers, that say the same or the contrary of each other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["PairFacts", "compare_pairs"]
+from liger_cli.data.pair_formats import DESIRABLE
 
-_COLUMNS = ["chosen_input_ids", "rejected_input_ids"]
+__all__ = ["PairFacts", "compare_answers", "compare_pairs"]
+
 # Places that are named.
 _MAX_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class PairFacts:
-    """Repetitions and contradictions in the pairs of a dataset.
+    """Repetitions and contradictions in the pairs, or the labelled answers, of a dataset.
 
     Args:
         repeated: Pairs that were there before, with their prompt.
-        contradicting: Pairs of which another prefers the answer that they reject.
+        contradicting: Pairs of which another prefers the answer that they reject, or answers that
+            another row labels otherwise.
         places: The numbers, from 1 on, of some that contradict each other.
     """
 
@@ -34,23 +36,45 @@ def compare_pairs(rows: Any) -> PairFacts:
     Args:
         rows: Tokenised pairs: a datasets.Dataset or a list.
     """
-    # The first number of each pair; hashes, since the ids would be in memory twice.
-    first: dict[tuple[int, int], int] = {}
-    numbers: list[tuple[int, int]] = []
-    for chosen, rejected in _answers(rows):
-        numbers.append((hash(chosen), hash(rejected)))
-        first.setdefault(numbers[-1], len(numbers))
+    # Hashes, since the ids would be in memory twice.
+    pairs = (
+        (hash(tuple(chosen)), hash(tuple(rejected)))
+        for chosen, rejected in _columns(rows, ["chosen_input_ids", "rejected_input_ids"])
+    )
+    return _compare((pair, pair[::-1]) for pair in pairs)
+
+
+def compare_answers(rows: Any) -> PairFacts:
+    """Return how many labelled answers repeat or contradict another, by their token ids.
+
+    Args:
+        rows: Tokenised answers with labels: a datasets.Dataset or a list.
+    """
+    answers = ((hash(tuple(ids)), good) for ids, good in _columns(rows, ["input_ids", DESIRABLE]))
+    return _compare(((ids, good), (ids, 1 - good)) for ids, good in answers)
+
+
+def _compare(keys: Iterable[tuple[Hashable, Hashable]]) -> PairFacts:
+    """Compare keys, each given with the key of the contrary."""
+    # The first number of each key.
+    first: dict[Hashable, int] = {}
+    contraries: list[Hashable] = []
+    for number, (key, contrary) in enumerate(keys, 1):
+        first.setdefault(key, number)
+        contraries.append(contrary)
     opposed = [
-        (number, first[key[::-1]]) for number, key in enumerate(numbers, 1) if key[::-1] in first
+        (number, first[contrary])
+        for number, contrary in enumerate(contraries, 1)
+        if contrary in first
     ]
-    places = dict.fromkeys((min(pair), max(pair)) for pair in opposed)
-    return PairFacts(len(numbers) - len(first), len(opposed), tuple(places)[:_MAX_SHOWN])
+    places = dict.fromkeys((min(two), max(two)) for two in opposed)
+    return PairFacts(len(contraries) - len(first), len(opposed), tuple(places)[:_MAX_SHOWN])
 
 
-def _answers(rows: Any) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _columns(rows: Any, names: list[str]) -> Iterator[tuple[Any, ...]]:
+    """Yield the values of some columns, row by row."""
     if not hasattr(rows, "select_columns"):
-        yield from ((tuple(row[_COLUMNS[0]]), tuple(row[_COLUMNS[1]])) for row in rows)
+        yield from (tuple(row[name] for name in names) for row in rows)
         return
-    for batch in rows.select_columns(_COLUMNS).with_format("arrow").iter(1000):
-        chosen, rejected = (batch[name].to_pylist() for name in _COLUMNS)
-        yield from zip(map(tuple, chosen), map(tuple, rejected), strict=True)
+    for batch in rows.select_columns(names).with_format("arrow").iter(1000):
+        yield from zip(*(batch[name].to_pylist() for name in names), strict=True)

@@ -24,11 +24,15 @@ from liger_cli.data.rows import Record, Row, as_object, make_row, only_last, wit
 from liger_cli.data.values import describe
 from liger_cli.errors import DataError
 
-__all__ = ["ANSWERS", "FIGURES", "Pair", "PairFormat"]
+__all__ = ["ANSWERS", "ANSWER_FIGURES", "DESIRABLE", "FIGURES", "Pair", "PairFormat"]
 
 ANSWERS = ("chosen", "rejected")
 # Numbers of a pair, which objectives read.
 FIGURES = ("margin", "ref_chosen_logps", "ref_rejected_logps")
+# Of an answer in no pair, 1 where it is labelled good and 0 where it is bad.
+DESIRABLE = "desirable"
+# Numbers of pairs, and of answers in no pair.
+ANSWER_FIGURES = (*FIGURES, DESIRABLE, "ref_logps")
 
 _LARGEST = 1e300
 # They say of one answer whether it is good, and nothing of two.
@@ -314,6 +318,8 @@ def _advice(content: Mapping[str, Any]) -> str | None:
         return f"columns names it, ours to theirs: --columns {other}=X"
     if advice := delimiter_advice(list(content)):
         return advice
+    if {"label", "kto_tag"} & set(content):
+        return "--objective kto learns from answers with a label"
     if form := find_format(content):
         return f"--objective sft trains on rows of {form}"
     return layout_hint(content) or (

@@ -20,7 +20,7 @@ from liger_cli.errors import DataError
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["PairMaker", "check_figures", "refuse_same_answers"]
+__all__ = ["SAME", "SAME_CUT", "PairMaker", "check_figures", "refuse_same_answers"]
 
 SAME = "pairs left out: chosen and rejected are the same"
 SAME_CUT = "pairs left out: chosen and rejected are the same within max_length"
@@ -108,17 +108,20 @@ def check_figures(sources: Sequence[tuple[str, tuple[str, ...]]]) -> None:
             )
 
 
-def refuse_same_answers(name: str, counts: Counts, max_length: int, at_least: int = 1) -> None:
+def refuse_same_answers(
+    name: str, counts: Counts, max_length: int, at_least: int = 1, *, rows_per_pair: int = 1
+) -> None:
     """Refuse data in which more than half of the pairs have the same answer twice.
 
     Args:
         at_least: Pairs that must have been read for that.
+        rows_per_pair: Two where both answers of a pair are counted.
 
     Raises:
         DataError: They do.
     """
     same, same_cut = counts.left_out.get(SAME, 0), counts.left_out.get(SAME_CUT, 0)
-    num_read = counts.rows + counts.dropped_rows + same + same_cut
+    num_read = (counts.rows + counts.dropped_rows) // rows_per_pair + same + same_cut
     if num_read >= at_least and 2 * (same + same_cut) > num_read:
         raise DataError(
             f"{name}: in {same + same_cut} of {num_read} pairs chosen and rejected are the same"

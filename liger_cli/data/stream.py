@@ -36,6 +36,8 @@ from liger_cli.data.pair_maker import PairMaker, check_figures, refuse_same_answ
 from liger_cli.data.rows import Record
 from liger_cli.data.sources import SYNTHETIC_NAME, Source, find_sources
 from liger_cli.data.text_stream import join_texts
+from liger_cli.data.unpaired_batches import mismatch, one_prompt
+from liger_cli.data.unpaired_maker import UnpairedMaker, refuse_one_kind
 from liger_cli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -86,6 +88,8 @@ class Stream:
         seed: Of the order within blocks.
         counts: Of the rows that were given out, and those of their block.
         packing: How the rows of a block are packed, if they are.
+        mismatches: Whether the rows of a block get mismatched answers; a later block whose rows
+            have one prompt, such as a last row, gets none.
     """
 
     sources: Sequence[tuple[Source, Maker]]
@@ -95,6 +99,7 @@ class Stream:
     max_length: int
     packing: Strategy | None
     counts: Counts
+    mismatches: bool = False
 
     @property
     def name(self) -> str:
@@ -119,17 +124,29 @@ class Stream:
                 begin, rows, counts = ahead.result()
                 ahead = thread.submit(blocks.next)
                 if begin.block == 0 and begin.epoch > place.epoch:
-                    refuse_same_answers(self.name, self.counts, self.max_length)
+                    self._refuse_same(1)
+                    if self._is_unpaired:
+                        refuse_one_kind(self.name, self.counts)
                     if not has_rows:
                         raise nothing_to_train(self.name, self.counts, self.max_length)
                     has_rows = False
                 self.counts.add(counts)
-                refuse_same_answers(self.name, self.counts, self.max_length, BATCH)
+                self._refuse_same(BATCH)
                 has_rows = has_rows or bool(rows)
                 for number, row in enumerate(rows):
                     if number >= skip:
                         yield StreamRow(row, begin.epoch, replace(begin, used=number + 1))
                 skip = 0
+
+    @property
+    def _is_unpaired(self) -> bool:
+        return isinstance(self.sources[0][1], UnpairedMaker)
+
+    def _refuse_same(self, at_least: int) -> None:
+        rows_per_pair = 2 if self._is_unpaired else 1
+        refuse_same_answers(
+            self.name, self.counts, self.max_length, at_least, rows_per_pair=rows_per_pair
+        )
 
 
 class _Blocks:
@@ -163,8 +180,14 @@ class _Blocks:
                 raise DataError(f"{image.where}: images are not streamed") from None
         self._counts.add(counts)
         self._place = self._after(begin, reached, is_end)
+        mismatched = mismatch(rows, stream.max_length) if stream.mismatches and rows else None
+        if mismatched is not None:
+            rows = [mismatched[i] for i in range(len(rows))]
+        elif stream.mismatches and rows and begin.block == 0:
+            raise one_prompt(f"{stream.name}, its first shuffle_buffer_size rows", rows)
         if stream.packing is not None:
             lengths = np.asarray([answer_lengths(row) for row in rows])
+            lengths = lengths if mismatched is None else mismatched.lengths
             packs, _ = pack_lengths(lengths, stream.max_length, stream.packing)
             rows = [join_rows([rows[document] for document in one]) for one in packs]
         # Hashed, since a generator of torch looks at 32 bits of its seed.
@@ -218,6 +241,7 @@ def open_stream(
     buffer_size: int,
     seed: int,
     packing: Strategy | None = None,
+    mismatches: bool = False,
 ) -> Examples:
     """Return examples whose rows are a Stream.
 
@@ -226,11 +250,14 @@ def open_stream(
         tokenizer: Of the model.
         buffer_size: Records that are shuffled, and packed, at a time.
         seed: Of the order.
+        packing, mismatches: As Stream has them.
 
     Raises:
         LigerError: As load_examples.
     """
-    parts = find_sources(datasets, streaming=True, as_stream=options.as_stream, pairs=options.pairs)
+    parts = find_sources(
+        datasets, streaming=True, as_stream=options.as_stream, pairs=options.compares_answers
+    )
     sources = [(entry, source) for entry, source in parts if source is not None]
     if tokenizer is None or len(sources) < len(parts):
         raise ConfigError(f"streaming: {SYNTHETIC_NAME} data are made and not read")
@@ -239,7 +266,9 @@ def open_stream(
     given = [entry.weight for entry, _ in parts]
     weights = [] if not any(given) else [1.0 if weight is None else weight for weight in given]
     counts = Counts()
-    stream = Stream(made, weights, buffer_size, seed, options.max_length, packing, counts)
+    stream = Stream(
+        made, weights, buffer_size, seed, options.max_length, packing, counts, mismatches
+    )
     licences = [source.licence for _, source in sources if source.licence]
     notes = tuple(source.note for _, source in sources if source.note)
     return Examples(stream, counts, datasets_name(datasets), join_licences(licences), notes)

@@ -11,7 +11,8 @@ from liger_cli.data.class_formats import TARGETS, Classes
 from liger_cli.data.class_maker import scored_at_end
 from liger_cli.data.encode import IGNORED
 from liger_cli.data.makers import RowOptions, ids_table
-from liger_cli.data.pair_formats import ANSWERS
+from liger_cli.data.pair_formats import ANSWERS, DESIRABLE
+from liger_cli.data.unpaired_maker import GOOD
 
 if TYPE_CHECKING:
     import pyarrow
@@ -24,7 +25,7 @@ _MOST_TOKENS, _LEAST_ROWS = 1 << 25, 16
 
 
 def make_synthetic(split: str, options: RowOptions, seed: int) -> Tokenised:
-    """Return random rows; of pairs the first half of both answers is their prompt."""
+    """Return random rows; the first half of answers is their prompt, and every other is good."""
     length = options.max_length
     num_rows = min(_NUM_ROWS[split], max(_LEAST_ROWS, _MOST_TOKENS // length))
     # Even and odd: no seed gives the rows of one split as those of the other.
@@ -33,7 +34,7 @@ def make_synthetic(split: str, options: RowOptions, seed: int) -> Tokenised:
     def draw(num_tokens: int) -> torch.Tensor:
         return torch.randint(options.vocab_size, (num_rows, num_tokens), generator=generator)
 
-    num_prompt = length // 2 if options.pairs else 0
+    num_prompt = length // 2 if options.compares_answers else 0
     prompt = draw(num_prompt)
     columns: dict[str, list[list[int]]] = {}
     for prefix in (f"{answer}_" for answer in ANSWERS) if options.pairs else ("",):
@@ -48,9 +49,22 @@ def make_synthetic(split: str, options: RowOptions, seed: int) -> Tokenised:
         trained_tokens=num_answers * num_rows * (length - max(1, num_prompt)),
     )
     table = ids_table(columns)
+    if options.unpaired:
+        table = _with_labels(table, counts)
     if (classes := options.classes) is not None:
         table, counts = _with_targets(table, classes, length, generator)
     return cached({}, lambda: [(table, counts)], keep=False)
+
+
+def _with_labels(table: pyarrow.Table, counts: Counts) -> pyarrow.Table:
+    """Return answers of which every other is good, from the first, and count both kinds."""
+    import pyarrow
+
+    num_rows = len(table)
+    num_bad = num_rows // 2
+    counts.add_left_out({GOOD[True]: num_rows - num_bad, GOOD[False]: num_bad})
+    is_good = pyarrow.array([1 - row % 2 for row in range(num_rows)], pyarrow.int8())
+    return table.append_column(DESIRABLE, is_good)
 
 
 def _with_targets(

@@ -12,6 +12,7 @@ from liger_cli.common.numbers import format_bytes, format_count
 from liger_cli.report.bench import comparisons
 from liger_cli.report.plots import Chart
 from liger_cli.report.values import Arm, RunReport
+from liger_cli.training.eval_result import logged_name
 
 __all__ = [
     "NUM_COLORS",
@@ -346,16 +347,18 @@ def _by_set(
 def _preference_charts(
     steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
 ) -> list[Curves]:
-    """Return rewards of pairs over the steps of a run, and in its evaluations."""
+    """Return rewards of answers over the steps of a run, and in its evaluations."""
     charts = []
     for title, keys in (
         ("Reward accuracy", ("rewards/accuracies",)),
         ("Rewards", ("rewards/chosen", "rewards/rejected", "rewards/margins")),
         ("Log-probability of answers", ("logps/chosen", "logps/rejected")),
+        ("KL from the reference", ("kl",)),
     ):
         lines = {key.rpartition("/")[2]: _column(steps, key) for key in keys}
         lines |= {
-            f"{key.rpartition('/')[2]}, evaluation": _column(evaluations, key) for key in keys
+            f"{key.rpartition('/')[2]}, evaluation": _column(evaluations, logged_name(key))
+            for key in keys
         }
         charts.append(Curves("step", title.lower(), _used(lines), title=title))
     return charts

@@ -47,7 +47,7 @@ class RowPreview:
     Args:
         listed: Each token, where that was asked for.
         answer: chosen or rejected, of a pair, which has a row for both.
-        figures: Margin and log-probabilities of a pair, where it has them.
+        figures: Margin and log-probabilities of a pair, where it has them; the label of an answer.
         weights: Of the loss of each token, where some are neither 0 nor 1.
         labels: The classes of the row; the last token is scored.
     """
@@ -95,6 +95,7 @@ class DataPreview:
         lengths: min, median, mean, p95 and max of the tokens of a row.
         template: The chat template; None where the tokenizer has none.
         pairs: Repetitions and contradictions of pairs; None of other rows.
+        labelled: The same of labelled answers.
     """
 
     name: str
@@ -109,12 +110,13 @@ class DataPreview:
     rows: tuple[RowPreview, ...]
     first_row: int = 1
     pairs: PairFacts | None = None
+    labelled: PairFacts | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
         content = {"command": "data preview", **asdict(self)}
         for part in (content, *content["rows"]):
-            for name in ("listed", "answer", "figures", "weights", "labels", "pairs"):
+            for name in ("listed", "answer", "figures", "weights", "labels", "pairs", "labelled"):
                 if part.get(name, ...) is None:
                     del part[name]
         return content
@@ -162,9 +164,13 @@ def _heading(number: int, row: RowPreview, preview: DataPreview) -> str:
     if row.labels is not None:
         shown = ", ".join(map(printable, row.labels)) or "none"
         return f"row {preview.first_row + number}: {row.tokens} tokens; label {shown}"
+    figures = [
+        f"{name} {str(value).lower() if isinstance(value, bool) else f'{value:g}'}"
+        for name, value in (row.figures or {}).items()
+    ]
     if row.answer is None:
-        return f"row {preview.first_row + number}: {share.format('trained on')}"
-    figures = [f"{name} {value:g}" for name, value in (row.figures or {}).items()]
+        shown = f"row {preview.first_row + number}: {share.format('trained on')}"
+        return "; ".join([shown, *figures])
     place = f"pair {preview.first_row + number // 2}, {row.answer}"
     return "; ".join([f"{place}: {share.format('scored')}", *figures])
 
@@ -218,22 +224,23 @@ def _figures(preview: DataPreview) -> list[str]:
         )
         + f"({_percent(stats.dropped_rows, read)})",
         *(f"{format_count(number)} {name}" for name, number in stats.left_out.items()),
-        *_pair_lines(preview.pairs),
+        *_pair_lines(preview.pairs, "pairs", "with chosen and rejected exchanged"),
+        *_pair_lines(preview.labelled, "answers", "with the other label"),
         f"tokens of {'a row' if preview.pairs is None else 'an answer, with its prompt'}: "
         + ", ".join(f"{name} {format_count(value)}" for name, value in lengths.items()),
     ]
 
 
-def _pair_lines(facts: PairFacts | None) -> list[str]:
-    """Return the lines on pairs that repeat or contradict each other."""
+def _pair_lines(facts: PairFacts | None, what: str, contrary: str) -> list[str]:
+    """Return the lines on pairs or answers that repeat or contradict each other."""
     if facts is None:
         return []
-    lines = [f"{format_count(facts.repeated)} pairs are there twice"] if facts.repeated else []
+    lines = [f"{format_count(facts.repeated)} {what} are there twice"] if facts.repeated else []
     if facts.contradicting:
         places = ", ".join(f"{one} and {other}" for one, other in facts.places)
         lines.append(
-            f"warning: {format_count(facts.contradicting)} pairs are there with chosen and "
-            f"rejected exchanged too: {places}"
+            f"warning: {format_count(facts.contradicting)} {what} are there {contrary} too: "
+            f"{places}"
         )
     return lines
 

@@ -95,6 +95,8 @@ def _words(part: EvalPart) -> dict[str, str]:
             words[key] = _figure(value)
     if part.pairs is not None:
         words["pairs"] = format_count(part.pairs)
+    if part.answers is not None:
+        words["answers"] = format_count(part.answers)
     if part.rows is not None:
         words["rows"] = format_count(part.rows)
     if part.tokens is not None:

@@ -213,6 +213,9 @@ def _eval_tiles(part: EvalPart) -> list[Tile]:
     if (accuracy := part.means.get("rewards/accuracies")) is not None:
         pairs = f"of {format_count(part.pairs or 0)} pairs the chosen answer has the larger reward"
         tiles.append(Tile("Reward accuracy", f"{accuracy:.1%}", pairs))
+    if part.answers is not None and (margin := part.means.get("rewards/margins")) is not None:
+        answers = f"of {format_count(part.answers)} answers, between good and bad ones"
+        tiles.append(Tile("Reward margin", f"{margin:.4g}", answers))
     if (accuracy := part.means.get("accuracy")) is not None:
         rows = f"of {format_count(part.rows or 0)} rows have the right class"
         tiles.append(Tile("Accuracy", f"{accuracy:.1%}", rows))

@@ -148,11 +148,11 @@ class AttentionPart(_Part):
 
 
 class EvalPart(_Part):
-    """Evaluation over all tokens with a label, all pairs or all rows with a class.
+    """Evaluation over all tokens with a label, all pairs, labelled answers or rows with a class.
 
-    entropy is in nats a token. Of pairs there are TRL's names beside, such as rewards/accuracies;
-    of rows accuracy, f1 and f1/NAME, and the rows of each class by what they are said to be
-    (confusion), in the order of the f1/NAME.
+    entropy is in nats a token. Of pairs and answers there are TRL's names beside, such as
+    rewards/margins; of rows accuracy, f1 and f1/NAME, and the rows of each class by what they are
+    said to be (confusion), in the order of the f1/NAME.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -164,12 +164,13 @@ class EvalPart(_Part):
     entropy: Finite = None
     tokens: int | None = None
     pairs: int | None = None
+    answers: int | None = None
     rows: int | None = None
     confusion: list[list[int]] | None = None
 
     @property
     def means(self) -> dict[str, float | None]:
-        """The means over pairs or rows, by name."""
+        """The means over pairs, answers or rows, by name."""
         return dict(self.__pydantic_extra__)
 
     @model_serializer(mode="wrap")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,14 +12,19 @@ from liger_cli.config.objectives import OBJECTIVES, PAIR_MEANS
 __all__ = ["EvalResult", "logged_name", "plain_name", "required_names"]
 
 FIGURES = ("loss", "perplexity", "token_accuracy", "entropy", "tokens")
-_PAIR_FIGURES = ("loss", "tokens", "pairs")
-_CLASS_FIGURES = ("loss", "rows")
-_COUNTS = ("tokens", "pairs", "rows")
+# What there is beside means, by what is counted where that is not tokens alone: pairs, answers that
+# are in none, or rows with a class.
+_COUNTED = {
+    "pairs": ("loss", "tokens", "pairs"),
+    "answers": ("loss", "tokens", "answers"),
+    "rows": ("loss", "rows"),
+}
+_COUNTS = ("tokens", *_COUNTED)
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Means over `tokens` tokens with a label, over `pairs` pairs, or over `rows` with a class.
+    """Means over `tokens` tokens with a label, `pairs` pairs, `answers` answers, or `rows` rows.
 
     Attributes:
         perplexity: None of pairs.
@@ -28,9 +33,10 @@ class EvalResult:
             not one cross-entropy of these tokens.
         sets: The same for each evaluation set, where there are several with names.
         pairs: None where the data are no pairs.
+        answers: None where the data are no labelled answers.
         rows: None where the rows have no classes.
-        means: Of pairs, by TRL's names, such as rewards/accuracies; of rows accuracy, f1, the mean
-            of those of the classes, and f1/NAME of each.
+        means: Of pairs and answers, by TRL's names, such as rewards/margins; of rows accuracy, f1,
+            the mean of those of the classes, and f1/NAME of each.
         confusion: How many rows of each class are said to have each class, (C, C), in the order
             of the f1/NAME; None where there are many classes, or a row has several.
     """
@@ -42,14 +48,14 @@ class EvalResult:
     tokens: int = 0
     sets: Mapping[str, EvalResult] = field(default_factory=dict)
     pairs: int | None = None
+    answers: int | None = None
     rows: int | None = None
     confusion: list[list[int]] | None = None
     means: Mapping[str, float] = field(default_factory=dict)
 
     def figures(self) -> dict[str, Any]:
         """Return the numbers of all sets together, by name."""
-        names: tuple[str, ...] = FIGURES if self.pairs is None else _PAIR_FIGURES
-        names = names if self.rows is None else _CLASS_FIGURES
+        names = _figures([name for name in _COUNTED if getattr(self, name) is not None])
         return {**{name: getattr(self, name) for name in names}, **self.means}
 
     def by_name(self) -> dict[str, Any]:
@@ -78,7 +84,7 @@ class EvalResult:
     @classmethod
     def from_names(cls, values: Mapping[str, Any]) -> EvalResult:
         """Return the result whose logged these values are; a null is NaN."""
-        figures = _figures_of(values, "")
+        figures = _figures(values)
         names = [key.removesuffix("_loss") for key in values if key.endswith("_loss")]
         # A name that only ends like that of a figure is not a set's.
         known = [n for n in names if all(f"{n}_{figure}" in values for figure in figures)]
@@ -87,7 +93,7 @@ class EvalResult:
 
     @classmethod
     def _from_names(cls, values: Mapping[str, Any], prefix: str) -> EvalResult:
-        names = _figures_of(values, prefix)
+        names = _figures(values, prefix)
         figures = {name: values[f"{prefix}{name}"] for name in names}
         of_classes = [key for key in values if key.startswith(f"{prefix}f1/")]
         means = {
@@ -104,17 +110,17 @@ class EvalResult:
         return cls(**figures | missing | counts, means=means, confusion=table)
 
 
-def _figures_of(values: Mapping[str, Any], prefix: str) -> tuple[str, ...]:
-    """Return the names of the figures of an evaluation whose numbers these are."""
-    kinds = {"pairs": _PAIR_FIGURES, "rows": _CLASS_FIGURES}
-    return next((names for key, names in kinds.items() if f"{prefix}{key}" in values), FIGURES)
+def _figures(names: Container[str], prefix: str = "") -> tuple[str, ...]:
+    """Return the names of the figures of an evaluation that has these names among others."""
+    found = (figures for count, figures in _COUNTED.items() if f"{prefix}{count}" in names)
+    return next(found, FIGURES)
 
 
 def required_names(objective: str) -> tuple[str, ...]:
     """Return the names that a line of eval.jsonl has of an objective, beside step."""
     keys = OBJECTIVES[objective]
-    figures = _CLASS_FIGURES if keys.has_scores else FIGURES
-    names = (*(_PAIR_FIGURES if keys.has_pairs else figures), *keys.metrics)
+    has = {"pairs": keys.has_pairs, "answers": keys.is_unpaired, "rows": keys.has_scores}
+    names = (*_figures([name for name in _COUNTED if has[name]]), *keys.metrics)
     return tuple(map(logged_name, dict.fromkeys(names)))
 
 

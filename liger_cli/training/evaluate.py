@@ -17,7 +17,7 @@ from liger_cli.training.checkpoints.random_state import kept_random_state
 from liger_cli.training.eval_result import EvalResult
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.memory.limits import evaluation_out_of_memory
-from liger_cli.training.objectives.objective import Evaluation, Objective
+from liger_cli.training.objectives.objective import Evaluation, Objective, TwoPassEvaluation
 
 __all__ = ["evaluate", "evaluate_inputs"]
 
@@ -122,16 +122,29 @@ class _SumsOf:
         self._on_batch = on_batch
 
     def __call__(self, examples: Any, record: Any) -> torch.Tensor:
+        if isinstance(self._evaluation, TwoPassEvaluation):
+            first = self._evaluation.first_sums, self._evaluation.num_first_sums
+            self._evaluation.begin(self._pass(examples, None, *first))
+        return self._pass(examples, record, self._evaluation.sums, self._evaluation.num_sums)
+
+    def _pass(
+        self,
+        examples: Any,
+        record: Any,
+        sums_of: Callable[[Any], torch.Tensor],
+        num_sums: int,
+    ) -> torch.Tensor:
+        """Return sums over all batches and processes."""
         accelerator, size = self._accelerator, self._batch_size
         rows = range(accelerator.process_index, len(examples), accelerator.num_processes)
         # Every process runs as many batches: each takes part in the collectives of all.
         most = math.ceil(len(examples) / accelerator.num_processes)
         windows = [[list(rows[i : i + size]) or [PLACEHOLDER]] for i in range(0, most, size)]
-        sums = torch.zeros(self._evaluation.num_sums, dtype=torch.float64)
+        sums = torch.zeros(num_sums, dtype=torch.float64)
         for i, [batch] in enumerate(load_windows(examples, iter(windows), self._collator)):
             is_counted = record is not None and i == 0
             with record.count_calls() if is_counted else contextlib.nullcontext():
-                sums += self._evaluation.sums(batch)
+                sums += sums_of(batch)
             if self._on_batch is not None:
                 self._on_batch()
         if accelerator.num_processes > 1:

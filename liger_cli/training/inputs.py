@@ -28,6 +28,12 @@ from liger_cli.data.pair_batches import PairCollator
 from liger_cli.data.samples import SAMPLE_NAME
 from liger_cli.data.sources import SYNTHETIC_NAME, Split
 from liger_cli.data.stream import open_stream
+from liger_cli.data.unpaired_batches import (
+    MismatchedRows,
+    UnpairedCollator,
+    mismatch,
+    one_prompt,
+)
 from liger_cli.errors import ConfigError, DataError, LigerError
 from liger_cli.training.attention import (
     AttentionPlan,
@@ -65,7 +71,7 @@ class Inputs:
     source: ModelSource
     meta_model: Any
     preprocessing: Preprocessing
-    collator: Collator | PairCollator | ClassCollator
+    collator: Collator | PairCollator | UnpairedCollator | ClassCollator
     data: Examples
     train: Any
     eval: dict[str, Any]
@@ -128,6 +134,10 @@ def load_inputs(
     limit = config.max_eval_samples
     eval_rows = {name: _at_most(limit, rows) for name, rows in eval_rows.items()}
     lengths = sampled_lengths(train_rows if trains else next(iter(eval_rows.values())))
+    if config.takes_kl:
+        eval_rows = {name: _mismatched(config, rows, name) for name, rows in eval_rows.items()}
+        if trains and not config.streaming:
+            train_rows = _mismatched(config, train_rows)
     if config.packing:
         refuse_packing(meta_model, longest, has_images=data.has_images)
     if config.packing and not trains:
@@ -141,7 +151,7 @@ def load_inputs(
         source=source,
         meta_model=meta_model,
         preprocessing=preprocessing,
-        collator=_collator(collator, options),
+        collator=_collator(config, collator, options),
         data=data,
         train=train_rows,
         eval=eval_rows,
@@ -161,15 +171,29 @@ def _row_options(config: RunConfig, meta_model: Any, classes: Classes | None) ->
         reasoning=config.reasoning,
         as_stream=config.text_mode == "stream",
         pairs=config.trains_pairs,
+        unpaired=config.trains_unpaired,
         distills=config.objective == "distill",
         classes=classes,
     )
 
 
-def _collator(rows: Collator, options: RowOptions) -> Collator | PairCollator | ClassCollator:
+def _collator(
+    config: RunConfig, rows: Collator, options: RowOptions
+) -> Collator | PairCollator | UnpairedCollator | ClassCollator:
     if options.pairs:
         return PairCollator(rows)
+    if options.unpaired:
+        return UnpairedCollator(rows, config.takes_kl)
     return rows if options.classes is None else ClassCollator(rows)
+
+
+def _mismatched(config: RunConfig, rows: Any, eval_set: str | None = None) -> MismatchedRows:
+    """Return labelled answers with mismatched ones."""
+    found = mismatch(rows, config.max_length)
+    if found is None:
+        what = "the training data" if eval_set is None else f"evaluation {eval_set}".strip()
+        raise one_prompt(what, rows)
+    return found
 
 
 def _packed(config: RunConfig, rows: Any) -> PackedRows:
@@ -246,6 +270,7 @@ class _Reader:
                 buffer_size=config.shuffle_buffer_size,
                 seed=config.order_seed,
                 packing=config.packing_strategy if config.packing else None,
+                mismatches=config.takes_kl,
             )
 
     def load_sets(self) -> dict[str, Examples]:

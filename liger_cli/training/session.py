@@ -78,14 +78,14 @@ class OptimizerStep:
         learning_rate: The rate that the step was taken with.
         grad_norm: Norm of the gradient before clipping.
         totals: Counts of the step, over all processes.
-        metrics: The objective's other means over the step, by name.
+        metrics: The objective's other means over the step, by name; None where there is none.
     """
 
     loss: float
     learning_rate: float
     grad_norm: float
     totals: Totals
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float | None]
 
     @property
     def num_tokens(self) -> int:
@@ -268,7 +268,9 @@ class TrainSession:
             raise non_finite(step, loss_value, norm_value, self._saver.newest)
         self.num_done = step
         self._objective.updated(step)
-        metrics = dict(zip(self._objective.metrics, found, strict=True))
+        # A mean of a kind that the step has none of is NaN.
+        means = (value if math.isfinite(value) else None for value in found)
+        metrics = dict(zip(self._objective.metrics, means, strict=True))
         return OptimizerStep(loss_value, learning_rate, norm_value, totals, metrics)
 
     def _reduced(self, part: Part) -> list[torch.Tensor]:

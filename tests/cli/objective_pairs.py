@@ -1,4 +1,4 @@
-"""A tiny model, pairs, and an objective over log-probabilities that are given."""
+"""A tiny model, pairs, labelled answers, and an objective over log-probabilities that are given."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import (
 from liger_cli.config import load_config
 from liger_cli.data.collate import Collator
 from liger_cli.data.pair_batches import PairCollator
-from liger_cli.training.objectives import dpo, pairs
+from liger_cli.training.objectives import dpo, kto, pairs
 from liger_cli.training.objectives.answers import Answers
 from liger_cli.training.objectives.reference import NoReference
 from liger_cli.training.objectives.table import make_objective
@@ -94,11 +94,21 @@ def collated(rows: list[dict[str, Any]], **layout: bool) -> dict[str, Any]:
     return PairCollator(Collator(0, **layout))(rows)
 
 
+def make_answers(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Labelled answers of very different lengths to prompts of which some are alike."""
+    rows = []
+    for pair in make_pairs(count, seed):
+        for is_good, name in ((1, "chosen"), (0, "rejected")):
+            ids, labels = pair[f"{name}_input_ids"], pair[f"{name}_labels"]
+            rows.append({"input_ids": ids, "labels": labels, "desirable": is_good})
+    return rows[:count]
+
+
 def objective_of(name: str, model: Any = None, **keys: Any) -> Any:
     """An objective without a reference, of a model that it does not call by itself."""
     config = load_config(None, {"model": "qwen3", "objective": name, **keys})
     made = make_objective(config, model or tiny_model(), CPU)
-    if isinstance(made, dpo.Dpo):
+    if isinstance(made, dpo.Dpo | kto.Kto):
         made._reference = NoReference(CPU)
     return made
 
@@ -141,6 +151,7 @@ def batch_of(lengths: list[int]) -> dict[str, Any]:
         "attention_mask": mask.long(),
         "labels": labels,
         "answer_ids": torch.where(mask, numbers, -1),
+        "num_answers": torch.tensor(len(lengths)),
         "num_pairs": torch.tensor(len(lengths) // 2),
     }
 

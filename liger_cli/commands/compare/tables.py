@@ -63,7 +63,7 @@ def _figures(run: Run) -> dict[str, str]:
     for name, part in parts_by_name(report).items():
         label = f"eval {name}".strip()
         figures[f"{label} loss"] = _number(part.loss)
-        if part.tokens is not None and part.pairs is None:
+        if part.tokens is not None and part.pairs is None and part.answers is None:
             figures[f"{label} perplexity"] = _number(part.perplexity, digits=2)
         figures |= {f"{label} {key}": _number(value) for key, value in part.means.items()}
         if part.token_accuracy is not None:

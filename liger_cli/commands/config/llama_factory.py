@@ -27,9 +27,9 @@ def translate(given: Mapping[str, Any], folder: Path) -> Translation:
         ConfigError: It trains something else.
     """
     stage = given.get("stage", "sft")
-    if stage not in ("sft", "pt", "dpo"):
+    if stage not in ("sft", "pt", "dpo", "kto"):
         raise ConfigError(
-            f"stage: {stage}: liger trains on text and on preferences (stage sft, pt or dpo)"
+            f"stage: {stage}: liger trains on text and on preferences (stage sft, pt, dpo or kto)"
         )
     found = Translation()
     given = {key: value for key, value in given.items() if value is not None}
@@ -43,6 +43,10 @@ def translate(given: Mapping[str, Any], folder: Path) -> Translation:
         given = {key: value for key, value in given.items() if not key.startswith("lora_")}
     if stage == "dpo":
         defaults["pref_loss"] = "sigmoid"
+    if stage == "kto":
+        found.set("objective", "kto", "stage")
+        # Its losses are of pairs, and kto has its own.
+        given.pop("pref_loss", None)
     found.read({**defaults, **given}, _RULES)
     if stage == "dpo" and given.get("pref_ftx"):
         _set_likelihood(found, given["pref_ftx"])
@@ -180,6 +184,8 @@ _RULES: dict[str, Rule] = {
     "mask_history": _train_on("last"),
     "pref_loss": _preference,
     "pref_beta": rename("beta"),
+    "kto_chosen_weight": rename("desirable_weight"),
+    "kto_rejected_weight": rename("undesirable_weight"),
     "dpo_label_smoothing": rename("label_smoothing"),
     "ref_model": rename("reference"),
     "val_size": _eval_part,

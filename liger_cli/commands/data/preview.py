@@ -14,8 +14,8 @@ from liger_cli.data.class_formats import TARGETS
 from liger_cli.data.encode import IGNORED, WEIGHTS
 from liger_cli.data.packing import Strategy, answer_lengths, answers_of, row_lengths
 from liger_cli.data.padding import packed_share, padding_share
-from liger_cli.data.pair_facts import compare_pairs
-from liger_cli.data.pair_formats import ANSWERS, FIGURES
+from liger_cli.data.pair_facts import compare_answers, compare_pairs
+from liger_cli.data.pair_formats import ANSWERS, DESIRABLE, FIGURES
 from liger_cli.data.stream import Stream
 from liger_cli.errors import ConfigError
 from liger_cli.report.data import Bar, DataPreview, Fill, Piece, RowPreview, TokenPreview
@@ -78,6 +78,7 @@ def preview_data(
         ),
         first_row=index or 1,
         pairs=compare_pairs(examples) if config.trains_pairs else None,
+        labelled=compare_answers(examples) if config.trains_unpaired else None,
     )
 
 
@@ -96,7 +97,8 @@ def _render(row: Mapping[str, Any], tokenizer: Any, *, with_ids: bool) -> list[R
     """Return a row as it is read; of a pair both answers."""
     answers = answers_of(row)
     if len(answers) == 1:
-        return [_render_one(row, tokenizer, with_ids=with_ids)]
+        label = {"label": bool(row[DESIRABLE])} if DESIRABLE in row else None
+        return [replace(_render_one(row, tokenizer, with_ids=with_ids), figures=label)]
     figures = {name: row[name] for name in FIGURES if name in row}
     return [
         replace(

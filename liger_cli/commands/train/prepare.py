@@ -29,7 +29,7 @@ from liger_cli.training.memory.long_rows import settle_long_rows
 from liger_cli.training.model.adapters import adapts, is_quantised, quantization
 from liger_cli.training.model.source import ModelSource, resolve_model
 from liger_cli.training.model.tokenizers import check_same_template
-from liger_cli.training.objectives.table import resolve_objective
+from liger_cli.training.objectives.table import check_step, resolve_objective
 from liger_cli.training.optim.optimizers import check_optimization
 from liger_cli.training.parallel.mesh import explicit_plan
 from liger_cli.training.parallel.refusals import check_sharded
@@ -155,6 +155,7 @@ def _settle_compile(
 
 
 def _check(run: PreparedRun, options: RunOptions) -> None:
+    check_step(run.config, run.batches)
     profiled = run.config.profiled_steps
     if profiled and profiled[-1] > run.num_steps:
         raise ConfigError(

@@ -71,7 +71,7 @@ class MemoryEstimate:
 
     Attributes:
         weights: What the device holds from step to step; so are optimizer and gradients.
-        reference: The weights that dpo or distill compares with, where they are in memory.
+        reference: The weights that dpo, kto or distill compares with, where they are in memory.
         optimizer: What it holds from step to step.
         gradients: Of all trained parameters.
         activations: What forward keeps for backward, by kind of layer.
@@ -275,7 +275,7 @@ def _loss(config: RunConfig, model: Any, inputs: dict[str, Any], num_labels: int
         # A row each: of packed rows there are more, and all are few numbers.
         places = torch.zeros(len(inputs["input_ids"]), dtype=torch.int64)
         return row_scores(model, inputs, places).double().sum()
-    if not config.trains_pairs:
+    if not OBJECTIVES[config.objective].compares_answers:
         return LossOf(model, _CPU)(model, inputs, num_labels)
     labels = inputs.pop("labels")
     with warnings.catch_warnings():

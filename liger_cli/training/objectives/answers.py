@@ -13,6 +13,7 @@ import torch
 
 from liger_cli.data.class_formats import TARGETS
 from liger_cli.data.encode import IGNORED
+from liger_cli.data.pair_formats import ANSWER_FIGURES
 from liger_cli.training.objectives.objective import Batch
 from liger_kernels.ops import sequence_sums
 from liger_kernels.transformers import token_logprobs
@@ -23,22 +24,22 @@ __all__ = ["Answers", "model_inputs", "token_values"]
 # Keys of a batch that no forward takes.
 _NOT_INPUTS = frozenset(
     {
-        *("labels", "num_tokens", "answer_ids", "num_pairs", TARGETS),
-        *("margin", "ref_chosen_logps", "ref_rejected_logps"),
+        *("labels", "num_tokens", "answer_ids", "num_answers", "num_pairs", "kl"),
+        *(*ANSWER_FIGURES, TARGETS),
     }
 )
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The scored tokens of a batch of 2N answers.
+    """The scored tokens of a batch of M answers.
 
-    The chosen answer of pair i has the number 2i, the rejected one 2i + 1.
+    Of pairs the chosen answer of pair i has the number 2i, the rejected one 2i + 1.
 
     Attributes:
         numbers: (B, T - 1) int64, the answer of each token that the batch predicts; -1 of those
             that are not scored.
-        lengths: (2N,) float64, scored tokens of each answer.
+        lengths: (M,) float64, scored tokens of each answer.
         weights: (B, T - 1) float64; tokens beyond the shorter answer of a pair may count less.
     """
 
@@ -51,20 +52,20 @@ class Answers:
         """Find the scored tokens of a batch on the host.
 
         Args:
-            batch: Collated pairs, with labels and answer_ids, (B, T) int64.
+            batch: Collated answers, with labels and answer_ids, (B, T) int64.
             device: Where the values will be.
             ld_alpha: Weight of tokens beyond the shorter answer of a pair; None weighs none.
         """
         is_scored = batch["labels"][:, 1:] != IGNORED
         numbers = torch.where(is_scored, batch["answer_ids"][:, 1:], -1)
-        lengths = torch.bincount(numbers[is_scored], minlength=2 * int(batch["num_pairs"]))
+        lengths = torch.bincount(numbers[is_scored], minlength=int(batch["num_answers"]))
         weights = None
         if ld_alpha is not None:
             weights = _length_weights(numbers, lengths, ld_alpha).to(device)
         return cls(numbers.to(device), lengths.double().to(device), weights)
 
     def sums(self, values: torch.Tensor, *, weighted: bool = False) -> torch.Tensor:
-        """Return the sum over each answer, (2N,) float64, the same in every run.
+        """Return the sum over each answer, (M,) float64, the same in every run.
 
         Args:
             values: (B, T - 1), of the tokens that the batch predicts.

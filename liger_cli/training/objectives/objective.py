@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -20,7 +20,15 @@ from liger_cli.training.eval_result import EvalResult
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.parallel.engine import Engine
 
-__all__ = ["Batch", "Evaluation", "Objective", "Part", "Setting", "Totals"]
+__all__ = [
+    "Batch",
+    "Evaluation",
+    "Objective",
+    "Part",
+    "Setting",
+    "Totals",
+    "TwoPassEvaluation",
+]
 
 Batch = Mapping[str, Any]
 
@@ -36,6 +44,8 @@ class Totals:
         weighted: Tokens that are trained on in batches with a column of weights.
         pairs: Pairs of a chosen and a rejected answer.
         chosen_labels: Tokens of chosen answers.
+        desirable, undesirable: Answers labelled good, and bad.
+        mismatched: Answers to other prompts, of which kto takes its KL.
     """
 
     tokens: int = 0
@@ -44,6 +54,9 @@ class Totals:
     weighted: int = 0
     pairs: int = 0
     chosen_labels: int = 0
+    desirable: int = 0
+    undesirable: int = 0
+    mismatched: int = 0
 
     def __add__(self, other: Totals) -> Totals:
         return Totals(*map(sum, zip(astuple(self), astuple(other), strict=True)))
@@ -83,6 +96,23 @@ class Evaluation(Protocol):
 
     def result(self, sums: torch.Tensor) -> EvalResult:
         """Return the means of sums that were added up over batches and processes."""
+
+
+@runtime_checkable
+class TwoPassEvaluation(Evaluation, Protocol):
+    """An evaluation that passes over each set once before its sums.
+
+    Attributes:
+        num_first_sums: How many sums the first pass has.
+    """
+
+    num_first_sums: int
+
+    def first_sums(self, batch: Batch) -> torch.Tensor:
+        """Return the first sums of a batch, (num_first_sums,) float64 on the CPU."""
+
+    def begin(self, sums: torch.Tensor) -> None:
+        """Take the first sums of a set, over all batches and processes."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,14 @@ from liger_cli.training.inputs import Inputs
 from liger_cli.training.objectives.answers import Answers, token_values
 from liger_cli.training.objectives.objective import Batch, Part, Setting, Totals
 
-__all__ = ["PairObjective", "PairSums", "Scores", "margin_of", "mean_metrics"]
+__all__ = [
+    "PairObjective",
+    "PairSums",
+    "Scores",
+    "disable_dropout",
+    "margin_of",
+    "mean_metrics",
+]
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class PairObjective:
         self._device = device
         self._balance_weight = balance_weight(model)
         if config.disable_dropout:
-            _disable_dropout(model)
+            disable_dropout(model)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -242,7 +249,7 @@ def margin_of(batch: Batch, like: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(like)
 
 
-def _disable_dropout(model: Any) -> None:
+def disable_dropout(model: Any) -> None:
     """Turn dropout off, in layers and in attention, which has it as a number."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

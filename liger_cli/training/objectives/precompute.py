@@ -61,36 +61,41 @@ def has_values(inputs: Inputs) -> bool:
 
 @dataclass(frozen=True)
 class RowsWithValues:
-    """Rows of pairs with the reference's log-probabilities of both answers.
+    """Rows with the reference's log-probabilities of their answers.
 
     Args:
-        rows: Pairs by number.
-        values: (len(rows), 2) float64, chosen and rejected.
+        rows: Pairs, or labelled answers, by number.
+        values: (len(rows), len(names)) float64.
+        names: Of the columns of values.
     """
 
     rows: Any
     values: np.ndarray[Any, Any]
+    names: tuple[str, ...] = _NAMES
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        chosen, rejected = self.values[number].tolist()
-        return {**self.rows[number], _NAMES[0]: chosen, _NAMES[1]: rejected}
+        return {
+            **self.rows[number],
+            **dict(zip(self.names, self.values[number].tolist(), strict=True)),
+        }
 
 
-def with_values(score: Scorer, setting: Setting) -> Inputs:
+def with_values(score: Scorer, setting: Setting, names: tuple[str, ...] = _NAMES) -> Inputs:
     """Return the data of a run with the values of its reference in every row that it takes.
 
     Args:
         score: Scores the answers of a batch with a model.
+        names: The columns that rows get: the answers of each, in the order of their scores.
     """
     inputs = setting.inputs
     sets = {f"eval {name}": rows for name, rows in inputs.eval.items()}
     if inputs.train is not None:
         sets["train"] = inputs.train
-    store = _Store(score, setting)
-    found = {name: _joined(rows, store.values(name, rows)) for name, rows in sets.items()}
+    store = _Store(score, setting, names)
+    found = {name: _joined(rows, store.values(name, rows), names) for name, rows in sets.items()}
     store.save()
     return replace(
         inputs,
@@ -99,24 +104,24 @@ def with_values(score: Scorer, setting: Setting) -> Inputs:
     )
 
 
-def _joined(rows: Any, values: np.ndarray[Any, Any]) -> Any:
+def _joined(rows: Any, values: np.ndarray[Any, Any], names: tuple[str, ...]) -> Any:
     if isinstance(rows, PackedRows):
-        return replace(rows, rows=RowsWithValues(rows.rows, values))
-    return RowsWithValues(rows, values)
+        return replace(rows, rows=RowsWithValues(rows.rows, values, names))
+    return RowsWithValues(rows, values, names)
 
 
 class _Store:
     """The values of all sets of a run, from its directory, from the cache, or computed."""
 
-    def __init__(self, score: Scorer, setting: Setting) -> None:
-        self._score, self._setting = score, setting
+    def __init__(self, score: Scorer, setting: Setting, names: tuple[str, ...]) -> None:
+        self._score, self._setting, self._columns = score, setting, names
         self._kept: dict[str, np.ndarray[Any, Any]] = {}
         self._names: dict[str, str] = {}
         self._weights: str | None = None
         self._reference: WeightsReference | None = None
 
     def values(self, name: str, rows: Any) -> np.ndarray[Any, Any]:
-        """Return the values of a set, (pairs, 2) float64; NaN of pairs that no step takes."""
+        """Return the values of a set, (rows, names) float64; NaN of rows that no step takes."""
         pairs = rows.rows if isinstance(rows, PackedRows) else rows
         data = json.dumps(identity(rows), sort_keys=True)
         needed = self._needed(name, rows)
@@ -151,14 +156,17 @@ class _Store:
         if checkpoint is None:
             return None
         values, metadata = _read(checkpoint.parent / _FILE, name)
-        is_same = metadata.get(name) == data and values is not None and len(values) == count
-        return values if is_same else None
+        is_same = metadata.get(name) == data and values is not None
+        return values if is_same and self._fits(values, count) else None
+
+    def _fits(self, values: np.ndarray[Any, Any] | None, count: int) -> bool:
+        return values is not None and values.shape == (count, len(self._columns))
 
     def _read_cache(self, name: str, data: str, count: int) -> np.ndarray[Any, Any]:
         values, _ = _read(self._place(data), "values")
-        if values is not None and len(values) == count:
+        if values is not None and self._fits(values, count):
             return values
-        return np.full((count, 2), np.nan)
+        return np.full((count, len(self._columns)), np.nan)
 
     def _place(self, data: str) -> Path:
         """Return the file of the cache for a set."""
@@ -171,6 +179,7 @@ class _Store:
             "weights": self._weights,
             "formula": _formula_of(setting.accelerator.unwrap_model(setting.model)),
             "data": data,
+            "columns": self._columns,
             "settings": {key: getattr(config, key) for key in _SETTINGS},
             "layout": repr(setting.inputs.collator),
             "device": str(setting.accelerator.device),
@@ -206,10 +215,10 @@ class _Store:
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 sums = reference.sums(self._score, setting.model, batch)
             numbers = [number for row in own for number in _numbers(rows, row)]
-            found.append((numbers, sums.view(-1, 2).tolist()))
-        for numbers, pairs in gather_object(found):
+            found.append((numbers, sums.view(-1, len(self._columns)).tolist()))
+        for numbers, scored in gather_object(found):
             if numbers:
-                values[numbers] = pairs
+                values[numbers] = scored
         self._write(name, rows, values)
 
     def _batches(self, rows: Any, mine: Sequence[Sequence[int]]) -> Iterator[Any]:
@@ -236,7 +245,7 @@ class _Store:
 
 
 def _numbers(rows: Any, row: int) -> list[int]:
-    """Return the numbers of the pairs of a row: itself, or those that are packed into it."""
+    """Return the numbers of a row: its own, or those of the rows that are packed into it."""
     if isinstance(rows, PackedRows):
         return [int(n) for n in rows.order[rows.starts[row] : rows.starts[row + 1]]]
     return [row]

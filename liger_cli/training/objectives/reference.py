@@ -1,4 +1,4 @@
-"""The reference of dpo: the model that answers are compared with.
+"""The reference of dpo and kto: the model that answers are compared with.
 
 A kind of `reference`, one class each:
 
@@ -29,7 +29,10 @@ from liger_cli.training.objectives.objective import Batch, Setting
 
 __all__ = ["Reference", "Scorer", "WeightsReference", "ready_reference", "resolve_reference"]
 
-# (model, batch) -> the log-probabilities of its answers, (2N,) float64.
+# Those of both answers of a pair, or the one of an answer in no pair.
+REFERENCE_VALUES = ("ref_chosen_logps", "ref_rejected_logps", "ref_logps")
+
+# (model, batch) -> the log-probabilities of its answers, (M,) float64.
 Scorer = Callable[[Any, Batch], torch.Tensor]
 
 
@@ -80,12 +83,12 @@ class Reference(Protocol):
     """A model that scores answers beside the one in training."""
 
     def sums(self, score: Scorer, model: Any, batch: Batch) -> torch.Tensor:
-        """Return the log-probabilities of the answers of a batch, (2N,) float64.
+        """Return the log-probabilities of the answers of a batch, (M,) float64.
 
         Args:
             score: Scores with a model.
             model: The model in training, as the caller runs it.
-            batch: Collated pairs, on the host.
+            batch: Collated answers, on the host.
         """
 
     def updated(self, step: int) -> None:
@@ -118,7 +121,7 @@ class NoReference(_Fixed):
         self._device = device
 
     def sums(self, score: Scorer, model: Any, batch: Batch) -> torch.Tensor:
-        count = 2 * int(batch["num_pairs"])
+        count = int(batch["num_answers"])
         return torch.zeros(count, dtype=torch.float64, device=self._device)
 
 
@@ -129,7 +132,7 @@ class StoredReference(_Fixed):
         self._device = device
 
     def sums(self, score: Scorer, model: Any, batch: Batch) -> torch.Tensor:
-        names = ("ref_chosen_logps", "ref_rejected_logps")
+        names = [name for name in REFERENCE_VALUES if name in batch]
         return torch.stack([batch[name] for name in names], 1).flatten().to(self._device)
 
 

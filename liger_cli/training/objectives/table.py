@@ -1,6 +1,6 @@
 """The objectives by name.
 
-A new one (kto) is a class with the methods of `Objective` in a file
+A new one is a class with the methods of `Objective` in a file
 here, a row of MAKERS, and one in liger_cli/config/objectives.py for its names and keys.
 """
 
@@ -13,11 +13,14 @@ import torch
 
 from liger_cli.config import RunConfig
 from liger_cli.config.objectives import OBJECTIVES
+from liger_cli.data.batches import BatchPlan
+from liger_cli.errors import ConfigError
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.objectives.classify import Classify
 from liger_cli.training.objectives.cpo import Cpo
 from liger_cli.training.objectives.distill import Distill
 from liger_cli.training.objectives.dpo import Dpo
+from liger_cli.training.objectives.kto import Kto
 from liger_cli.training.objectives.objective import Objective
 from liger_cli.training.objectives.orpo import Orpo
 from liger_cli.training.objectives.precompute import has_values
@@ -25,7 +28,13 @@ from liger_cli.training.objectives.reference import resolve_reference
 from liger_cli.training.objectives.reward import Reward
 from liger_cli.training.objectives.sft import NextToken
 
-__all__ = ["MAKERS", "describe_objective", "make_objective", "resolve_objective"]
+__all__ = [
+    "MAKERS",
+    "check_step",
+    "describe_objective",
+    "make_objective",
+    "resolve_objective",
+]
 
 _Make = Callable[[RunConfig, Any, torch.device], Objective]
 
@@ -34,6 +43,7 @@ MAKERS: dict[str, _Make] = {
     "dpo": Dpo,
     "orpo": Orpo,
     "cpo": Cpo,
+    "kto": Kto,
     "distill": Distill,
     "reward": Reward,
     "classify": Classify,
@@ -68,6 +78,20 @@ def resolve_objective(config: RunConfig, inputs: Inputs, *, trains: bool = True)
     return config.model_copy(update={"reference": kind})
 
 
+def check_step(config: RunConfig, batches: BatchPlan) -> None:
+    """Check that a step has rows enough for the loss; a packed row has several answers.
+
+    Raises:
+        ConfigError: It has one, and the loss takes a KL over those of a step.
+    """
+    if config.takes_kl and not config.packing and batches.rows_per_step == 1:
+        raise ConfigError(
+            "loss kto takes its KL over the answers of an optimizer step, and a step has one "
+            "(per_device_train_batch_size 1, gradient_accumulation_steps 1)",
+            hint="--gradient-accumulation-steps 8; --loss-type apo_zero_unpaired needs no KL",
+        )
+
+
 def describe_objective(config: RunConfig) -> str | None:
     """Return a line on the objective of a run whose keys are resolved; None of sft."""
     keys = OBJECTIVES[config.objective]
@@ -87,6 +111,9 @@ def describe_objective(config: RunConfig) -> str | None:
         parts.append(f"temperature {config.temperature:g}")
         parts.append(f"ce_weight {config.ce_weight:g}")
         parts.append(f"teacher {config.teacher_model_name_or_path}")
+    if "desirable_weight" in keys.reads:
+        parts.append(f"desirable_weight {config.desirable_weight:g}")
+        parts.append(f"undesirable_weight {config.undesirable_weight:g}")
     if "cpo_alpha" in keys.reads:
         parts.append(f"cpo_alpha {config.likelihood_weight:g}")
     if "simpo" in weights or "alphapo" in weights:

@@ -347,11 +347,24 @@ def test_preferences_of_llama_factory(liger, folder, loss, keys):
     assert {key: values[key]["value"] for key in wanted} == wanted
 
 
+def test_kto_of_llama_factory(liger, folder):
+    content = "stage: kto\nmodel_name_or_path: m\nfinetuning_type: full\ndataset: labelled\n"
+    content += f"dataset_dir: {folder}\npref_beta: 0.2\npref_loss: sigmoid\npref_ftx: 0\n"
+    (folder / "f.yaml").write_text(f"{content}kto_chosen_weight: 1.5\nkto_rejected_weight: 0.5\n")
+    done = liger("config", "import", folder / "f.yaml", "-o", folder / "c.yaml")
+    assert done.code == 0, done.err
+    assert "not translated" not in done.err
+    values = liger("config", "show", "-c", folder / "c.yaml", "--json").json()["keys"]
+    wanted = {"objective": "kto", "beta": 0.2, "desirable_weight": 1.5, "undesirable_weight": 0.5}
+    assert {key: values[key]["value"] for key in wanted} == wanted
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("base_model: m\nrl: dpo\n", "rl: dpo: preferences of axolotl are not translated"),
         ("stage: rm\nmodel_name_or_path: m\n", "stage: rm: liger trains on text and on pref"),
+        ("stage: ppo\n", "stage: ppo: liger trains on text and on preferences"),
         ("stage: dpo\npref_loss: kto_pair\n", "pref_loss: kto_pair: liger has sigmoid, ipo"),
         ("model: llama\nmax_length: 8\n", "is a configuration of liger already"),
         ("a: 1\n", "is of none of the programs that are read"),

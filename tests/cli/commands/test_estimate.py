@@ -455,6 +455,10 @@ def test_a_pair_is_two_sequences(liger):
     assert rows["batch_size"] == 8
     packed = liger(*words, "--per-device-train-batch-size", 4, "--objective", "orpo", "--packing")
     assert (packed.json()["batch_size"], packed.json()["sequence_length"]) == (4, 512)
+    # Labelled answers are one each, and scored by the same code.
+    answers = liger(*words, "--per-device-train-batch-size", 8, "--objective", "kto").json()
+    assert (answers["batch_size"], answers["sequence_length"]) == (8, 256)
+    assert (answers["peak"], answers["parts"]) == (pairs["peak"], pairs["parts"])
     # What is said to fit is the key, of pairs.
     fitted = liger(*words[:-1], "--objective", "orpo", "--gpu", "L4", "--fit", "batch").json()
     assert fitted["batch_size"] == 2 * fitted["fit"]["value"]

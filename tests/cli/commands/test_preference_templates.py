@@ -17,7 +17,7 @@ SMALL = (
 )
 
 
-@pytest.mark.parametrize("name", ["dpo", "orpo", "cpo", "simpo"])
+@pytest.mark.parametrize("name", ["dpo", "orpo", "cpo", "simpo", "kto"])
 def test_a_template_of_preferences_trains_on_the_sample(liger, tmp_path, name):
     path = TEMPLATES / f"{'cpo' if name == 'simpo' else name}.yaml"
     if name == "simpo":
@@ -27,10 +27,13 @@ def test_a_template_of_preferences_trains_on_the_sample(liger, tmp_path, name):
         path.write_text(re.sub(r"^# (\w+: [\w.]+)$", r"\1", text, flags=re.MULTILINE))
     done = liger("train", "-c", path, *SMALL, "-o", tmp_path / "run", "--json")
     assert done.code == 0, done.err
-    assert re.search(r"data: chitchat .*: \d+ pairs; .*the reply of another conv", done.err)
+    kind = "rows" if name == "kto" else "pairs"
+    assert re.search(rf"data: chitchat .*: \d+ {kind}; .*the reply of another conv", done.err)
     report = done.json()
     assert report["config"]["objective"] == name
     assert report["train"]["steps"] == 2
     if name == "dpo":
         # The adapter is new, so the model is its reference.
         assert report["train"]["first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    if name == "kto":
+        assert report["train"]["first_loss"] == pytest.approx(0.5, abs=1e-6)

@@ -185,7 +185,7 @@ def test_every_objective_has_its_metrics(prefer, run_dir, objective):
     ("words", "code", "text"),
     [
         (("--objective", "grpo"), 2, "use TRL's trainer"),
-        (("--objective", "kto"), 2, "use TRL's trainer"),
+        (("--objective", "gkd"), 2, "use TRL's trainer"),
         (("--beta", 0), 2, "beta is above 0"),
         (("--reference", "adapter_off"), 2, "there is none"),
         (("--objective", "orpo", "--reference", "model"), 2, "the objectives dpo, ipo"),
