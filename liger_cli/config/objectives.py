@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 __all__ = [
+    "BALANCE",
     "DIVERGENCE_LOSSES",
     "KTO_METRICS",
     "METRICS",
@@ -161,6 +162,8 @@ OBJECTIVES: Mapping[str, ObjectiveKeys] = {
     ),
 }
 
+# The balance of a model's experts, which steps have where it is a part of the loss.
+BALANCE = "aux_loss"
 # The metrics of all objectives but those of tokens alone, which a line of metrics.jsonl may have.
 PAIR_MEANS = tuple(
     dict.fromkeys(

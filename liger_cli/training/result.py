@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from liger_cli.common.measure import median_after_warm_up
-from liger_cli.config.objectives import PAIR_MEANS
+from liger_cli.config.objectives import BALANCE, PAIR_MEANS
 from liger_cli.data.batches import BatchPlan
 from liger_cli.training.eval_result import EvalResult
 from liger_cli.training.evaluations import Best, EarlyStop
@@ -48,7 +48,7 @@ class StepMetrics:
             absent = None if name == "grad_norm" else 0 if name in COUNTS else math.nan
             value = row.get(name)
             values[name] = absent if value is None else value
-        means = {name: row[name] for name in PAIR_MEANS if name in row}
+        means = {name: row[name] for name in (*PAIR_MEANS, BALANCE) if name in row}
         return cls(**values, means=means)
 
 

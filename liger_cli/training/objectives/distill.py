@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from liger_cli.config import RunConfig
+from liger_cli.config.objectives import BALANCE
 from liger_cli.data.batches import count_labels
 from liger_cli.data.encode import WEIGHTS
 from liger_cli.errors import ConfigError, DataError
@@ -55,7 +56,7 @@ class Distill:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        return ("divergence", "nll_loss", *(["aux_loss"] if self._balance_weight else []))
+        return ("divergence", "nll_loss", *([BALANCE] if self._balance_weight else []))
 
     def prepare(self, setting: Setting) -> Inputs:
         _refuse_weights(setting.inputs)

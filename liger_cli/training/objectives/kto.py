@@ -24,7 +24,7 @@ import torch
 from accelerate.utils import reduce
 
 from liger_cli.config import RunConfig
-from liger_cli.config.objectives import KTO_METRICS
+from liger_cli.config.objectives import BALANCE, KTO_METRICS
 from liger_cli.data.batches import count_labels, count_tokens
 from liger_cli.data.pair_formats import DESIRABLE
 from liger_cli.data.unpaired_maker import GOOD
@@ -106,7 +106,7 @@ class Kto:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        return (*KTO_METRICS, *(["aux_loss"] if self._balance_weight else []))
+        return (*KTO_METRICS, *([BALANCE] if self._balance_weight else []))
 
     @property
     def takes_kl(self) -> bool:

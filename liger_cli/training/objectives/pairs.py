@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from liger_cli.config import RunConfig
-from liger_cli.config.objectives import METRICS
+from liger_cli.config.objectives import BALANCE, METRICS
 from liger_cli.data.batches import count_labels, count_tokens
 from liger_cli.data.encode import IGNORED
 from liger_cli.data.feed import pair_figures
@@ -107,7 +107,7 @@ class PairObjective:
     @property
     def metrics(self) -> tuple[str, ...]:
         likelihood = ["nll_loss"] if self.shows_likelihood else []
-        return (*self.pair_metrics, *likelihood, *(["aux_loss"] if self._balance_weight else []))
+        return (*self.pair_metrics, *likelihood, *([BALANCE] if self._balance_weight else []))
 
     def sums(self, model: Any, batch: Batch, scores: Scores) -> PairSums:
         """Return the sums of a batch whose answers the model has scored."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from objective_pairs import objective_of, tiny_experts
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from liger_cli.config.objectives import OBJECTIVES
 from liger_cli.data.collate import Collator
 from liger_cli.training.objectives.objective import Part, Totals
 from liger_cli.training.objectives.reference import AdapterOff
 from liger_cli.training.objectives.sft import NextToken
+from liger_cli.training.result import STEP_FIELDS, StepMetrics
 
 CPU = torch.device("cpu")
 ROWS = [
@@ -41,6 +44,15 @@ def test_parts_add_up_to_the_mean_over_all_trained_tokens(size):
     whole = model(**Collator()(ROWS), use_cache=False).loss
     assert total.loss.item() == pytest.approx(whole.item(), rel=1e-6)
     assert total.metrics.numel() == len(objective.metrics) == 0
+
+
+@pytest.mark.parametrize("name", sorted({*OBJECTIVES} - {"distill", "reward", "classify"}))
+def test_every_mean_of_a_step_is_read_back(name):
+    objective = objective_of(name, tiny_experts(balances=True))
+    if name != "sft":
+        assert objective.metrics[-1] == "aux_loss"
+    means = dict.fromkeys(objective.metrics, 0.5)
+    assert StepMetrics.from_row(dict.fromkeys(STEP_FIELDS, 1) | means).means == means
 
 
 def test_reference_without_the_adapter_leaves_what_is_trained_alone():
