@@ -17,6 +17,7 @@ from liger_cli.data.examples import RowOptions
 from liger_cli.data.feed import identity
 from liger_cli.data.packing import PackedRows
 from liger_cli.data.stream import open_stream
+from liger_cli.data.synthetic import make_synthetic
 from liger_cli.data.unpaired_batches import UnpairedCollator, mismatch, partners
 from liger_cli.errors import DataError
 from liger_cli.training.model.tokenizers import byte_tokenizer
@@ -299,3 +300,15 @@ def test_a_preview_shows_labels_and_contradictions(liger, tmp_path):
     found = liger(*words, "--json").json()
     assert found["labelled"] == {"repeated": 1, "contradicting": 2, "places": [[2, 3]]}
     assert [row["figures"] for row in found["rows"]] == [{"label": True}, {"label": False}]
+
+
+@pytest.mark.parametrize("num_rows", [4, 5])
+def test_synthetic_answers_are_good_and_bad_in_turn(monkeypatch, num_rows):
+    """Rows longer than 32 768 tokens are fewer, and may be of an odd number."""
+    monkeypatch.setattr("liger_cli.data.synthetic._NUM_ROWS", {"train": num_rows})
+    options = RowOptions(max_length=8, vocab_size=16, unpaired=True)
+    made = make_synthetic("train", options, seed=0)
+    assert list(made.rows["desirable"]) == [1, 0, 1, 0, 1][:num_rows]
+    num_good = (num_rows + 1) // 2
+    counted = {"answers labelled true": num_good, "answers labelled false": num_rows - num_good}
+    assert made.counts.left_out == counted
