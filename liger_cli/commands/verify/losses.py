@@ -15,6 +15,8 @@ from liger_cli.data.batches import count_tokens
 from liger_cli.data.collate import Collator
 from liger_cli.data.encode import IGNORED
 from liger_cli.data.pair_batches import PairCollator
+from liger_cli.data.pair_formats import ANSWERS, DESIRABLE
+from liger_cli.data.unpaired_batches import UnpairedCollator, mismatch
 from liger_cli.training.model.classifiers import is_classifier, random_labels
 from liger_cli.training.model.source import load_model, resolve_model
 from liger_cli.training.objectives.distill import Distill, check_vocabulary_size
@@ -137,12 +139,16 @@ def random_batch(model: Any, device: torch.device, seed: int) -> dict[str, torch
 
 
 def _collated(config: RunConfig, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Return the tokens of a batch as the objective gets them: rows, or pairs of half a row."""
-    if not config.trains_pairs:
-        ids, labels = (batch[name].tolist() for name in ("input_ids", "labels"))
-        rows = [{"input_ids": x, "labels": y} for x, y in zip(ids, labels, strict=True)]
-        return Collator(0)(rows)
-    return PairCollator(Collator(0))([_pair(row) for row in batch["input_ids"].tolist()])
+    """Return the tokens of a batch as the objective gets them: rows, or answers of half a row."""
+    if config.trains_pairs:
+        return PairCollator(Collator(0))([_pair(row) for row in batch["input_ids"].tolist()])
+    if config.trains_unpaired:
+        answers = [answer for row in batch["input_ids"].tolist() for answer in _answers(_pair(row))]
+        mismatched = mismatch(answers, batch["input_ids"].shape[1]) if config.takes_kl else None
+        rows = answers if mismatched is None else [mismatched[i] for i in range(len(answers))]
+        return UnpairedCollator(Collator(0), config.takes_kl)(rows)
+    ids, labels = (batch[name].tolist() for name in ("input_ids", "labels"))
+    return Collator(0)([{"input_ids": x, "labels": y} for x, y in zip(ids, labels, strict=True)])
 
 
 def _pair(tokens: Sequence[int]) -> dict[str, list[int]]:
@@ -154,3 +160,15 @@ def _pair(tokens: Sequence[int]) -> dict[str, list[int]]:
         pair[f"{name}_input_ids"] = [*prompt, *answer]
         pair[f"{name}_labels"] = [IGNORED] * part + list(answer)
     return pair
+
+
+def _answers(pair: Mapping[str, list[int]]) -> list[dict[str, Any]]:
+    """Return the answers of a pair, of which the chosen one is good."""
+    return [
+        {
+            "input_ids": pair[f"{name}_input_ids"],
+            "labels": pair[f"{name}_labels"],
+            DESIRABLE: int(name == "chosen"),
+        }
+        for name in ANSWERS
+    ]

@@ -36,7 +36,7 @@ from liger_cli.training.objectives.answers import Answers, token_values
 from liger_cli.training.objectives.objective import Batch, Part, Setting, Totals
 from liger_cli.training.objectives.pairs import disable_dropout
 from liger_cli.training.objectives.precompute import with_values
-from liger_cli.training.objectives.reference import Reference, ready_reference
+from liger_cli.training.objectives.reference import NoReference, Reference, ready_reference
 
 __all__ = ["Kto", "kto_losses"]
 
@@ -102,6 +102,8 @@ class Kto:
         if config.disable_dropout:
             disable_dropout(model)
         self._reference: Reference | None = None
+        if config.reference == "none":
+            self._reference = NoReference(device)
         self._kl = torch.zeros((), dtype=torch.float64, device=device)
 
     @property

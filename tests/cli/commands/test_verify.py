@@ -58,6 +58,7 @@ OBJECTIVES = {
     "distill": ("--teacher-model", "qwen2", "--ce-weight", 0.5),
     "orpo": (),
     "cpo": (),
+    "kto": (),
 }
 
 
