@@ -36,7 +36,7 @@ def model_card(name: str, saved: SavedReport, *, is_adapter: bool) -> str:
         base_model=_hub_name(config.model),
         datasets=[path for path in datasets if _hub_name(path)] or None,
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if config.has_scores else "text-generation",
         tags=sorted({"liger", config.objective, *(["lora"] if is_adapter else [])}),
     )
     shown = ", ".join(f"`{_shown(path)}`" for path in datasets)

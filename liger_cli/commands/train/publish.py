@@ -12,6 +12,8 @@ from liger_cli.report.publication import publication
 
 __all__ = ["check_publication", "publish_run"]
 
+_KEYS = ("model", "output_dir", "push_to_hub", "hub_model_id", "hub_private_repo")
+
 
 def check_publication(config: RunConfig) -> None:
     """Check before the run that its model may be pushed after it, as far as no request is needed.
@@ -30,7 +32,9 @@ def publish_run(report: RunReport) -> None:
     Raises:
         LigerError: It could not be; the model stays in the directory of the run.
     """
-    config = RunConfig.model_validate(report.config or {})
+    written = report.config or {}
+    # These alone: what a run has resolved need not go together in a file.
+    config = RunConfig(**{key: written[key] for key in _KEYS if key in written})
     if not config.push_to_hub or report.train is None:
         return
     run, repository = Path(str(config.output_dir)), _repository(config)

@@ -299,7 +299,7 @@ def test_a_template_of_scores_trains_on_the_sample(liger, tmp_path, name):
 def test_a_classifier_of_the_sample_is_right_in_99_of_100(liger, tmp_path):
     done = liger(
         *("train", "-m", "qwen3", "--objective", "classify", "--dataset", "chitchat", "--use-cpu"),
-        *("--max-length", 96, "--packing", "--per-device-train-batch-size", 8, "--max-steps", 150),
+        *("--max-length", 96, "--packing", "--per-device-train-batch-size", 8, "--max-steps", 300),
         *("--learning-rate", 2e-3, "--max-eval-samples", 300, "-o", tmp_path / "run", "--json"),
     )
     assert done.code == 0, done.err
