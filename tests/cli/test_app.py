@@ -41,12 +41,15 @@ def test_help_is_quick_and_imports_nothing_heavy():
         "try: main(['--help'])\n"
         "except SystemExit: print(sorted({'torch', 'pydantic', 'transformers'} & {*sys.modules}))"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
-    # Seconds of the processor: the machine may be doing something else as well.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    # Of the processor, and the least of three: the machine may be doing something else as well.
+    assert min(seconds) < 0.5
 
 
 def test_module_is_the_same_program():

@@ -110,7 +110,8 @@ def open_browser() -> Iterator[Browser]:
     # The browser reads commands from descriptor 3 and writes to 4; dash moves single digits alone.
     commands, to_browser = os.pipe()
     from_browser, answers = os.pipe()
-    with tempfile.TemporaryDirectory() as profile:
+    # The browser may still be writing to it as it ends.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
             [
                 *("bash", "-c", f'exec "$@" 3<&{commands} 4>&{answers}', "bash", CHROMIUM),
