@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import typer
 
 from liger_cli.common.text import printable
+from liger_cli.config.command_flags import own_parameters, shows_parameters
 from liger_cli.config.describe import choices, default_text, group, limits, value_type
 from liger_cli.config.keys import ALIASES
 from liger_cli.config.objectives import REFERENCE_KEYS
@@ -44,13 +45,8 @@ def config_flags(
     """
     keys = {name: _flag_parameter(name) for name in RunConfig.model_fields}
     switches = [name for name in keys if _is_switch(name) or _takes_switch(name)]
-    hints = get_type_hints(command, include_extras=True)
-    wants_sources = hints["config"] is ResolvedConfig
-    own = [
-        parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
-        for name, parameter in inspect.signature(command).parameters.items()
-        if name != "config"
-    ]
+    wants_sources = get_type_hints(command)["config"] is ResolvedConfig
+    own = own_parameters(command, "config")
 
     @functools.wraps(command)
     def with_config(
@@ -71,12 +67,7 @@ def config_flags(
         return command(config=config, **arguments)
 
     parameters = [*_SOURCES, *own, *keys.values(), *map(_off_parameter, switches)]
-    annotations = {parameter.name: parameter.annotation for parameter in parameters}
-    with_config.__annotations__ = annotations
-    with_config.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    # typer would otherwise read the hints of the wrapped function, which has a `config`.
-    del with_config.__wrapped__
-    return with_config
+    return shows_parameters(with_config, parameters)
 
 
 def adapter_flags(
@@ -99,12 +90,7 @@ def adapter_flags(
     names += ["dp_replicate_size", "dp_shard_size"]
     keys = {name: _flag_parameter(name) for name in names}
     switches = [name for name in keys if _is_switch(name)]
-    hints = get_type_hints(command, include_extras=True)
-    own = [
-        parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
-        for name, parameter in inspect.signature(command).parameters.items()
-        if name != "adapter"
-    ]
+    own = own_parameters(command, "adapter")
 
     @functools.wraps(command)
     def with_adapter(**arguments: Any) -> _Result:
@@ -114,10 +100,7 @@ def adapter_flags(
         return command(adapter=load_config(None, flags), **arguments)
 
     parameters = [*own, *keys.values(), *map(_off_parameter, switches)]
-    with_adapter.__annotations__ = {p.name: p.annotation for p in parameters}
-    with_adapter.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    del with_adapter.__wrapped__
-    return with_adapter
+    return shows_parameters(with_adapter, parameters)
 
 
 def _option(name: str, annotation: Any, option: Any) -> inspect.Parameter:

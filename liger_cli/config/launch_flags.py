@@ -6,10 +6,11 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import typer
 
+from liger_cli.config.command_flags import own_parameters, shows_parameters
 from liger_cli.errors import ConfigError
 
 __all__ = ["Launch", "launch_flags", "without_launch_flags"]
@@ -86,12 +87,7 @@ def launch_flags(command: Callable[..., _Result]) -> Callable[..., _Result]:
 
     Its other parameters stay as they are.
     """
-    hints = get_type_hints(command, include_extras=True)
-    own = [
-        parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
-        for name, parameter in inspect.signature(command).parameters.items()
-        if name != "launch"
-    ]
+    own = own_parameters(command, "launch")
 
     @functools.wraps(command)
     def with_launch(*, context: typer.Context, **arguments: Any) -> _Result:
@@ -105,11 +101,7 @@ def launch_flags(command: Callable[..., _Result]) -> Callable[..., _Result]:
         default = 0 if name == "log_rank" else None
         option = typer.Option(default, *names, rich_help_panel=_PANEL, show_default=False, **more)
         parameters.append(inspect.Parameter(name, keyword, annotation=kind, default=option))
-    with_launch.__annotations__ = {p.name: p.annotation for p in parameters}
-    with_launch.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    # As in config_flags: typer would read the hints of the wrapped function.
-    del with_launch.__wrapped__
-    return with_launch
+    return shows_parameters(with_launch, parameters)
 
 
 def without_launch_flags(words: tuple[str, ...]) -> list[str]:

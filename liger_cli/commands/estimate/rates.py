@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import typer
 
 from liger_cli.commands.estimate.machine import Machine
+from liger_cli.config.command_flags import own_parameters, shows_parameters
 
 __all__ = ["rate_flags"]
 
@@ -31,12 +32,7 @@ def rate_flags(command: Callable[..., _Result]) -> Callable[..., _Result]:
 
     Its other parameters stay as they are.
     """
-    hints = get_type_hints(command, include_extras=True)
-    own = [
-        parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
-        for name, parameter in inspect.signature(command).parameters.items()
-        if name != "machine"
-    ]
+    own = own_parameters(command, "machine")
 
     @functools.wraps(command)
     def with_machine(**arguments: Any) -> _Result:
@@ -50,8 +46,4 @@ def rate_flags(command: Callable[..., _Result]) -> Callable[..., _Result]:
         option = typer.Option(kind(default), flag, min=least, rich_help_panel=_PANEL, help=text)
         keyword = inspect.Parameter.KEYWORD_ONLY
         parameters.append(inspect.Parameter(name, keyword, annotation=kind, default=option))
-    with_machine.__annotations__ = {p.name: p.annotation for p in parameters}
-    with_machine.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    # As in config_flags: typer would read the hints of the wrapped function.
-    del with_machine.__wrapped__
-    return with_machine
+    return shows_parameters(with_machine, parameters)
