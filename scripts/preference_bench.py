@@ -27,6 +27,8 @@ from typing import Any
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from train_runs import trained_steps
+
 from liger_cli.common.environment import environment
 
 PAIRS, STEPS, PROMPT, LENGTH = 4, 8, 256, 1024
@@ -76,11 +78,9 @@ def write_inputs(folder: Path, toy: bool) -> None:
 def run_ours(one: dict[str, Any]) -> dict[str, Any]:
     """Run `liger train` and read its metrics."""
     folder, objective = Path(one["folder"]), one["objective"]
-    output = Path(tempfile.mkdtemp())
     keys: dict[str, Any] = {
         "model": folder,
         "dataset": folder / "pairs.jsonl",
-        "output_dir": output,
         "objective": objective,
         "beta": BETA[objective],
         "max_length": LENGTH,
@@ -98,20 +98,12 @@ def run_ours(one: dict[str, Any]) -> dict[str, Any]:
     }
     if objective == "dpo":
         keys["reference"] = "precompute"
-    words = [w for key, value in keys.items() for w in ("--set", f"{key}={spelled(value)}")]
-    subprocess.run([sys.executable, "-m", "liger_cli", "train", *words], check=True, stdout=2)
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "step_ms" in line]
+    steps = trained_steps(keys)
     return {
         "step_ms": statistics.median(line["step_ms"] for line in steps[1:]),
         "peak_bytes": max(line["peak_memory_bytes"] for line in steps),
         "losses": [line["loss"] for line in steps],
     }
-
-
-def spelled(value: Any) -> str:
-    """Write a value as `--set` reads it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class Clock:

@@ -17,8 +17,6 @@ import argparse
 import itertools
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +28,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from train_runs import trained_steps
 
 from liger_cli.common.environment import environment
 
@@ -59,19 +58,8 @@ COLUMNS = ("loss", "trained_tokens", "tokens_per_s", "rewards/accuracies", "rewa
 
 def train(keys: dict[str, Any]) -> dict[str, list[float]]:
     """Run `liger train` and return the columns of its metrics."""
-    with tempfile.TemporaryDirectory() as folder:
-        keys = {**keys, "output_dir": folder}
-        words = [w for key, value in keys.items() for w in ("--set", f"{key}={spelled(value)}")]
-        command = [sys.executable, "-m", "liger_cli", "train", *words]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    steps = [line for line in map(json.loads, lines) if "loss" in line]
+    steps = trained_steps(keys)
     return {name: [s[name] for s in steps] for name in COLUMNS if name in steps[0]}
-
-
-def spelled(value: Any) -> str:
-    """Write a value as `--set` reads it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def write_start(folder: Path) -> None:
