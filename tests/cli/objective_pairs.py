@@ -25,29 +25,25 @@ from liger_kernels.ops.fused_linear_logprobs import named_outputs
 
 CPU = torch.device("cpu")
 VOCABULARY = 24
+SIZES: dict[str, int] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 def tiny_model(seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**SIZES))
 
 
 def tiny_experts(balances: bool) -> Any:
     """A mixture of experts, whose loss has their balance or not."""
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        **SIZES,
         num_key_value_heads=2,
         num_local_experts=4,
         output_router_logits=balances,
@@ -59,11 +55,7 @@ def tiny_experts(balances: bool) -> Any:
 def tiny_classifier(num_labels: int = 1, problem_type: str | None = None) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        **SIZES,
         num_labels=num_labels,
         problem_type=problem_type,
         pad_token_id=0,
