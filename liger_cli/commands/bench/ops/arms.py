@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from liger_cli.commands.bench.ops.tables import OURS, CheckPart, ErrorPart
-from liger_cli.commands.bench.targets import LOGPROBS, TRL, Workload
+from liger_cli.commands.bench.targets import DIVERGENCE, LOGPROBS, TRL, Workload
 from liger_cli.commands.bench.timing import Arm, Stopwatch
 from liger_kernels.compare import allowed_error, check_op, error
 from liger_kernels.ops.losses.options import IGNORE_INDEX
 from liger_kernels.ops.op import Sample
 
-__all__ = ["check", "local_arms", "trl_version"]
+__all__ = ["TRL_FUNCTIONS", "check", "local_arms", "trl_version"]
 
 
 def _torch_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -95,6 +95,37 @@ def _trl_logprobs() -> Callable[..., Any] | None:
     return logprobs
 
 
+def _trl_divergence() -> Callable[..., Any] | None:
+    """Return TRL's function of the same arguments, or None where TRL does not have it."""
+    try:
+        function = import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
+    except Exception:
+        # As above.
+        return None
+
+    def divergence(
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        teacher_hidden: torch.Tensor,
+        teacher_weight: torch.Tensor,
+        *,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        **options: Any,
+    ) -> torch.Tensor:
+        if options != {"reduction": "mean"}:
+            raise ValueError(f"TRL's function is not compared with {options}")
+        student, teacher = (hidden, weight, None), (teacher_hidden, teacher_weight, None)
+        values, _ = function.apply(*student, *teacher, beta, temperature, 1.0, None, 1.0, None)
+        return torch.as_tensor(values.mean())
+
+    return divergence
+
+
+# What TRL has of an op, where it has it.
+TRL_FUNCTIONS = {LOGPROBS: _trl_logprobs, DIVERGENCE: _trl_divergence}
+
+
 def local_arms(
     workload: Workload,
     sample: Sample,
@@ -121,7 +152,7 @@ def local_arms(
         arms.append(arm("torch.compile", torch.compile(op.reference, dynamic=False)))
     if op.name in _TORCH and not sample.kwargs:
         arms.append(arm("torch", _TORCH[op.name]))
-    trl = _trl_logprobs() if op.name == LOGPROBS and sample.kwargs else None
+    trl = TRL_FUNCTIONS[op.name]() if op.name in TRL_FUNCTIONS and sample.kwargs else None
     if trl is not None:
         arms.append(arm(TRL, trl))
     return [*arms, ours]

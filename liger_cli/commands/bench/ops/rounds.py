@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from liger_cli.commands.bench.ops.arms import check, local_arms, trl_version
+from liger_cli.commands.bench.ops.arms import TRL_FUNCTIONS, check, local_arms, trl_version
 from liger_cli.commands.bench.ops.plan import OpsPlan
 from liger_cli.commands.bench.ops.tables import (
     OURS,
@@ -28,7 +28,7 @@ from liger_cli.commands.bench.ops.tables import (
 )
 from liger_cli.commands.bench.peer.ops import CALLS, PACKAGE
 from liger_cli.commands.bench.peer.process import PeerArm, PeerFailed, PeerProcess
-from liger_cli.commands.bench.targets import LOGPROBS, TRL, Target, Workload
+from liger_cli.commands.bench.targets import TRL, Target, Workload
 from liger_cli.commands.bench.timing import Part, Stopwatch, Times, copy_rate, matmul_rate
 from liger_cli.common.environment import environment
 from liger_cli.errors import Interrupted, RequirementFailed
@@ -175,7 +175,7 @@ def _row(workload: Workload, bench: _Bench) -> OpRow:
     ]
     if peer_arm is not None:
         sides.append(peer_arm)
-    if row.op == LOGPROBS and workload.options:
+    if row.op in TRL_FUNCTIONS and workload.options:
         bench.peers.setdefault(TRL, trl_version())
     _measure_row(row, workload, sides, bench)
     if peer_arm is not None and peer_arm.version is not None:
