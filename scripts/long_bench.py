@@ -4,6 +4,7 @@ python scripts/long_bench.py --only cost --output cost.json       llama-8b LoRA 
 python scripts/long_bench.py --only row --output row.json         the same at 1 x 131072
 python scripts/long_bench.py --only longest --output long.json    the longest row of each side
 python scripts/long_bench.py --only card24 --output card24.json   QLoRA of a card of 24 GB
+python scripts/long_bench.py --only longest --lengths 262144 --peer-path FOLDER --sides eager,both
 python scripts/long_bench.py --toy                                tiny models on a CPU
 
 Each measurement is a process that trains as `liger train` does, on random tokens with random
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from packed_bench import apart, kernel_ms, matmul_tflops, step_flops
+from packed_bench import apart, event_ms, matmul_tflops, step_flops
 
 from liger_cli.common.environment import environment
 from liger_cli.config import RunConfig, load_config
@@ -44,17 +45,22 @@ if torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(fraction)
     held = torch.empty(aside, dtype=torch.uint8, device="cuda")
 from liger_cli.commands.train.arm import main
-main([config])
+main([config, *sys.argv[4:]])
 """
 SIDES: dict[str, dict[str, Any]] = {
     "checkpoints": {},
     "offload": {"activation_offloading": True},
     "tiles": {"tile_tokens": 8192},
     "both": {"activation_offloading": True, "tile_tokens": 8192},
+    "eager": {"ops": "none"},
+    "liger-kernel": {"ops": "none"},
 }
+_PEER = "liger-kernel"
 _OFF = {"activation_offloading": False, "tile_tokens": "none"}
 _LORA = {"adapter": "lora", "lora_r": 16, "gradient_checkpointing": True}
 _NUM_LAYERS = 4
+# Of the groups that time steps of the whole model: tokens of a row, and steps.
+_LENGTHS = {"cost": (32768, 4), "row": (131072, 2)}
 _CARD24 = 24e9
 
 
@@ -87,10 +93,15 @@ class Bench:
         model: A preset.
         budget_s: Seconds for all.
         limit_s: Seconds for one.
+        folder: For configurations and runs.
+        peer_path: Folder that has liger_kernel.
     """
 
-    def __init__(self, model: str, budget_s: float, limit_s: float, folder: Path) -> None:
+    def __init__(
+        self, model: str, budget_s: float, limit_s: float, folder: Path, peer_path: str | None
+    ) -> None:
         self._source, self._folder, self._limit = resolve_model(model), folder, limit_s
+        self._peer_path = peer_path
         self._end = time.monotonic() + budget_s
         self.found: dict[str, dict[str, Any]] = {}
         whole: Any = build_meta_model(self._source)
@@ -116,8 +127,12 @@ class Bench:
         file.write_text(config.to_yaml(), encoding="utf-8")
         share = 1.0 if run.cap is None else run.cap / _card_bytes()
         command = [sys.executable, "-c", _CHILD, str(file), str(self._aside(run)), str(share)]
+        paths = [os.environ.get("PYTHONPATH", "")]
+        if run.side == _PEER:
+            command.append("--peer-patch")
+            paths.append(self._peer_path or "")
         begin = time.monotonic()
-        code, text = _run(command, limit_s)
+        code, text = _run(command, limit_s, os.pathsep.join(filter(None, paths)))
         seconds = round(time.monotonic() - begin, 1)
         if code is None:
             return {"error": f"over {limit_s:.0f} s", "kind": "time", "seconds": seconds}
@@ -169,7 +184,7 @@ class Bench:
     def floor_ms(self, length: int, tflops: float) -> dict[str, float]:
         """Return the least milliseconds of a step: of its products, and of attention's kernel."""
         flops = step_flops(self.config, length, lora=True, again=True)
-        kernel = apart(lambda: kernel_ms(self.config, [length], checkpoints=True), 120)
+        kernel = apart(lambda: _attention_ms(self.config, length), 120)
         return {"products_ms": flops / tflops / 1e9, "attention_ms": kernel}
 
     def longest(self, start: int, **of: Any) -> Iterator[tuple[int, bool]]:
@@ -183,6 +198,28 @@ class Bench:
             low, high = (low, length) if "error" in found else (length, high)
             yield length, low == length
             length = 2 * low if high == 1 << 21 else (low + high) // 2 // step * step
+
+
+def _attention_ms(config: Any, length: int) -> float:
+    """Return the time of torch's attention in all layers: twice forward, and backward."""
+    import torch
+    import torch.nn.functional as F
+
+    size = config.hidden_size // config.num_attention_heads
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    q, k, v = (
+        torch.randn(1, n, length, size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for n in heads
+    )
+    grad = torch.randn_like(q)
+
+    def forward() -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def both() -> None:
+        torch.autograd.grad(forward(), (q, k, v), grad)
+
+    return (event_ms(both, 3) + event_ms(forward, 3)) * int(config.num_hidden_layers)
 
 
 def _save_random(file: Path, folder: Path) -> None:
@@ -201,7 +238,7 @@ def _card_bytes() -> int:
     return apart(total, 60) if torch.cuda.is_available() else 1 << 40
 
 
-def _run(command: list[str], limit_s: float) -> tuple[int | None, str]:
+def _run(command: list[str], limit_s: float, python_path: str) -> tuple[int | None, str]:
     """Return the exit code of a command and what it said; None where its time was up."""
     process = subprocess.Popen(
         command,
@@ -211,7 +248,11 @@ def _run(command: list[str], limit_s: float) -> tuple[int | None, str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTORCH_ALLOC_CONF": "expandable_segments:True"},
+        env={
+            **os.environ,
+            "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+            "PYTHONPATH": python_path,
+        },
     )
     try:
         _, text = process.communicate(timeout=limit_s)
@@ -222,45 +263,55 @@ def _run(command: list[str], limit_s: float) -> tuple[int | None, str]:
     return process.returncode, text
 
 
-def measure_group(bench: Bench, group: str, sides: list[str], toy: bool) -> None:
+def measure_group(bench: Bench, options: argparse.Namespace, sides: list[str]) -> None:
     """Measure a group of runs, the fastest answers first."""
-    scale = 256 if toy else 1
-    if group == "cost":
+    group, scale = options.only, 256 if options.toy else 1
+    if group in _LENGTHS:
+        length, steps = _LENGTHS[group]
         for side in sides:
-            bench.measure(Run("cost", side, 32768 // scale, steps=4))
-    elif group == "row":
-        for side in sides:
-            bench.measure(Run("row", side, 131072 // scale, steps=2))
-    elif group == "longest":
-        for side in sides:
-            list(bench.longest(131072 // scale, group=group, side=side))
-    elif group == "card24":
-        for side in sides:
-            of: dict[str, Any] = {"quantised": not toy, "cap": None if toy else _CARD24}
-            list(bench.longest(32768 // scale, group=group, side=side, **of))
+            bench.measure(Run(group, side, length // scale, steps))
+        return
+    capped = group == "card24"
+    of: dict[str, Any] = {"quantised": capped and not options.toy}
+    of["cap"] = _CARD24 if of["quantised"] else None
+    for side in sides:
+        for length in options.lengths:
+            bench.measure(Run(group, side, length, steps=1, layers=_NUM_LAYERS, **of))
+        if not options.lengths:
+            start = (32768 if capped else 131072) // scale
+            list(bench.longest(start, group=group, side=side, **of))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--only", default="cost", choices=("cost", "row", "longest", "card24"))
-    parser.add_argument("--sides", default=",".join(SIDES), help="some of them, in order")
+    parser.add_argument("--sides", help="some of them, in order")
+    parser.add_argument("--peer-path", help="folder that has liger_kernel")
+    parser.add_argument("--lengths", type=_numbers, default=[], help="of longest and card24 alone")
     parser.add_argument("--model", default="llama-8b")
     parser.add_argument("--budget", type=float, default=570, help="seconds for all")
     parser.add_argument("--limit", type=float, default=300, help="seconds for a measurement")
     parser.add_argument("--output", help="file for all figures, as JSON")
     parser.add_argument("--toy", action="store_true", help="tiny models on a CPU")
     options = parser.parse_args()
-    sides = [side for side in options.sides.split(",") if side in SIDES]
+    known = [side for side in SIDES if side != _PEER or options.peer_path]
+    sides = options.sides.split(",") if options.sides else known
+    if unknown := set(sides) - set(known):
+        parser.error(f"no such sides: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     with tempfile.TemporaryDirectory(prefix="long-bench-") as folder:
         model = "gemma3-text" if options.toy else options.model
-        bench = Bench(model, options.budget, options.limit, Path(folder))
+        bench = Bench(model, options.budget, options.limit, Path(folder), options.peer_path)
         values: dict[str, Any] = {"command": " ".join(["python", *sys.argv])}
-        if not options.toy and options.only in ("cost", "row"):
+        if not options.toy and options.only in _LENGTHS:
             tflops = apart(matmul_tflops, 60)
-            length = 32768 if options.only == "cost" else 131072
-            values |= {"matmul_tflops": tflops, "floor": bench.floor_ms(length, tflops)}
+            floor = bench.floor_ms(_LENGTHS[options.only][0], tflops)
+            values |= {"matmul_tflops": tflops, "floor": floor}
             print(json.dumps(values), flush=True)
-        measure_group(bench, options.only, sides, options.toy)
+        measure_group(bench, options, sides)
         values |= {"environment": environment(), "runs": bench.found}
     if options.output:
         Path(options.output).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
