@@ -1,11 +1,13 @@
 """Train SmolLM2-135M in ways that must give the same losses, and plot them.
 
-python scripts/smollm2_curves.py --output curves.json [--parts packing,lora,dpo]     one GPU
+python scripts/smollm2_curves.py --output curves.json [--parts lora,distill]     one GPU
 python scripts/smollm2_curves.py --plot curves.json --output curves.png              anywhere
 
 packing  all weights on chitchat: rows packed, laid end to end (padding-free), and padded
 lora     an adapter of rank 16, stock and patched, on packed rows and on padded ones
 dpo      an adapter of rank 16 on 400 preference pairs, beside TRL's DPOTrainer on the same batches
+distill  a copy with four layers: on the labels alone, and on a teacher that was trained before;
+         losses are the cross-entropy of held-out conversations
 
 A run is a `liger train`. Needs the packages of the demo, lora and plots
 extras, and trl for the last part.
@@ -28,7 +30,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from train_runs import trained_steps
+from train_runs import read_lines, train_into, trained_steps
 
 from liger_cli.common.environment import environment
 
@@ -53,6 +55,12 @@ LORA_RUNS = {
     for side, ops in (("stock", "none"), ("patched", "auto"))
 }
 PAIRS, BATCH, BETA, RATE = 400, 8, 0.1, 5e-5
+STUDENT_LAYERS, TEACHER_STEPS, EVAL_EVERY = (0, 9, 19, 29), 100, 20
+STUDENTS = {
+    "cross-entropy": {"objective": "sft"},
+    "teacher": {"objective": "distill", "beta": 0.0},
+    "teacher and cross-entropy": {"objective": "distill", "beta": 0.0, "ce_weight": 0.5},
+}
 COLUMNS = ("loss", "trained_tokens", "tokens_per_s", "rewards/accuracies", "rewards/margins")
 
 
@@ -171,6 +179,42 @@ def train_dpo(side: str, steps: int) -> dict[str, list[float]]:
         return train(keys) if side == "liger" else train_trl(folder, keys)
 
 
+def write_student(folder: Path) -> None:
+    """Write a model that has four of SmolLM2's layers."""
+    from liger_cli.training.model.source import load_model, resolve_model
+    from liger_cli.training.model.tokenizers import load_tokenizer
+
+    source = resolve_model("llama")
+    model: Any = load_model(source, dtype=torch.float32, device="cpu")
+    kept = torch.nn.ModuleList(model.model.layers[i] for i in STUDENT_LAYERS)
+    for number, layer in enumerate(kept):
+        layer.self_attn.layer_idx = number
+    model.model.layers = kept
+    model.config.num_hidden_layers = len(kept)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[: len(kept)]
+    model.save_pretrained(folder)
+    load_tokenizer(source).save_pretrained(folder)
+
+
+def train_student(keys: dict[str, Any], steps: int) -> dict[str, list[float]]:
+    """Train the student, on a teacher or not, and return its losses on held-out rows."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_student(folder / "student")
+        common = {**COMMON, **PACKING["packed"], "max_eval_samples": 200}
+        more = {"model": folder / "student", "learning_rate": 5e-4, "max_steps": steps}
+        more |= {"eval_steps": EVAL_EVERY, "eval_on_start": True}
+        if keys["objective"] == "distill":
+            teacher = {"learning_rate": 5e-5, "max_steps": TEACHER_STEPS}
+            train_into(folder / "teacher", {**common, **teacher})
+            more["teacher_model_name_or_path"] = folder / "teacher"
+        train_into(folder / "run", {**common, **more, **keys})
+        lines = read_lines(folder / "run" / "eval.jsonl")
+    measure = "eval_loss" if keys["objective"] == "sft" else "eval_nll_loss"
+    return {"step": [x["step"] for x in lines], "loss": [x[measure] for x in lines]}
+
+
 def runs(parts: list[str], steps: int) -> dict[tuple[str, str], Callable[[], Any]]:
     """Return the runs of the parts, each a function without arguments."""
     found: dict[tuple[str, str], Callable[[], Any]] = {}
@@ -184,6 +228,9 @@ def runs(parts: list[str], steps: int) -> dict[tuple[str, str], Callable[[], Any
     if "dpo" in parts:
         for side in ("liger", "TRL"):
             found["dpo", side] = partial(train_dpo, side, steps)
+    if "distill" in parts:
+        for name, one in STUDENTS.items():
+            found["distill", name] = partial(train_student, one, steps)
     return found
 
 
@@ -192,8 +239,10 @@ def summarize(found: dict[str, Any]) -> list[str]:
     lines = []
     for part, runs in found.items():
         for name, one in runs.items():
-            last = sum(one["loss"][-20:]) / len(one["loss"][-20:])
-            lines.append(f"{part} {name}: loss {one['loss'][0]:.4f}, last 20 {last:.4f}")
+            # Of held-out rows the last one says it all.
+            tail = one["loss"][-1 if "step" in one else -20 :]
+            last = sum(tail) / len(tail)
+            lines.append(f"{part} {name}: loss {one['loss'][0]:.4f}, last {len(tail)} {last:.4f}")
         for (a, first), (b, second) in itertools.pairwise(runs.items()):
             apart = max(abs(x - y) for x, y in zip(first["loss"], second["loss"], strict=False))
             lines.append(f"{part} {a} and {b}: at most {apart:.4f} apart")
@@ -212,7 +261,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, len(pictures), figsize=(5 * len(pictures), 4), squeeze=False)
     for axis, (part, column) in zip(axes[0], pictures, strict=True):
         for name, one in found[part].items():
-            axis.plot(one[column], label=name, linewidth=1)
+            places = one.get("step", range(1, len(one[column]) + 1))
+            axis.plot(places, one[column], label=name, linewidth=1)
         axis.set(title=f"SmolLM2-135M, {part}", xlabel="step", ylabel=column)
         axis.legend()
     figure.tight_layout()

@@ -1,12 +1,14 @@
-"""Time a step of DPO, ORPO or SimPO beside TRL's trainers, with and without liger-kernel's layers.
+"""Time a step of DPO, ORPO, SimPO or distillation beside TRL's trainers and liger-kernel's layers.
 
-python scripts/preference_bench.py --peer-path FOLDER --output preferences.json      one CUDA GPU
-python scripts/preference_bench.py --toy                                  a tiny model on a CPU
+python scripts/objective_bench.py --peer-path FOLDER --output preferences.json       one CUDA GPU
+python scripts/objective_bench.py --objectives distill --output distill.json    llama-3b teaches 1b
+python scripts/objective_bench.py --toy                                  a tiny model on a CPU
 
-Each side is a separate process over the same weights and pairs: 4 a step, their rows of 1024 tokens
-with a prompt of 256; a reference is computed before the first step. Milliseconds are the median of
-the steps after the first, from the end of one to the end of the next; the peak is that of the
-steps. TRL is imported as it is installed, liger-kernel from --peer-path.
+Each side is a separate process over the same weights and rows of 1024 tokens with a prompt of 256:
+4 pairs a step, or 8 rows of distillation. A reference is computed before the first step.
+Milliseconds are the median of the steps after the first, from the end of one to the end of the
+next; the peak is that of the steps. TRL is imported as it is installed, liger-kernel from
+--peer-path.
 """
 
 from __future__ import annotations
@@ -33,19 +35,20 @@ from liger_cli.common.environment import environment
 
 PAIRS, STEPS, PROMPT, LENGTH = 4, 8, 256, 1024
 SIDES = ("ours", "trl", "trl+liger-kernel")
-BETA = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0}
+ROWS = 2 * PAIRS
+BETA = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0, "distill": 0.5}
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
-def write_inputs(folder: Path, toy: bool) -> None:
-    """Write a model with random weights, a tokenizer of a word a token, and the pairs."""
+def write_model(folder: Path, preset: str, toy: bool) -> int:
+    """Write a preset with random weights and a tokenizer of a word a token; return its words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
     from liger_cli.training.model.source import resolve_model
 
-    sizes = dict(resolve_model("llama-1b").config or {})
+    sizes = dict(resolve_model(preset).config or {})
     if toy:
         sizes |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
         sizes |= {"vocab_size": 512, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -59,20 +62,32 @@ def write_inputs(folder: Path, toy: bool) -> None:
     ).save_pretrained(folder)
     sizes |= {"pad_token_id": size - 3, "eos_token_id": size - 2, "bos_token_id": None}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        LlamaConfig(**{k: v for k, v in sizes.items() if k != "model_type"})
-    )
-    model.to(torch.bfloat16).save_pretrained(folder)
+    settings = LlamaConfig(**{k: v for k, v in sizes.items() if k != "model_type"})
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return size - 3
+
+
+def write_inputs(folder: Path, objectives: list[str], toy: bool) -> None:
+    """Write the models, and the rows of pairs and of distillation."""
+    num_words = write_model(folder, "llama-1b", toy)
+    if "distill" in objectives:
+        write_model(folder / "teacher", "llama-3b", toy)
     draw = random.Random(0)
 
     def text(count: int) -> str:
-        return " ".join(f"w{draw.randrange(size - 3)}" for _ in range(count))
+        return " ".join(f"w{draw.randrange(num_words)}" for _ in range(count))
 
     prompt, length = (PROMPT, LENGTH) if not toy else (16, 64)
     with (folder / "pairs.jsonl").open("w") as file:
         for _ in range(PAIRS * STEPS):
             answers = {key: f" {text(length - prompt - 1)}" for key in ("chosen", "rejected")}
             file.write(json.dumps({"prompt": text(prompt), **answers}) + "\n")
+    with (folder / "rows.jsonl").open("w") as file:
+        for _ in range(ROWS * STEPS):
+            row = {"prompt": text(prompt), "completion": f" {text(length - prompt - 1)}"}
+            file.write(json.dumps(row) + "\n")
 
 
 def run_ours(one: dict[str, Any]) -> dict[str, Any]:
@@ -98,6 +113,9 @@ def run_ours(one: dict[str, Any]) -> dict[str, Any]:
     }
     if objective == "dpo":
         keys["reference"] = "precompute"
+    if objective == "distill":
+        keys |= {"dataset": folder / "rows.jsonl", "teacher_model_name_or_path": folder / "teacher"}
+        keys |= {"per_device_train_batch_size": ROWS}
     steps = trained_steps(keys)
     return {
         "step_ms": statistics.median(line["step_ms"] for line in steps[1:]),
@@ -139,37 +157,68 @@ def trl_trainer(objective: str) -> tuple[Any, Any, dict[str, Any]]:
     """Return the trainer of an objective, its settings' class, and what it sets."""
     import trl
     from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
     return {
         "dpo": (trl.DPOTrainer, trl.DPOConfig, {"precompute_ref_log_probs": True}),
         "orpo": (ORPOTrainer, ORPOConfig, {}),
         "simpo": (CPOTrainer, CPOConfig, {"loss_type": "simpo", "cpo_alpha": 0.0}),
+        # Answers of the data, as ours; at temperature 1.
+        "distill": (GKDTrainer, GKDConfig, {"lmbda": 0.0, "temperature": 1.0}),
     }[objective]
 
 
-def run_trl(one: dict[str, Any]) -> dict[str, Any]:
-    """Run a trainer of TRL over the same pairs."""
+def trl_model(folder: Path, *, has_layers: bool) -> Any:
+    """Load a model as TRL's side has it, with liger-kernel's layers or without."""
     import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    folder, cpu = Path(one["folder"]), one["toy"]
-    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    if "liger-kernel" in one["side"]:
+    if has_layers:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         # These losses read logits, which its fused loss does not make.
         _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)
+    return model
+
+
+def encoded(row: dict[str, str], tokenizer: Any) -> dict[str, Any]:
+    """Return the tokens of a row of distillation, as GKDTrainer's collator reads them."""
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    answer = [*tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]
+    mask = [0] * len(prompt) + [1] * len(answer)
+    return {
+        "prompt": row["prompt"],
+        "input_ids": prompt + answer,
+        "attention_mask": [1] * len(mask),
+        "completion_mask": mask,
+    }
+
+
+def run_trl(one: dict[str, Any]) -> dict[str, Any]:
+    """Run a trainer of TRL over the same rows."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+
+    folder, cpu, distills = Path(one["folder"]), one["toy"], one["objective"] == "distill"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    lines = (folder / ("rows.jsonl" if distills else "pairs.jsonl")).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    has_layers = "liger-kernel" in one["side"]
+    more: dict[str, Any] = {}
+    if distills:
+        rows = [encoded(row, tokenizer) for row in rows]
+        more["teacher_model"] = trl_model(folder / "teacher", has_layers=has_layers)
     trainer_class, config_class, options = trl_trainer(one["objective"])
     settings = config_class(
         output_dir=tempfile.mkdtemp(),
         beta=BETA[one["objective"]],
         max_length=LENGTH,
         max_steps=STEPS,
-        per_device_train_batch_size=PAIRS,
+        per_device_train_batch_size=ROWS if distills else PAIRS,
         learning_rate=1e-6,
         bf16=False,
         gradient_checkpointing=False,
@@ -182,12 +231,13 @@ def run_trl(one: dict[str, Any]) -> dict[str, Any]:
     )
     clock = Clock(cpu)
     trainer = trainer_class(
-        model,
+        trl_model(folder, has_layers=has_layers),
         args=settings,
         train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(folder),
+        processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", **LORA) if one["adapter"] else None,
         callbacks=[clock.callback],
+        **more,
     )
     trainer.train()
     steps = [b - a for a, b in itertools.pairwise(clock.ends)]
@@ -244,6 +294,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--peer-path", type=Path)
     parser.add_argument("--objectives", default="dpo,orpo,simpo")
+    parser.add_argument("--adapters", default="lora,none")
     parser.add_argument("--budget", type=float, default=500, help="seconds; no side starts after")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -255,10 +306,10 @@ def main() -> None:
         return
     began, rows = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as folder:
-        write_inputs(Path(folder), given.toy)
-        for objective, adapter, side in itertools.product(
-            given.objectives.split(","), (True, False), SIDES
-        ):
+        objectives = given.objectives.split(",")
+        write_inputs(Path(folder), objectives, given.toy)
+        adapters = [a == "lora" for a in given.adapters.split(",")]
+        for objective, adapter, side in itertools.product(objectives, adapters, SIDES):
             if "liger-kernel" in side and not given.peer_path:
                 continue
             if time.perf_counter() - began > given.budget:
