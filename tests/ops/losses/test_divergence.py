@@ -42,9 +42,10 @@ def test_divergence_and_gradients_are_those_of_trl(case, reduction):
         assert error(ours, torch.tensor(theirs, dtype=torch.float64).view_as(ours)) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("beta", BETAS)
-def test_a_teacher_that_is_the_student_gives_0_with_a_gradient_of_0(beta, device):
-    hidden, weight, *_ = layers(device=device)
+def test_a_teacher_that_is_the_student_gives_0_with_a_gradient_of_0(beta, dtype, device):
+    hidden, weight, *_ = layers(dtype=dtype, device=device)
     same = (hidden.detach(), weight.detach())
     values = fused_linear_divergence(hidden, weight, *same, beta=beta, temperature=0.5)
     assert torch.equal(values, torch.zeros_like(values))
@@ -61,6 +62,25 @@ def test_a_one_hot_teacher_gives_cross_entropy(device):
     assert error(values.detach(), wanted.detach()) < FP32
     pairs = zip(*(torch.autograd.grad(x.sum(), z) for x in (values, wanted)), strict=True)
     assert all(error(ours, theirs) < 2 * FP32 for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("beta", [0.0, 1e-6, 0.02, 0.3, 0.98, 1.0])
+def test_sides_that_are_far_apart_have_the_value_of_fp64(beta, dtype, device):
+    """From classes that only one side gives a share, 2 ** -90 and less of the other's, to equal."""
+    spread = torch.tensor([[90.0], [30.0], [1.0], [1e-2]], device=device)
+    z, teacher = ((make(4, 40, seed=i, device=device).detach() * spread).to(dtype) for i in (1, 2))
+    z.requires_grad_()
+    values = divergence(z, teacher, beta=beta)
+    (gradient,) = torch.autograd.grad(values.sum(), z)
+    wide = z.detach().double().requires_grad_()
+    wanted = divergence(wide, teacher.double(), beta=beta)
+    (truth,) = torch.autograd.grad(wanted.sum(), wide)
+    assert torch.allclose(values.detach().double(), wanted.detach(), rtol=2e-5, atol=1e-6)
+    rounding = torch.finfo(dtype).eps * truth.abs().amax(1, keepdim=True)
+    # In it logits of their size are taken from each other.
+    allowed = rounding + 1e-6 * wanted.detach().clamp(min=1.0)[:, None]
+    assert ((gradient - truth).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("beta", [0.3, 1.0])
