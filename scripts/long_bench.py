@@ -58,7 +58,6 @@ SIDES: dict[str, dict[str, Any]] = {
 _PEER = "liger-kernel"
 _OFF = {"activation_offloading": False, "tile_tokens": "none"}
 _LORA = {"adapter": "lora", "lora_r": 16, "gradient_checkpointing": True}
-_NUM_LAYERS = 4
 # Of the groups that time steps of the whole model: tokens of a row, and steps.
 _LENGTHS = {"cost": (32768, 4), "row": (131072, 2)}
 _CARD24 = 24e9
@@ -192,7 +191,7 @@ class Bench:
         step = start // 4
         low, high, length = 0, 1 << 21, start
         while length < high and high - low > max(step, low // 16):
-            found = self.measure(Run(length=length, steps=1, layers=_NUM_LAYERS, **of))
+            found = self.measure(Run(length=length, steps=1, **of))
             if "error" in found and found["kind"] != "memory":
                 return
             low, high = (low, length) if "error" in found else (length, high)
@@ -273,10 +272,10 @@ def measure_group(bench: Bench, options: argparse.Namespace, sides: list[str]) -
         return
     capped = group == "card24"
     of: dict[str, Any] = {"quantised": capped and not options.toy}
-    of["cap"] = _CARD24 if of["quantised"] else None
+    of |= {"cap": _CARD24 if of["quantised"] else None, "layers": options.layers}
     for side in sides:
         for length in options.lengths:
-            bench.measure(Run(group, side, length, steps=1, layers=_NUM_LAYERS, **of))
+            bench.measure(Run(group, side, length, steps=1, **of))
         if not options.lengths:
             start = (32768 if capped else 131072) // scale
             list(bench.longest(start, group=group, side=side, **of))
@@ -292,6 +291,7 @@ def main() -> None:
     parser.add_argument("--sides", help="some of them, in order")
     parser.add_argument("--peer-path", help="folder that has liger_kernel")
     parser.add_argument("--lengths", type=_numbers, default=[], help="of longest and card24 alone")
+    parser.add_argument("--layers", type=int, default=4, help="of longest and card24 alone")
     parser.add_argument("--model", default="llama-8b")
     parser.add_argument("--budget", type=float, default=570, help="seconds for all")
     parser.add_argument("--limit", type=float, default=300, help="seconds for a measurement")

@@ -29,6 +29,7 @@ __all__ = [
     "Backend",
     "backend",
     "fp32",
+    "is_left_to_compiler",
     "is_traced_as_torch",
     "runs_triton",
     "runs_triton_rows",
@@ -69,6 +70,16 @@ def is_traced_as_torch(x: torch.Tensor) -> bool:
     the autograd functions around torch code.
     """
     return torch.compiler.is_compiling() and not runs_triton(x)
+
+
+def is_left_to_compiler() -> bool:
+    """Return whether an op that only moves numbers is inside torch.compile, for any device.
+
+    The compiler sees plain torch code, which it joins with what is around it in one kernel, and it
+    decides itself what is recomputed. A kernel of ours would be a launch and a buffer more, and of
+    those the host has too many where compiling pays.
+    """
+    return torch.compiler.is_compiling()
 
 
 def runs_triton_rows(x: torch.Tensor) -> bool:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from liger_kernels.ops.arguments import EPS, Choice, Flag, Integer, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
-from liger_kernels.ops.backend import is_traced_as_torch, runs_triton_rows
+from liger_kernels.ops.backend import is_left_to_compiler, runs_triton_rows
 from liger_kernels.ops.gated_rms_norm_kernel import (
     gated_rms_norm_bwd_kernel,
     gated_rms_norm_fwd_kernel,
@@ -311,7 +311,7 @@ def gated_rms_norm(
         product_dtype,
         out_dtype=product_dtype if gate_first else x.dtype,
     )
-    if x.numel() == 0 or is_traced_as_torch(x):
+    if x.numel() == 0 or is_left_to_compiler():
         # A grid of size zero is no launch; this keeps the graph and gives zero gradients.
         rest: Any = {"activation": activation, "cast": cast, "num_groups": options.num_groups}
         return gated_rms_norm_ref(x, gate, weight, options.eps, gate_first=gate_first, **rest)

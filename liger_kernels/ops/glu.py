@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from liger_kernels.ops.arguments import Choice, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
-from liger_kernels.ops.backend import is_traced_as_torch, runs_triton, tl, triton
+from liger_kernels.ops.backend import is_left_to_compiler, runs_triton, tl, triton
 from liger_kernels.ops.launcher import Launch, cache_by_shape, cdiv, next_power_of_2
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic
 from liger_kernels.ops.rows import rows_of
@@ -266,7 +266,7 @@ def _glu(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
         raise ValueError(f"gate must be a floating tensor (..., N), got {gate.dtype} ()")
     if up.shape != gate.shape:
         raise ValueError(f"up must be {tuple(gate.shape)} as gate is, got {tuple(up.shape)}")
-    if gate.numel() == 0 or is_traced_as_torch(gate):
+    if gate.numel() == 0 or is_left_to_compiler():
         # A grid of size zero is no launch; this keeps the graph and gives zero gradients.
         return _act(gate, activation) * up
     return _Glu.apply(rows_of(gate), rows_of(up), activation).view(gate.shape)

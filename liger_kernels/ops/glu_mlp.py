@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from liger_kernels.ops.arguments import Choice, Flag, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
+from liger_kernels.ops.backend import is_left_to_compiler
 from liger_kernels.ops.glu import _act, _glu_bwd, _glu_fwd
 from liger_kernels.ops.op import Case, Op, Sample, randn
 from liger_kernels.ops.rows import rows_of
@@ -161,6 +162,8 @@ def glu_mlp(
                 f"{name} must be {shape} {x.dtype} to go with x {tuple(x.shape)} and down_weight "
                 f"{tuple(down_weight.shape)}, got {tuple(weight.shape)} {weight.dtype}"
             )
+    if is_left_to_compiler():
+        return glu_mlp_ref(x, gate_weight, up_weight, down_weight, activation=activation)
     if x.numel() == 0 or inner == 0:
         # A grid of size zero is no launch; this keeps the graph and gives zero gradients.
         gate = F.linear(x, gate_weight)

@@ -13,7 +13,7 @@ import torch
 
 from liger_kernels.ops.arguments import EPS, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
-from liger_kernels.ops.backend import is_traced_as_torch
+from liger_kernels.ops.backend import is_left_to_compiler
 from liger_kernels.ops.layer_norm_kernel import LayerNormOptions, layer_norm_bwd, layer_norm_fwd
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic, upcast
 from liger_kernels.ops.rows import in_rows
@@ -104,7 +104,7 @@ def layer_norm(
                 f"{name} must be ({x.shape[-1]},) as x's width, got {tuple(value.shape)}"
             )
     options = LayerNormOptions(EPS.of(eps), _out_dtype(x))
-    if x.numel() == 0 or is_traced_as_torch(x):
+    if x.numel() == 0 or is_left_to_compiler():
         # A grid of size zero is no launch; this keeps the graph and gives zero gradients.
         return layer_norm_ref(x, weight, bias, options.eps).to(options.out_dtype)
     return _LayerNorm.apply(x, weight, bias, options)

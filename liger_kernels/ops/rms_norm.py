@@ -16,7 +16,7 @@ import torch
 
 from liger_kernels.ops.arguments import EPS, Choice, Number, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
-from liger_kernels.ops.backend import is_traced_as_torch
+from liger_kernels.ops.backend import is_left_to_compiler
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic, upcast
 from liger_kernels.ops.rms_norm_kernel import NormOptions, rms_norm_bwd, rms_norm_fwd
 from liger_kernels.ops.rows import in_rows
@@ -133,7 +133,7 @@ def rms_norm(
     """
     check_tensors((X, WEIGHT), x, weight)
     options = norm_options(x, x.dtype, weight, eps, offset, cast)
-    if x.numel() == 0 or is_traced_as_torch(x):
+    if x.numel() == 0 or is_left_to_compiler():
         # A grid of size zero is no launch; this keeps the graph and gives zero gradients.
         return rms_norm_ref(x, weight, options.eps, offset=options.offset, cast=cast)
     return _RmsNorm.apply(x, weight, options)

@@ -16,7 +16,7 @@ import torch
 
 from liger_kernels.ops.arguments import Choice, Integer, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
-from liger_kernels.ops.backend import runs_triton
+from liger_kernels.ops.backend import is_left_to_compiler, runs_triton
 from liger_kernels.ops.op import Case, Op, Sample, randn, upcast
 from liger_kernels.ops.rope_kernel import RopeOptions, launch_rope, pair_layouts
 
@@ -175,7 +175,7 @@ def rope(
     Source: https://arxiv.org/abs/2104.09864, equation 34.
     """
     options = _check(q, k, cos, sin, style, rotary_dim, unsqueeze_dim)
-    if q.numel() == 0:
+    if q.numel() == 0 or is_left_to_compiler():
         # A grid of size zero is no launch; this keeps the graph and gives zero gradients.
         return rope_ref(
             q, k, cos, sin, style=style, rotary_dim=rotary_dim, unsqueeze_dim=unsqueeze_dim

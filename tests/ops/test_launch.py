@@ -369,13 +369,12 @@ TRACE = """
                 pass
         # One graph for the first number of rows, and one for all others.
         assert len(graphs) == 2, (norm, len(graphs))
-        name = norm.__name__.removeprefix("fused_add_")
-        kernels = {f"{name}_fwd_kernel", f"{name}_bwd_kernel", "sum_partials_kernel"}
-        assert all(names == kernels for names in graphs), graphs
+        # The compiler makes kernels of what it sees; ours would be launches between them.
+        assert not any(graphs), graphs
 """
 
 
-def test_case_30_a_tracer_sees_the_kernels_and_no_number_of_rows():
+def test_case_30_a_tracer_sees_torch_code_and_no_number_of_rows():
     # In its own process: whether there is a GPU is asked once, when torch's tracer is imported.
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(TRACE)],
