@@ -172,7 +172,7 @@ SLOW = {
         "^llama$|gemma3$|olmo2|glm4|llama4",
     ),
     "test_checkpoint_that_cannot_be_written": ("two trainings a case", "full"),
-    "test_case_30_a_tracer_sees_torch_code_and_no_number_of_rows": (
+    "test_case_30_a_tracer_sees_torch_code_of_few_numbers_and_no_number_of_rows": (
         "Inductor compiles kernels",
         NONE,
     ),

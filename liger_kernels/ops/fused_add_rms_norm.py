@@ -17,9 +17,8 @@ import torch
 
 from liger_kernels.ops.arguments import EPS, TensorArgument, check_tensors
 from liger_kernels.ops.autograd import differentiable_once
-from liger_kernels.ops.backend import is_left_to_compiler
 from liger_kernels.ops.op import Case, Op, Sample, lay_out, randn, traffic
-from liger_kernels.ops.rms_norm import CAST, OFFSET, WEIGHT, X, norm_options, rms_norm_ref
+from liger_kernels.ops.rms_norm import CAST, OFFSET, WEIGHT, X, norm_options, rms_norm, rms_norm_ref
 from liger_kernels.ops.rms_norm_kernel import NormOptions, rms_norm_bwd, rms_norm_fwd
 from liger_kernels.ops.rows import in_rows
 
@@ -122,11 +121,16 @@ def fused_add_rms_norm(
         )
     dtype = torch.promote_types(x.dtype, residual.dtype)
     options = norm_options(x, dtype, weight, eps, offset, cast)
-    if x.numel() == 0 or is_left_to_compiler():
+    if x.numel() == 0:
         # A grid of size zero is no launch; this keeps the graph and gives zero gradients.
         return fused_add_rms_norm_ref(
             x, residual, weight, options.eps, offset=options.offset, cast=cast
         )
+    if torch.compiler.is_compiling():
+        # The compiler fuses the sum with what is around it; and dynamo of torch 2.11 loses the
+        # gradients of a function that gives two inputs the same one.
+        total = x + residual
+        return rms_norm(total, weight, eps, offset=offset, cast=cast), total
     return _FusedAddRmsNorm.apply(x, residual, weight, options)
 
 

@@ -175,7 +175,7 @@ def rope(
     Source: https://arxiv.org/abs/2104.09864, equation 34.
     """
     options = _check(q, k, cos, sin, style, rotary_dim, unsqueeze_dim)
-    if q.numel() == 0 or is_left_to_compiler():
+    if q.numel() == 0 or is_left_to_compiler(q):
         # A grid of size zero is no launch; this keeps the graph and gives zero gradients.
         return rope_ref(
             q, k, cos, sin, style=style, rotary_dim=rotary_dim, unsqueeze_dim=unsqueeze_dim

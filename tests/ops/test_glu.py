@@ -322,7 +322,7 @@ def test_case_29_as_fast_inside_torch_compile(op, eager, device, true_allocators
     gate, up = (make(32768, 8192, seed=i, dtype=torch.bfloat16, device=device) for i in range(2))
     compiled = torch.compile(op)
     with torch.no_grad():
-        assert error(compiled(gate, up), op(gate, up)) <= FLOOR[torch.bfloat16]
+        assert torch.equal(compiled(gate, up), op(gate, up))
         eager_ms = do_bench(lambda: op(gate, up), return_mode="median")
         compiled_ms = do_bench(lambda: compiled(gate, up), return_mode="median")
     assert compiled_ms <= 1.1 * eager_ms

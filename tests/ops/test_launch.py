@@ -371,10 +371,17 @@ TRACE = """
         assert len(graphs) == 2, (norm, len(graphs))
         # The compiler makes kernels of what it sees; ours would be launches between them.
         assert not any(graphs), graphs
+        many = torch.zeros(2, 4097, 1024, requires_grad=True)
+        try:
+            compiled(many, *others.get(norm, (torch.zeros_like(many), weight)))
+        except Traced:
+            pass
+        name = norm.__name__.removeprefix("fused_add_")
+        assert graphs[2:] == [{f"{name}_fwd_kernel", f"{name}_bwd_kernel", "sum_partials_kernel"}]
 """
 
 
-def test_case_30_a_tracer_sees_torch_code_and_no_number_of_rows():
+def test_case_30_a_tracer_sees_torch_code_of_few_numbers_and_no_number_of_rows():
     # In its own process: whether there is a GPU is asked once, when torch's tracer is imported.
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(TRACE)],
