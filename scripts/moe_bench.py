@@ -232,7 +232,8 @@ def kernels(shape: tuple[int, ...], layout: str) -> dict[str, Any]:
     def at(module: Any, name: str, tiles: Any, call: Callable[[], Any], num_bytes: float) -> None:
         kept = getattr(module, name)
         for tile in tiles:
-            setattr(module, name, tile)
+            # A table by size has this tile for all.
+            setattr(module, name, ((0, tile),) if name.endswith("TILES") else tile)
             label = f"{call.__name__} {tile}"
             try:
                 found[label] = rate(call, num_bytes)
@@ -254,8 +255,8 @@ def kernels(shape: tuple[int, ...], layout: str) -> dict[str, Any]:
 
     at(moe_rows, "_MOVE_TILE", MOVE_TILES, gather, moved)
     at(moe_rows, "_MOVE_TILE", MOVE_TILES, combine, moved)
-    at(activation, "_FWD_TILE", ACTIVATION_TILES, forward, 2 * slots * 3 * inner)
-    at(activation, "_BWD_TILE", ACTIVATION_TILES, backward, 2 * slots * 6 * inner)
+    at(activation, "_FWD_TILES", ACTIVATION_TILES, forward, 2 * slots * 3 * inner)
+    at(activation, "_BWD_TILES", ACTIVATION_TILES, backward, 2 * slots * 6 * inner)
     return found
 
 

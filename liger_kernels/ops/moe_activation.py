@@ -14,14 +14,17 @@ import torch
 import torch.nn.functional as F
 
 from liger_kernels.ops.backend import INTERPRETED, runs_triton
-from liger_kernels.ops.launcher import Launch, cache_by_shape, cdiv, next_power_of_2
+from liger_kernels.ops.launcher import Launch, cache_by_shape, cdiv, lookup, next_power_of_2
 from liger_kernels.ops.moe_activation_kernel import _bwd_kernel, _fwd_kernel
 from liger_kernels.ops.moe_routing import Routing
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu2", "gpt_oss")
-# Slots of a program, its columns at most (backward takes whole rows in steps of them), its warps.
-_FWD_TILE = (16, 64, 4) if INTERPRETED else (1, 1024, 4)
-_BWD_TILE = (16, 8, 4) if INTERPRETED else (1, 1024, 4)
+# By inner width: slots of a program, its columns at most (backward takes whole rows in steps of
+# them), its warps. Milliseconds at widths 768 and 2880, docs/results/moe-h200.json: forward
+# (4, 256, 4) 0.153 and 0.313, (1, 1024, 4) 0.158 and 0.296; backward (4, 256, 4) 0.310 and 0.745,
+# (1, 1024, 8) 0.385 and 0.582.
+_FWD_TILES = ((0, (16, 64, 4)),) if INTERPRETED else ((1024, (4, 256, 4)), (2880, (1, 1024, 4)))
+_BWD_TILES = ((0, (16, 8, 4)),) if INTERPRETED else ((1024, (4, 256, 4)), (2880, (1, 1024, 8)))
 
 
 class Gating(NamedTuple):
@@ -92,7 +95,7 @@ def activate_rows(gate_up: torch.Tensor, slots: Slots, gating: Gating) -> torch.
     h = torch.empty((num_rows, inner), dtype=gate_up.dtype, device=gate_up.device)
     has = (slots.routing_weights is not None, slots.bias is not None)
     routing = slots.routing
-    launch = _fwd_launch(num_rows, inner, has, gating, _FWD_TILE)
+    launch = _fwd_launch(num_rows, inner, has, gating, lookup(_FWD_TILES, inner))
     launch(gate_up, routing.rows, routing.expert_ids, slots.routing_weights, slots.bias, h)
     return h
 
@@ -143,7 +146,7 @@ def activate_rows_backward(
         dweights = torch.empty(shape, dtype=torch.float32, device=dh.device)
     has = (routing_weights is not None, bias is not None, dots is not None, remakes_h)
     sizes = (*dh.shape, routing.top_k, routing.offsets.numel())
-    launch = _bwd_launch(sizes, has, gating, _BWD_TILE)
+    launch = _bwd_launch(sizes, has, gating, lookup(_BWD_TILES, dh.shape[1]))
     launch(
         dh, gate_up, routing.rows, routing.expert_ids, routing_weights, bias, dots, dgate_up,
         dweights,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from liger_kernels.compare import error
-from liger_kernels.ops import moe_experts
+from liger_kernels.ops import moe_activation, moe_experts
 from liger_kernels.ops.backend import runs_triton
 from liger_kernels.ops.grouped_products import grouped_outer, grouped_product
 from liger_kernels.ops.moe_experts import moe_experts_ref
@@ -131,6 +131,24 @@ def test_gradients_where_they_are_asked_for_alone(trained, weight_on, device):
     for i, (ours, wanted) in enumerate(zip(*found.values(), strict=True)):
         assert (ours is None) == (wanted is None) == (i not in names)
         assert ours is None or error(ours, wanted) < 1e-5
+
+
+# Tiles of GPUs, by inner width, of which the interpreter has others.
+@pytest.mark.parametrize("tile", [(4, 256, 4), (1, 1024, 4), (1, 1024, 8), (4, 4, 4)])
+def test_tiles_of_the_activation(tile, monkeypatch, device):
+    if not runs_triton(torch.empty(0, device=device)):
+        pytest.skip("torch code has no tiles")
+    for name in ("_FWD_TILES", "_BWD_TILES"):
+        monkeypatch.setattr(moe_activation, name, ((0, tile),))
+    args, _ = sample(device)
+    found = []
+    for function in (moe_experts, moe_experts_ref):
+        given = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in args]
+        y = function(*given)
+        y.square().sum().backward()
+        found.append([y, *(x.grad for x in given if x.requires_grad)])
+    for ours, wanted in zip(*found, strict=True):
+        assert error(ours, wanted) < 1e-5
 
 
 def test_repeated_experts_of_a_token(device):
