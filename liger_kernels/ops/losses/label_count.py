@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import torch
 
+from liger_kernels.ops.host_copy import HostCopy, copy_to_host
 from liger_kernels.ops.losses.options import IGNORE_INDEX, label_argument
 
 # Above this share of the tokens it does not pay to gather those that take part.
 _GATHER_BELOW = 0.95
 
 
-class LabelCount:
+class LabelCount(HostCopy):
     """The number of labels of a batch, on its way to the host."""
-
-    def __init__(self, count: torch.Tensor | int, event: torch.Event | None = None) -> None:
-        self._count = count
-        self._event = event
-
-    def is_here(self) -> bool:
-        """Return whether there is nothing to wait for."""
-        return self._event is None or self._event.query()
 
     def wait(self) -> int:
         """Return the number, after waiting for its own copy and nothing else."""
-        if self._event is not None:
-            self._event.synchronize()
-            self._event = None
-        return int(self._count)
+        return int(super().wait())
 
 
 def count_labels(target: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> LabelCount:
@@ -42,15 +32,8 @@ def count_labels(target: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> Labe
         raise label_argument("target").error(target)
     if target.is_meta or torch.compiler.is_compiling() or is_capturing(target):
         return LabelCount(target.numel())
-    count = (target != ignore_index).sum()
-    if count.device.type not in ("cuda", "xpu"):
-        return LabelCount(count)
-    host = torch.empty((), dtype=count.dtype, pin_memory=True)
-    host.copy_(count, non_blocking=True)
-    runtime = torch.get_device_module(count.device)
-    event = runtime.Event()
-    event.record(runtime.current_stream(count.device))
-    return LabelCount(host, event)
+    count = copy_to_host((target != ignore_index).sum())
+    return LabelCount(count.value, count.event)
 
 
 def is_capturing(x: torch.Tensor) -> bool:
