@@ -30,13 +30,8 @@ PLACES: dict[str, dict[str, int]] = {
     # Norms on the full width of q and k.
     "olmo2": {"rope": 2, "rms_norm": 9, "swiglu": 2},
     "glm4": {"rope": 2, "rms_norm": 9, "swiglu": 2},
-    # Version 4 has one MLP an expert.
-    "mixtral": {"rope": 2, "rms_norm": 5, **({"moe_experts": 2} if zoo.IS_V5 else {"swiglu": 8})},
-    "qwen3_moe": {
-        "rope": 2,
-        "rms_norm": 9,
-        **({"swiglu": 1, "moe_experts": 1} if zoo.IS_V5 else {"swiglu": 5}),
-    },
+    "mixtral": {"rope": 2, "rms_norm": 5, "moe_experts": 2},
+    "qwen3_moe": {"rope": 2, "rms_norm": 9, "swiglu": 1, "moe_experts": 1},
     # One layer has no positions; a dense MLP, the shared expert, and a block of experts.
     "llama4_text": {"rope": 1, "rms_norm": 6, "swiglu": 2, "moe_experts": 1},
     "llama4": {"rope": 3, "rms_norm": 6, "layer_norm": 6, "swiglu": 2, "moe_experts": 1},
@@ -195,7 +190,8 @@ def test_nothing_but_behaviour_changes_case_48_50_51(family):
     after = model.state_dict()
     assert after.keys() == tensors.keys()
     for key, (pointer, value) in tensors.items():
-        assert after[key].data_ptr() == pointer
+        # A list of experts, as in version 4, is moved to lie together.
+        assert after[key].data_ptr() == pointer or ".experts." in key
         assert torch.equal(after[key], value)
     assert {name: type(module) for name, module in other.named_modules()} == classes
     again = run(other, inputs)

@@ -239,12 +239,14 @@ def test_dispatch_case_82(family, placement, order, tmp_path):
             skipped = model(**inputs, skip_logits=True).loss
     assert skipped.item() == pytest.approx(reference.loss, rel=1e-5)
     heads = [row for row in record.modules if row["name"] == "lm_head"]
-    assert not record.unused
+    # Hooks on the layers of version 4's experts, which one op would go past.
+    lists = [row for row in record.modules if row["op"] == "moe_experts" and not zoo.IS_V5]
+    assert record.unused == {row["name"] for row in lists if order == "patch-first"}
     if order == "dispatch-first" and placement != "whole":
         # Its weight is there while its own forward runs, not when the loss is computed.
         assert heads[0]["status"] == "skipped"
         assert "patch before wrapping" in heads[0]["reason"]
-    others = (row for row in record.modules if row not in heads)
+    others = (row for row in record.modules if row not in heads and row not in lists)
     assert all(row["status"] == "patched" for row in others)
 
 

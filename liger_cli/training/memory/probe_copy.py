@@ -216,4 +216,4 @@ def _mask_on_gpu(make: Any) -> Any:
 
 def _address(x: Tensor) -> int:
     # Of a storage and a place in it, like an address.
-    return (x.untyped_storage()._cdata << 24) + int(x.storage_offset())
+    return (x.untyped_storage()._cdata << 24) + int(x.storage_offset()) * x.element_size()

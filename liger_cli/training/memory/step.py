@@ -35,6 +35,7 @@ from liger_cli.training.model.source import build_meta_model, resolve_model
 from liger_cli.training.optim.optimizers import EIGHT_BIT, make_optimizer
 from liger_cli.training.parallel.mesh import ParallelPlan
 from liger_kernels.transformers import token_logprobs
+from liger_kernels.transformers.replacements.table import prepare
 from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = ["CHECKPOINT_COPY", "Batch", "MemoryEstimate", "num_experts", "step_memory"]
@@ -320,6 +321,7 @@ def _give_storage(model: nn.Module) -> None:
                         y = nn.Parameter(y, requires_grad=x.requires_grad)
                     made[id(x)] = x, y
                 tensors[name] = made[id(x)][1]  # type: ignore[assignment]
+    prepare(model.modules())
 
 
 def _moments(config: RunConfig, model: Any, parameters: list[Tensor]) -> object:

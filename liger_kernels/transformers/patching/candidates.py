@@ -16,6 +16,8 @@ from liger_kernels.transformers.patching.third_party import (
 )
 from liger_kernels.transformers.recognise import (
     BlockRefusal,
+    ExpertListRefusal,
+    ExpertListSpec,
     HeadSpec,
     LoraRefusal,
     LoraSpec,
@@ -77,8 +79,10 @@ def find_candidates(model: nn.Module, row: Family | None) -> Iterator[Candidate]
         if isinstance(found, MoeBlockSpec | BlockRefusal):
             # The block's row is theirs too.
             inside_blocks.add(id(module._modules["experts"]))
+        if isinstance(found, ExpertListSpec):
+            inside_blocks.update(map(id, module._modules["experts"].modules()))
         if found is not None:
-            op = LoraRefusal.op if isinstance(found, LoraRefusal) else op_of(found)
+            op = found.op if isinstance(found, LoraRefusal | ExpertListRefusal) else op_of(found)
             if row is not None and isinstance(found, Mismatch):
                 op = row.ops[original_class(type(module)).__name__]
             yield Candidate(name, module, op, found)

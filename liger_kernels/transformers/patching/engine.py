@@ -26,6 +26,7 @@ from liger_kernels.transformers.patching.plan import (
 from liger_kernels.transformers.patching.selection import LOSSES
 from liger_kernels.transformers.recognise import (
     BASE_ATTRIBUTE,
+    ExpertListSpec,
     MlpSpec,
     RopeSpec,
     original_class,
@@ -33,7 +34,18 @@ from liger_kernels.transformers.recognise import (
 from liger_kernels.transformers.replacements.adapters import is_lora_patched
 from liger_kernels.transformers.replacements.calls import tally_calls
 from liger_kernels.transformers.replacements.subclasses import is_patched, swap
-from liger_kernels.transformers.replacements.table import patched_class
+from liger_kernels.transformers.replacements.table import patched_class, prepare
+
+# Why no call of a patched module reached its op.
+_UNREACHED = (
+    "no call reached the op in the step that was counted: its inputs do not need the module, or "
+    "other code computes it"
+)
+_APART = (
+    "its experts ran one by one in the step that was counted: their weights do not lie together "
+    "(sharded, offloaded, or assigned after patching; PatchRecord.refresh() moves them), or an "
+    "expert was changed"
+)
 
 
 class PatchRecord:
@@ -75,10 +87,7 @@ class PatchRecord:
         if module is None and patch.name in self._heads:
             module = self._heads[patch.name][0]
         if patch.name in self.unused:
-            reason = (
-                "no call reached the op in the step that was counted: its inputs do not need the "
-                "module, or other code computes it"
-            )
+            reason = _APART if isinstance(patch.spec, ExpertListSpec) else _UNREACHED
             return module_row(patch, "unused", backend=self._backend(module), reason=reason)
         return module_row(patch, "patched", backend=self._backend(module))
 
@@ -110,7 +119,8 @@ class PatchRecord:
         self.unused = frozenset(heads | modules)
 
     def refresh(self) -> None:
-        """Bring the rows of LoRA layers up to date with what the model has and does now.
+        """Bring the rows of LoRA layers up to date with what the model has and does now, and move
+        the weights of lists of experts together again.
 
         Those that came after patching are patched and listed, those that are gone are not listed
         any more, and those that are merged, disabled or changed are left to peft, with the reason.
@@ -120,6 +130,7 @@ class PatchRecord:
         """
         if self.model is None:
             return
+        prepare(self._swapped.values())
         request = self.plan.selection
         ops = tuple(op for op in request.ops if op == ADAPTER_OP)
         now = build_plan(
@@ -218,6 +229,7 @@ def apply(model: nn.Module, plan: PatchPlan) -> PatchRecord:
                 cls: Any = type(module)
                 record._swapped[patch.name] = module
                 swap(module, _class_for(cls, patch, plan))
+        prepare(record._swapped.values())
         return record
     except BaseException:
         record.undo()

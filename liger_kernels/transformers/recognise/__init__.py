@@ -24,6 +24,10 @@ from liger_kernels.transformers.recognise.adapters import (
     lora_group,
     recognise_lora,
 )
+from liger_kernels.transformers.recognise.expert_lists import (
+    recognise_expert_list,
+    routed_output,
+)
 from liger_kernels.transformers.recognise.experts import (
     experts_options,
     recognise_experts,
@@ -54,6 +58,8 @@ from liger_kernels.transformers.recognise.specs import (
     GLU_OPS,
     NO_KERNEL,
     BlockRefusal,
+    ExpertListRefusal,
+    ExpertListSpec,
     ExpertsSpec,
     GatedNormSpec,
     HeadSpec,
@@ -67,6 +73,7 @@ from liger_kernels.transformers.recognise.specs import (
     NormSpec,
     Refusal,
     RopeSpec,
+    SoftmaxRouting,
     Spec,
     unserved,
 )
@@ -77,6 +84,8 @@ __all__ = [
     "GLU_OPS",
     "NO_KERNEL",
     "BlockRefusal",
+    "ExpertListRefusal",
+    "ExpertListSpec",
     "ExpertsSpec",
     "GatedNormSpec",
     "HeadSpec",
@@ -91,6 +100,7 @@ __all__ = [
     "Recogniser",
     "Refusal",
     "RopeSpec",
+    "SoftmaxRouting",
     "Spec",
     "computes_dora",
     "experts_options",
@@ -102,6 +112,7 @@ __all__ = [
     "lora_group",
     "original_class",
     "reachable_functions",
+    "recognise_expert_list",
     "recognise_experts",
     "recognise_lora",
     "recognise_mlp",
@@ -112,6 +123,7 @@ __all__ = [
     "rope_functions",
     "rope_inputs",
     "rope_parameters",
+    "routed_output",
     "split_gate",
     "unserved",
 ]
@@ -142,6 +154,7 @@ class Recogniser:
                 recognise_norm(module)
                 or recognise_experts(module)
                 or recognise_moe_block(module)
+                or recognise_expert_list(module)
                 or recognise_mlp(module)
                 or self._rope(module)
             )

@@ -15,6 +15,7 @@ from liger_kernels.ops.moe_activation import Gating, gated
 from liger_kernels.ops.moe_experts import moe_experts_ref
 from liger_kernels.transformers.recognise.mlps import CLAMPS, SHIFTS, Activations
 from liger_kernels.transformers.recognise.probe import (
+    Halved,
     call_forward,
     is_close,
     new_generator,
@@ -228,14 +229,6 @@ def recognise_moe_block(module: nn.Module) -> MoeBlockSpec | Refusal | None:
     return spec if _routes_as_llama4(module, experts, spec) else None
 
 
-class _Halved(nn.Module):
-    """A shared expert that is known."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return half of x."""
-        return 0.5 * x
-
-
 def _routes_as_llama4(module: Any, experts: nn.Module, spec: MoeBlockSpec) -> bool:
     generator, num_tokens = new_generator(), 7
     width = 16
@@ -248,7 +241,7 @@ def _routes_as_llama4(module: Any, experts: nn.Module, spec: MoeBlockSpec) -> bo
             router = probe_copy(router, {"weight": weight}, attributes={"in_features": width})
             block = probe_copy(
                 module,
-                modules={"experts": clone, "router": router, "shared_expert": _Halved()},
+                modules={"experts": clone, "router": router, "shared_expert": Halved()},
                 attributes={"hidden_dim": width},
             )
             hidden = randn(generator, num_tokens, width)

@@ -122,3 +122,11 @@ def is_linear(module: nn.Module) -> bool:
 def linear_sizes(linear: nn.Module) -> tuple[int, int]:
     """Return (in_features, out_features)."""
     return cast(int, linear.in_features), cast(int, linear.out_features)
+
+
+class Halved(nn.Module):
+    """A part of a block that is known: half of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return half of x."""
+        return 0.5 * x

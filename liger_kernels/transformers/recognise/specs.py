@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from liger_kernels.ops.glu_mlp import ACTIVATIONS as GLU_MLP_ACTIVATIONS
 
@@ -117,6 +117,37 @@ class MoeBlockSpec:
 
 
 @dataclass(frozen=True)
+class SoftmaxRouting:
+    """How a block chooses experts: the top k of the softmax of logits, which is in fp32."""
+
+    # The names of children: what makes the logits, and what computes a shared expert and its gate.
+    router: str
+    shared: str = ""
+    shared_gate: str = ""
+    # Whether the router is given (T, H), and not the tokens as the block got them.
+    takes_rows: bool = True
+    # Whether the weights of the chosen experts are divided by their sum.
+    normalizes: bool = False
+    # Whether forward returns the logits too.
+    returns_logits: bool = True
+
+
+@dataclass(frozen=True)
+class ExpertListSpec:
+    """A block whose experts are a list of gated MLPs with three linear layers each."""
+
+    # The class of an expert, and its form.
+    expert: type[nn.Module]
+    mlp: MlpSpec
+    # The other children of the block.
+    others: tuple[str, ...]
+    # None: a method `moe` of the block computes its experts of hidden, ids and weights.
+    routing: SoftmaxRouting | None
+    # Whether experts that no token goes to are called too, whose gradients then are 0 and not None.
+    calls_all: bool = False
+
+
+@dataclass(frozen=True)
 class RopeSpec:
     """An attention whose forward calls the module-level function `function` to rotate q and k."""
 
@@ -159,6 +190,7 @@ Spec = (
     | MlpSpec
     | ExpertsSpec
     | MoeBlockSpec
+    | ExpertListSpec
     | RopeSpec
     | LoraSpec
     | HeadSpec
@@ -184,6 +216,13 @@ class LoraRefusal(Refusal):
 @dataclass(frozen=True)
 class BlockRefusal(Refusal):
     """Why a block of a router and experts of sorted rows is left as it is."""
+
+
+@dataclass(frozen=True)
+class ExpertListRefusal(Refusal):
+    """Why the experts of a list run one by one."""
+
+    op: ClassVar[str] = "moe_experts"
 
 
 @dataclass(frozen=True)

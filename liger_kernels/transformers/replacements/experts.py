@@ -39,12 +39,12 @@ def experts_forward(base: Any, spec: ExpertsSpec) -> Callable[..., Any]:
             biases = self.gate_up_proj_bias, self.down_proj_bias
         if spec.is_transposed and gate_up.dim() == down.dim() == 3:
             gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-        if not _is_id(ids) or not _is_served(hidden, weights, gate_up, down, *biases):
+        if not is_id(ids) or not is_served(hidden, weights, gate_up, down, *biases):
             return base.forward(self, *args, **kwargs)
         # torch's grouped product is none that autocast knows; it has the dtype of the weights.
         dtype = gate_up.dtype
         if spec.implementation != "grouped_mm":
-            dtype = _autocast_dtype(hidden) or hidden.dtype
+            dtype = autocast_dtype(hidden) or hidden.dtype
         hidden, gate_up, down = (x.to(dtype) for x in (hidden, gate_up, down))
         gate_up_bias, down_bias = (None if bias is None else bias.to(dtype) for bias in biases)
         record_call(self)
@@ -76,13 +76,13 @@ def moe_block_forward(base: Any, spec: MoeBlockSpec) -> Callable[..., Any]:
         if gate_up.dim() == down.dim() == 3 and is_plain(hidden):
             hidden = hidden.reshape(-1, gate_up.shape[1])
             gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
-        if not _is_served(hidden, hidden, gate_up, down, None, None):
+        if not is_served(hidden, hidden, gate_up, down, None, None):
             return base.forward(self, *args, **kwargs)
         scores, logits = self.router(hidden)
         # The others have a score of 0: they are given zeros, and return zeros.
         weights, ids = scores.topk(self.top_k, dim=1)
         out = self.shared_expert(hidden)
-        dtype = _autocast_dtype(hidden) or hidden.dtype
+        dtype = autocast_dtype(hidden) or hidden.dtype
         hidden, gate_up, down = (x.to(dtype) for x in (hidden, gate_up, down))
         record_call(self)
         keeps = not self._saves_memory
@@ -93,7 +93,7 @@ def moe_block_forward(base: Any, spec: MoeBlockSpec) -> Callable[..., Any]:
     return forward
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype of products under autocast on x's device; None where it is off."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -104,11 +104,11 @@ def _is_parallel(module: Any) -> bool:
     return bool(getattr(module, "_is_expert_parallel", False))
 
 
-def _is_id(ids: Any) -> bool:
+def is_id(ids: Any) -> bool:
     return type(ids) is Tensor and ids.dtype in _ID_DTYPES and ids.dim() == 2
 
 
-def _is_served(
+def is_served(
     hidden: Any, weights: Any, gate_up: Any, down: Any, gate_up_bias: Any, down_bias: Any
 ) -> bool:
     """Return whether moe_experts computes what the stock forward would on these tensors."""
@@ -119,7 +119,7 @@ def _is_served(
         return False
     if any(x.dtype != gate_up.dtype or x.device != hidden.device for x in parts):
         return False
-    if hidden.dtype != gate_up.dtype and _autocast_dtype(hidden) is None:
+    if hidden.dtype != gate_up.dtype and autocast_dtype(hidden) is None:
         return False
     num_experts, width, inner = down.shape
     wide = 2 * inner

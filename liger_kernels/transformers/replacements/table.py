@@ -7,7 +7,7 @@ row here.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from liger_kernels.transformers.recognise import (
     BASE_ATTRIBUTE,
     GLU_OPS,
+    ExpertListSpec,
     ExpertsSpec,
     GatedNormSpec,
     HeadSpec,
@@ -37,6 +38,10 @@ from liger_kernels.transformers.recognise import (
 from liger_kernels.transformers.replacements.adapters import lora_forward
 from liger_kernels.transformers.replacements.attention import attention_forward, globals_read
 from liger_kernels.transformers.replacements.calls import is_transformed
+from liger_kernels.transformers.replacements.expert_lists import (
+    expert_list_members,
+    lay_experts_together,
+)
 from liger_kernels.transformers.replacements.experts import experts_forward, moe_block_forward
 from liger_kernels.transformers.replacements.mlps import mlp_forward
 from liger_kernels.transformers.replacements.norms import (
@@ -46,13 +51,14 @@ from liger_kernels.transformers.replacements.norms import (
     rms_norm_forward,
 )
 from liger_kernels.transformers.replacements.subclasses import (
+    SPEC_ATTRIBUTE,
     can_swap,
     patch_members,
     subclass_in_place,
     swap,
 )
 
-__all__ = ["TABLE", "TrialCase", "op_of", "patched_class", "trial_cases"]
+__all__ = ["TABLE", "TrialCase", "op_of", "patched_class", "prepare", "trial_cases"]
 
 # An op, a shape and options, as the sample function of the op reads them.
 TrialCase = tuple[str, tuple[int, ...], dict[str, Any]]
@@ -83,6 +89,7 @@ class Replacement:
             whose class lazy_logits swaps.
         code: (base, spec) -> the functions that members are made from. Where a tool replaces one, a
             new subclass is made.
+        prepare: (module, spec) -> what to do once a patched module has its weights.
         live: spec -> the attributes that the new forward reads at every call, so that they may
             change after patching. None: it runs the stock code, which reads everything itself.
     """
@@ -92,6 +99,7 @@ class Replacement:
     members: Callable[[Any, Any], dict[str, Any]] | None
     live: Callable[[Any], set[str]] | None
     code: Callable[[Any, Any], tuple[Any, ...]] = lambda base, spec: (base.forward,)
+    prepare: Callable[[Any, Any], None] = lambda module, spec: None
 
 
 def op_of(found: object) -> str | None:
@@ -110,6 +118,14 @@ def trial_cases(op: str, spec: Spec, module: nn.Module, config: Any) -> list[Tri
         config: The text configuration of its model, or None.
     """
     return TABLE[type(spec)].cases(op, spec, module, config)
+
+
+def prepare(modules: Iterable[nn.Module]) -> None:
+    """Do what patched modules need once they have weights: move those of a list of experts."""
+    for module in modules:
+        spec = getattr(type(module), SPEC_ATTRIBUTE, None)
+        if type(spec) in TABLE:
+            TABLE[type(spec)].prepare(module, spec)
 
 
 def patched_class(
@@ -236,6 +252,10 @@ def _experts_cases(
     return [(op, _EXPERTS_SHAPE, options)]
 
 
+def _expert_list_cases(op: str, spec: ExpertListSpec, module: Any, config: Any) -> list[TrialCase]:
+    return [(op, _EXPERTS_SHAPE, {"activation": spec.mlp.activation})]
+
+
 def _product_case(op: str, spec: MlpSpec, width: Any) -> TrialCase:
     options = {} if spec.layout in ("separate", "interleaved") else {"layout": "halves"}
     if op == "geglu":
@@ -276,6 +296,10 @@ def _forward_by(make: Callable[[Any, Any], Callable[..., Any]]) -> Callable[...,
 
 def _experts_code(base: Any, spec: ExpertsSpec) -> tuple[Any, ...]:
     return base.forward, base._apply_gate
+
+
+def _expert_list_code(base: Any, spec: ExpertListSpec) -> tuple[Any, ...]:
+    return base.forward, getattr(base, "moe", None), spec.expert.forward
 
 
 def _attention_code(base: Any, spec: RopeSpec) -> tuple[Any, ...]:
@@ -319,6 +343,14 @@ TABLE: Mapping[type, Replacement] = {
         cases=_experts_cases,
         members=_forward_by(moe_block_forward),
         live=lambda spec: {"router", "shared_expert", "top_k"},
+    ),
+    ExpertListSpec: Replacement(
+        op=lambda spec: "moe_experts",
+        cases=_expert_list_cases,
+        members=expert_list_members,
+        live=lambda spec: {*spec.others},
+        code=_expert_list_code,
+        prepare=lay_experts_together,
     ),
     RopeSpec: Replacement(
         op=lambda spec: "rope",
