@@ -332,11 +332,23 @@ def test_fully_sharded_devices_share_and_gather() -> None:
     assert alone.peak / 8 < shared.peak < alone.peak / 3
 
 
-@pytest.mark.parametrize("arm", ["eager"])
-def test_measured_steps_of_a_bench(arm: str) -> None:
-    report = json.loads((RESULTS / "bench-llama-1b-h100.json").read_text(encoding="utf-8"))
+# Presets cut to a number of layers, and how far the estimate may be off.
+BENCHES = {
+    "llama-1b-h100": ("llama-1b", None, "eager", 0.05),
+    "mixtral-8x7b-2-layers-h200": ("mixtral-8x7b", 2, "patched", 0.03),
+    "qwen3-30b-a3b-6-layers-h200": ("qwen3-30b-a3b", 6, "patched", 0.03),
+}
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_measured_steps_of_a_bench(name: str, config_file) -> None:
+    model, num_layers, arm, tolerance = BENCHES[name]
+    report = json.loads((RESULTS / f"bench-{name}.json").read_text(encoding="utf-8"))
     [measured] = [a["peak_memory_bytes"] for a in report["arms"] if a["name"] == arm]
-    assert estimate(run("llama-1b", ops="none")).peak == pytest.approx(measured, rel=0.05)
+    if num_layers is not None:
+        model = config_file({**resolve_model(model).config, "num_hidden_layers": num_layers})
+    ops = {"ops": "none"} if arm == "eager" else {}
+    assert estimate(run(model, **ops)).peak == pytest.approx(measured, rel=tolerance)
 
 
 def test_a_model_that_cannot_be_followed_says_so(monkeypatch) -> None:
