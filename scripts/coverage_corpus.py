@@ -2,6 +2,7 @@
 
 python scripts/coverage_corpus.py                              writes docs/coverage.md, minutes
 python scripts/coverage_corpus.py --types llama,mixtral --output /dev/stdout
+python scripts/coverage_corpus.py --rows-with xperts           again, the types whose rows say so
 
 A type is patched with ops="all", by its row or by recognition, and a training step in fp32 on text
 and one on images, where the type takes them, are compared with the stock model's: loss and every
@@ -47,6 +48,8 @@ TOLERANCE = 1e-4
 SMALL = 0.01
 # Some stock gradients are only this good in fp32; ours may then be twice as far from fp64.
 MOST_NOISE = 0.02
+# Between what made the page and what made some of its rows.
+_AGAIN = " Again since: "
 HEADINGS = {
     "equal": "patched, loss and every gradient equal to stock",
     "refused": "built, nothing patched, every candidate refused with a reason",
@@ -301,6 +304,31 @@ def layout(made: str, totals: list[str], built: list[str], missing: list[str]) -
     return "\n".join(lines)
 
 
+def types_with(page: str, text: str) -> list[str]:
+    """Return the built types whose row of the page has a text, in the order of the page."""
+    rows = (line for line in page.splitlines() if line.count(" | ") >= 5 and text in line)
+    found = (row.split(" | ")[0].removeprefix("| ") for row in rows)
+    return [name for name in found if name in tiny_models.MODEL_CLASSES]
+
+
+def replace_rows(page: str, rows: list[Row], made: str) -> str:
+    """Return the page with other rows of some types, which have the result that they had.
+
+    Raises:
+        ValueError: One has another result, so that the totals of the page would be wrong.
+    """
+    lines = page.splitlines()
+    for row in rows:
+        [at] = [i for i, line in enumerate(lines) if line.startswith(f"| {row.model_type} | ")]
+        new = _built_line(row)
+        if lines[at].rpartition(" | ")[2] != new.rpartition(" | ")[2]:
+            raise ValueError(f"{row.model_type} has another result: {row.verdict} {row.detail}")
+        lines[at] = new
+    [at] = [i for i, line in enumerate(lines) if line.startswith("Made on ")]
+    lines[at] = f"{lines[at].partition(_AGAIN)[0]}{_AGAIN}{made}."
+    return "\n".join([*lines, ""])
+
+
 def _folded(summary: str, *table: str) -> list[str]:
     return [f"<details><summary>{summary}</summary>", "", *table, "", "</details>", ""]
 
@@ -336,12 +364,15 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--types", help="model types, separated by commas; default: all")
+    parser.add_argument("--rows-with", help="the types whose row of --output has this; replace it")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "coverage.md")
     parser.add_argument("--json", type=Path, help="also write the rows as JSON")
     parser.add_argument("--jobs", type=int, default=1, help="types at a time")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one type")
     options = parser.parse_args()
     types = options.types.split(",") if options.types else sorted(tiny_models.MODEL_CLASSES)
+    if options.rows_with:
+        types = types_with(options.output.read_text(), options.rows_with)
     unknown = [name for name in types if name not in tiny_models.MODEL_CLASSES]
     if unknown:
         parser.error(f"no causal-LM or image-text type: {', '.join(unknown)}")
@@ -350,8 +381,14 @@ def main() -> int:
     command = "python scripts/coverage_corpus.py"
     if options.types:
         command += f" --types {options.types}"
-    seconds = time.perf_counter() - start
-    options.output.write_text(render(rows, environment(), seconds, command))
+    seconds, facts = time.perf_counter() - start, environment()
+    if options.rows_with:
+        versions = f"{facts['date']}, transformers {facts['transformers']}, torch {facts['torch']}"
+        made = f"`{command} --rows-with {options.rows_with}`, {len(rows)} types, {versions}"
+        page = replace_rows(options.output.read_text(), rows, made)
+    else:
+        page = render(rows, facts, seconds, command)
+    options.output.write_text(page)
     if options.json:
         document = {"environment": environment(), "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(document, indent=1))
