@@ -62,7 +62,9 @@ class Keys(ModelKeys):
     )
     eval_fraction: float = _data(0.0, "Part of the dataset kept for evaluation.", ge=0, lt=1)
     max_eval_samples: int | None = _data(
-        None, "Rows evaluated at most (32 of the sample's own split, else all).", ge=1
+        None,
+        "Rows evaluated at most (of the sample's own split 32, of pairs and of kto 16; else all).",
+        ge=1,
     )
     max_length: int = _data(1024, "Longest row in tokens; longer ones are cut.", ge=2)
     completion_only_loss: bool | None = _data(

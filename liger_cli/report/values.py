@@ -286,11 +286,14 @@ class AssertPart(_Part):
 
 
 class PeerPart(_Part):
-    """The library that patched the model instead of ours, and how many modules look different."""
+    """The library that patched the model instead of ours, how many modules look different, and the
+    loss on pairs that is its, or why none is.
+    """
 
     name: str
     version: str | None
     num_changed: int
+    loss: str | None = None
 
 
 def _check_coverage(value: dict[str, dict[str, int]] | None) -> dict[str, dict[str, int]] | None:

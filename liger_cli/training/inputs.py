@@ -50,8 +50,9 @@ from liger_cli.training.scores import with_scores
 
 __all__ = ["Inputs", "load_inputs"]
 
-# Rows of the sample's own split that end a run unasked: some seconds on a CPU.
-_UNASKED_EVAL_ROWS = 32
+# Answers of the sample's own split that end a run unasked: some seconds on a CPU. A pair has two,
+# and a labelled one has a mismatched one beside it.
+_UNASKED_EVAL_ANSWERS = 32
 _CPU = torch.device("cpu")
 
 
@@ -328,7 +329,9 @@ def _eval_rows(reader: _Reader) -> dict[str, Any]:
     key = next((key for key, asks in asking.items() if asks), None)
     if config.dataset == SAMPLE_NAME or (key and config.dataset == SYNTHETIC_NAME):
         rows = reader.load("eval").examples
-        return {"": rows if config.max_eval_samples else _at_most(_UNASKED_EVAL_ROWS, rows)}
+        per_row = config.answers_per_row * (1 + config.takes_kl)
+        num_unasked = _UNASKED_EVAL_ANSWERS // per_row
+        return {"": rows if config.max_eval_samples else _at_most(num_unasked, rows)}
     if key:
         raise ConfigError(f"{key} needs eval_dataset or eval_fraction")
     return {}

@@ -15,6 +15,7 @@ from liger_cli.training.checkpoints.files import step_of
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.memory.limits import RunMemory
 from liger_cli.training.model.source import ModelSource, resolve_model
+from liger_cli.training.objectives.objective import Objective
 from liger_cli.training.parallel.engine import Engine, make_engine
 from liger_cli.training.parallel.mesh import ParallelPlan
 from liger_kernels.transformers.patching.plan import PatchPlan
@@ -37,6 +38,7 @@ class PreparedRun:
         patch_plan: The ops planned on the model without weights.
         parallel: How the processes share the model.
         measure_only: Whether to write no checkpoint, evaluate nothing and report to no tracker.
+        objective: In place of the one of ours that the configuration names: by a loss of a peer.
     """
 
     config: RunConfig
@@ -49,6 +51,7 @@ class PreparedRun:
     patch_plan: PatchPlan
     parallel: ParallelPlan = ParallelPlan()
     measure_only: bool = False
+    objective: Objective | None = None
 
     @property
     def is_main(self) -> bool:

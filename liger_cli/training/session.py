@@ -111,7 +111,7 @@ class TrainSession:
     ) -> None:
         config, accelerator = run.config, run.accelerator
         self._run, self._record, self._callbacks = run, record, callbacks or Callbacks()
-        self._objective = make_objective(config, model, run.device)
+        self._objective = run.objective or make_objective(config, model, run.device)
         if config.gradient_checkpointing:
             notify = self._callbacks.on_note if run.is_main else _ignore
             checkpoint_layers(model, offload_of(config, run.device, notify))

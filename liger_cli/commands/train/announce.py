@@ -102,7 +102,7 @@ def announce_data(run: PreparedRun) -> None:
     epoch = f", {batches.steps_per_epoch} an epoch" if batches.num_rows else ""
     notify(f"plan: {run.num_steps} steps{epoch}")
     notify(f"model: {trained_line(inputs.meta_model)}")
-    if (objective := describe_objective(run.config)) is not None:
+    if (objective := describe_objective(run.config, inputs.meta_model)) is not None:
         notify(objective)
     if alpha := run.config.neftune_noise_alpha:
         notify(f"neftune: noise of alpha {alpha:g} on the embeddings in training steps")

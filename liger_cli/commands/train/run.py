@@ -30,6 +30,7 @@ from liger_cli.training.eval_result import EvalResult
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.loop import train
 from liger_cli.training.memory.limits import check_memory, out_of_memory
+from liger_cli.training.objectives.peer_losses import find_chunked_loss
 from liger_cli.training.prepared import PreparedRun
 from liger_cli.training.result import StepMetrics, TrainResult
 from liger_cli.training.runtime.arms import ArmResult, run_arm
@@ -132,6 +133,9 @@ def _load_and_train(run: PreparedRun, options: RunOptions) -> _Trained:
     loaded_as = run.inputs.attention.applied(config)
     model, record = run.engine.load(loaded_as, run.source, _notify_of(run), keep_base=keep_base)
     peer = apply_peer_patch(model) if options.peer_patch else None
+    if peer is not None:
+        objective, peer["loss"] = find_chunked_loss(config, run.inputs, model, run.device)
+        run = replace(run, objective=objective)
     with run.engine.evaluation(model):
         inputs = check_documents(config, run.inputs, model, run.accelerator, _notify_of(run))
     run = replace(run, inputs=inputs)

@@ -205,7 +205,7 @@ class _Store:
     ) -> None:
         setting = self._setting
         accelerator, size = setting.accelerator, setting.config.per_device_train_batch_size
-        setting.notify(f"reference: log-probabilities of {len(wanted)} rows ({name}) ...")
+        setting.notify(f"reference: log-probabilities of {len(wanted)} rows ({name.strip()}) ...")
         together = size * accelerator.num_processes
         chunks = [wanted[i : i + together] for i in range(0, len(wanted), together)]
         mine = [chunk[accelerator.process_index :: accelerator.num_processes] for chunk in chunks]

@@ -213,6 +213,10 @@ class WeightsReference:
             for parameter, value, _ in self._pairs:
                 value.lerp_(parameter.detach(), self._alpha)
 
+    def value_of(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """Return the reference's value of a parameter, which is the model's of a frozen one."""
+        return next((value for p, value, _ in self._pairs if p is tensor), tensor)
+
     def state_dict(self) -> dict[str, Any]:
         return {name: value for _, value, name in self._pairs} if self._interval else {}
 

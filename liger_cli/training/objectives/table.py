@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from liger_cli.config import RunConfig
-from liger_cli.config.objectives import OBJECTIVES
+from liger_cli.config.objectives import BALANCE, OBJECTIVES
 from liger_cli.data.batches import BatchPlan
 from liger_cli.errors import ConfigError
+from liger_cli.training.forward import balance_weight
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.objectives.classify import Classify
 from liger_cli.training.objectives.cpo import Cpo
@@ -92,8 +93,12 @@ def check_step(config: RunConfig, batches: BatchPlan) -> None:
         )
 
 
-def describe_objective(config: RunConfig) -> str | None:
-    """Return a line on the objective of a run whose keys are resolved; None of sft."""
+def describe_objective(config: RunConfig, model: Any) -> str | None:
+    """Return a line on the objective of a run whose keys are resolved; None of sft.
+
+    Args:
+        model: The one of the run, with weights or without.
+    """
     keys = OBJECTIVES[config.objective]
     if keys.objective == "sft":
         return None
@@ -120,4 +125,6 @@ def describe_objective(config: RunConfig) -> str | None:
         parts.append(f"simpo_gamma {config.simpo_gamma:g}")
     if "reference" in keys.reads:
         parts.append(f"reference {config.reference}")
+    if weight := balance_weight(model):
+        parts.append(f"{weight:g} x {BALANCE}, the balance of experts")
     return f"objective: {config.objective}" + (f": {', '.join(parts)}" if parts else "")

@@ -34,8 +34,9 @@ def merge_runs(name: str, results: Sequence[ArmResult]) -> Arm:
 
 
 def _peer_note(peer: Mapping[str, Any]) -> str:
-    version = peer["version"] or "of unknown version"
-    return version if peer["num_changed"] else f"{version}; it changed no module of this model"
+    unchanged = None if peer["num_changed"] else "it changed no module of this model"
+    parts = (peer["version"] or "of unknown version", unchanged, peer.get("loss"))
+    return "; ".join(filter(None, parts))
 
 
 def noise_of(arms: Iterable[Sequence[ArmResult]], key: str, least: float) -> float | None:

@@ -73,6 +73,15 @@ def test_a_run_starts_at_its_reference_and_resumes_exactly(prefer, run_dir, tmp_
     assert_same(run_dir, other)
 
 
+def test_a_mixture_says_how_its_balance_counts(prefer, run_dir):
+    done = prefer("--model", "mixtral", "--reference", "model", "--max-steps", 1)
+    assert done.code == 0, done.err
+    assert "reference model, 0.02 x aux_loss, the balance of experts" in done.err
+    [(loss, balance)] = metrics(run_dir, "loss", "aux_loss")
+    assert loss == pytest.approx(math.log(2) + 0.02 * balance, rel=1e-6)
+    assert balance > 1
+
+
 def float_of(value: float) -> float:
     import torch
 
