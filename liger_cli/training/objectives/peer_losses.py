@@ -158,7 +158,7 @@ def _is_near(found: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 
 def _decoded(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Return what the head of a model takes, (B, T, H)."""
+    """Compute the input of a model's head, (B, T, H)."""
     hidden: torch.Tensor = inner_model(model).get_decoder()(**inputs, use_cache=False)[0]
     return hidden
 
@@ -244,7 +244,7 @@ class ChunkedPairs(PairObjective):
 
     @torch.no_grad()
     def _reference_arguments(self, model: Any, batch: Batch, places: _Places) -> dict[str, Any]:
-        """Return what the loss takes of the reference; nothing where there is none."""
+        """Return the arguments of the loss for the reference; empty without one."""
         reference = self._reference
         if reference is None:
             return {}
