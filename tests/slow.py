@@ -195,6 +195,8 @@ SLOW = {
     "test_kill_in_a_save_keeps_the_checkpoints_before": ("four ranks a case", "^1$"),
     "test_adapter_of_a_sharded_run_is_that_of_one_process": ("four trainings and a merge", NONE),
     "test_which_checkpoints_have_whole_files": ("two ranks a case", NONE),
+    "test_a_sharded_classifier_is_resumed_and_loaded": ("five ranks and a merge a case", NONE),
+    "test_a_language_model_in_shards_alone_gets_a_head": ("five ranks", NONE),
     "test_other_ranks_read_what_two_have_written": ("ranks that read and write shards", NONE),
     "test_when_it_evaluates": ("a training a case", "words0"),
     "test_step_case_17_42_57_71_73_83": (

@@ -12,7 +12,7 @@ the one before must be zero to the bit.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from liger_cli.data.class_formats import TARGETS
 from liger_cli.data.encode import WEIGHTS, default_weights
 from liger_cli.data.pair_formats import ANSWER_FIGURES, ANSWERS, DESIRABLE
 from liger_cli.errors import ConfigError
-from liger_kernels.transformers.wrappers import forward_takes, inner_model, output_head
+from liger_kernels.transformers.wrappers import forward_takes, inner_model
 
 __all__ = [
     "MISMATCHED",
@@ -41,6 +41,7 @@ __all__ = [
     "packing_problem",
     "refuse_packing",
     "row_lengths",
+    "token_logits",
     "weights_of",
 ]
 
@@ -292,13 +293,27 @@ def packing_problem(model: Any, max_length: int, *, has_images: bool = False) ->
     return reason
 
 
-def check_packed(model: Any, *, flatten: bool = False, has_lengths: bool = False) -> None:
+def token_logits(model: Any, **inputs: Any) -> torch.Tensor:
+    """Compute the logits of each token, (B, T, V)."""
+    logits: torch.Tensor = model(**inputs, use_cache=False).logits
+    return logits
+
+
+def check_packed(
+    model: Any,
+    *,
+    flatten: bool = False,
+    has_lengths: bool = False,
+    outputs: Callable[..., torch.Tensor] = token_logits,
+) -> None:
     """Check that a model in memory keeps documents apart.
 
     Args:
         model: On the device, with the attention and the autocast that it is trained with.
         flatten: Whether it is given batches of one long row.
         has_lengths: Whether they say where documents begin.
+        outputs: Called with the model and the arguments of forward for what the model says of each
+            token, (B, T, N); by default its logits.
 
     Raises:
         ConfigError: It does not.
@@ -315,10 +330,10 @@ def check_packed(model: Any, *, flatten: bool = False, has_lengths: bool = False
         batch = _repeated(packed, 1 if flatten else 2, has_lengths=has_lengths)
         # Layers that are compiled would be compiled for these few tokens.
         with torch.compiler.set_stance("force_eager"):
-            logits, gradient = _packed_gradient(model, batch, place)
+            logits, gradient = _packed_gradient(outputs, model, batch, place)
             with torch.no_grad():
                 alone = torch.tensor([documents[1]], device=logits.device)
-                wanted = _token_outputs(model, input_ids=alone)
+                wanted = outputs(model, input_ids=alone).float()
     finally:
         model.train(was_training)
     gradient[:, place] = 0
@@ -341,7 +356,7 @@ def _repeated(packed: dict[str, list[int]], num_rows: int, *, has_lengths: bool)
 
 
 def _packed_gradient(
-    model: Any, batch: dict[str, Any], place: slice
+    outputs: Callable[..., torch.Tensor], model: Any, batch: dict[str, Any], place: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the logits at a place of packed rows, and their gradient in all embeddings."""
     device = next(model.parameters()).device
@@ -358,21 +373,11 @@ def _packed_gradient(
     handle = inner_model(model).get_input_embeddings().register_forward_hook(record)
     try:
         with torch.enable_grad():
-            logits = _token_outputs(model, **inputs)[:, place]
+            logits = outputs(model, **inputs).float()[:, place]
             [gradient] = torch.autograd.grad(logits.square().sum(), embedded)
     finally:
         handle.remove()
     return logits.detach(), gradient.clone()
-
-
-def _token_outputs(model: Any, **inputs: Any) -> torch.Tensor:
-    """Compute the logits of each token in float32; of a classifier its hidden states."""
-    inner = inner_model(model)
-    if output_head(inner) is not None:
-        logits: torch.Tensor = model(**inputs, use_cache=False).logits
-        return logits.float()
-    hidden: torch.Tensor = inner.base_model(**inputs, use_cache=False).last_hidden_state
-    return hidden.float()
 
 
 def _refused(model: Any, reason: str) -> ConfigError:

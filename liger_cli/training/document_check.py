@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from liger_cli.config import RunConfig
-from liger_cli.data.packing import check_packed
+from liger_cli.data.packing import check_packed, token_logits
 from liger_cli.errors import ConfigError
 from liger_cli.training.attention import AttentionPlan
 from liger_cli.training.inputs import Inputs
+from liger_cli.training.model.classifiers import take_places, token_scores
 from liger_kernels.transformers.attention.interface import recorded_choices
 
 __all__ = ["check_documents"]
@@ -32,9 +33,12 @@ def check_documents(
     if not plan.has_documents:
         return inputs
     flatten = inputs.collator.flatten or plan.padding_free
+    if config.has_scores:
+        take_places(model)
+    outputs = token_scores if config.has_scores else token_logits
     try:
         with accelerator.autocast(), recorded_choices() as found:
-            check_packed(model, flatten=flatten, has_lengths=plan.has_lengths)
+            check_packed(model, flatten=flatten, has_lengths=plan.has_lengths, outputs=outputs)
     except ConfigError as error:
         if config.packing or config.padding_free == "true":
             raise

@@ -9,7 +9,8 @@ from torch.distributed import ProcessGroup
 
 from liger_cli.training.checkpoints.sharded_state import is_sharded, saved_tensors, with_values
 from liger_cli.training.checkpoints.state import Stage, WriteModel
-from liger_cli.training.model.adapters import is_adapted, save_weights
+from liger_cli.training.model.adapter_files import save_weights
+from liger_cli.training.model.adapters import is_adapted
 from liger_cli.training.model.new_tokens import write_tokens
 from liger_cli.training.parallel.checkpoint import consolidate, stage_sharded
 from liger_cli.training.prepared import PreparedRun

@@ -23,7 +23,7 @@ from liger_cli.errors import ConfigError
 from liger_cli.training.checkpoints.files import write_failure, written_aside
 from liger_cli.training.checkpoints.run_lock import locked
 from liger_cli.training.checkpoints.shards import has_shards
-from liger_cli.training.model.adapters import load_adapter
+from liger_cli.training.model.adapter_names import bare_name
 from liger_cli.training.model.dtypes import stored_dtype
 from liger_cli.training.model.run_models import check_in_run
 from liger_cli.training.model.source import ModelSource, load_model, resolve_model
@@ -186,9 +186,8 @@ def _merge_into(
 ) -> Merged:
     assert source.adapter is not None
     base = replace(source, adapter=None)
-    model: Any = load_model(base, dtype=dtype or stored_dtype(base), notify=notify)
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    adapted = load_adapter(model, source.adapter)
+    adapted: Any = load_model(source, dtype=dtype or stored_dtype(base), notify=notify)
+    dtypes = {bare_name(name): p.dtype for name, p in adapted.named_parameters()}
     num_merged, rounding = _merge(adapted)
     _merge_tokens(adapted)
     merged = adapted.unload()

@@ -1,4 +1,4 @@
-"""Names in the settings of a new adapter: each must be of the model; peft would ignore others."""
+"""Names around an adapter: of its settings, which must be of the model, and of parameters."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from typing import Any
 
 from liger_cli.errors import ConfigError
 
-__all__ = ["check_names", "check_parameters"]
+__all__ = ["bare_name", "check_names", "check_parameters"]
 
 _MOST_SHOWN = 30
+
+
+def bare_name(name: str) -> str:
+    """Return the name of a parameter before peft wrapped the model and its layers."""
+    name = name.removeprefix("base_model.model.").removeprefix("_orig_mod.")
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def check_names(adapted: Any, settings: Any) -> None:

@@ -28,7 +28,6 @@ from liger_cli.training.model.demo_model import converted_model, converted_prese
 from liger_cli.training.model.new_tokens import read_tokens
 from liger_cli.training.model.presets import ModelSource, NewTokens
 from liger_cli.training.model.trained_rows import check_trained_rows, rows_to_train
-from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -41,7 +40,6 @@ __all__ = [
     "load_adapter",
     "new_adapter",
     "quantization",
-    "save_weights",
     "trained_line",
     "with_adapter",
 ]
@@ -275,20 +273,6 @@ def adapts(config: RunConfig, source: ModelSource, *, trains: bool = True) -> bo
 def is_adapted(model: Any) -> bool:
     """Return whether peft is around a model."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-
-
-def save_weights(model: Any, directory: Path, state: dict[str, Any]) -> None:
-    """Write the model, of an adapted one the adapter alone.
-
-    Args:
-        state: The values to write, under the names of its state_dict.
-    """
-    # An embedding is saved where it is trained; else peft would ask the hub for its size.
-    options = {"save_embedding_layers": False} if is_adapted(model) else {}
-    model.save_pretrained(directory, state_dict=state, **options)
-    if is_adapted(model) and is_classifier(model):
-        # The names of its classes are nowhere else.
-        inner_model(model).config.save_pretrained(directory)
 
 
 def trained_line(model: Any) -> str:

@@ -11,7 +11,7 @@ argument of forward, which scores them and no others; without it transformers' o
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,22 +31,30 @@ from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = [
     "HEAD",
+    "HEAD_WEIGHT",
     "MULTI_LABEL",
     "SINGLE_LABEL",
     "check_head",
+    "draw_head",
     "is_classifier",
     "label_names_of",
+    "missing_line",
     "random_labels",
     "row_scores",
     "take_places",
+    "token_scores",
     "with_labels",
     "with_labels_of",
+    "without_new_head",
 ]
 
 SINGLE_LABEL = "single_label_classification"
 MULTI_LABEL = "multi_label_classification"
 # The name of the head in the causal models.
 HEAD = "score"
+HEAD_WEIGHT = f"{HEAD}.weight"
+# Of a quantization: the modules that it leaves out, by the names that its methods have for them.
+_LEFT_WHOLE = ("llm_int8_skip_modules", "modules_to_not_convert")
 _CLASS = "ForSequenceClassification"
 _PLACES = "score_places"
 
@@ -82,6 +90,38 @@ def check_head(source: ModelSource, model: Any) -> None:
         )
 
 
+def draw_head(model: Any, seed: int) -> None:
+    """Give the head of a model new random weights, as transformers draws them.
+
+    They depend on the seed alone: not on the device, and not on who else loads the model.
+
+    Args:
+        model: A model of sequence classification, which may have no weights yet.
+    """
+    head = getattr(model, HEAD)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        drawn = torch.nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
+        model._init_weights(drawn)
+    drawn.to(head.weight.device, head.weight.dtype)
+    head.load_state_dict(drawn.state_dict(), assign=True)
+
+
+def without_new_head(source: ModelSource, missing: Collection[str]) -> list[str]:
+    """Return the weights that files lack and should have; the head of a classifier may be new."""
+    return [name for name in missing if not (source.is_classifier and name == HEAD_WEIGHT)]
+
+
+def missing_line(source: ModelSource, missing: Collection[str]) -> str | None:
+    """Return a line on the weights that the files of a model do not have, if it lacks some."""
+    # An adapter of a classifier has its head.
+    kept = {HEAD_WEIGHT} if source.adapter is not None else set()
+    if not (names := sorted(set(missing) - kept)):
+        return None
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{source.name}: {len(names)} weights are not in its files and random: {shown}"
+
+
 def with_labels(
     source: ModelSource,
     names: Sequence[str],
@@ -108,11 +148,22 @@ def with_labels(
     }
     # Beside id2label it is said twice.
     values.pop("num_labels", None)
+    if isinstance(packed := values.get("quantization_config"), dict):
+        values["quantization_config"] = _with_whole_head(packed)
     if problem_type is not None:
         values["problem_type"] = problem_type
     if values.get("pad_token_id") is None and pad_token_id is not None:
         values["pad_token_id"] = pad_token_id
     return replace(source, config=values)
+
+
+def _with_whole_head(packed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the quantization of a language model that leaves a new head as it is.
+
+    Without a list of modules that are left out, transformers leaves out the head.
+    """
+    lists = [key for key in _LEFT_WHOLE if isinstance(packed.get(key), list)]
+    return {**packed, **{key: [*packed[key], HEAD] for key in lists}}
 
 
 def with_labels_of(adapter: Path, base: ModelSource) -> ModelSource:
@@ -194,6 +245,18 @@ def row_scores(
     options.setdefault("use_cache", False)
     scores: torch.Tensor = model(**inputs, **options, **{_PLACES: places}).logits
     return scores
+
+
+def token_scores(model: Any, **inputs: Any) -> torch.Tensor:
+    """Return the scores of every token of a batch, (B, T, number of labels).
+
+    Args:
+        model: As row_scores has it.
+        inputs: The arguments of forward.
+    """
+    ids = inputs["input_ids"]
+    scores = row_scores(model, inputs, torch.arange(ids.numel(), device=ids.device))
+    return scores.view(*ids.shape, -1)
 
 
 def random_labels(model: Any, num_rows: int, generator: torch.Generator) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from liger_cli.errors import ConfigError, DataError
 from liger_cli.training.checkpoints.sharded_state import missing_names, read_named
 from liger_cli.training.checkpoints.shards import SHARDS, has_shards
+from liger_cli.training.model.classifiers import without_new_head
 from liger_cli.training.model.presets import ModelSource
 
 __all__ = ["check_complete", "check_plain", "has_only_shards", "has_weights", "load_shards"]
@@ -44,8 +45,12 @@ def check_plain(source: ModelSource, options: Mapping[str, Any]) -> None:
         )
 
 
-def load_shards(source: ModelSource, build: Callable[[], Any], device: torch.device) -> Any:
+def load_shards(
+    source: ModelSource, build: Callable[[], Any], device: torch.device
+) -> tuple[Any, list[str]]:
     """Return the model of a sharded checkpoint, each weight read straight into its place.
+
+    With it come the names of weights that the checkpoint does not have: of a new head.
 
     Args:
         source: One that has only shards.
@@ -63,16 +68,26 @@ def load_shards(source: ModelSource, build: Callable[[], Any], device: torch.dev
     with no_init_weights(), device:
         model = build()
     model.tie_weights()
-    check_complete(source.path, model)
+    missing = check_complete(source, model)
     read_named(source.path, model.state_dict(keep_vars=True), alone=True)
-    return model.eval()
+    return model.eval(), missing
 
 
-def check_complete(checkpoint: Path, model: Any) -> None:
-    """Check that the shards of a checkpoint have all of a model, which may be without weights.
+def check_complete(source: ModelSource, model: Any) -> list[str]:
+    """Check that the shards of a checkpoint have all of a model, but for a new head.
+
+    Args:
+        source: One that has only shards.
+        model: It may be without weights.
+
+    Returns:
+        The names of weights that are new.
 
     Raises:
         DataError: They lack a part of it.
     """
-    if missing := missing_names(checkpoint, model):
-        raise DataError(f"{checkpoint / SHARDS} holds no {missing[0]}, which the model has")
+    assert source.path is not None
+    missing = missing_names(source.path, model)
+    if absent := without_new_head(source, missing):
+        raise DataError(f"{source.path / SHARDS} holds no {absent[0]}, which the model has")
+    return missing

@@ -15,7 +15,12 @@ from liger_cli.common.readers import check_regular_files, expand_path, read_json
 from liger_cli.errors import ConfigError, LigerError
 from liger_cli.training.model.adapters import ADAPTER_CONFIG, find_base, load_adapter, with_adapter
 from liger_cli.training.model.build_limits import check_sizes, counted_modules
-from liger_cli.training.model.classifiers import HEAD, check_head
+from liger_cli.training.model.classifiers import (
+    HEAD_WEIGHT,
+    check_head,
+    draw_head,
+    missing_line,
+)
 from liger_cli.training.model.demo_model import converted_model
 from liger_cli.training.model.dtypes import check_device, choose_dtype
 from liger_cli.training.model.names import check_model_name, preset_of
@@ -190,16 +195,21 @@ def load_model(
     options = {"attn_implementation": _attention_of(config), **_without_none(options)}
     options = {"dtype": choose_dtype(dtype, device), **_without_none(options)}
     notice = notify or _log.warning
+    missing: list[str] = []
     if source.kind in ("random", "config"):
         model = _build_random(source, config, device, seed, options)
     elif has_only_shards(source):
         check_plain(source, options)
-        model = load_shards(source, lambda: _build(source, config, **options), device)
+        model, missing = load_shards(source, lambda: _build(source, config, **options), device)
     else:
         place = _find_weights(source, notify)
+        # Of a new head transformers draws one too.
         with _seeded(seed, device) if source.is_classifier else nullcontext():
-            # A head that is not in the files is random.
-            model = _load_weights(place, source, config, device, options, notice)
+            model, missing = _load_weights(place, source, config, device, options)
+    if HEAD_WEIGHT in missing:
+        draw_head(model, seed)
+    if line := missing_line(source, missing):
+        notice(line)
     # Whether or not anything is patched later: the stock model could not run.
     if (repair := repair_model(model)) is not None:
         notice(f"{source.name}: {repair}")
@@ -351,8 +361,8 @@ def _load_weights(
     config: PretrainedConfig,
     device: torch.device,
     options: dict[str, Any],
-    notify: Callable[[str], None],
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, list[str]]:
+    """Return the model of files, and the names of its weights that are not in them."""
     auto_class = _auto_class(source, config)
     if source.is_classifier:
         # Its labels may be those of the run, and not of the files.
@@ -368,13 +378,9 @@ def _load_weights(
     # Files fail in the ways of several libraries; what is wrong is in the message.
     except Exception as error:
         raise loading_error(error, f"the model {source.name}", source.is_remote) from error
-    # An adapter of a classifier has its head.
-    kept = {f"{HEAD}.weight"} if source.adapter is not None else set()
-    if missing := sorted(set(info["missing_keys"]) - kept):
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        notify(f"{source.name}: {len(missing)} weights are not in its files and random: {shown}")
     # Weights of 4 bits are where they are to be, and cannot be moved.
-    return model.eval() if "quantization_config" in options else model.to(device).eval()
+    placed = model if "quantization_config" in options else model.to(device)
+    return placed.eval(), list(info["missing_keys"])
 
 
 def _check_weights(source: ModelSource) -> None:

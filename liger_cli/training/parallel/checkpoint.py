@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from liger_cli.training.checkpoints.sharded_state import (
 from liger_cli.training.checkpoints.shards import SHARDS, ShardReader
 from liger_cli.training.checkpoints.state import Stage, WriteModel
 from liger_cli.training.checkpoints.tensor_files import Shape, write_safetensors
+from liger_cli.training.model.adapter_files import stage_adapter
 from liger_cli.training.model.adapters import is_adapted
 from liger_cli.training.model.source import build_meta_model, resolve_model
 
@@ -93,23 +94,29 @@ def stage_sharded(model: Any, optimizer: Any, stage: Stage, *, is_main: bool) ->
     """
     found = shards_of(model, optimizer)
     shards = Shards(stage(found.tensors), stage(found.rest))
-    adapter = _whole_adapter(model, is_main=is_main) if is_adapted(model) else None
+    # In the dtype of its shards: gathered ones may have another.
+    dtype = model.dtype
+    write_adapter = _staged_adapter(model, is_main=is_main) if is_adapted(model) else None
 
     def write(directory: Path, group: dist.ProcessGroup | None) -> None:
         write_shards(directory, shards, group)
-        if adapter is None and is_main:
-            _save_configuration(model, directory)
-        elif is_main:
-            model.save_pretrained(directory, state_dict=adapter, save_embedding_layers=False)
+        if not is_main:
+            return
+        if write_adapter is None:
+            _save_configuration(model, dtype, directory)
+        else:
+            write_adapter(directory)
 
     return write
 
 
-def _whole_adapter(model: Any, *, is_main: bool) -> dict[str, Any]:
-    """Return the whole state that peft saves, on the main process; all processes call it."""
+def _staged_adapter(model: Any, *, is_main: bool) -> Callable[[Path], None]:
+    """Return the function that writes the adapter on the main process; all processes call this."""
     saved = saved_tensors(model)
     whole = _gather(saved, is_main=is_main)
-    return with_values(model, saved, whole) if is_main else {}
+    if not is_main:
+        return lambda directory: None
+    return stage_adapter(model, with_values(model, saved, whole))
 
 
 def _gather(tensors: Mapping[str, Tensor], *, is_main: bool) -> dict[str, Tensor]:
@@ -124,10 +131,10 @@ def _gather(tensors: Mapping[str, Tensor], *, is_main: bool) -> dict[str, Tensor
     return found
 
 
-def _save_configuration(model: Any, directory: Path) -> None:
+def _save_configuration(model: Any, dtype: torch.dtype, directory: Path) -> None:
     """Write what save_pretrained writes beside the weights."""
     config = model.config
-    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.dtype = str(dtype).removeprefix("torch.")
     # FSDP gives the class of the model another name.
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
     config.save_pretrained(directory)

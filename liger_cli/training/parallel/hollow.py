@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from liger_cli.training.model.adapters import load_adapter
+from liger_cli.training.model.classifiers import draw_head
 from liger_cli.training.model.dtypes import check_device, choose_dtype
 from liger_cli.training.model.presets import ModelSource
 from liger_cli.training.model.source import build_meta_model
@@ -36,7 +37,7 @@ def load_hollow(
 ) -> Any:
     """Return the model that load_model returns (model/source.py), with hollow parameters.
 
-    The parameters of the source's adapter are whole.
+    Those of the source's adapter are whole, and so is the head of a classifier, which is random.
 
     Args:
         source: A model whose weights are in files.
@@ -60,6 +61,9 @@ def load_hollow(
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
+    if source.is_classifier:
+        # Whole: its files may not have it, and a new adapter copies it.
+        draw_head(model, seed)
     if source.adapter is not None:
         model = load_adapter(model, source.adapter, trains=trains_adapter)
     return model.eval()

@@ -22,7 +22,9 @@ from liger_cli.common.hub import fetch_weights
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError
 from liger_cli.training.checkpoints.sharded_state import read_named
+from liger_cli.training.model.adapter_names import bare_name
 from liger_cli.training.model.adapters import is_quantised
+from liger_cli.training.model.classifiers import missing_line, without_new_head
 from liger_cli.training.model.demo_model import converted_model
 from liger_cli.training.model.loading import load_patched
 from liger_cli.training.model.presets import ModelSource
@@ -56,7 +58,7 @@ def load_sharded(
         trains: False puts no new adapter on.
         keep_base: Where the base model of an adapter is saved that is nowhere else.
     """
-    found = _weights_of(layout.config, source, trains=trains)
+    found = _weights_of(layout.config, source, notify, trains=trains)
     if isinstance(found, str):
         notify(f"parallel: every rank loads the whole model before it is sharded: {found}")
     load = load_model if isinstance(found, str) else load_hollow
@@ -81,7 +83,7 @@ def load_sharded(
 
 
 def _weights_of(
-    config: RunConfig, source: ModelSource, *, trains: bool
+    config: RunConfig, source: ModelSource, notify: Callable[[str], None], *, trains: bool
 ) -> Callable[[Any], None] | str:
     """Return a function that reads the weights into shards, or why they cannot be read in parts.
 
@@ -99,25 +101,29 @@ def _weights_of(
         return "a new dora adapter starts from the norms of the weights"
     if is_new and config.lora_modules_to_save:
         return "lora_modules_to_save copies weights"
-    if has_only_shards(source):
-        assert source.path is not None
-        check_complete(source.path, build_meta_model(_bare(source)))
-        return functools.partial(_fill_from_shards, source.path)
-    paths = _paths(source)
-    if paths is None:
-        return "its weights are not in safetensors"
-    files = WeightFiles(paths)
+    bare = replace(source, adapter=None)
     # transformers builds the bare model in an instant.
-    model = build_meta_model(_bare(source))
-    with files:
-        weights = Weights.of(model, files)
-    if weights.missing:
-        return f"{weights.missing[0]} is in none of its files"
-    return functools.partial(_fill, files, weights)
-
-
-def _bare(source: ModelSource) -> ModelSource:
-    return replace(source, adapter=None)
+    model = build_meta_model(bare)
+    fill: Callable[[Any], None]
+    if has_only_shards(bare):
+        assert source.path is not None
+        missing = check_complete(bare, model)
+        fill = functools.partial(_fill_from_shards, source.path)
+    else:
+        paths = _paths(source)
+        if paths is None:
+            return "its weights are not in safetensors"
+        with (files := WeightFiles(paths)):
+            weights = Weights.of(model, files)
+        missing = weights.missing
+        fill = functools.partial(_fill, files, weights)
+    if absent := without_new_head(source, missing):
+        return f"{absent[0]} is in none of its files"
+    if is_new and source.is_classifier and not missing:
+        return "a new adapter copies its head"
+    if line := missing_line(source, missing):
+        notify(line)
+    return fill
 
 
 def _paths(source: ModelSource) -> list[Path] | None:
@@ -145,7 +151,7 @@ def _materialized(parameter: Tensor, home: torch.device) -> Tensor | None:
 def _places(model: Any) -> dict[str, Tensor]:
     """Return the shards of a model and its buffers, by the names that they have in files."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    return {_name_in_files(name): tensor for name, tensor in named}
+    return {bare_name(name): tensor for name, tensor in named}
 
 
 def _fill_from_shards(checkpoint: Path, model: Any) -> None:
@@ -181,12 +187,6 @@ def _copy(files: WeightFiles, weights: Weights, model: Any) -> None:
     for name, value in weights.converted(inner_model(model), files):
         place = places[name]
         local_part(place).copy_(value[_rows(place)] if place.ndim else value)
-
-
-def _name_in_files(name: str) -> str:
-    """Return the name of a parameter before peft wrapped the model and its layers."""
-    name = name.removeprefix("base_model.model.").removeprefix("_orig_mod.")
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _rows(tensor: Tensor) -> slice:

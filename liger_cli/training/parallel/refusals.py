@@ -66,11 +66,6 @@ def check_sharded(config: RunConfig, source: ModelSource, device: torch.device) 
             "They and the shards of an adapter are small: leave cpu_offload out.",
         ),
         _Refusal(
-            config.has_scores,
-            f"objective {config.objective} trains a model that is whole on every rank",
-            f"{_COPIES}.",
-        ),
-        _Refusal(
             config.lora_target_parameters is not None,
             "lora_target_parameters replaces parameters that are sharded",
             f"--lora-target-modules, or {_COPIES}.",

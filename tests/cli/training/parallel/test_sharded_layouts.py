@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from layout_ranks import train_cases
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from liger_cli.training.model.tokenizers import byte_tokenizer
 from liger_kernels.ops.backend import INTERPRETED
@@ -54,9 +54,24 @@ MODELS = {
         "head_dim": 10,
         "vocab_size": 265,
     },
+    "scored": {"model_type": "llama", "num_labels": 3},
+}
+
+
+def words(i: int) -> str:
+    return "word " * (1 + 3 * (i % 5) + i % 2)
+
+
+# Rows by number.
+DATA: dict[str, Any] = {
+    "rows": lambda i: {"prompt": f"say {i} ", "completion": words(i)},
+    "texts": lambda i: {"text": f"say {i} {words(i)}", "label": i % 3},
+    "answers": lambda i: {"prompt": f"say {i} ", "completion": words(i), "label": i % 3 > 0},
+    "pairs": lambda i: {"prompt": f"say {i} ", "chosen": words(i), "rejected": words(i + 2)},
 }
 # An optimizer that feels a factor in the gradient, which Adam would hide.
 BASE: dict[str, Any] = {
+    "data": "rows",
     "model": "tied",
     "max_length": 64,
     "optim": "sgd",
@@ -92,6 +107,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "muon": {"optim": "muon", **ADAM},
     "master": {"dtype": "bfloat16", "master_weights": True},
     "bf16": {"bf16": True},
+    # Their head is new, or that of the files.
+    "classify": {"objective": "classify", "data": "texts"},
+    "classify-lora": {"objective": "classify", "data": "texts", "adapter": "lora", "lora_r": 4},
+    "classify-again": {"objective": "classify", "data": "texts", "model": "scored"},
+    "reward": {"objective": "reward", "data": "pairs", "model": "untied", "packing": True},
+    "kto-lora": {"objective": "kto", "data": "answers", "adapter": "lora", "lora_r": 4},
+    "distill": {"objective": "distill", "teacher_model_name_or_path": "untied"},
+    "reward-lora": {"objective": "reward", "data": "pairs", "adapter": "lora", "lora_r": 4},
 }
 # Layouts by their number of ranks.
 SHARDED = {"dp_shard_size": -1}
@@ -112,6 +135,8 @@ FAST = [
         for option in ("tied", "untied", "moe", "packing", "padding-free", "lora", "eval")
     ),
     ("long-rows", "fsdp-2"),
+    ("classify", "fsdp-2"),
+    ("reward-lora", "fsdp-2"),
     ("untied", "hsdp-4"),
 ]
 SLOW = [
@@ -126,7 +151,9 @@ def save_model(name: str, directory: Path) -> None:
     values = {**SHAPE, **MODELS[name]}
     torch.manual_seed(0)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    model = AutoModelForCausalLM.from_config(config)
+    scored = "num_labels" in MODELS[name]
+    kind = AutoModelForSequenceClassification if scored else AutoModelForCausalLM
+    model = kind.from_config(config)
     model.save_pretrained(directory, max_shard_size="40KB")
     byte_tokenizer().save_pretrained(directory)
 
@@ -137,12 +164,9 @@ class Runs:
     def __init__(self, directory: Path, table: list[tuple[str, str]]) -> None:
         self.directory, self.table, self.count = directory, table, 0
         self.found: dict[int, dict[str, Any]] = {}
-        rows = [
-            {"prompt": f"say {i} ", "completion": "word " * (1 + 3 * (i % 5) + i % 2)}
-            for i in range(23)
-        ]
-        self.data = directory / "data.jsonl"
-        self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for name, row_of in DATA.items():
+            lines = [json.dumps(row_of(i)) + "\n" for i in range(23)]
+            (directory / f"{name}.jsonl").write_text("".join(lines))
         for name in MODELS:
             save_model(name, directory / name)
         (directory / "random").mkdir()
@@ -152,11 +176,14 @@ class Runs:
     def keys(self, option: str, layout: str | None, num_ranks: int) -> dict[str, Any]:
         keys = {**BASE, **OPTIONS[option], **(LAYOUTS[layout][1] if layout else {})}
         is_random = keys["model"] == "random"
+        if (teacher := keys.get("teacher_model_name_or_path")) is not None:
+            keys["teacher_model_name_or_path"] = str(self.directory / teacher)
         keys["model"] = str(self.directory / keys["model"] / ("config.json" if is_random else ""))
         keys["per_device_train_batch_size"] = 4 // num_ranks
         self.count += 1
         run_dir = self.directory / f"run{self.count}"
-        return {**keys, "dataset": str(self.data), "output_dir": run_dir}
+        data = self.directory / f"{keys.pop('data')}.jsonl"
+        return {**keys, "dataset": str(data), "output_dir": run_dir}
 
     def of(self, option: str, layout: str | None) -> dict[str, Any]:
         """Return what one run left; None is one process."""
