@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from liger_cli.config import RunConfig
+from liger_cli.config.pairs import read_numbers
 from liger_cli.data.class_formats import Classes
 from liger_cli.data.class_maker import scan_classes
 from liger_cli.data.collate import Collator
@@ -31,8 +32,8 @@ def with_scores(
         ConfigError: The model has another head, or one that is not trained yet is evaluated.
         DataError: The labels of the data are no classes.
     """
+    _check_head(config, source)
     if not config.has_scores:
-        _refuse_classifier(config, source)
         return source, None
     if not (source.is_classifier or trains):
         raise ConfigError(
@@ -40,52 +41,58 @@ def with_scores(
             f"{config.objective}",
             hint=f"liger train --objective {config.objective} trains one",
         )
-    if config.classifies:
-        classes = _classes_of(config, source)
-        names, problem = classes.names, MULTI_LABEL if classes.is_multi else SINGLE_LABEL
-    else:
-        classes, names, problem = None, ("LABEL_0",), None
-        _check_reward(config, source)
+    classes = _classes_of(config, source) if config.classifies else None
     if source.is_classifier:
         return source, classes
     pad = Collator.for_tokenizer(preprocessing.tokenizer).pad_token_id
-    return with_labels(source, names, problem_type=problem, pad_token_id=pad), classes
+    if classes is None:
+        return with_labels(source, ("LABEL_0",), pad_token_id=pad), None
+    problem = MULTI_LABEL if classes.is_multi else SINGLE_LABEL
+    return with_labels(source, classes.names, problem_type=problem, pad_token_id=pad), classes
 
 
 def assumed_scores(config: RunConfig, source: ModelSource) -> ModelSource:
     """Return the source of the model that an objective needs, where no data are read.
 
-    Of as many classes as the keys say, else of two.
+    Of as many classes as the keys say, else of two. Its padding is token 0 where it has none.
+
+    Raises:
+        ConfigError: The model has another head.
     """
+    _check_head(config, source)
     if not config.has_scores or source.is_classifier:
         return source
-    num = (len(config.class_names) or config.num_labels or 2) if config.classifies else 1
-    return with_labels(source, [f"LABEL_{i}" for i in range(num)])
+    num = _assumed_number(config) if config.classifies else 1
+    return with_labels(source, [f"LABEL_{i}" for i in range(num)], pad_token_id=0)
 
 
-def _refuse_classifier(config: RunConfig, source: ModelSource) -> None:
-    if source.is_classifier:
-        wanted = "reward" if len(label_names_of(source)) == 1 else "classify"
+def _assumed_number(config: RunConfig) -> int:
+    known = config.class_names or read_numbers(config.class_weights)
+    return len(known) or config.num_labels or 2
+
+
+def _check_head(config: RunConfig, source: ModelSource) -> None:
+    """Check that a model that has scores has those of the objective.
+
+    Raises:
+        ConfigError: With the objective that fits.
+    """
+    if not source.is_classifier:
+        return
+    names = label_names_of(source)
+    if not config.has_scores:
         raise ConfigError(
             f"{config.model} is a model of sequence classification, whose head gives scores of a "
             f"text and no next token, which objective {config.objective} learns",
-            hint=f"--objective {wanted}",
+            hint=f"--objective {'reward' if len(names) == 1 else 'classify'}",
         )
-
-
-def _check_reward(config: RunConfig, source: ModelSource) -> None:
-    if source.is_classifier and len(names := label_names_of(source)) != 1:
-        raise ConfigError(
-            f"{config.model} is a classifier of {len(names)} labels, and a reward is one score",
-            hint="--objective classify, or a language model, which gets a new head",
-        )
-
-
-def _classes_of(config: RunConfig, source: ModelSource) -> Classes:
-    """Return the classes of a run: those of its model, or of its training data."""
-    if not source.is_classifier:
-        return scan_classes(config.datasets, "train", config.num_labels, config.class_names)
-    names = tuple(label_names_of(source))
+    if not config.classifies:
+        if len(names) != 1:
+            raise ConfigError(
+                f"{config.model} is a classifier of {len(names)} labels, and a reward is one score",
+                hint="--objective classify, or a language model, which gets a new head",
+            )
+        return
     if len(names) == 1:
         raise ConfigError(
             f"{config.model} is a model of one score, which is no class",
@@ -96,9 +103,16 @@ def _classes_of(config: RunConfig, source: ModelSource) -> Classes:
             f"num_labels is {config.num_labels}, and {config.model} has {len(names)}",
             hint="leave num_labels out, or start from the language model",
         )
-    if config.class_names and tuple(config.class_names) != names:
+    if config.class_names and config.class_names != names:
         raise ConfigError(
             f"label_names are {config.label_names}, and {config.model} has {', '.join(names)}",
             hint="leave label_names out, or start from the language model",
         )
+
+
+def _classes_of(config: RunConfig, source: ModelSource) -> Classes:
+    """Return the classes of a run: those of its model, or of its training data."""
+    if not source.is_classifier:
+        return scan_classes(config.datasets, "train", config.num_labels, config.class_names)
+    names = tuple(label_names_of(source))
     return Classes(names, (source.config or {}).get("problem_type") == MULTI_LABEL)

@@ -12,6 +12,9 @@ import torch
 
 from liger_cli.config import RunConfig
 from liger_cli.data.batches import count_tokens
+from liger_cli.data.class_batches import ClassCollator
+from liger_cli.data.class_formats import TARGETS
+from liger_cli.data.class_maker import scored_at_end
 from liger_cli.data.collate import Collator
 from liger_cli.data.encode import IGNORED
 from liger_cli.data.pair_batches import PairCollator
@@ -57,7 +60,7 @@ def make_loss(
 ) -> Loss:
     """Return the loss of the objective that a configuration names, on random tokens.
 
-    Of a classifier it is the model's own.
+    Without an objective it is the model's own, of a classifier too.
 
     Args:
         config: Its objective with the keys of that, and the seed of the tokens.
@@ -68,7 +71,7 @@ def make_loss(
         LigerError: A teacher cannot be loaded, or has another vocabulary.
     """
     batch = random_batch(model, device, config.seed)
-    if config.objective == "sft" or is_classifier(model):
+    if config.objective == "sft":
         return Loss(
             input_ids=batch["input_ids"],
             num_tokens=batch["input_ids"].numel(),
@@ -139,7 +142,10 @@ def random_batch(model: Any, device: torch.device, seed: int) -> dict[str, torch
 
 
 def _collated(config: RunConfig, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Return the tokens of a batch as the objective gets them: rows, or answers of half a row."""
+    """Return the tokens of a batch as the objective gets them: rows, or answers of half a row.
+
+    Rows of classify have their target.
+    """
     if config.trains_pairs:
         return PairCollator(Collator(0))([_pair(row) for row in batch["input_ids"].tolist()])
     if config.trains_unpaired:
@@ -148,6 +154,14 @@ def _collated(config: RunConfig, batch: Mapping[str, torch.Tensor]) -> dict[str,
         rows = answers if mismatched is None else [mismatched[i] for i in range(len(answers))]
         return UnpairedCollator(Collator(0), config.takes_kl)(rows)
     ids, labels = (batch[name].tolist() for name in ("input_ids", "labels"))
+    if config.classifies:
+        targets = [label if isinstance(label, list) else [label] for label in labels]
+        return ClassCollator(Collator(0))(
+            [
+                {"input_ids": x, "labels": scored_at_end(len(x)), TARGETS: y}
+                for x, y in zip(ids, targets, strict=True)
+            ]
+        )
     return Collator(0)([{"input_ids": x, "labels": y} for x, y in zip(ids, labels, strict=True)])
 
 

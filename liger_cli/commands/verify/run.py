@@ -16,6 +16,7 @@ from liger_cli.report.verify_ranks import show_ranks_report
 from liger_cli.training.model.dtypes import choose_dtype
 from liger_cli.training.model.source import resolve_model
 from liger_cli.training.runtime.launch import quiet_libraries
+from liger_cli.training.scores import assumed_scores
 
 __all__ = ["run_verify"]
 
@@ -44,6 +45,9 @@ def run_verify(config: RunConfig, *, as_json: bool) -> None:
     if config.dp_shard_size is not None or config.dp_replicate_size != 1:
         raise ConfigError("the keys of a layout are for several ranks: add --nproc")
     source = resolve_model(config.model)
+    # Without an objective a classifier is compared by the loss that transformers gives it.
+    if not (source.is_classifier and config.objective == "sft"):
+        source = assumed_scores(config, source)
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
     report = verify(

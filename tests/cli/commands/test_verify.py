@@ -59,6 +59,8 @@ OBJECTIVES = {
     "orpo": (),
     "cpo": (),
     "kto": (),
+    "reward": ("--center-rewards-coefficient", 0.01),
+    "classify": ("--class-weights", "1,2,3"),
 }
 
 
