@@ -24,11 +24,18 @@ def translate(given: Mapping[str, Any], folder: Path) -> Translation:
     Raises:
         ConfigError: It trains something else.
     """
+    for key in ("reward_model", "process_reward_model"):
+        if given.get(key):
+            raise ConfigError(
+                f"{key}: reward models of axolotl are not translated",
+                hint="liger trains one on prompt, chosen and rejected with --objective reward: "
+                "docs/classifiers.md",
+            )
     if given.get("rl"):
         raise ConfigError(
             f"rl: {given['rl']}: preferences of axolotl are not translated",
             hint="liger trains on prompt, chosen and rejected with --objective dpo, ipo, orpo, cpo "
-            "or simpo: docs/preferences.md",
+            "or simpo, on labelled answers with kto: docs/preferences.md",
         )
     found = Translation()
     found.read(given, _RULES)

@@ -12,12 +12,22 @@ from liger_cli.errors import ConfigError
 
 __all__ = ["MARKS", "translate"]
 
+# Its stages, with the objective where that is not left to other keys.
+_STAGES = {"sft": None, "pt": None, "dpo": None, "kto": "kto", "rm": "reward"}
+# Keys that only some of them read.
+_READ_IN = {
+    **dict.fromkeys(("train_on_prompt", "mask_history"), ("sft",)),
+    **dict.fromkeys(("pref_loss", "pref_bco_weight", "dpo_label_smoothing"), ("dpo",)),
+    **dict.fromkeys(("kto_chosen_weight", "kto_rejected_weight"), ("kto",)),
+    **dict.fromkeys(("pref_beta", "pref_ftx", "ref_model"), ("dpo", "kto")),
+}
+
 # Keys by which its files are recognised.
 MARKS = ("finetuning_type", "dataset_dir", "cutoff_len", "stage", "template", "lora_target")
 
 
 def translate(given: Mapping[str, Any], folder: Path) -> Translation:
-    """Return the configuration of a run on text or on preferences.
+    """Return the configuration of a run on text, on preferences, or of a reward model.
 
     Args:
         given: The keys of the file.
@@ -27,12 +37,13 @@ def translate(given: Mapping[str, Any], folder: Path) -> Translation:
         ConfigError: It trains something else.
     """
     stage = given.get("stage", "sft")
-    if stage not in ("sft", "pt", "dpo", "kto"):
+    if stage not in _STAGES:
         raise ConfigError(
-            f"stage: {stage}: liger trains on text and on preferences (stage sft, pt, dpo or kto)"
+            f"stage: {stage}: liger trains on text, on preferences and reward models (stage "
+            f"{', '.join(_STAGES)})"
         )
     found = Translation()
-    given = {key: value for key, value in given.items() if value is not None}
+    given = {k: value for k, value in given.items() if value is not None and _is_read(k, stage)}
     # Its defaults that are not ours.
     defaults: dict[str, Any] = {"cutoff_len": 2048, "disable_gradient_checkpointing": False}
     if given.get("finetuning_type", "lora") == "lora":
@@ -43,18 +54,21 @@ def translate(given: Mapping[str, Any], folder: Path) -> Translation:
         given = {key: value for key, value in given.items() if not key.startswith("lora_")}
     if stage == "dpo":
         defaults["pref_loss"] = "sigmoid"
-    if stage == "kto":
-        found.set("objective", "kto", "stage")
-        # Its losses are of pairs, and kto has its own.
-        given.pop("pref_loss", None)
+    if (objective := _STAGES[stage]) is not None:
+        found.set("objective", objective, "stage")
     found.read({**defaults, **given}, _RULES)
-    if stage == "dpo" and given.get("pref_ftx"):
+    if given.get("pref_ftx"):
         _set_likelihood(found, given["pref_ftx"])
     for key in ("dataset", "eval_dataset"):
         if given.get(key):
             _set_datasets(found, key, given)
     if given.get("use_dora"):
         found.set("adapter", "dora", "use_dora")
+    if stage == "rm":
+        found.notes.append(
+            "stage rm: LLaMA-Factory trains a value head beside a language model; liger trains a "
+            "model of sequence classification, whose head is called score"
+        )
     if given.get("template"):
         found.notes.append(
             f"template {given['template']}: liger takes the chat template of the model; "
@@ -63,6 +77,11 @@ def translate(given: Mapping[str, Any], folder: Path) -> Translation:
     if given.get("packing") and not given.get("neat_packing"):
         found.notes.append("packing: in liger attention does not leave a document (neat_packing)")
     return found
+
+
+def _is_read(key: str, stage: str) -> bool:
+    """Return whether LLaMA-Factory reads a key in a stage; some it passes over in others."""
+    return key not in _READ_IN or stage in _READ_IN[key]
 
 
 def _set_datasets(found: Translation, key: str, given: Mapping[str, Any]) -> None:

@@ -251,6 +251,25 @@ pref_bco_weight: 0.3
         [f"{U}q{E}\n{A}[[a{E}]]\n", f"{U}q{E}\n{A}[[b{E}]]\n"],
         ["pref_bco_weight"],
     ),
+    "factory-reward.yaml": (
+        """\
+model_name_or_path: Qwen/Qwen2.5-0.5B
+stage: rm
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+dataset: pairs
+dataset_dir: {folder}
+template: qwen
+cutoff_len: 64
+pref_beta: 0.2
+mask_history: true
+ppo_epochs: 4
+""",
+        [f"{U}q{E}\n{A}[[a{E}]]\n", f"{U}q{E}\n{A}[[b{E}]]\n"],
+        ["ppo_epochs"],
+    ),
     "factory-pretrain.yaml": (
         """\
 model_name_or_path: Qwen/Qwen2.5-0.5B
@@ -359,12 +378,30 @@ def test_kto_of_llama_factory(liger, folder):
     assert {key: values[key]["value"] for key in wanted} == wanted
 
 
+def test_reward_models_of_llama_factory(liger, folder):
+    file, made = folder / "f.yaml", folder / "c.yaml"
+    file.write_text(FILES["factory-reward.yaml"][0].format(folder=folder))
+    done = liger("config", "import", file, "-o", made)
+    assert done.code == 0, done.err
+    assert "whose head is called score" in done.err
+    values = liger("config", "show", "-c", made, "--json").json()["keys"]
+    wanted = {"objective": "reward", "adapter": "lora", "beta": 0.1, "train_on": None}
+    assert {key: values[key]["value"] for key in wanted} == wanted
+
+
+def test_likelihood_beside_kto_is_named(liger, folder):
+    content = "stage: kto\nmodel_name_or_path: m\ndataset: a\npref_ftx: 0.5\n"
+    (folder / "f.yaml").write_text(content)
+    done = liger("config", "import", folder / "f.yaml")
+    assert "not translated: pref_ftx: it is for dpo" in done.err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("base_model: m\nrl: dpo\n", "rl: dpo: preferences of axolotl are not translated"),
-        ("stage: rm\nmodel_name_or_path: m\n", "stage: rm: liger trains on text and on pref"),
-        ("stage: ppo\n", "stage: ppo: liger trains on text and on preferences"),
+        ("stage: ppo\n", "stage: ppo: liger trains on text, on preferences and reward models"),
+        ("base_model: m\nreward_model: true\n", "reward_model: reward models of axolotl are"),
         ("stage: dpo\npref_loss: kto_pair\n", "pref_loss: kto_pair: liger has sigmoid, ipo"),
         ("model: llama\nmax_length: 8\n", "is a configuration of liger already"),
         ("a: 1\n", "is of none of the programs that are read"),
