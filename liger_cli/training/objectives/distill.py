@@ -162,7 +162,9 @@ def load_teacher(setting: Setting) -> Any:
     assert name is not None, "a conflict of keys otherwise"
     source = resolve_model(name, setting.notify)
     _check_vocabulary(setting, source)
-    loaded_as = setting.inputs.attention.applied(config).model_copy(update={"adapter": "none"})
+    # Few bits are those of the student; a teacher may have its own, by its files.
+    whole = {"adapter": "none", "load_in_4bit": False, "load_in_8bit": False}
+    loaded_as = setting.inputs.attention.applied(config).model_copy(update=whole)
     device = setting.accelerator.device
     teacher, _ = load_patched(loaded_as, source, device, setting.notify, trains=False)
     check_vocabulary_size(name, teacher, setting.inputs.meta_model)
