@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import liger_cli
 from liger_cli.common.readers import read_json
 from liger_cli.data.rows import Record
 from liger_cli.errors import EnvironmentProblem
@@ -28,7 +29,7 @@ SAMPLE_NAME = "chitchat"
 SAMPLE_LICENCE = "MIT"
 SAMPLE_PAIRS = "pairs, whose rejected answer is the reply of another conversation"
 
-SAMPLE_CLASSES = "labels chitchat, and code: lines of the source of this program"
+SAMPLE_CLASSES = "labels chitchat, and code: lines of the standard library of Python"
 
 _PACKAGE = "chitchat-dataset==0.9.0"
 # Every twentieth conversation is for evaluation: 201 of 4018.
@@ -78,10 +79,10 @@ def read_sample_pairs(split: Literal["train", "eval"]) -> Iterator[Record]:
 def read_sample_classes(split: Literal["train", "eval"]) -> Iterator[Record]:
     """Yield texts with a label in turn: what people say in a conversation, and lines of code.
 
-    The code is that of this program, as many texts of it as there are conversations, or fewer.
+    The code is that of Python's standard library, as many texts of it as there are conversations.
 
     Raises:
-        EnvironmentProblem: The package is not installed.
+        EnvironmentProblem: The package is not installed, or the library has no source.
     """
     for (where, content), (place, code) in zip(read_sample(split), _code(split), strict=False):
         said = "\n".join(message["content"] for message in content["messages"])
@@ -90,22 +91,32 @@ def read_sample_classes(split: Literal["train", "eval"]) -> Iterator[Record]:
 
 
 def code_files() -> list[Path]:
-    """Return the files of this program that the sample has lines of."""
-    return sorted(Path(liger_cli.__file__).parent.rglob("*.py"))
+    """Return the files that the sample has lines of: modules of Python's standard library.
+
+    Raises:
+        EnvironmentProblem: They are not there, as in a Python that is one file.
+    """
+    folder = Path(sysconfig.get_path("stdlib"))
+    # Some systems put files of their own beside them.
+    paths = [folder / f"{name}.py" for name in sorted(sys.stdlib_module_names)]
+    found = [path for path in paths if path.is_file()]
+    if not found:
+        raise EnvironmentProblem(
+            f"the sample data {SAMPLE_NAME} has lines of the standard library, and {folder} has no "
+            "source",
+            hint="take a .jsonl file with text and label",
+        )
+    return found
 
 
 def _code(split: Literal["train", "eval"]) -> Iterator[tuple[str, str]]:
     """Yield texts of code of a split, each with its place."""
-    root = Path(liger_cli.__file__).parent
     number = 0
     for path in code_files():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         for start in range(0, len(lines) - _CODE_LINES, _CODE_LINES):
             if (number % _EVAL_EVERY == 0) == (split == "eval"):
-                yield (
-                    f"{path.relative_to(root)} {start + 1}",
-                    "\n".join(lines[start : start + _CODE_LINES]),
-                )
+                yield f"{path.name} {start + 1}", "\n".join(lines[start : start + _CODE_LINES])
             number += 1
 
 
