@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from liger_cli.config import RunConfig
 from liger_cli.training.memory.parts import table_of
+from liger_cli.training.model.classifiers import HEAD, is_classifier
 from liger_kernels.ops.packed_weight import PackedFormat
 from liger_kernels.transformers.wrappers import inner_model
 
@@ -23,12 +24,15 @@ _BLOCK, _LEAST = 256, 4096
 
 
 def packed_layers(model: Any) -> list[nn.Linear]:
-    """Return the linear layers that are frozen, the head apart: those that bitsandbytes packs."""
-    head = table_of(inner_model(model), "get_output_embeddings")
+    """Return the linear layers that are frozen, heads apart: those that bitsandbytes packs."""
+    inner = inner_model(model)
+    head = table_of(inner, "get_output_embeddings")
+    # Around it peft keeps the head as it was.
+    heads = {head, *(getattr(inner, HEAD).modules() if is_classifier(model) else ())}
     return [
         module
         for module in model.modules()
-        if isinstance(module, nn.Linear) and module is not head
+        if isinstance(module, nn.Linear) and module not in heads
         if not module.weight.requires_grad
     ]
 

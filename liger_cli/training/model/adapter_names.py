@@ -19,7 +19,7 @@ def bare_name(name: str) -> str:
 
 
 def check_names(adapted: Any, settings: Any) -> None:
-    """Check that every name of a rank, an exclusion and a parameter is one of the model.
+    """Check that every name of a rank, an exclusion, a module and a parameter is of the model.
 
     Args:
         adapted: The model with the adapter around it.
@@ -46,6 +46,11 @@ def check_names(adapted: Any, settings: Any) -> None:
     for name in settings.exclude_modules or ():
         if not _is_end(name, modules):
             what = f"lora_exclude_modules: {name} is the name of no module"
+            raise ConfigError(what, hint=_hint(modules))
+    for name in settings.modules_to_save or ():
+        # Of a classifier peft has a name that there is, and passes over others.
+        if not _is_end(name, modules):
+            what = f"lora_modules_to_save: {name} is the name of no module"
             raise ConfigError(what, hint=_hint(modules))
     for name in settings.target_parameters or ():
         if not _is_end(name, parameters):
