@@ -24,11 +24,6 @@ def _has_other_weights(config: Keys) -> bool:
     return config.class_weights is not None and known is not None and given != known
 
 
-def _has_bad_weights(config: Keys) -> bool:
-    weights = read_numbers(config.class_weights)
-    return bool(weights) and (min(weights) < 0 or max(weights) == 0)
-
-
 CLASS_CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...] = (
     (
         ("num_labels", "label_names"),
@@ -52,8 +47,8 @@ CLASS_CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...]
     ),
     (
         ("class_weights",),
-        "class_weights are 0 or more, and not all 0",
-        _has_bad_weights,
+        "class_weights are not all 0, which leaves no loss to learn from",
+        lambda c: c.class_weights is not None and not any(read_numbers(c.class_weights)),
     ),
     (
         ("streaming", "objective"),

@@ -138,7 +138,7 @@ class KeyChecks(BaseModel):
             raise PydanticCustomError("objective", "{why}", {"why": why})
         return value
 
-    @field_validator("loss_weights", check_fields=False)
+    @field_validator("loss_weights", "class_weights", check_fields=False)
     @classmethod
     def _some_weights(cls, value: str | None) -> str | None:
         if value is not None and min(read_numbers(value)) < 0:

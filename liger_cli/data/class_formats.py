@@ -231,5 +231,6 @@ def describe_classes(rows: Any, classes: Classes) -> str:
     shown = ", ".join(f"{name} {count}" for name, count in pairs[:_SHOWN] if count)
     more = f" and {len(pairs) - _SHOWN} more" if len(pairs) > _SHOWN else ""
     absent = [name for name, count in pairs if not count]
-    never = f"; of {', '.join(absent[:_SHOWN])} there is no row" if absent else ""
+    rest = f" and {len(absent) - _SHOWN} more" if len(absent) > _SHOWN else ""
+    never = f"; of {', '.join(absent[:_SHOWN])}{rest} there is no row" if absent else ""
     return f"classes: {shown}{more}{never}"

@@ -24,7 +24,7 @@ from liger_cli.data.class_formats import ClassFormat
 from liger_cli.data.class_maker import ClassMaker
 from liger_cli.data.encode import Encoder
 from liger_cli.data.images import ImageRows, ImagesFound
-from liger_cli.data.makers import TOO_SHORT, RowMaker, RowOptions
+from liger_cli.data.makers import RowMaker, RowOptions
 from liger_cli.data.mixture import join_sources
 from liger_cli.data.pair_formats import FIGURES, PairFormat
 from liger_cli.data.pair_maker import PairMaker, check_figures, refuse_same_answers
@@ -339,12 +339,16 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
+# In the text of a note on rows that are not there.
+_LEFT_OUT = " left out: "
+
+
 def nothing_to_train(name: str, counts: Counts, max_length: int) -> DataError:
-    short = counts.left_out.get(TOO_SHORT, 0)
+    left_out = {text: count for text, count in counts.left_out.items() if _LEFT_OUT in text}
     return DataError(
-        f"none of the {counts.dropped_rows + short} rows of {name} has a token to train on within "
-        f"the first {max_length} tokens (max_length)"
-        + (f"; {short} of them have fewer tokens than min_length" if short else ""),
+        f"none of the {counts.dropped_rows + sum(left_out.values())} rows of {name} has a token to "
+        f"train on within the first {max_length} tokens (max_length)"
+        + "".join(f"; {count} {text}" for text, count in left_out.items()),
         hint="trained are completions, what the assistant says, and text, where no field such as "
         "train: false or weight: 0 says otherwise",
     )

@@ -22,6 +22,7 @@ from liger_cli.common.numbers import format_bytes, format_count
 from liger_cli.common.optional_packages import require_package
 from liger_cli.common.outputs import check_writable, replacing
 from liger_cli.errors import ConfigError
+from liger_cli.training.model.classifiers import check_writes_text
 from liger_cli.training.model.dtypes import stored_dtype
 from liger_cli.training.model.source import (
     ModelSource,
@@ -95,6 +96,7 @@ def export_gguf(
             f"{model} is an adapter",
             hint=f"liger merge {model} --output DIR, then liger export gguf DIR",
         )
+    check_writes_text(source, model)
     kind = stored_dtype(source) if dtype == "auto" else getattr(torch, dtype)
     architecture = ARCHITECTURES.get(source.family)
     if architecture is None:

@@ -15,7 +15,7 @@ from liger_cli.common.text import printable
 from liger_cli.data.shipped_templates import read_template, template_names
 from liger_cli.errors import ConfigError
 from liger_cli.report import notify, show_json
-from liger_cli.training.model.classifiers import label_names_of
+from liger_cli.training.model.classifiers import check_writes_text
 from liger_cli.training.model.source import load_model, load_tokenizer, resolve_model
 from liger_cli.training.runtime.launch import quiet_libraries
 
@@ -107,14 +107,7 @@ def _load(model: str, request: Request, seed: int, dtype: str, use_cpu: bool) ->
     """Return the stock model on the device that train takes, and its tokenizer."""
     quiet_libraries()
     source = resolve_model(model, notify)
-    if source.is_classifier:
-        names = label_names_of(source)
-        what = f"{len(names)} classes: {', '.join(names[:20])}" if names[1:] else "a reward"
-        raise ConfigError(
-            f"{model} is a model of sequence classification, which writes no text but scores it "
-            f"({what})",
-            hint=f"liger eval --objective {'classify' if names[1:] else 'reward'} evaluates it",
-        )
+    check_writes_text(source, model)
     template = None if request.chat_template is None else read_template(request.chat_template)
     tokenizer = load_tokenizer(source)
     if template is not None:

@@ -20,7 +20,7 @@ from liger_cli.data.encode import IGNORED
 from liger_cli.data.pair_batches import PairCollator
 from liger_cli.data.pair_formats import ANSWERS, DESIRABLE
 from liger_cli.data.unpaired_batches import UnpairedCollator, mismatch
-from liger_cli.training.model.classifiers import is_classifier, random_labels
+from liger_cli.training.model.classifiers import check_writes_text, is_classifier, random_labels
 from liger_cli.training.model.source import load_model, resolve_model
 from liger_cli.training.objectives.distill import Distill, check_vocabulary_size
 from liger_cli.training.objectives.objective import Objective
@@ -113,6 +113,7 @@ def _load_teacher(
     assert name is not None, "a conflict of keys otherwise"
     # Another seed than the model's: drawn alike, a teacher of the same preset would be the model.
     source = resolve_model(name, notify)
+    check_writes_text(source, f"teacher {name}")
     teacher: Any = load_model(
         source, dtype=dtype, device=device, seed=config.seed + 1, notify=notify
     )

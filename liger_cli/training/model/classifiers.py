@@ -35,6 +35,7 @@ __all__ = [
     "MULTI_LABEL",
     "SINGLE_LABEL",
     "check_head",
+    "check_writes_text",
     "draw_head",
     "is_classifier",
     "label_names_of",
@@ -88,6 +89,28 @@ def check_head(source: ModelSource, model: Any) -> None:
             f"{source.name} is a {source.family} model, which is not a causal language model: it "
             "does not score the last token of a text"
         )
+
+
+def check_writes_text(source: ModelSource, what: str, *, hint: str | None = None) -> None:
+    """Check that a model has a next token, and not scores of a text.
+
+    Args:
+        what: The model in a message, with what it is to be.
+        hint: What to give instead; by default how it is evaluated.
+
+    Raises:
+        ConfigError: It is one of sequence classification.
+    """
+    if not source.is_classifier:
+        return
+    names = label_names_of(source)
+    kind = f"{len(names)} classes: {', '.join(names[:20])}" if names[1:] else "a reward"
+    objective = "classify" if names[1:] else "reward"
+    raise ConfigError(
+        f"{what} is a model of sequence classification, which writes no text but scores it "
+        f"({kind})",
+        hint=hint or f"liger eval --objective {objective} evaluates it",
+    )
 
 
 def draw_head(model: Any, seed: int) -> None:

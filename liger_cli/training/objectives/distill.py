@@ -25,6 +25,7 @@ from liger_cli.errors import ConfigError, DataError
 from liger_cli.training.eval_result import EvalResult
 from liger_cli.training.forward import balance_of, balance_weight
 from liger_cli.training.inputs import Inputs
+from liger_cli.training.model.classifiers import check_writes_text
 from liger_cli.training.model.loading import load_patched
 from liger_cli.training.model.source import ModelSource, resolve_model
 from liger_cli.training.model.tokenizers import has_tokenizer, load_tokenizer
@@ -35,6 +36,8 @@ from liger_kernels.transformers import token_divergence
 from liger_kernels.transformers.divergence import DivergenceSums
 
 __all__ = ["Distill", "check_vocabulary_size"]
+
+_SAME_TOKENS = "a teacher has the same tokens, as a larger model of the same family"
 
 
 class Distill:
@@ -161,6 +164,7 @@ def load_teacher(setting: Setting) -> Any:
     name = config.teacher_model_name_or_path
     assert name is not None, "a conflict of keys otherwise"
     source = resolve_model(name, setting.notify)
+    check_writes_text(source, f"teacher {name}", hint=_SAME_TOKENS)
     _check_vocabulary(setting, source)
     # Few bits are those of the student; a teacher may have its own, by its files.
     whole = {"adapter": "none", "load_in_4bit": False, "load_in_8bit": False}
@@ -177,7 +181,7 @@ def check_vocabulary_size(name: str, teacher: Any, model: Any) -> None:
     if size != wanted:
         raise ConfigError(
             f"teacher {name} has a vocabulary of {size}, the model one of {wanted}",
-            hint="a teacher has the same tokens, as a larger model of the same family",
+            hint=_SAME_TOKENS,
         )
 
 
@@ -194,5 +198,5 @@ def _check_vocabulary(setting: Setting, source: ModelSource) -> None:
         raise ConfigError(
             f"teacher {setting.config.teacher_model_name_or_path} has another tokenizer: "
             f"{len(odd)} of its words have other ids, or none, in the model's, such as {odd[0]!r}",
-            hint="a teacher has the same tokens, as a larger model of the same family",
+            hint=_SAME_TOKENS,
         )

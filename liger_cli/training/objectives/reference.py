@@ -23,6 +23,7 @@ from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError
 from liger_cli.training.checkpoints.sharded_state import is_sharded
 from liger_cli.training.model.adapters import is_adapted
+from liger_cli.training.model.classifiers import check_writes_text
 from liger_cli.training.model.loading import load_patched
 from liger_cli.training.model.source import ModelSource, resolve_model
 from liger_cli.training.objectives.objective import Batch, Setting
@@ -31,6 +32,8 @@ __all__ = ["Reference", "Scorer", "WeightsReference", "ready_reference", "resolv
 
 # Those of both answers of a pair, or the one of an answer in no pair.
 REFERENCE_VALUES = ("ref_chosen_logps", "ref_rejected_logps", "ref_logps")
+
+_SAME_FAMILY = "a reference scores the same tokens: another checkpoint of the same family"
 
 # (model, batch) -> the log-probabilities of its answers, (M,) float64.
 Scorer = Callable[[Any, Batch], torch.Tensor]
@@ -295,6 +298,7 @@ def load_other(setting: Setting) -> Any:
     """
     config = setting.config
     source = resolve_model(config.reference, setting.notify)
+    check_writes_text(source, f"reference {config.reference}", hint=_SAME_FAMILY)
     loaded_as = setting.inputs.attention.applied(config)
     device = setting.accelerator.device
     other, _ = load_patched(loaded_as, source, device, setting.notify, trains=False)
@@ -304,7 +308,7 @@ def load_other(setting: Setting) -> Any:
             raise ConfigError(
                 f"reference {config.reference} is of another architecture: its {name} is "
                 f"{getattr(theirs, name)}, the model's {getattr(ours, name)}",
-                hint="a reference scores the same tokens: another checkpoint of the same family",
+                hint=_SAME_FAMILY,
             )
     return other.requires_grad_(False)
 

@@ -107,12 +107,29 @@ def loads_in_transformers(directory, texts):
     assert right / len(rows) > 0.9
 
 
-def test_generate_says_what_a_classifier_is(classify, liger, run_dir):
+def test_a_classifier_is_no_language_model(classify, liger, pairs, run_dir, tmp_path):
+    """Nor one that another model is trained by."""
     assert classify("--max-steps", 1).code == 0
-    done = liger("generate", "--model", run_dir, "--prompt", "good", "--use-cpu")
+    new = ("train", "-m", "qwen3", "--dataset", pairs, "--use-cpu", "--max-length", 64)
+    new += ("--max-steps", 1, "-o", tmp_path / "new", "--objective")
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "one two three"}\n')
+    for words in (
+        ("generate", "--model", run_dir, "--prompt", "good", "--use-cpu"),
+        (*new, "dpo", "--reference", run_dir),
+        (*new, "distill", "--dataset", text, "--teacher-model", run_dir),
+        ("verify", "-m", "qwen3", "--objective", "distill", "--teacher-model", run_dir),
+    ):
+        done = liger(*words)
+        assert done.code == 2, words
+        assert "is a model of sequence classification, which writes no text" in done.err
+        assert "3 classes: negative, neutral, positive" in done.err
+    done = liger("verify", "--model", run_dir, "--objective", "reward", "--use-cpu")
     assert done.code == 2
-    assert "model of sequence classification" in done.err
-    assert "3 classes: negative, neutral, positive" in done.err
+    assert "a reward is one score" in done.err
+    done = liger("estimate", "--model", run_dir)
+    assert done.code == 2
+    assert "--objective classify" in done.err
     done = liger("train", "--model", run_dir, "--dataset", "synthetic", "--use-cpu")
     assert done.code == 2
     assert "--objective classify" in done.err
@@ -221,6 +238,9 @@ def test_a_bad_label_is_an_error_with_its_place(train, tmp_path, kind):
         (("--label-names", "a,a"), "each of them once"),
         (("--class-weights", "1,2"), "class_weights has 2 weights, and there are 3 classes"),
         (("--class-weights", "0,0,0"), "not all 0"),
+        (("--class-weights", "1,nan,1"), "class_weights should be finite numbers"),
+        (("--class-weights", "1,a,1"), "'a' is none"),
+        (("--class-weights", "-1,1,1"), "class_weights should be numbers of at least 0"),
         (("--streaming", "--max-steps", 1), "streaming"),
         (("--train-on", "all"), "leave train_on out"),
         (("--text-mode", "stream"), "learn every token"),
@@ -256,6 +276,11 @@ def test_empty_texts_are_left_out_and_counted(train, tmp_path):
     done = train("--objective", "classify", "--dataset", data, "--dry-run")
     assert done.code == 0, done.err
     assert "1 rows left out: the text is empty" in done.err
+    write(data, [{"text": " ", "label": i} for i in range(2)])
+    done = train("--objective", "classify", "--dataset", data)
+    assert done.code == 4
+    assert "none of the 2 rows of" in done.err
+    assert "; 2 rows left out: the text is empty" in done.err
 
 
 def test_a_language_model_is_not_evaluated_by_its_classes(liger, texts):
@@ -299,8 +324,9 @@ def test_a_template_of_scores_trains_on_the_sample(liger, tmp_path, name):
 def test_a_classifier_of_the_sample_is_right_in_99_of_100(liger, tmp_path):
     done = liger(
         *("train", "-m", "qwen3", "--objective", "classify", "--dataset", "chitchat", "--use-cpu"),
-        *("--max-length", 96, "--packing", "--per-device-train-batch-size", 8, "--max-steps", 300),
-        *("--learning-rate", 2e-3, "--max-eval-samples", 300, "-o", tmp_path / "run", "--json"),
+        *("--max-length", 48, "--per-device-train-batch-size", 16, "--max-steps", 150),
+        *("--learning-rate", 4e-3, "--lr-scheduler-type", "cosine", "--max-eval-samples", 300),
+        *("-o", tmp_path / "run", "--json"),
     )
     assert done.code == 0, done.err
     found = done.json()["eval"]
