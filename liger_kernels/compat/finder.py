@@ -166,12 +166,13 @@ class AliasFinder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
 
     def _names(self, home: str) -> dict[str, Any]:
         from liger_kernels.compat import families, functional, functions, losses, modules, utils
+        from liger_kernels.compat.loss_results import CrossEntropyOutput
         from liger_kernels.compat.patching import Patching
 
         self.patching = self.patching or Patching()
         of_ops = _public(functions)
         names = {
-            "CrossEntropyOutput": losses.CrossEntropyOutput,
+            "CrossEntropyOutput": CrossEntropyOutput,
             "liger_rotary_pos_emb": functional.liger_rope,
             **_public(modules),
             **_public(families),
@@ -180,7 +181,11 @@ class AliasFinder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
         whole = {
             "ops": of_ops,
             "transformers": names,
-            "transformers.functional": {**_public(functional), **_public(losses)},
+            "transformers.functional": {
+                "CrossEntropyOutput": CrossEntropyOutput,
+                **_public(functional),
+                **_public(losses),
+            },
             "transformers.monkey_patch": self.patching.names,
         }
         if home in whole:

@@ -14,6 +14,7 @@ from torch import Tensor
 from liger_kernels import ops
 from liger_kernels.compat import functional, losses
 from liger_kernels.compat.arguments import cast_of, refuse
+from liger_kernels.compat.loss_results import CrossEntropyOutput
 from liger_kernels.ops.losses.options import IGNORE_INDEX
 
 __all__ = [
@@ -104,7 +105,7 @@ _OF_FORWARD = {
 }
 
 
-def _values(found: Tensor | losses.CrossEntropyOutput) -> _Values:
+def _values(found: Tensor | CrossEntropyOutput) -> _Values:
     if isinstance(found, Tensor):
         return found, None, None, None
     return found.loss, found.z_loss, found.token_accuracy, found.predicted_tokens
@@ -146,7 +147,7 @@ def LigerForCausalLMLoss(  # noqa: N802
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
     **options: Any,
-) -> Tensor | losses.CrossEntropyOutput:
+) -> Tensor | CrossEntropyOutput:
     """Compute the loss of a causal model from hidden states, as transformers' ForCausalLMLoss.
 
     Args:

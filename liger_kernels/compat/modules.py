@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from liger_kernels import ops
 from liger_kernels.compat import functional, functions, losses
 from liger_kernels.compat.arguments import cast_of, refuse
+from liger_kernels.compat.loss_results import CrossEntropyOutput
 from liger_kernels.ops.losses.options import IGNORE_INDEX
 
 __all__ = [
@@ -220,7 +221,7 @@ class LigerCrossEntropyLoss(_Loss):
         super().__init__(**options)
         self.register_buffer("weight", weight)
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor | losses.CrossEntropyOutput:
+    def forward(self, input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
         """Return the loss of logits."""
         return losses.liger_cross_entropy(input, target, self.weight, **self.options)
 
@@ -245,7 +246,7 @@ class LigerFusedLinearCrossEntropyLoss(_Loss):
 
     def forward(
         self, lin_weight: Tensor, input: Tensor, target: Tensor, bias: Tensor | None = None, /
-    ) -> Tensor | losses.CrossEntropyOutput:
+    ) -> Tensor | CrossEntropyOutput:
         """Return the loss of input @ lin_weight.T + bias; the head's weight comes first."""
         return losses.liger_fused_linear_cross_entropy(
             input, lin_weight, target, bias, self.ce_weight, **self.options

@@ -24,7 +24,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 
-from liger_kernels.compat import losses
+from liger_kernels.compat import loss_results
 from liger_kernels.ops.backend import INTERPRETED
 
 pytestmark = [
@@ -70,7 +70,7 @@ ALL = {"return_z_loss": True, "return_token_accuracy": True, "return_predicted_t
 @pytest.mark.parametrize("kind", ["logits", "hidden"])
 def test_results_beside_a_loss_are_their_definitions(kind, reduction, softcap, alias, monkeypatch):
     # Two rows a chunk, and one that is left over.
-    monkeypatch.setattr(losses, "_CHUNK_LOGITS", 22)
+    monkeypatch.setattr(loss_results, "_CHUNK_LOGITS", 22)
     options = {"reduction": reduction, "softcap": softcap, "lse_square_scale": 0.1}
     hidden, head, bias = randn(9, 5), randn(11, 5, seed=1), randn(11, seed=2)
     logits = F.linear(hidden, head, bias)
