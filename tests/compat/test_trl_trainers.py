@@ -14,7 +14,6 @@ import pytest
 import torch
 import transformers
 import zoo
-from test_trainer_reference import tokenizer
 from torch import Tensor, nn
 
 from liger_kernels import compat
@@ -139,7 +138,7 @@ def train(
             task_type="SEQ_CLS" if is_reward else "CAUSAL_LM",
         )
     options |= {"output_dir": str(folder / "out"), **COMMON, **TRAINERS[kind]}
-    encoder = tokenizer()
+    encoder = zoo.tokenizer()
     encoder.chat_template = TEMPLATE
     trainer = trl_class(f"{kind}Trainer")(
         model=model,

@@ -20,16 +20,6 @@ pytestmark = [
 ]
 
 
-def tokenizer() -> Any:
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {f"t{i}": i for i in range(126)} | {"<pad>": 126, "<eos>": 127}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t0"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", eos_token="<eos>"
-    )
-
-
 def build_trainer(kind: str, path: str, output_dir: str, model: nn.Module) -> Any:
     trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
     datasets = pytest.importorskip("datasets")
@@ -55,7 +45,7 @@ def build_trainer(kind: str, path: str, output_dir: str, model: nn.Module) -> An
         reward_funcs=lambda completions, **_: [1.0] * len(completions),
         args=arguments,
         train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
-        processing_class=tokenizer(),
+        processing_class=zoo.tokenizer(),
     )
 
 

@@ -474,16 +474,6 @@ def test_trainer_case_59_66_67(family, training, tmp_path):
 _METRICS = ("eval_loss", "eval_accuracy")
 
 
-def _tokenizer() -> Any:
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {f"t{i}": i for i in range(126)} | {"<pad>": 126, "<eos>": 127}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t0"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", eos_token="<eos>"
-    )
-
-
 # TRL brings a fused head of its own, which reads the head's weight and leaves our loss unused; the
 # record says so. Norms, MLPs and rope stay ours. With use_liger_kernel it asks for those alone.
 @pytest.mark.parametrize("way", ["patched", "use_liger_kernel"])
@@ -522,7 +512,7 @@ def test_trl(family, kind, way, tmp_path):
         record = apply_liger_kernel(model, "all") if is_ours and not asks else None
         common["use_liger_kernel"] = is_ours and asks
         parts = {"model": model, "train_dataset": datasets.Dataset.from_list(columns)}
-        parts["processing_class"] = _tokenizer()
+        parts["processing_class"] = zoo.tokenizer()
         if kind == "dpo":
             arguments = trl.DPOConfig(**common)
             trainer = trl.DPOTrainer(ref_model=zoo.build(family), args=arguments, **parts)

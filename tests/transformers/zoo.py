@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -350,3 +351,14 @@ def build_unlisted(seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = transformers.SmolLM3Config(**_text(no_rope_layers=[1, 0]))
     return transformers.SmolLM3ForCausalLM(config)
+
+
+def tokenizer() -> Any:
+    """Return a tokenizer with a word for each id: t0 to t125, then those of padding and the end."""
+    words = {f"t{i}": i for i in range(VOCAB_SIZE - 2)}
+    words |= {"<pad>": VOCAB_SIZE - 2, "<eos>": VOCAB_SIZE - 1}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t0"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", eos_token="<eos>"
+    )

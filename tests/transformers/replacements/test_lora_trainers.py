@@ -3,8 +3,6 @@ checkpoint recomputes."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import transformers
@@ -96,7 +94,7 @@ def test_sft_with_a_peft_config(packing, tmp_path, monkeypatch):
                 **COMMON,
             ),
             train_dataset=datasets.Dataset.from_list([{"text": text} for text in texts]),
-            processing_class=_tokenizer(),
+            processing_class=zoo.tokenizer(),
             peft_config=peft.LoraConfig(r=4, target_modules=targets, init_lora_weights="gaussian"),
         )
         return losses(trainer)
@@ -107,16 +105,6 @@ def test_sft_with_a_peft_config(packing, tmp_path, monkeypatch):
     torch.testing.assert_close(train(patches=True), wanted, rtol=1e-3, atol=1e-4)
     assert linears[:2] == [3, 1]
     assert mlps[:1] == [3]
-
-
-def _tokenizer() -> Any:
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {f"t{i}": i for i in range(126)} | {"<pad>": 126, "<eos>": 127}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t0"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", eos_token="<eos>"
-    )
 
 
 def test_a_checkpoint_does_not_repeat_the_last_product(monkeypatch):
