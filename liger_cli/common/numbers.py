@@ -19,10 +19,13 @@ def finite(value: Any) -> Any:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Return a size with its unit: '5.1 GB', '35 MB'."""
+    """Return a size with its unit: '5.1 GB', '35 MB', '7 kB', '512 B'."""
     if num_bytes >= 1e8:
         return f"{num_bytes / 1e9:.1f} GB"
-    return f"{num_bytes / 1e6:.0f} MB"
+    for unit, size in (("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.0f} {unit}"
+    return f"{num_bytes:.0f} B"
 
 
 def format_count(number: float) -> str:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from liger_cli.common.numbers import format_bytes
 from liger_cli.errors import ConfigError, EnvironmentProblem
 
 __all__ = [
@@ -72,7 +73,7 @@ def write_problem(path: Path, error: Exception, hint: str | None = None) -> Envi
     text = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__)
     text = text.splitlines()[0]
     with contextlib.suppress(OSError):
-        text += f" ({shutil.disk_usage(path.parent).free / 1e9:.1f} GB are free)"
+        text += f" ({format_bytes(shutil.disk_usage(path.parent).free)} are free)"
     return EnvironmentProblem(f"{path} cannot be written: {text}", hint=hint)
 
 

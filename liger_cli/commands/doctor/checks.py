@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from liger_cli.common.environment import devices, package_version
+from liger_cli.common.numbers import format_bytes
 
 __all__ = ["Check", "run_checks"]
 
@@ -100,7 +101,7 @@ def _extras() -> Iterator[Check]:
 def _disk() -> Check:
     here = Path.cwd()
     free = shutil.disk_usage(here).free
-    found = f"{free / 1e9:.0f} GB free in {here}"
+    found = f"{format_bytes(free)} free in {here}"
     if not os.access(here, os.W_OK):
         return Check("disk", "warn", f"{here} is read-only", "runs are written here: --output-dir")
     if free < _MIN_FREE_BYTES:

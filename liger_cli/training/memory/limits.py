@@ -222,8 +222,8 @@ def check_memory(
         what = "weights, gradients and optimizer"
     if needed > host_memory():
         raise OutOfMemory(
-            f"{config.model} needs {needed / 1e9:.0f} GB for its {what} alone; "
-            f"this machine has {host_memory() / 1e9:.0f} GB",
+            f"{config.model} needs {format_bytes(needed)} for its {what} alone; "
+            f"this machine has {format_bytes(host_memory())}",
             hint="Take a smaller model, or --dtype bfloat16 for half of it.",
         )
 

@@ -157,7 +157,7 @@ def test_host_without_room_is_named_and_training_waits(
     done = train("--save-steps", 1, "--async-save", "true")
     assert done.code == 0, done.err
     assert [record.getMessage() for record in caplog.records if "waits" in record.message] == [
-        "training waits for checkpoints: the copies of async_save take 5 MB, and the host has 0 MB "
+        "training waits for checkpoints: the copies of async_save take 5 MB, and the host has 1 kB "
         "free"
     ]
     assert set(threads) == {threading.main_thread()}
