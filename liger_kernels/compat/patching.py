@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from liger_kernels.compat.arguments import POSITIONS, name_positions
 from liger_kernels.transformers.api import apply_liger_kernel
 from liger_kernels.transformers.class_mode import FAMILY_FUNCTIONS, recognised_functions
 from liger_kernels.transformers.loading import AutoLigerKernelForCausalLM
@@ -23,6 +24,7 @@ from liger_kernels.transformers.patching.families import FAMILIES
 
 # Functions that serve more than one model type.
 _ALSO = {"llama4": ("llama4_text",)}
+_POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 # Options of ours that choose no op: they are taken, and not shown.
 _NO_OPS = {"save_memory"}
 
@@ -88,8 +90,12 @@ class Patching:
         ours = self._functions[model_type]
         parameters = inspect.signature(ours).parameters
 
+        order = POSITIONS.get(model_type, ())
+
         @functools.wraps(ours)
-        def apply_to_family(*, model: nn.Module | None = None, **options: bool | None) -> None:
+        def apply_to_family(*values: Any, **named: Any) -> None:
+            options = name_positions(_name(model_type), order, values, named)
+            model: nn.Module | None = options.pop("model", None)
             chosen = _booleans(options)
             if model is None:
                 self._watch(model_type, chosen)
@@ -103,9 +109,10 @@ class Patching:
             function(model=model, **chosen)
 
         # Tools read the ops off the signature and turn each on or off.
-        shown = [each for name, each in parameters.items() if name not in _NO_OPS]
+        first = [parameters[name].replace(kind=_POSITIONAL) for name in order]
+        rest = [each for name, each in parameters.items() if name not in (*order, *_NO_OPS)]
         apply_to_family.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            shown, return_annotation=None
+            [*first, *rest], return_annotation=None
         )
         apply_to_family.__doc__ = f"{ours.__doc__}".partition("Returns:")[0]
         return apply_to_family

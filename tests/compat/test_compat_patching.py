@@ -52,6 +52,57 @@ def test_signatures_are_those_of_the_families(alias):
             function(rms_nrom=False)
 
 
+# The orders of liger_kernel 0.8 that differ: found by asking its functions for a value twice.
+_TEXT = ("rope", "cross_entropy", "fused_linear_cross_entropy", "rms_norm")
+ORDERS = {
+    "llama": (*_TEXT, "swiglu", "model"),
+    "gemma2": (*_TEXT, "geglu", "model"),
+    "gemma3": (*_TEXT[:3], "layer_norm", "rms_norm", "geglu", "model"),
+    "mllama": (*_TEXT[:3], "layer_norm", "rms_norm", "swiglu", "model"),
+    "qwen2_vl": (*_TEXT, "layer_norm", "swiglu", "model"),
+    "llama4": (*_TEXT, "swiglu", "model", "layer_norm"),
+    "smolvlm": ("cross_entropy", "fused_linear_cross_entropy", "rms_norm", "layer_norm", "model"),
+    "llava": ("cross_entropy", "fused_linear_cross_entropy", "model"),
+}
+
+
+@pytest.mark.parametrize("family", ORDERS)
+def test_positional_arguments_are_those_of_liger_kernel(family, alias):
+    function, order = getattr(alias, f"apply_liger_kernel_to_{family}"), ORDERS[family]
+    shown = inspect.signature(function).parameters
+    assert tuple(shown)[: len(order)] == order
+    if family not in FAMILIES:
+        return
+    model = zoo.build(family)
+    given = dict.fromkeys(order, False) | {"rms_norm": True, "cross_entropy": True, "model": model}
+    function(*given.values())
+    by_name = zoo.build(family)
+    function(**{**given, "model": by_name})
+    found = patched_classes(model)
+    assert found == patched_classes(by_name)
+    assert any("Norm" in name for name in found)
+    assert not any("MLP" in name or "Attention" in name for name in found)
+
+
+def test_positional_arguments_that_are_wrong(alias):
+    model = zoo.build("llama")
+    llama = alias.apply_liger_kernel_to_llama
+    with pytest.raises(TypeError, match=r"got a LlamaForCausalLM for 'rope'.*pass model=\.\.\."):
+        llama(model)
+    with pytest.raises(TypeError, match=r"at most 6 positional arguments \(rope, .*\), got 7"):
+        llama(True, False, True, True, True, model, True)
+    with pytest.raises(TypeError, match="multiple values for argument 'rope'"):
+        llama(True, rope=False)
+    with pytest.raises(ValueError, match="got rope=3; it is True or False"):
+        llama(3, model=model)
+    with pytest.raises(TypeError, match="llama4_text takes keyword arguments alone.* got 1"):
+        alias.apply_liger_kernel_to_llama4_text(True)
+    assert not patched_classes(model)
+    # Some by place and some by name; None is False.
+    llama(False, None, rms_norm=False, model=model)
+    assert patched_classes(model) == {"LlamaMLP", "Linear"}
+
+
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_instance(family, alias):
     model = zoo.build(family).train()
