@@ -40,7 +40,7 @@ def starts(name: str, *prefixes: str) -> bool:
 # The packages of each tree from the bottom to the top. A module imports what is below its package,
 # and its own package. Modules at the root of a tree stand where their name does.
 PROGRAM = ("errors", "common", "config", "data", "training", "report", "commands", "app")
-LIBRARY = ("nearest", "ops", "compare", "transformers", "compat")
+LIBRARY = ("nearest", "ops", "compare", "preferences", "transformers", "compat")
 PATCHER = (
     *("wrappers", "attention", "recognise", "replacements", "lazy_logits", "patching"),
     *("logprobs", "divergence", "options", "api", "loading", "class_mode", "hub_layers"),

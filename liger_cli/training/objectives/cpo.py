@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from liger_cli.config import RunConfig
-from liger_cli.training.objectives.likelihood_losses import AVERAGED, CpoOptions, cpo_loss, shaped
 from liger_cli.training.objectives.objective import Batch
 from liger_cli.training.objectives.pairs import (
     PairObjective,
@@ -20,6 +19,7 @@ from liger_cli.training.objectives.pairs import (
     margin_of,
     mean_metrics,
 )
+from liger_kernels.preferences.likelihood_losses import AVERAGED, CpoOptions, cpo_loss, shaped
 
 __all__ = ["Cpo"]
 

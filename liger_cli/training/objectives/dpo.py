@@ -1,8 +1,8 @@
 """DPO and its variants: pairs, and a reference that the model stays near.
 
-The losses are functions of dpo_losses.py; here are their weights, the reference, and the two
-things that are no sum over pairs: loss sft, a mean over chosen tokens, and the losses that sort
-all pairs of a step. For these the step is scored first without a graph, the loss of all pairs is
+The losses are functions of liger_kernels/preferences/dpo_losses.py; here are their weights, the
+reference, and the two things that are no sum over pairs: loss sft, a mean over chosen tokens, and
+the losses that sort all pairs of a step. For these the step is scored first without a graph, the loss of all pairs is
 differentiated in their log-probabilities, and each micro-batch then gets its share of that
 gradient.
 """
@@ -22,12 +22,6 @@ from liger_cli.config.objectives import WHOLE_STEP_LOSSES
 from liger_cli.training.checkpoints.random_state import kept_random_state
 from liger_cli.training.inputs import Inputs
 from liger_cli.training.objectives.answers import token_values
-from liger_cli.training.objectives.dpo_losses import (
-    DPO_LOSSES,
-    MARGIN_LOSSES,
-    LossOptions,
-    Pairs,
-)
 from liger_cli.training.objectives.objective import Batch, Setting, Totals
 from liger_cli.training.objectives.pairs import (
     PairObjective,
@@ -41,6 +35,12 @@ from liger_cli.training.objectives.reference import (
     NoReference,
     Reference,
     ready_reference,
+)
+from liger_kernels.preferences.dpo_losses import (
+    DPO_LOSSES,
+    MARGIN_LOSSES,
+    LossOptions,
+    Pairs,
 )
 
 __all__ = ["Dpo"]

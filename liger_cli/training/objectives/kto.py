@@ -37,25 +37,12 @@ from liger_cli.training.objectives.objective import Batch, Part, Setting, Totals
 from liger_cli.training.objectives.pairs import disable_dropout
 from liger_cli.training.objectives.precompute import with_values
 from liger_cli.training.objectives.reference import NoReference, Reference, ready_reference
+from liger_kernels.preferences.unpaired_losses import kto_losses
 
-__all__ = ["Kto", "kto_losses"]
+__all__ = ["Kto"]
 
 # Of good answers to bad ones, times their weights: the range that the paper recommends.
 _BALANCE = (1.0, 4 / 3)
-
-
-def kto_losses(
-    ratios: torch.Tensor, is_good: torch.Tensor, kl: torch.Tensor | float, beta: float
-) -> torch.Tensor:
-    """Compute the loss of each answer without its weight, (N,).
-
-    Args:
-        ratios: Log-ratios of the answers, (N,).
-        is_good: (N,) bool.
-        kl: At least 0, without dimensions.
-    """
-    logits = beta * (ratios - kl)
-    return torch.sigmoid(torch.where(is_good, -logits, logits))
 
 
 class _Scores(NamedTuple):

@@ -12,9 +12,9 @@ from typing import Any
 import torch.nn.functional as F
 
 from liger_cli.config.objectives import METRICS
-from liger_cli.training.objectives.likelihood_losses import log_odds_ratio
 from liger_cli.training.objectives.objective import Batch
 from liger_cli.training.objectives.pairs import PairObjective, PairSums, Scores, mean_metrics
+from liger_kernels.preferences.likelihood_losses import log_odds_ratio
 
 __all__ = ["Orpo"]
 

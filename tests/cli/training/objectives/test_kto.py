@@ -16,9 +16,9 @@ from liger_cli.data.packing import join_rows
 from liger_cli.data.unpaired_batches import UnpairedCollator, mismatch
 from liger_cli.training.objectives import kto
 from liger_cli.training.objectives.answers import Answers
-from liger_cli.training.objectives.kto import kto_losses
 from liger_cli.training.objectives.objective import Part, Totals
 from liger_cli.training.objectives.reference import OtherModel, WeightsReference, copied
+from liger_kernels.preferences.unpaired_losses import kto_losses
 from liger_kernels.transformers import apply_liger_kernel
 
 VALUES = json.loads((Path(__file__).parent / "trl_values.json").read_text())

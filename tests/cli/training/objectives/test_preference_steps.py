@@ -10,10 +10,10 @@ from objective_pairs import CPU, collated, make_pairs, objective_of, tiny_expert
 
 from liger_cli.data.collate import Collator
 from liger_cli.data.packing import join_rows
-from liger_cli.training.objectives.dpo_losses import DPO_LOSSES, LossOptions, Pairs
 from liger_cli.training.objectives.objective import Part, Totals
 from liger_cli.training.objectives.reference import OtherModel
 from liger_cli.training.objectives.sft import NextToken
+from liger_kernels.preferences.dpo_losses import DPO_LOSSES, LossOptions, Pairs
 from liger_kernels.transformers import apply_liger_kernel
 
 ROWS = make_pairs(8)

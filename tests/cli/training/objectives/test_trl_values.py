@@ -9,7 +9,7 @@ import pytest
 import torch
 from objective_pairs import Given, GivenReference, batch_of, objective_of
 
-from liger_cli.training.objectives.likelihood_losses import (
+from liger_kernels.preferences.likelihood_losses import (
     CpoOptions,
     cpo_loss,
     log_odds_ratio,
