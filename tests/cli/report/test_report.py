@@ -151,7 +151,14 @@ def test_format_count(number: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("num_bytes", "text"),
-    [(5_100_000_000, "5.1 GB"), (123_000_000, "0.1 GB"), (35_400_000, "35 MB"), (7_400, "7 kB"), (512, "512 B"), (0, "0 B")],
+    [
+        (5_100_000_000, "5.1 GB"),
+        (123_000_000, "0.1 GB"),
+        (35_400_000, "35 MB"),
+        (7_400, "7 kB"),
+        (512, "512 B"),
+        (0, "0 B"),
+    ],
 )
 def test_format_bytes_counts_a_gb_as_1e9(num_bytes: int, text: str) -> None:
     assert format_bytes(num_bytes) == text
