@@ -25,6 +25,11 @@ INTERFACE_VERSION = f"0.8.2+liger.kernels.{liger_kernels.__version__}"
 # The submodules of liger_kernel that documentation and tools name, and their contents; functional
 # has all functional forms, monkey_patch the patching functions, ops its functions.
 _HOMES: dict[str, tuple[str, ...]] = {
+    "chunked_loss": (
+        *("LigerFusedLinearCPOLoss", "LigerFusedLinearDPOLoss", "LigerFusedLinearGRPOLoss"),
+        *("LigerFusedLinearJSDLoss", "LigerFusedLinearKTOLoss", "LigerFusedLinearORPOLoss"),
+        "LigerFusedLinearSimPOLoss",
+    ),
     "ops": (),
     "ops.backends": (),
     "ops.backends.registry": ("IMPL_REGISTRY",),
@@ -32,6 +37,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "ops.fused_add_rms_norm": ("LigerFusedAddRMSNormFunction",),
     "ops.fused_linear_cross_entropy": ("LigerFusedLinearCrossEntropyFunction",),
     "ops.geglu": ("LigerGELUMulFunction",),
+    "ops.grpo_loss": ("fused_selective_log_softmax",),
     "ops.layer_norm": ("LigerLayerNormFunction",),
     "ops.rms_norm": ("LigerRMSNormFunction",),
     "ops.rope": ("LigerRopeFunction",),
@@ -49,6 +55,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
         "LigerFusedLinearCrossEntropyLoss",
     ),
     "transformers.geglu": ("LigerGEGLUMLP",),
+    "transformers.grpo_loss": ("fused_selective_log_softmax",),
     "transformers.layer_norm": ("LigerLayerNorm",),
     "transformers.model": (),
     "transformers.model.loss_utils": ("LigerForCausalLMLoss",),
@@ -66,6 +73,14 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "transformers.trainer": (),
     "transformers.trainer.orpo_trainer": ("_FSDPForwardRedirection",),
     "utils": ("PEFT_AVAILABLE", "is_npu_available"),
+}
+# Names of these modules that have no place here, and what does their work.
+_ELSEWHERE = {
+    "LigerFusedLinearCosineSimilarityLoss": "no op computes the cosine of two sides' logits; "
+    "LigerFusedLinearJSDLoss, ops.fused_linear_divergence and `liger train --objective distill` "
+    "learn from a teacher's distribution",
+    "triton_grpo_loss": "it takes whole logits; LigerFusedLinearGRPOLoss takes hidden states, and "
+    "TRL's GRPOTrainer trains on a patched model",
 }
 _PACKAGES = (
     _NAME,
@@ -105,6 +120,13 @@ def uninstall() -> None:
 
 def _installed() -> AliasFinder | None:
     return next((finder for finder in sys.meta_path if isinstance(finder, AliasFinder)), None)
+
+
+def _refuse_name(name: str) -> Any:
+    """Stand for __getattr__ of a module: say what does the work of a name that is not there."""
+    if name in _ELSEWHERE:
+        raise ImportError(f"{name} is not in the drop-in: {_ELSEWHERE[name]}", name=_NAME)
+    raise AttributeError(f"{_NAME} of the drop-in has no {name!r}", name=name)
 
 
 def _refuse_original() -> None:
@@ -162,10 +184,11 @@ class AliasFinder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
             vars(module)["__version__"] = INTERFACE_VERSION
             return
         names = self._names(module.__name__.removeprefix(f"{_NAME}."))
-        vars(module).update(names, __all__=sorted(names))
+        vars(module).update(names, __all__=sorted(names), __getattr__=_refuse_name)
 
     def _names(self, home: str) -> dict[str, Any]:
         from liger_kernels.compat import families, functional, functions, losses, modules, utils
+        from liger_kernels.compat.chunked_loss import distillation, pairs, policy, unpaired
         from liger_kernels.compat.loss_results import CrossEntropyOutput
         from liger_kernels.compat.patching import Patching
 
@@ -190,9 +213,11 @@ class AliasFinder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
         }
         if home in whole:
             return whole[home]
+        chunked = [_public(each) for each in (pairs, unpaired, policy, distillation)]
         names |= {
             **of_ops,
             **_public(utils),
+            **{name: value for part in chunked for name, value in part.items()},
             # One implementation, so there is none to choose.
             "IMPL_REGISTRY": {},
             "LigerForCausalLMLoss": functions.LigerForCausalLMLoss,

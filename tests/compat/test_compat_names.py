@@ -371,6 +371,7 @@ LINES = [
     "from liger_kernel.ops.backends.registry import IMPL_REGISTRY",
     "from liger_kernel.ops.utils import calculate_settings, compare_version, torch_to_triton_dtype",
     "from liger_kernel.ops.utils import ensure_contiguous",
+    "from liger_kernel.ops.grpo_loss import fused_selective_log_softmax",
     "from liger_kernel.transformers import apply_liger_kernel_to_granite",
     "from liger_kernel.transformers import functional",
     "from liger_kernel.transformers.cross_entropy import LigerCrossEntropyLoss",
@@ -389,12 +390,10 @@ LINES = [
     "from liger_kernel.utils import PEFT_AVAILABLE",
     "from liger_kernel.utils import is_npu_available",
 ]
-# Lines of theirs that are an ImportError: a base class of one plugin of axolotl (distillation),
-# and a function that axolotl does without.
+# A line of theirs that is an ImportError: a base class of one plugin of axolotl (distillation).
 NOT_HERE = [
     "from liger_kernel.chunked_loss.fused_linear_distillation import "
     "LigerFusedLinearDistillationBase",
-    "from liger_kernel.ops.grpo_loss import fused_selective_log_softmax",
 ]
 
 

@@ -133,10 +133,10 @@ def test_what_is_not_there_is_an_import_error(alias):
     with pytest.raises(ImportError, match="apply_liger_kernel_to_no_such_family"):
         exec("from liger_kernel.transformers import apply_liger_kernel_to_no_such_family")
     # Nor are the modules behind the drop-in.
-    for name in ("chunked_loss", "ops.finder", "transformers.modules", "transformers.finder"):
+    for name in ("megatron", "ops.finder", "transformers.modules", "transformers.finder"):
         assert importlib.util.find_spec(f"liger_kernel.{name}") is None
-    with pytest.raises(ModuleNotFoundError, match="liger_kernel.chunked_loss"):
-        importlib.import_module("liger_kernel.chunked_loss")
+    with pytest.raises(ModuleNotFoundError, match="liger_kernel.megatron"):
+        importlib.import_module("liger_kernel.megatron")
 
 
 # Documentation ----------------------------------------------------------------------------------
