@@ -123,7 +123,7 @@ def _installed() -> AliasFinder | None:
 
 
 def _refuse_name(name: str) -> Any:
-    """Stand for __getattr__ of a module: say what does the work of a name that is not there."""
+    """Raise what a module without a name raises; of some names it says what does their work."""
     if name in _ELSEWHERE:
         raise ImportError(f"{name} is not in the drop-in: {_ELSEWHERE[name]}", name=_NAME)
     raise AttributeError(f"{_NAME} of the drop-in has no {name!r}", name=name)
