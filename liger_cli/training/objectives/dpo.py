@@ -2,9 +2,9 @@
 
 The losses are functions of liger_kernels/preferences/dpo_losses.py; here are their weights, the
 reference, and the two things that are no sum over pairs: loss sft, a mean over chosen tokens, and
-the losses that sort all pairs of a step. For these the step is scored first without a graph, the loss of all pairs is
-differentiated in their log-probabilities, and each micro-batch then gets its share of that
-gradient.
+the losses that sort all pairs of a step. For these the step is scored first without a graph, the
+loss of all pairs is differentiated in their log-probabilities, and each micro-batch then gets its
+share of that gradient.
 """
 
 from __future__ import annotations
