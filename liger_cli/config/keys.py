@@ -241,8 +241,8 @@ class Keys(ModelKeys):
     )
     tile_tokens: Tiles = _machine(
         "auto",
-        "Run gated MLPs over pieces of so many tokens, and keep their input alone; auto: where a "
-        "step does not fit without; none: never.",
+        "Run gated MLPs and experts over pieces of so many tokens, and keep their input alone; "
+        "auto: where a step does not fit without; none: never.",
     )
     use_cpu: bool = _machine(False, "Stay on the CPU although there is a GPU.")
 

@@ -19,7 +19,7 @@ from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.backend import is_left_to_compiler
 from liger_kernels.ops.glu import _act, _glu_bwd, _glu_fwd
 from liger_kernels.ops.op import Case, Op, Sample, randn
-from liger_kernels.ops.rows import rows_of
+from liger_kernels.ops.rows import no_values, rows_of
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 _TENSORS = (
@@ -59,12 +59,15 @@ class _GluMlp(torch.autograd.Function):
         down_weight: torch.Tensor,
         activation: str,
         keeps_product: bool,
+        makes_output: bool,
     ):
         if up_weight is None:
             gate, up = F.linear(x, gate_weight).chunk(2, -1)
         else:
             gate, up = F.linear(x, gate_weight), F.linear(x, up_weight)
-        h = _glu_fwd(gate, up, activation)
+        h: Any = None
+        if makes_output or keeps_product:
+            h = _glu_fwd(gate, up, activation)
         needs_x = any(ctx.needs_input_grad[1:3])
         ctx.save_for_backward(
             x if needs_x else None,
@@ -76,6 +79,8 @@ class _GluMlp(torch.autograd.Function):
             down_weight,
         )
         ctx.activation = activation
+        if not makes_output:
+            return no_values(gate, down_weight.shape[0])
         return F.linear(h, down_weight)
 
     @staticmethod
@@ -100,7 +105,7 @@ class _GluMlp(torch.autograd.Function):
         if up_weight is None:
             dgate_weight = both.t() @ x if needs_dgate else None
             dx = both @ gate_weight if needs_dx else None
-            return dx, dgate_weight, None, ddown_weight, None, None
+            return dx, dgate_weight, None, ddown_weight, None, None, None
         if needs_dgate and needs_dup:
             dgate_weight, dup_weight = (both.t() @ x).split(inner)
         elif needs_dgate:
@@ -110,7 +115,7 @@ class _GluMlp(torch.autograd.Function):
         if needs_dx:
             dx = dgate @ gate_weight
             dx.addmm_(dup, up_weight)
-        return dx, dgate_weight, dup_weight, ddown_weight, None, None
+        return dx, dgate_weight, dup_weight, ddown_weight, None, None, None
 
 
 def glu_mlp(
@@ -169,8 +174,26 @@ def glu_mlp(
         gate = F.linear(x, gate_weight)
         up = F.linear(x, up_weight) if up_weight is not None else 1.0
         return F.linear((gate * up)[..., :inner], down_weight)
-    y = _GluMlp.apply(rows_of(x), gate_weight, up_weight, down_weight, activation, keeps_product)
+    weights = gate_weight, up_weight, down_weight
+    y = _GluMlp.apply(rows_of(x), *weights, activation, keeps_product, True)
     return y.view(*x.shape[:-1], down_weight.shape[0])
+
+
+def glu_mlp_graph(
+    x: torch.Tensor,
+    gate_weight: torch.Tensor,
+    up_weight: torch.Tensor | None,
+    down_weight: torch.Tensor,
+    *,
+    activation: str = "silu",
+    keeps_product: bool = False,
+) -> torch.Tensor:
+    """Record the graph of glu_mlp without its last product: the values returned are undefined.
+
+    The arguments are those of a call of glu_mlp that has run; x is (M, H).
+    """
+    weights = gate_weight, up_weight, down_weight
+    return _GluMlp.apply(x, *weights, activation, keeps_product, False)
 
 
 def _sample(case: Case, dtype, device, generator) -> Sample:

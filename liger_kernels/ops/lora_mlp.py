@@ -26,7 +26,7 @@ from liger_kernels.ops.adapted_linear import (
 )
 from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.glu import _glu_bwd, _glu_fwd
-from liger_kernels.ops.rows import rows_of
+from liger_kernels.ops.rows import no_values, rows_of
 
 
 @differentiable_once("a gated MLP with LoRA adapters")
@@ -37,6 +37,7 @@ class _LoraMlp(torch.autograd.Function):
         x: torch.Tensor,
         layers: Sequence[AdaptedLinear],
         activation: str,
+        makes_output: bool,
         *tensors: Any,
     ):
         *heads, down = layers
@@ -47,7 +48,10 @@ class _LoraMlp(torch.autograd.Function):
             gate, up = ys if len(ys) == 2 else ys[0].chunk(2, -1)
             h = _glu_fwd(gate, up, activation)
             ha = last.down(h)
-            (y,) = last.forward(h, ha)
+            if makes_output:
+                (y,) = last.forward(h, ha)
+            else:
+                y = no_values(gate, _out_width(down))
         needs_x = False
         for head in heads:
             needs_x = needs_x or (head.a is not None and head.a.requires_grad)
@@ -62,7 +66,7 @@ class _LoraMlp(torch.autograd.Function):
         x, xa, gate, up, ha = ctx.saved_tensors
         check_versions(ctx.layers, ctx.versions)
         *heads, down = ctx.layers
-        *needs, last_need = needs_of(ctx.layers, ctx.needs_input_grad[3:])
+        *needs, last_need = needs_of(ctx.layers, ctx.needs_input_grad[4:])
         needs_dx = ctx.needs_input_grad[0]
         first = LayerGroup(heads, gate.dtype, ctx.states[0])
         last = LayerGroup([down], gate.dtype, ctx.states[1])
@@ -84,7 +88,15 @@ class _LoraMlp(torch.autograd.Function):
             if x is not None:
                 da = first.a_gradients(dxa, x, needs)
         flat = flat_gradients(ctx.layers, [*grads, *last_grads], [*da, *last_da])
-        return dx, None, None, *flat
+        return dx, None, None, None, *flat
+
+
+def _out_width(layer: AdaptedLinear) -> int:
+    if layer.b is not None:
+        return int(layer.b.shape[0])
+    # The shape of a packed weight is that of its bytes.
+    shape = getattr(layer.weight, "quant_state", layer.weight).shape
+    return int(shape[0])
 
 
 def _gate_gradients(
@@ -108,7 +120,12 @@ def _gate_gradients(
 
 
 def lora_mlp(
-    x: torch.Tensor, layers: Sequence[AdaptedLinear], activation: str, dtype: torch.dtype
+    x: torch.Tensor,
+    layers: Sequence[AdaptedLinear],
+    activation: str,
+    dtype: torch.dtype,
+    *,
+    makes_output: bool = True,
 ) -> torch.Tensor:
     """Apply a gated MLP whose layers are frozen and have adapters.
 
@@ -118,10 +135,12 @@ def lora_mlp(
             down.
         activation: "silu", "gelu_tanh" or "gelu".
         dtype: Of the products.
+        makes_output: False leaves out the product with the weight of down, for backward alone: the
+            values returned are undefined.
 
     Returns:
         (..., H_out) in dtype. Differentiable once in x, biases, a and b.
     """
     x = x.to(dtype)
-    y = _LoraMlp.apply(rows_of(x), layers, activation, *flatten(layers))
+    y = _LoraMlp.apply(rows_of(x), layers, activation, makes_output, *flatten(layers))
     return y.view(*x.shape[:-1], y.shape[-1])

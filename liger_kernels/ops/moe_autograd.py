@@ -20,15 +20,20 @@ from liger_kernels.ops.moe_activation import Gating, Slots, activate_rows, activ
 from liger_kernels.ops.moe_routing import Routing, route
 from liger_kernels.ops.moe_rows import combine_rows, gather_rows, sum_groups
 from liger_kernels.ops.products import wide_product
-from liger_kernels.ops.rows import rows_of
+from liger_kernels.ops.rows import no_values, rows_of
 
 
 class MoeSettings(NamedTuple):
-    """The options of a call."""
+    """The options of a call.
+
+    Attributes:
+        makes_output: False leaves out the last products, for backward alone.
+    """
 
     gating: Gating
     weights_output: bool
     keeps_products: bool
+    makes_output: bool
 
 
 @differentiable_once("moe_experts")
@@ -54,9 +59,15 @@ class MoeExperts(torch.autograd.Function):
             kept_x = x if keeps and ctx.needs_input_grad[2] else None
             # Freed before the next products.
             del x
-            h = activate_rows(products, Slots(routing, on_output, gate_up_bias), settings.gating)
-            rows = grouped_product(h, down.transpose(1, 2), routing.offsets)
-            y = combine_rows(rows, routing, bias=down_bias, bias_weights=on_output).y
+            h: Any = None
+            if settings.makes_output or keeps:
+                slots = Slots(routing, on_output, gate_up_bias)
+                h = activate_rows(products, slots, settings.gating)
+            if settings.makes_output:
+                rows = grouped_product(h, down.transpose(1, 2), routing.offsets)
+                y = combine_rows(rows, routing, bias=down_bias, bias_weights=on_output).y
+            else:
+                y = no_values(hidden, hidden.shape[1])
         kept_h = h if keeps and ctx.needs_input_grad[3] else None
         ctx.save_for_backward(
             hidden, routing_weights, gate_up, down, gate_up_bias, down_bias, products,

@@ -151,9 +151,37 @@ def moe_experts(
     if expert_ids.numel() == 0 or gate_up.numel() == 0:
         # A grid of size zero is no launch; this keeps the graph and gives zero gradients.
         return moe_experts_ref(*given, **options)
+    return _apply(*given, **options, keeps_products=keeps_products, makes_output=True)
+
+
+def moe_experts_graph(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Record the graph of moe_experts without its last products: the values returned are undefined.
+
+    The arguments are those of a call of moe_experts that has run, of some of its tokens.
+    """
+    return _apply(*tensors, **options, makes_output=False)
+
+
+def _apply(
+    hidden: torch.Tensor,
+    routing_weights: torch.Tensor,
+    expert_ids: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    activation: str = "silu",
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    is_interleaved: bool = False,
+    weight_on: str = "output",
+    keeps_products: bool = False,
+    makes_output: bool,
+) -> torch.Tensor:
     layout = _layout(gate_up, down, is_interleaved)
-    gating = Gating(options["activation"], options["alpha"], options["limit"], layout)
-    settings = MoeSettings(gating, weight_on == "output", keeps_products)
+    gating = Gating(activation, float(alpha), float(limit), layout)
+    settings = MoeSettings(gating, weight_on == "output", keeps_products, makes_output)
     return MoeExperts.apply(
         rows_of(hidden),
         routing_weights.contiguous(),

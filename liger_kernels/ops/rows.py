@@ -105,6 +105,11 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
+def no_values(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Return (rows of x, width) in x's dtype without memory for it: a result that nobody reads."""
+    return x.new_empty(()).expand(x.shape[0], width)
+
+
 def in_rows(x: torch.Tensor) -> torch.Tensor:
     """Return x itself if it is contiguous, of whatever rank, else as rows_of() does.
 

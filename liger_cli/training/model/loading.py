@@ -26,7 +26,7 @@ from liger_cli.training.model.source import ModelSource, load_model
 from liger_kernels.ops.backend import backend
 from liger_kernels.transformers.api import apply_liger_kernel
 from liger_kernels.transformers.patching.engine import PatchRecord
-from liger_kernels.transformers.replacements.tiles import tile_mlps
+from liger_kernels.transformers.replacements.tiles import tile_modules
 from liger_kernels.transformers.wrappers import inner_model
 
 __all__ = ["layers_of", "load_patched", "tile_layers"]
@@ -82,14 +82,14 @@ def load_patched(
 
 
 def tile_layers(model: nn.Module, config: RunConfig) -> None:
-    """Let the MLPs of a patched model run over pieces of tokens where tile_tokens says so.
+    """Let MLPs and experts of a patched model run over pieces of tokens where tile_tokens says so.
 
     Raises:
-        ConfigError: It has no patched MLP.
+        ConfigError: It has none that is patched.
     """
-    if config.tile_size is not None and not tile_mlps(model, config.tile_size):
+    if config.tile_size is not None and not tile_modules(model, config.tile_size):
         raise ConfigError(
-            f"tile_tokens: {type(inner_model(model)).__name__} has no gated MLP that is patched",
+            f"tile_tokens: {type(inner_model(model)).__name__} has no patched gated MLP or experts",
             hint="Set tile_tokens to none; `liger inspect` shows what is patched, and why not.",
         )
 

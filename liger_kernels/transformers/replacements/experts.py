@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from liger_kernels.ops import moe_experts
 from liger_kernels.ops.backend import is_traced_as_torch
+from liger_kernels.ops.moe_experts import moe_experts_graph
 from liger_kernels.transformers.recognise import ExpertsSpec, MoeBlockSpec, experts_options
 from liger_kernels.transformers.replacements.calls import is_bare, is_plain, record_call
 from liger_kernels.transformers.replacements.subclasses import is_as_patched
+from liger_kernels.transformers.replacements.tiles import is_tiled, run_in_tiles
 
 _ID_DTYPES = (torch.int64, torch.int32)
 
@@ -47,18 +49,8 @@ def experts_forward(base: Any, spec: ExpertsSpec) -> Callable[..., Any]:
             dtype = autocast_dtype(hidden) or hidden.dtype
         hidden, gate_up, down = (x.to(dtype) for x in (hidden, gate_up, down))
         gate_up_bias, down_bias = (None if bias is None else bias.to(dtype) for bias in biases)
-        record_call(self)
-        y = moe_experts(
-            hidden,
-            weights,
-            ids,
-            gate_up,
-            down,
-            gate_up_bias=gate_up_bias,
-            down_bias=down_bias,
-            keeps_products=not self._saves_memory,
-            **experts_options(self, spec),
-        )
+        shared = (gate_up, down, gate_up_bias, down_bias)
+        y = _experts(self, (hidden, weights, ids), shared, experts_options(self, spec))
         return y.to(args[0].dtype)
 
     return forward
@@ -84,13 +76,42 @@ def moe_block_forward(base: Any, spec: MoeBlockSpec) -> Callable[..., Any]:
         out = self.shared_expert(hidden)
         dtype = autocast_dtype(hidden) or hidden.dtype
         hidden, gate_up, down = (x.to(dtype) for x in (hidden, gate_up, down))
-        record_call(self)
-        keeps = not self._saves_memory
         options = experts_options(self.experts, spec)
-        routed = moe_experts(hidden, weights, ids, gate_up, down, keeps_products=keeps, **options)
+        routed = _experts(self, (hidden, weights, ids), (gate_up, down), options)
         return out + routed.to(out.dtype), logits
 
     return forward
+
+
+def _experts(
+    module: Any,
+    rows: tuple[Tensor, Tensor, Tensor],
+    shared: tuple[Any, ...],
+    options: Mapping[str, Any],
+) -> Tensor:
+    """Return moe_experts of tokens, routing weights and ids, and of weights and biases."""
+    record_call(module)
+    run = functools.partial(_run, {"keeps_products": not module._saves_memory, **options})
+    if is_tiled(module, rows[0]):
+        return run_in_tiles(module, run, rows, shared)
+    return run(*rows, *shared)
+
+
+def _run(
+    options: Mapping[str, Any],
+    hidden: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    makes_output: bool = True,
+) -> Tensor:
+    compute = moe_experts if makes_output else moe_experts_graph
+    biases: dict[str, Any] = {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    return compute(hidden, weights, ids, gate_up, down, **biases, **options)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_kernels.ops import geglu, glu_mlp, swiglu
 from liger_kernels.ops.adapted_linear import AdaptedLinear
+from liger_kernels.ops.glu_mlp import glu_mlp_graph
 from liger_kernels.ops.lora_mlp import lora_mlp
+from liger_kernels.ops.rows import no_values
 from liger_kernels.transformers.recognise import ACTIVATIONS, MlpSpec, split_gate
 from liger_kernels.transformers.replacements.adapters import is_lora_patched, lora_call, sharing
 from liger_kernels.transformers.replacements.calls import (
@@ -51,15 +55,20 @@ def mlp_forward(base: Any, spec: MlpSpec) -> Callable[..., Any]:
             return base.forward(self, *args, **kwargs)
         (x,) = args
         self._adopt_adapters()
+        if not is_tiled(self, x):
+            return _run(self, spec, x)
         run = functools.partial(_run, self, spec)
-        return run_in_tiles(self, run, x) if is_tiled(self, x) else run(x)
+        return run_in_tiles(self, run, [x], parameters=list(self.parameters()))
 
     return forward
 
 
-def _run(module: Any, spec: MlpSpec, x: Any) -> Any:
-    """Compute a patched MLP of x: as one function, or its layers one by one."""
-    y = run_adapted(module, spec, x)
+def _run(module: Any, spec: MlpSpec, x: Any, *, makes_output: bool = True) -> Any:
+    """Compute a patched MLP of x: as one function, or its layers one by one.
+
+    Without makes_output the values are undefined, and the graph is that of x, (M, H).
+    """
+    y = run_adapted(module, spec, x, makes_output=makes_output)
     if y is not None:
         return y
     weights = _weights_of(module, spec, x)
@@ -67,7 +76,8 @@ def _run(module: Any, spec: MlpSpec, x: Any) -> Any:
         record_call(module)
         with recomputing(x):
             keeps = not module._saves_memory
-            return glu_mlp(x, *weights, activation=spec.activation, keeps_product=keeps)
+            compute = glu_mlp if makes_output else glu_mlp_graph
+            return compute(x, *weights, activation=spec.activation, keeps_product=keeps)
     with recomputing(x), sharing(module):
         gate = getattr(module, spec.gate)(x)
         if spec.layout == "separate":
@@ -77,8 +87,21 @@ def _run(module: Any, spec: MlpSpec, x: Any) -> Any:
             gate, up = split_gate(gate, spec.layout)
     multiply = functools.partial(gate_and_multiply, module, spec.activation)
     h = run_recomputable(module, multiply, gate, up)
-    with recomputing(h):
-        return getattr(module, spec.down)(h)
+    down = getattr(module, spec.down)
+    leaves_out = not makes_output and _is_stock_linear(down)
+    with recomputing(h), _WithoutProducts() if leaves_out else contextlib.nullcontext():
+        return down(h)
+
+
+class _WithoutProducts(TorchDispatchMode):
+    """Leave out matrix products: the graph is theirs, the values are undefined."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            return no_values(args[-2], args[-1].shape[1])
+        return func(*args, **(kwargs or {}))
 
 
 def _weights_of(
@@ -110,7 +133,7 @@ def _layers_of(module: nn.Module, spec: MlpSpec) -> list[Any]:
     return [getattr(module, name) for name in names]
 
 
-def run_adapted(module: nn.Module, spec: MlpSpec, x: Any) -> Tensor | None:
+def run_adapted(module: nn.Module, spec: MlpSpec, x: Any, *, makes_output: bool) -> Tensor | None:
     """Run an MLP whose layers have LoRA adapters as one function; None where it must not be one.
 
     It runs under no transform.
@@ -138,13 +161,17 @@ def run_adapted(module: nn.Module, spec: MlpSpec, x: Any) -> Tensor | None:
     assert dtypes is not None
     record_call(module, *adapted)
     with recomputing(x):
-        return lora_mlp(x, found, spec.activation, dtypes[0]).to(dtypes[1])
+        y = lora_mlp(x, found, spec.activation, dtypes[0], makes_output=makes_output)
+        return y.to(dtypes[1])
 
 
 def _is_plain_linear(layer: nn.Module) -> bool:
     """Return whether calling the layer is its product with its weight, and nothing else."""
-    is_linear = type(layer) is nn.Linear and runs_stock_linear(layer)
-    return is_linear and layer.bias is None and is_bare(layer)
+    return _is_stock_linear(layer) and layer.bias is None
+
+
+def _is_stock_linear(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and runs_stock_linear(layer) and is_bare(layer)
 
 
 def gate_and_multiply(module: nn.Module, activation: str, gate: Tensor, up: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from liger_cli.training import activation_offload
 from liger_cli.training.activation_offload import checkpoint_layers
-from liger_kernels.transformers.replacements.tiles import tile_mlps
+from liger_kernels.transformers.replacements.tiles import tile_modules
 
 GPU = torch.device("cuda")
 # Some 50 ms: far more than a layer of these models takes.
@@ -60,7 +60,7 @@ def test_offloaded_steps_have_the_same_bits(family, keys, copies):
                 assert torch.equal(got[name], wanted[name]), name
     assert num_same >= 0.5 * 3 * len(wanted)
     assert_kept(offload, plain.config.num_hidden_layers, 3)
-    assert all(buffer.data.is_pinned() for buffer in offload.buffers._free)
+    assert all(page.data.is_pinned() for page in offload.pages._free)
 
 
 @pytest.mark.gpu
@@ -117,7 +117,7 @@ def test_tiles_are_no_worse_than_the_whole(family, keys):
     exact = built(family, GPU, torch.bfloat16, ops="none", **keys).double()
     truth = step(exact, inputs)
     whole, tiled = (built(family, GPU, torch.bfloat16, **keys) for _ in range(2))
-    assert tile_mlps(tiled, 96) == whole.config.num_hidden_layers
+    assert tile_modules(tiled, 96) == whole.config.num_hidden_layers
     found = []
     for model in (whole, tiled):
         checkpoint_layers(model)
@@ -133,7 +133,7 @@ def test_both_together_have_the_bits_of_tiles(keys):
         pytest.importorskip("peft")
     models = [built("qwen3", GPU, torch.bfloat16, **keys) for _ in range(2)]
     for model in models:
-        tile_mlps(model, 128)
+        tile_modules(model, 128)
     checkpoint_layers(models[0])
     checkpoint_layers(models[1], offload_to_host(GPU))
     inputs = rows(512)
