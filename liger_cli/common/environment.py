@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from liger_cli.common.cgroups import group_memory
+
 __all__ = [
     "PACKAGES",
     "cache_directory",
@@ -87,17 +89,19 @@ def devices() -> list[dict[str, Any]]:
 
 
 def host_memory() -> int:
-    """Return the bytes of memory that this machine has in all."""
+    """Return the bytes of memory that this machine, or the limit of a container, has in all."""
     import psutil
 
-    return int(psutil.virtual_memory().total)
+    group, total = group_memory(), int(psutil.virtual_memory().total)
+    return total if group is None else min(total, group.limit)
 
 
 def free_host_memory() -> int:
-    """Return the bytes of memory that new allocations of this machine can have."""
+    """Return the bytes of memory that new allocations can have, here or in a container."""
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    group, free = group_memory(), int(psutil.virtual_memory().available)
+    return free if group is None else min(free, group.free)
 
 
 def _cpu_name() -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,10 @@ from torch import Tensor
 from liger_cli.config import RunConfig
 from liger_cli.errors import ConfigError
 
-__all__ = ["ActivationOffload", "HostBuffers", "checkpoint_layers", "offload_of"]
+__all__ = ["ActivationOffload", "HostPages", "checkpoint_layers", "offload_of"]
+
+# Of pinned memory: a copy of so many bytes takes far longer than to ask for it.
+_LEAST_PAGE = 1 << 24
 
 
 def checkpoint_layers(
@@ -54,7 +57,10 @@ def checkpoint_layers(
 
 
 def offload_of(
-    config: RunConfig, device: torch.device, notify: Callable[[str], None]
+    config: RunConfig,
+    device: torch.device,
+    notify: Callable[[str], None],
+    host_bytes: int | None = None,
 ) -> ActivationOffload | None:
     """Return the offload that a run asks for, or None.
 
@@ -62,6 +68,7 @@ def offload_of(
         config: Of the run.
         device: Of the model.
         notify: Gets a line where pinned memory cannot be had, or the run is on a CPU.
+        host_bytes: That it may take of the host.
     """
     if config.activation_offloading is not True:
         return None
@@ -69,7 +76,7 @@ def offload_of(
         notify(
             "activation_offloading: on a CPU inputs of layers are copied, and no memory is saved"
         )
-    return ActivationOffload(device, _pinned_bytes(device, notify))
+    return ActivationOffload(device, HostPages(_pinned_bytes(device, notify), host_bytes))
 
 
 def _pinned_bytes(device: torch.device, notify: Callable[[str], None]) -> Callable[[int], Tensor]:
@@ -98,7 +105,7 @@ def _pinned_bytes(device: torch.device, notify: Callable[[str], None]) -> Callab
     return allocate
 
 
-class _Buffer:
+class _Page:
     """Host memory, and the event after which it may be written to."""
 
     def __init__(self, data: Tensor) -> None:
@@ -106,38 +113,44 @@ class _Buffer:
         self.last_read: Any = None
 
 
-class HostBuffers:
-    """Buffers in host memory that are used again.
+class HostPages:
+    """Host memory in pages of one size that are used again.
+
+    torch rounds what it pins up to a power of two. A page is one, an eighth of the first tensor or
+    less: so little is lost, and tensors of any length share the pages.
 
     Args:
         allocate: Returns so many bytes, uint8.
+        most_bytes: That all pages may take; None: as many as are asked for.
 
     Attributes:
-        num_allocated: Buffers that exist.
+        num_allocated: Pages that exist.
+        page_bytes: Of each; 0 before the first.
     """
 
-    def __init__(self, allocate: Callable[[int], Tensor]) -> None:
-        self._allocate = allocate
-        self._free: list[_Buffer] = []
-        self.num_allocated = 0
+    def __init__(self, allocate: Callable[[int], Tensor], most_bytes: int | None = None) -> None:
+        self._allocate, self._most = allocate, most_bytes
+        self._free: list[_Page] = []
+        self.num_allocated = self.page_bytes = 0
 
-    def take(self, num_bytes: int) -> _Buffer:
-        """Return the smallest free buffer of so many bytes at least, or a new one."""
-        fitting = [buffer for buffer in self._free if buffer.data.numel() >= num_bytes]
-        if fitting:
-            best = min(fitting, key=lambda buffer: buffer.data.numel())
-            self._free.remove(best)
-            return best
-        if self._free:
-            # Rows have become longer: what is too short gives way.
-            self._free.pop()
-            self.num_allocated -= 1
-        self.num_allocated += 1
-        return _Buffer(self._allocate(num_bytes))
+    def take(self, num_bytes: int) -> list[_Page] | None:
+        """Return pages of so many bytes together; None where they would be more than may be."""
+        if not self.page_bytes:
+            self.page_bytes = max(_LEAST_PAGE, 1 << max(0, (num_bytes // 8).bit_length() - 1))
+        count = -(-num_bytes // self.page_bytes)
+        num_all = self.num_allocated + max(0, count - len(self._free))
+        if self._most is not None and num_all * self.page_bytes > self._most:
+            return None
+        while self.num_allocated < num_all:
+            self._free.append(_Page(self._allocate(self.page_bytes)))
+            self.num_allocated += 1
+        taken = self._free[-count:]
+        del self._free[-count:]
+        return taken
 
-    def give(self, buffer: _Buffer) -> None:
-        """Take a buffer back that is not needed any more."""
-        self._free.append(buffer)
+    def give(self, pages: list[_Page]) -> None:
+        """Take pages back that are not needed any more."""
+        self._free += pages
 
 
 class _CopyStream:
@@ -167,17 +180,19 @@ class _Input:
     """
 
     def __init__(
-        self, x: Tensor, owner: ActivationOffload, buffer: _Buffer, before: Callable[[], Any]
+        self, x: Tensor, owner: ActivationOffload, pages: list[_Page], before: Callable[[], Any]
     ) -> None:
-        self._owner, self._buffer, self.before = owner, buffer, before
+        self._owner, self._pages, self.before = owner, pages, before
         self._shape, self._dtype, self._device = x.shape, x.dtype, x.device
         self._on_device: Tensor | None = x
         self._copied: Any = None
-        self._copied = owner.out.copy(self._on_host(), x, after=self._buffer.last_read)
+        for page, part in self._parts(x):
+            self._copied = owner.out.copy(page.data[: len(part)], part, after=page.last_read)
 
-    def _on_host(self) -> Tensor:
-        num_bytes = self._shape.numel() * self._dtype.itemsize
-        return self._buffer.data[:num_bytes].view(self._dtype).view(self._shape)
+    def _parts(self, x: Tensor) -> Iterator[tuple[_Page, Tensor]]:
+        """Yield each page, with the bytes of x that it holds."""
+        parts = x.view(-1).view(torch.uint8).split(len(self._pages[0].data))
+        return zip(self._pages, parts, strict=True)
 
     def leave(self) -> None:
         """Free the tensor on the device."""
@@ -189,8 +204,11 @@ class _Input:
         """Begin to copy it back, unless it is there."""
         if self._on_device is None:
             self._on_device = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-            copied = self._owner.back.copy(self._on_device, self._on_host(), after=self._copied)
-            self._copied = self._buffer.last_read = copied
+            copied = self._copied
+            for page, part in self._parts(self._on_device):
+                source = page.data[: len(part)]
+                page.last_read = self._owner.back.copy(part, source, after=copied)
+            self._copied = self._pages[-1].last_read
 
     def get(self) -> Tensor:
         """Return it on the device, to be used on the current stream."""
@@ -207,7 +225,7 @@ class _Input:
     def __del__(self) -> None:
         # Backward may have ended early, with a copy on its way.
         self.leave()
-        self._owner.buffers.give(self._buffer)
+        self._owner.pages.give(self._pages)
 
 
 class ActivationOffload:
@@ -215,20 +233,19 @@ class ActivationOffload:
 
     Args:
         device: Of the model.
-        allocate: Returns so many bytes of host memory, uint8.
+        pages: The host memory. What does not fit into it stays on the device.
 
     Attributes:
         num_kept: Inputs that were taken so far.
-        buffers: The host memory.
+        num_left: Inputs that stayed, because the pages were full.
         out: Copies to the host.
         back: Copies to the device.
     """
 
-    def __init__(self, device: torch.device, allocate: Callable[[int], Tensor]) -> None:
-        self._device = device
-        self.buffers = HostBuffers(allocate)
+    def __init__(self, device: torch.device, pages: HostPages) -> None:
+        self._device, self.pages = device, pages
         self.out, self.back = _CopyStream(device), _CopyStream(device)
-        self.num_kept = 0
+        self.num_kept = self.num_left = 0
         # The input that was taken last: weak, since the graph alone decides how long it lives.
         self._last: Callable[[], Any] = lambda: None
 
@@ -247,8 +264,12 @@ class ActivationOffload:
         if last is not None:
             # Its layer has run. The last of all stays, as backward begins with it.
             last.leave()
-        buffer = self.buffers.take(x.numel() * x.element_size())
-        kept = _Input(x.detach(), self, buffer, self._last)
+        pages = self.pages.take(x.numel() * x.element_size())
+        if pages is None:
+            # Layers come in their order: those whose backward is first stay.
+            self.num_left += 1
+            return x.detach()
+        kept = _Input(x.detach().contiguous(), self, pages, self._last)
         self._last = weakref.ref(kept)
         self.num_kept += 1
         return kept

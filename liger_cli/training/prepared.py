@@ -37,6 +37,7 @@ class PreparedRun:
         checkpoint: The checkpoint to resume from, if any.
         patch_plan: The ops planned on the model without weights.
         parallel: How the processes share the model.
+        host_bytes: What activation_offloading may take of the host.
         measure_only: Whether to write no checkpoint, evaluate nothing and report to no tracker.
         objective: In place of the one of ours that the configuration names: by a loss of a peer.
     """
@@ -50,6 +51,7 @@ class PreparedRun:
     checkpoint: Path | None
     patch_plan: PatchPlan
     parallel: ParallelPlan = ParallelPlan()
+    host_bytes: int | None = None
     measure_only: bool = False
     objective: Objective | None = None
 
@@ -89,4 +91,4 @@ class PreparedRun:
         """The memory of a step. It reads many rows: ask for it only where it is needed."""
         config = self.inputs.attention.applied(self.config)
         found = RunMemory.of(config, self.inputs, self.device)
-        return replace(found, plan=self.parallel)
+        return replace(found, plan=self.parallel, host_bytes=self.host_bytes)

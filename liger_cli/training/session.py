@@ -114,7 +114,8 @@ class TrainSession:
         self._objective = run.objective or make_objective(config, model, run.device)
         if config.gradient_checkpointing:
             notify = self._callbacks.on_note if run.is_main else _ignore
-            checkpoint_layers(model, offload_of(config, run.device, notify))
+            offload = offload_of(config, run.device, notify, run.host_bytes)
+            checkpoint_layers(model, offload)
         if config.neftune_noise_alpha:
             add_embedding_noise(model, config.neftune_noise_alpha)
         optimizer = make_optimizer(config, model)

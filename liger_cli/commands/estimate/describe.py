@@ -16,7 +16,7 @@ from liger_cli.report.estimate import CardPart, EstimateReport, FitPart, PartRow
 from liger_cli.training.memory.choice import USABLE
 from liger_cli.training.memory.limits import RunMemory, cheapest_remedies
 from liger_cli.training.memory.long_rows import everything_on, with_long_rows
-from liger_cli.training.memory.step import CHECKPOINT_COPY, MemoryEstimate
+from liger_cli.training.memory.values import CHECKPOINT_COPY, MemoryEstimate
 from liger_cli.training.model.extended import extend_source
 from liger_cli.training.model.source import resolve_model
 from liger_cli.training.parallel.assumed import assumed_plan

@@ -8,7 +8,7 @@ from liger_cli.commands.estimate.work import Work, work_of
 from liger_cli.errors import ConfigError
 from liger_cli.report.estimate import TimeRow
 from liger_cli.training.memory.limits import RunMemory
-from liger_cli.training.memory.step import MemoryEstimate
+from liger_cli.training.memory.values import MemoryEstimate
 from liger_cli.training.model.adapters import is_quantised
 from liger_cli.training.parallel.assumed import check_layout
 from liger_cli.training.parallel.mesh import ParallelPlan

@@ -11,7 +11,8 @@ from torch import nn
 from liger_cli.config import RunConfig
 from liger_cli.training.memory import Batch, meta_model_of
 from liger_cli.training.memory.limits import RunMemory
-from liger_cli.training.memory.step import MemoryEstimate, num_experts
+from liger_cli.training.memory.step import num_experts
+from liger_cli.training.memory.values import MemoryEstimate
 from liger_cli.training.model.adapters import is_adapted
 from liger_cli.training.parallel.groups import groups_of
 from liger_kernels.transformers.wrappers import inner_model

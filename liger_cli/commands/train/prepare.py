@@ -109,7 +109,7 @@ def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]
             check_same_template(checkpoint, config, inputs.preprocessing)
         config = resolve_objective(config, inputs)
         parallel, line = choose_plan(config, inputs, accelerator)
-        config, rows_line = settle_long_rows(config, inputs, accelerator, parallel)
+        config, host_bytes, rows_line = settle_long_rows(config, inputs, accelerator, parallel)
         if accelerator.is_main_process:
             for note in filter(None, (line, rows_line)):
                 notify(note)
@@ -124,6 +124,7 @@ def prepare_run(config: RunConfig, options: RunOptions) -> Iterator[PreparedRun]
             checkpoint=checkpoint,
             patch_plan=inspect_model(inputs.meta_model, config.ops),
             parallel=parallel,
+            host_bytes=host_bytes,
             measure_only=options.measure_only,
         )
         _check(run, options)

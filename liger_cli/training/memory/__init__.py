@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from liger_cli.training.memory.build import assumed_attention, estimate_memory, meta_model_of
-from liger_cli.training.memory.step import Batch, MemoryEstimate, step_memory
+from liger_cli.training.memory.step import step_memory
+from liger_cli.training.memory.values import Batch, MemoryEstimate
 
 __all__ = [
     "Batch",

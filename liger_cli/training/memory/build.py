@@ -11,7 +11,8 @@ import torch
 from liger_cli.config import RunConfig
 from liger_cli.training.attention import AttentionPlan, Rows, plan_attention
 from liger_cli.training.memory.probe_copy import assumed_gpu
-from liger_cli.training.memory.step import Batch, MemoryEstimate, step_memory
+from liger_cli.training.memory.step import step_memory
+from liger_cli.training.memory.values import Batch, MemoryEstimate
 from liger_cli.training.model.adapters import adapts, attach_adapter, new_adapter
 from liger_cli.training.model.dtypes import parameter_dtype
 from liger_cli.training.model.loading import tile_layers
@@ -35,6 +36,7 @@ def estimate_memory(
     *,
     on_gpu: bool = True,
     plan: ParallelPlan | None = None,
+    host_bytes: int | None = None,
 ) -> MemoryEstimate:
     """Return the memory of a training step of a run, from the model's configuration alone.
 
@@ -44,13 +46,14 @@ def estimate_memory(
         batch: A micro-batch.
         on_gpu: Whether it runs on a GPU that has bfloat16, or on a CPU.
         plan: How ranks share the model; one process by default. The bytes are those of a rank.
+        host_bytes: That activation_offloading may take of the host; None: what it needs.
 
     Raises:
         ValueError: The forward of this model cannot run without data.
         LigerError: The model cannot be built, or the adapter not be put on it.
     """
     model = meta_model_of(config, assumed_scores(config, source), on_gpu=on_gpu)
-    return step_memory(config, model, batch, on_gpu=on_gpu, plan=plan)
+    return step_memory(config, model, batch, on_gpu=on_gpu, plan=plan, host_bytes=host_bytes)
 
 
 def assumed_attention(

@@ -21,7 +21,7 @@ from liger_cli.training.memory import (
     assumed_attention,
     estimate_memory,
 )
-from liger_cli.training.memory.step import CHECKPOINT_COPY
+from liger_cli.training.memory.values import CHECKPOINT_COPY
 from liger_cli.training.model.adapters import is_adapted
 from liger_cli.training.model.dtypes import parameter_dtype
 from liger_cli.training.model.presets import ModelSource
@@ -62,6 +62,7 @@ class RunMemory:
         batch: A micro-batch.
         on_gpu: Whether it runs on a GPU.
         plan: How ranks share the model; its memory is that of a rank.
+        host_bytes: That activation_offloading may take of the host for a rank; None: what it needs.
     """
 
     config: RunConfig
@@ -69,6 +70,7 @@ class RunMemory:
     batch: Batch
     on_gpu: bool
     plan: ParallelPlan = ParallelPlan()
+    host_bytes: int | None = None
 
     @classmethod
     def of(cls, config: RunConfig, inputs: Inputs, device: torch.device) -> RunMemory:
@@ -131,7 +133,12 @@ class RunMemory:
             LigerError: The model cannot be built, or the adapter not be put on it.
         """
         return estimate_memory(
-            self.config, self.source, self.batch, on_gpu=self.on_gpu, plan=self.plan
+            self.config,
+            self.source,
+            self.batch,
+            on_gpu=self.on_gpu,
+            plan=self.plan,
+            host_bytes=self.host_bytes,
         )
 
     def peak(self) -> int | None:

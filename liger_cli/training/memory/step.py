@@ -15,7 +15,11 @@ from torch.nn.modules import module as module_hooks
 
 from liger_cli.config import RunConfig
 from liger_cli.config.objectives import OBJECTIVES, REFERENCE_KINDS
-from liger_cli.training.activation_offload import ActivationOffload, checkpoint_layers
+from liger_cli.training.activation_offload import (
+    ActivationOffload,
+    HostPages,
+    checkpoint_layers,
+)
 from liger_cli.training.forward import LossOf
 from liger_cli.training.memory.ledger import Ledger
 from liger_cli.training.memory.packed import allocate_moments, pack_layers
@@ -29,6 +33,7 @@ from liger_cli.training.memory.parts import (
 )
 from liger_cli.training.memory.probe_copy import BACKWARD, Answers, gpu_stand_in, plain_tensors
 from liger_cli.training.memory.sharding import BUCKETS, OF_RANKS, ShardedStep, shares_of
+from liger_cli.training.memory.values import CHECKPOINT_COPY, Batch, MemoryEstimate
 from liger_cli.training.model.adapters import is_adapted
 from liger_cli.training.model.classifiers import row_scores, take_places
 from liger_cli.training.model.source import build_meta_model, resolve_model
@@ -38,72 +43,10 @@ from liger_kernels.transformers import token_logprobs
 from liger_kernels.transformers.replacements.table import prepare
 from liger_kernels.transformers.wrappers import inner_model
 
-__all__ = ["CHECKPOINT_COPY", "Batch", "MemoryEstimate", "num_experts", "step_memory"]
+__all__ = ["num_experts", "step_memory"]
 
-CHECKPOINT_COPY = "copy for a checkpoint"
 _CPU = torch.device("cpu")
 _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The rows of one forward pass.
-
-    Attributes:
-        label_share: Of the tokens those that have a label.
-        is_padded: Whether rows have several lengths: transformers then makes a mask of attention.
-        is_packed: Whether a row holds several documents, which position_ids separate.
-        is_flat: Whether the rows lie end to end in one.
-        has_lengths: Whether that one says where documents begin.
-    """
-
-    size: int
-    length: int
-    label_share: float = 1.0
-    is_padded: bool = False
-    is_packed: bool = False
-    is_flat: bool = False
-    has_lengths: bool = False
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes of a training step on one rank by part; the parts are not all there at once.
-
-    Attributes:
-        weights: What the device holds from step to step; so are optimizer and gradients.
-        reference: The weights that dpo, kto or distill compares with, where they are in memory.
-        optimizer: What it holds from step to step.
-        gradients: Of all trained parameters.
-        activations: What forward keeps for backward, by kind of layer.
-        logits: The most that logits, their copies and their gradients take together.
-        head_buffers: The gradient of the head, as the fused loss makes it in forward.
-        kept_for_loss: What forward keeps of logits, their loss and these buffers.
-        of_ranks: The most that is there for the other ranks: gathered weights, gradients to sum.
-        offloaded: What is in the memory of the host instead of the device's.
-        at_peak: What is there at the moment when most is, by part.
-        phases: The most that is there in the optimizer's step, in forward and in backward.
-        checkpoint_copy: What async_save copies into the memory of the host; on a CPU it is in
-            at_peak and phases as well. Of copies of the model rank 0 alone makes one.
-    """
-
-    weights: int
-    optimizer: int
-    gradients: int
-    activations: Mapping[str, int]
-    logits: int
-    head_buffers: int
-    kept_for_loss: int
-    of_ranks: Mapping[str, int]
-    offloaded: Mapping[str, int]
-    at_peak: Mapping[str, int]
-    phases: Mapping[str, int]
-    reference: int = 0
-    checkpoint_copy: int = 0
-
-    @property
-    def peak(self) -> int:
-        return max(self.phases.values())
 
 
 def step_memory(
@@ -113,6 +56,7 @@ def step_memory(
     *,
     on_gpu: bool = True,
     plan: ParallelPlan | None = None,
+    host_bytes: int | None = None,
 ) -> MemoryEstimate:
     """Return the memory of a training step of a model on the meta device, which it uses up.
 
@@ -122,6 +66,7 @@ def step_memory(
         batch: A micro-batch.
         on_gpu: Whether a GPU's kernels run.
         plan: How ranks share the model; one process by default. The bytes are those of a rank.
+        host_bytes: That activation_offloading may take of the host; None: what it needs.
 
     Raises:
         ValueError: The forward of this model cannot run without data.
@@ -135,7 +80,7 @@ def step_memory(
     # A CPU has one memory.
     shares = {**shares_of(config, plan), ON_HOST: 0.0 if on_gpu else 1.0}
     ledger = Ledger(answers, sort, shares=shares)
-    step = _Step(config, model, batch, plan, ledger, on_gpu)
+    step = _Step(config, model, batch, plan, ledger, on_gpu, host_bytes)
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(plain_tensors())
@@ -162,6 +107,7 @@ class _Step:
     plan: ParallelPlan
     ledger: Ledger
     on_gpu: bool
+    host_bytes: int | None
 
     def run(self, num_labels: int) -> MemoryEstimate:
         """Return the memory of the step; it uses the model up."""
@@ -185,9 +131,11 @@ class _Step:
         if config.gradient_accumulation_steps == 1:
             for parameter in parameters:
                 parameter.grad = None
+        offload = None
         if config.gradient_checkpointing:
             # Nothing is drawn, so that no generator's state need be kept.
-            checkpoint_layers(model, self._offload(), preserve_rng_state=False)
+            offload = self._offload()
+            checkpoint_layers(model, offload, preserve_rng_state=False)
         ledger.peak = 0
         kept = self._passes(parameters, phases, num_labels)
         del moments, reference, buckets
@@ -204,6 +152,7 @@ class _Step:
             kept_for_loss=kept.get(HEAD_GRADIENT, 0) + kept.get(LOGITS, 0),
             of_ranks={part: ledger.most[part] for part in OF_RANKS if ledger.most[part]},
             offloaded=self._offloaded(whole),
+            inputs_on_host=(offload.num_kept, offload.num_left) if offload else (0, 0),
             at_peak={part: size for part, size in at_peak.items() if size},
             phases={phase: size + here for phase, size in phases.items()},
             reference=kept.get("reference", 0),
@@ -250,7 +199,7 @@ class _Step:
                 return torch.empty(num_bytes, dtype=torch.uint8)
 
         asks = self.config.activation_offloading is True
-        return ActivationOffload(_CPU, allocate) if asks else None
+        return ActivationOffload(_CPU, HostPages(allocate, self.host_bytes)) if asks else None
 
     def _checkpoint_copy(self, parameters: list[Any], whole: Mapping[str, int]) -> int:
         if not self.config.saves_async(self.plan.num_processes):

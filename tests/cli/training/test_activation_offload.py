@@ -1,7 +1,8 @@
-"""Activation offloading: same bits with and without, buffers that are used again, what is said."""
+"""Activation offloading: same bits with and without, pages that are used again, what is said."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from liger_cli.errors import ConfigError, OutOfMemory
 from liger_cli.training import activation_offload
 from liger_cli.training.activation_offload import (
     ActivationOffload,
-    HostBuffers,
+    HostPages,
     checkpoint_layers,
     offload_of,
 )
@@ -21,6 +22,7 @@ from liger_cli.training.memory import Batch, long_rows, meta_model_of
 from liger_cli.training.memory.limits import AUTO_TILE, RunMemory
 from liger_cli.training.model.adapters import attach_adapter, new_adapter
 from liger_cli.training.model.source import load_model, resolve_model
+from liger_cli.training.parallel.mesh import ParallelPlan
 from liger_kernels.transformers.api import apply_liger_kernel
 
 CPU = torch.device("cpu")
@@ -74,12 +76,12 @@ def assert_equal(got, wanted) -> None:
 
 
 def assert_kept(offload: ActivationOffload, num_layers: int, num_steps: int) -> None:
-    """The input of each layer was taken in each step, and the graphs are gone: buffers are back."""
+    """The input of each layer was taken in each step, and the graphs are gone: pages are back."""
     kept, rest = divmod(offload.num_kept, num_steps)
     # Some versions of transformers let the embeddings beside an adapter need no gradient.
     assert num_layers - 1 <= kept <= num_layers
     assert rest == 0
-    assert offload.buffers.num_allocated == len(offload.buffers._free) == kept
+    assert offload.pages.num_allocated == len(offload.pages._free) == kept
 
 
 @pytest.mark.parametrize("keys", [{}, {"adapter": "lora"}], ids=["full", "lora"])
@@ -140,7 +142,7 @@ def test_what_is_no_input_of_a_layer_stays(x):
     """torch before 2.13 saves an empty tensor beside the inputs, on the CPU of a run on a GPU."""
     offload = offload_to_host()
     assert offload._unpack(offload._pack(x)) is x
-    assert offload.num_kept == offload.buffers.num_allocated == 0
+    assert offload.num_kept == offload.pages.num_allocated == 0
 
 
 def test_backward_twice_has_the_inputs_again():
@@ -153,11 +155,11 @@ def test_backward_twice_has_the_inputs_again():
     assert torch.equal(x.grad, 2 * once)
 
 
-def test_buffers_come_back_without_a_backward():
+def test_pages_come_back_without_a_backward():
     offload = offload_to_host()
     loss = chain(offload, torch.ones(3, 4, requires_grad=True))
     del loss
-    assert len(offload.buffers._free) == offload.buffers.num_allocated == 6
+    assert len(offload.pages._free) == offload.pages.num_allocated == 6
 
 
 def test_two_forwards_before_a_backward():
@@ -174,23 +176,55 @@ def test_two_forwards_before_a_backward():
     assert_equal(*found)
 
 
-def test_buffers_are_used_again_and_replaced_where_rows_grow():
+def test_pages_are_used_again_by_rows_of_any_length():
     made = []
 
     def allocate(num_bytes):
         made.append(num_bytes)
         return torch.empty(num_bytes, dtype=torch.uint8)
 
-    buffers = HostBuffers(allocate)
-    small, large = buffers.take(10), buffers.take(100)
-    for one in (large, small):
-        buffers.give(one)
-    assert buffers.take(8) is small
-    assert buffers.take(50) is large
-    buffers.give(small)
-    assert buffers.take(20).data.numel() == 20
-    assert made == [10, 100, 20]
-    assert buffers.num_allocated == 2
+    page = activation_offload._LEAST_PAGE
+    pages = HostPages(allocate)
+    short, long = pages.take(10), pages.take(2 * page + 1)
+    assert [len(short), len(long)] == [1, 3]
+    for taken in (short, long):
+        pages.give(taken)
+    again = pages.take(4 * page)
+    assert set(map(id, again)) == set(map(id, [*short, *long]))
+    assert made == [page] * 4
+    assert pages.num_allocated == 4
+
+
+@pytest.mark.parametrize("num_bytes", [1 << 27, (1 << 30) - 1, 2_457_600_000, 524_288 * 8192])
+def test_pages_are_what_torch_pins_without_loss(num_bytes):
+    """A power of two each, and together little more than what they hold."""
+    pages = HostPages(lambda n: torch.empty(n, dtype=torch.uint8, device="meta"))
+    taken = pages.take(num_bytes)
+    assert pages.page_bytes.bit_count() == 1
+    assert num_bytes <= len(taken) * pages.page_bytes <= 1.125 * num_bytes
+    assert len(taken) <= 16
+
+
+def test_what_the_host_has_no_room_for_stays():
+    """Of six layers the last four, whose backward is first; the bits are the same."""
+    page = activation_offload._LEAST_PAGE
+    pages = HostPages(lambda n: torch.empty(n, dtype=torch.uint8), 2 * page + page // 2)
+    offload, grads = ActivationOffload(CPU, pages), []
+    for one in (offload, offload, offload_to_host()):
+        x = torch.linspace(0, 1, 12).view(3, 4).requires_grad_()
+        chain(one, x).backward()
+        grads.append(x.grad)
+    assert torch.equal(grads[0], grads[2])
+    assert torch.equal(grads[1], grads[2])
+    assert (offload.num_kept, offload.num_left) == (4, 8)
+    assert pages.num_allocated == len(pages._free) == 2
+
+
+def test_a_host_without_room_keeps_nothing():
+    offload = ActivationOffload(CPU, HostPages(lambda n: torch.empty(n), 0))
+    loss = chain(offload, torch.ones(3, 4, requires_grad=True))
+    loss.backward()
+    assert (offload.num_kept, offload.num_left, offload.pages.num_allocated) == (0, 6, 0)
 
 
 def test_memory_that_cannot_be_pinned_is_said_once(monkeypatch):
@@ -256,10 +290,12 @@ def memory_of(length: int, **keys) -> RunMemory:
 
 
 def test_the_estimate_has_inputs_of_layers_on_the_host():
-    memory = memory_of(8192)
+    # Of ten pages each.
+    tokens = 1 << 17
+    memory = memory_of(tokens)
     text = meta_model_of(memory.config, memory.source).config
     plain, offloaded = memory.estimate(), memory.trying(activation_offloading=True).estimate()
-    one = 8192 * text.hidden_size * 2
+    one = tokens * text.hidden_size * 2
     assert offloaded.offloaded == {"inputs of layers": text.num_hidden_layers * one}
     # The last one stays.
     saved = sum(plain.activations.values()) - sum(offloaded.activations.values())
@@ -268,27 +304,68 @@ def test_the_estimate_has_inputs_of_layers_on_the_host():
     assert plain.phases["backward"] - offloaded.phases["backward"] >= 2 * one
 
 
-def test_a_host_that_is_too_small_is_refused(monkeypatch):
-    monkeypatch.setattr(long_rows, "host_memory", lambda: 1 << 10)
-    with pytest.raises(OutOfMemory, match="activation_offloading needs .* of host memory"):
-        long_rows.check_host(memory_of(256, activation_offloading=True))
+def on_host(num_bytes: int) -> RunMemory:
+    """A step whose inputs of layers go to a host with so many bytes."""
+    memory = memory_of(1 << 17, activation_offloading=True)
+    return replace(memory, host_bytes=num_bytes)
+
+
+def test_a_host_that_holds_some_inputs_keeps_those_and_it_is_said():
+    whole = memory_of(1 << 17, activation_offloading=True).estimate()
+    taken, left = whole.inputs_on_host
+    assert taken > 3
+    assert left == 0
+    assert long_rows.host_line(on_host(whole.offloaded["inputs of layers"]), 1 << 40) is None
+    memory = on_host(3 * whole.offloaded["inputs of layers"] // taken + 1)
+    found = memory.estimate()
+    assert found.inputs_on_host == (3, taken - 3)
+    assert found.phases["forward"] > whole.phases["forward"]
+    line = long_rows.host_line(memory, 1 << 40)
+    assert f"room for 3 of the {taken} inputs of layers" in line
+    assert "a step takes" in line
+
+
+def test_a_host_without_room_for_one_input_is_refused():
+    with pytest.raises(OutOfMemory, match="activation_offloading needs .* of host memory") as info:
+        long_rows.host_line(on_host(1 << 20), 1 << 40)
+    assert info.value.exit_code == 5
+    assert "activation_offloading" in info.value.hint
+
+
+def test_a_run_settles_by_the_free_memory_of_the_host(monkeypatch):
+    """As on a GPU of 1 TB beside a host that has room for three inputs."""
+    memory = memory_of(1 << 17, activation_offloading=True, tile_tokens="none")
+    whole = memory.estimate()
+    one = whole.offloaded["inputs of layers"] // whole.inputs_on_host[0]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(long_rows, "free_host_memory", lambda: int(2 * 3.5 * one / 0.9))
+    monkeypatch.setattr(long_rows, "device_memory", lambda device: 10**12)
+    monkeypatch.setattr(long_rows, "broadcast_object_list", lambda found: None)
+    monkeypatch.setattr(RunMemory, "of", classmethod(lambda *args: memory))
+    inputs = SimpleNamespace(attention=SimpleNamespace(applied=lambda config: config))
+    accelerator = SimpleNamespace(device=torch.device("cuda"))
+    settled = long_rows.settle_long_rows(memory.config, inputs, accelerator, ParallelPlan())
+    assert 3 * one <= settled.host_bytes < 4 * one
+    assert "room for 3 of the" in settled.line
+    assert settled.config == memory.config
 
 
 class FakeMemory:
-    """A step whose peak is read from a table by its keys; 7 bytes go to the host."""
+    """A step whose peak is read from a table by its keys; of a host with room, 7 bytes go there."""
 
-    def __init__(self, peaks, **keys):
+    def __init__(self, peaks, host=None, **keys):
         flags = {"model": "qwen3", "gradient_checkpointing": True}
-        self.peaks, self.keys = peaks, keys
+        self.peaks, self.host, self.keys = peaks, host, keys
         self.config = load_config(flags={**flags, **keys})
 
     def trying(self, **keys):
-        return FakeMemory(self.peaks, **{**self.keys, **keys})
+        return FakeMemory(self.peaks, self.host, **{**self.keys, **keys})
 
     @property
     def found(self):
-        sizes = {"inputs of layers": 7} if self.config.activation_offloading is True else {}
-        return SimpleNamespace(offloaded=sizes)
+        taken = self.config.activation_offloading is True and self.host != 0
+        sizes = {"inputs of layers": 7} if taken else {}
+        return SimpleNamespace(offloaded=sizes, inputs_on_host=(4 * taken, 0))
 
     def peak(self):
         is_tiled = self.config.tile_size is not None
@@ -306,8 +383,8 @@ PEAKS = {(False, False): 100, (True, False): 80, (False, True): 60, (True, True)
         (70, 9, {}, False, True),
         (50, 9, {}, True, True),
         (30, 9, {}, True, True),
-        # A host that is too small keeps them on the device.
-        (30, 6, {}, True, False),
+        # A host that has no room keeps them on the device.
+        (30, 0, {}, True, False),
         # What is said is kept.
         (90, 9, {"tile_tokens": "none"}, False, True),
         (90, 9, {"activation_offloading": False, "tile_tokens": "none"}, False, False),
@@ -315,7 +392,7 @@ PEAKS = {(False, False): 100, (True, False): 80, (False, True): 60, (True, True)
     ],
 )
 def test_auto_takes_what_costs_least_of_what_fits(card, host, keys, is_tiled, is_offloaded):
-    found, line = long_rows.with_long_rows(FakeMemory(PEAKS, **keys), card, host)
+    found, line = long_rows.with_long_rows(FakeMemory(PEAKS, host, **keys), card)
     tile = keys.get("tile_tokens", str(AUTO_TILE) if is_tiled else "none")
     assert found == {"activation_offloading": is_offloaded, "tile_tokens": tile}
     is_auto = found != {**long_rows._closed(FakeMemory(PEAKS, **keys).config)}
