@@ -20,6 +20,18 @@ SLOW = {
     "test_layers_alone_keep_attention_from_a_mask": ("two compiled models", NONE),
     "test_compiled_run_equals_the_other": ("two trainings a case", NONE),
     "test_a_step_grows_with_its_rows": ("two estimates a case", "^(long|several-lengths)$"),
+    "test_no_tensor_of_all_tokens_is_four_times_as_wide_as_they_are": (
+        "two estimates a case",
+        "^(mlp-lora|experts-none)$",
+    ),
+    "test_experts_in_tiles_compute_what_the_whole_do": (
+        "two models a case",
+        "^(gpt_oss-checkpoints|qwen2_moe-plain)$",
+    ),
+    "test_no_wide_tensor_of_all_choices": (
+        "a model a case",
+        "^(gpt_oss-plain|olmoe-checkpoints)$",
+    ),
     "test_tiles_compute_what_the_whole_does": (
         "two models a case",
         "^(llama-lora-checkpoints|gemma2-full-checkpoints|phi3-lora-plain|glm4-full-plain)$",

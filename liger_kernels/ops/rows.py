@@ -105,6 +105,11 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
+def pieces_of(num_rows: int, size: int) -> list[slice]:
+    """Return slices of so many rows one after another; the last may be shorter."""
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+
 def no_values(x: torch.Tensor, width: int) -> torch.Tensor:
     """Return (rows of x, width) in x's dtype without memory for it: a result that nobody reads."""
     return x.new_empty(()).expand(x.shape[0], width)

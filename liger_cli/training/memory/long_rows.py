@@ -30,7 +30,7 @@ _USABLE_HOST = 0.9
 
 
 class LongRows(NamedTuple):
-    """What is decided about long rows.
+    """A decision about long rows.
 
     Attributes:
         config: The run, with no key auto.

@@ -23,6 +23,7 @@ from liger_kernels.ops.losses.row_gradient import gradient_rows
 from liger_kernels.ops.losses.row_loss import loss_rows
 from liger_kernels.ops.losses.row_loss_torch import Coefs, KeptRows
 from liger_kernels.ops.products import has_wide_products
+from liger_kernels.ops.rows import pieces_of
 
 
 def _of_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -149,8 +150,7 @@ def _sweep(hidden, weight, bias, call, outputs, coefs, kept):
     # Rows begin at multiples of 16 elements on a GPU, so that an odd vocabulary is read in vectors.
     pitch = vocab if device.type == "cpu" else cdiv(vocab, 16) * 16
     buffer = torch.empty((min(chunk, num_rows), pitch), dtype=dtype, device=device)[:, :vocab]
-    for start in range(0, num_rows, chunk):
-        part = slice(start, min(start + chunk, num_rows))
+    for part in pieces_of(num_rows, chunk):
         x = hidden[part] if rows is None else hidden.index_select(0, rows[part])
         x = x.to(dtype)
         z = buffer[: x.shape[0]]
@@ -165,7 +165,7 @@ def _sweep(hidden, weight, bias, call, outputs, coefs, kept):
             else:
                 grads.hidden.index_copy_(0, rows[part], torch.mm(z, weight))
         if needs_weight:
-            add_product(grads.weight, z.t(), x, is_first=start == 0)
+            add_product(grads.weight, z.t(), x, is_first=part.start == 0)
         if needs_bias:
             grads.bias.add_(z.sum(0, dtype=wide))
     if rows is not None:

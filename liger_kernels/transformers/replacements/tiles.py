@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.generators import generator_at, generator_state
 from liger_kernels.ops.losses.chunk_size import accumulator_dtype
-from liger_kernels.ops.rows import rows_of
+from liger_kernels.ops.rows import pieces_of, rows_of
 from liger_kernels.transformers.recognise import ExpertsSpec, MlpSpec, MoeBlockSpec
 from liger_kernels.transformers.replacements.calls import is_plain
 from liger_kernels.transformers.replacements.recompute import recomputing
@@ -128,8 +128,7 @@ class _Call:
         self._dtype = torch.get_autocast_dtype(kind) if self._autocast else None
 
     def _pieces(self, num_tokens: int) -> list[slice]:
-        starts = range(0, num_tokens, self._tile_tokens)
-        return [slice(start, start + self._tile_tokens) for start in starts]
+        return pieces_of(num_tokens, self._tile_tokens)
 
     @contextlib.contextmanager
     def _as_called(self) -> Iterator[None]:
@@ -176,10 +175,9 @@ class _Call:
         rows, shared = inputs[: self._num_rows], _leaves(inputs[self._num_rows :], of_shared)
         pairs = zip(rows, needs, strict=True)
         grads = [torch.empty_like(x) if need else None for x, need in pairs]
-        pieces = self._pieces(len(dy))
-        sums = _Sums([*_needed(shared), *trained], len(pieces))
+        sums = _Sums([*_needed(shared), *trained], -(-len(dy) // self._tile_tokens))
         with self._as_drawn(), self._as_called(), torch.enable_grad():
-            for piece in pieces:
+            for piece in self._pieces(len(dy)):
                 parts = _leaves([x[piece] for x in rows], needs)
                 y = self._run(*parts, *shared, makes_output=False)
                 wanted = [*_needed(parts), *sums.tensors]

@@ -7,16 +7,19 @@ from collections import Counter
 
 import pytest
 import torch
+import zoo
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from liger_cli.config import load_config
-from liger_cli.training.memory import ledger, step
+from liger_cli.training.memory import ledger, probe_copy, step
+from liger_cli.training.memory.build import estimate_memory
 from liger_cli.training.memory.limits import RunMemory
 from liger_cli.training.model.loading import load_patched
 from liger_cli.training.model.source import resolve_model
 from liger_cli.training.objectives.sft import TokenEvaluation
 from liger_cli.training.parallel.mesh import ParallelPlan
+from liger_kernels.ops.rows import pieces_of
 
 VOCAB = 128_256
 SMALL = {
@@ -71,14 +74,19 @@ def model_file(tmp_path):
     return write
 
 
-def largest_of_step(monkeypatch, model: str, length: int, *, is_padded: bool, **keys):
+def run_estimate(monkeypatch, counts, model: str, length: int, *, is_padded: bool, **keys):
     flags = {"model": model, "per_device_train_batch_size": 1, "max_length": length, **keys}
     config = load_config(flags=flags)
     source = resolve_model(config.model)
     memory = RunMemory.assumed(config, source, ParallelPlan(), is_padded=is_padded)
-    monkeypatch.setattr(step, "Ledger", Largest)
+    monkeypatch.setattr(step, "Ledger", counts)
+    # Not that of RunMemory, which is kept for all tests.
+    return estimate_memory(memory.config, source, memory.batch)
+
+
+def largest_of_step(monkeypatch, model: str, length: int, **keys):
     monkeypatch.setattr(Largest, "sizes", Counter())
-    memory.estimate()
+    run_estimate(monkeypatch, Largest, model, length, **keys)
     return Largest.sizes
 
 
@@ -116,6 +124,72 @@ def test_a_step_grows_with_its_rows(monkeypatch, model_file, keys, is_padded):
         for length in (8192, 16384)
     )
     assert_linear(short, long, 2 * 16384)
+
+
+class Wide(ledger.Ledger):
+    """Notes tensors of all tokens, or of all choices of experts, that have 4 x hidden a token."""
+
+    found: dict[str, tuple[int, ...]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        for x in tree_leaves(result):
+            is_of_all = isinstance(x, torch.Tensor) and any(n and n % TOKENS == 0 for n in x.shape)
+            if is_of_all and x.numel() >= 4 * TOKENS * SMALL["hidden_size"]:
+                self.found[func.overloadpacket.__name__] = tuple(x.shape)
+        return result
+
+
+# No size of the models is a multiple of it.
+TOKENS = 5000
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 256,
+    "mlp_only_layers": [1],
+}
+
+
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+@pytest.mark.parametrize("values", [{}, EXPERTS], ids=["mlp", "experts"])
+def test_no_tensor_of_all_tokens_is_four_times_as_wide_as_they_are(
+    monkeypatch, model_file, values, adapter
+):
+    """With tiles; without, gate and up are such."""
+    if adapter == "lora":
+        pytest.importorskip("peft")
+    if values and not zoo.IS_V5:
+        pytest.skip("version 4 has one MLP an expert")
+    found = []
+    for tile in (512, "none"):
+        monkeypatch.setattr(Wide, "found", {})
+        keys = {**LONG, "adapter": adapter, "tile_tokens": tile}
+        run_estimate(monkeypatch, Wide, model_file(**values), TOKENS, is_padded=False, **keys)
+        found.append(Wide.found)
+    assert found[0] == {}
+    assert found[1]
+
+
+def test_the_time_of_an_estimate_does_not_grow_with_the_row(monkeypatch, model_file):
+    """Pieces that are alike are followed once, and come to the same."""
+    calls = Counter()
+
+    class Counted(ledger.Ledger):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls[length, few] += 1
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    model, peaks = model_file(), {}
+    for length, few in ((4096, True), (32768, True), (32768, False)):
+        with monkeypatch.context() as patch:
+            if not few:
+                patch.setattr(probe_copy, "_few_pieces", pieces_of)
+            keys = {**LONG, "adapter": "none"}
+            found = run_estimate(patch, Counted, model, length, is_padded=False, **keys)
+        peaks[length, few] = found.phases, found.offloaded, found.activations
+    assert calls[32768, True] < 1.1 * calls[4096, True] < calls[32768, False] / 2
+    assert peaks[32768, True] == peaks[32768, False]
 
 
 def test_a_mask_or_logits_would_be_seen(monkeypatch, model_file):
