@@ -16,13 +16,13 @@ extras, and trl for the last part.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,19 +197,25 @@ def write_student(folder: Path) -> None:
     load_tokenizer(source).save_pretrained(folder)
 
 
+@functools.cache
+def trained_teacher() -> tempfile.TemporaryDirectory[str]:
+    """Train SmolLM2 on the conversations that the student gets."""
+    folder = tempfile.TemporaryDirectory()
+    keys = {"learning_rate": 5e-5, "max_steps": TEACHER_STEPS}
+    train_into(Path(folder.name), {**COMMON, **PACKING["packed"], **keys})
+    return folder
+
+
 def train_student(keys: dict[str, Any], steps: int) -> dict[str, list[float]]:
     """Train the student, on a teacher or not, and return its losses on held-out rows."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_student(folder / "student")
-        common = {**COMMON, **PACKING["packed"], "max_eval_samples": 200}
         more = {"model": folder / "student", "learning_rate": 5e-4, "max_steps": steps}
-        more |= {"eval_steps": EVAL_EVERY, "eval_on_start": True}
+        more |= {"eval_steps": EVAL_EVERY, "eval_on_start": True, "max_eval_samples": 100}
         if keys["objective"] == "distill":
-            teacher = {"learning_rate": 5e-5, "max_steps": TEACHER_STEPS}
-            train_into(folder / "teacher", {**common, **teacher})
-            more["teacher_model_name_or_path"] = folder / "teacher"
-        train_into(folder / "run", {**common, **more, **keys})
+            more["teacher_model_name_or_path"] = trained_teacher().name
+        train_into(folder / "run", {**COMMON, **PACKING["packed"], **more, **keys})
         lines = read_lines(folder / "run" / "eval.jsonl")
     measure = "eval_loss" if keys["objective"] == "sft" else "eval_nll_loss"
     return {"step": [x["step"] for x in lines], "loss": [x[measure] for x in lines]}
@@ -221,16 +227,18 @@ def runs(parts: list[str], steps: int) -> dict[tuple[str, str], Callable[[], Any
     keys = {**COMMON, "max_steps": steps}
     if "packing" in parts:
         for name, one in PACKING.items():
-            found["packing", name] = partial(train, {**keys, "learning_rate": 5e-5, **one})
+            found["packing", name] = functools.partial(
+                train, {**keys, "learning_rate": 5e-5, **one}
+            )
     if "lora" in parts:
         for name, one in LORA_RUNS.items():
-            found["lora", name] = partial(train, {**keys, **one})
+            found["lora", name] = functools.partial(train, {**keys, **one})
     if "dpo" in parts:
         for side in ("liger", "TRL"):
-            found["dpo", side] = partial(train_dpo, side, steps)
+            found["dpo", side] = functools.partial(train_dpo, side, steps)
     if "distill" in parts:
         for name, one in STUDENTS.items():
-            found["distill", name] = partial(train_student, one, steps)
+            found["distill", name] = functools.partial(train_student, one, steps)
     return found
 
 
@@ -277,6 +285,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--parts", default="packing,lora,dpo")
     parser.add_argument("--max-steps", type=int, default=200)
+    parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; speeds then say nothing")
     parser.add_argument("--plot", type=Path, help="a file of --output to draw")
     given = parser.parse_args()
@@ -284,6 +293,7 @@ def main() -> None:
         plot(json.loads(given.plot.read_text())["parts"], given.output)
         return
     parts: dict[str, Any] = {}
+    COMMON["max_length"] = given.max_length
     with ThreadPoolExecutor(given.jobs) as pool:
         wanted = runs(given.parts.split(","), given.max_steps)
         futures = {key: pool.submit(call) for key, call in wanted.items()}

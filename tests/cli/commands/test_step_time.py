@@ -139,7 +139,7 @@ def test_layouts_are_copies_hosts_and_all():
 
 
 def test_estimate_shows_the_time_of_each_layout(liger):
-    words = ("estimate", "--model", "llama", "--nproc", 16, "--seq-len", 128)
+    words = ("estimate", "--model", "mistral", "--nproc", 16, "--seq-len", 128)
     done = liger(*words, "--dp-shard-size", -1, "--json")
     assert done.code == 0, done.err
     rows = done.json()["times"]
