@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import zoo
 
 from liger_kernels.ops.backend import INTERPRETED
@@ -88,6 +89,61 @@ def printed(notebook: Any) -> list[str]:
         "".join(out["text"] for out in each if out.get("name") == "stdout") for each in outputs
     ]
     return [re.sub(r"\d[\d.,]*", "#", text) for text in texts]
+
+
+def cells_of_code() -> list[str]:
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "has_bf16", "values"),
+    [
+        (False, False, ("cpu", "tiny", torch.float32, 4, 1e-2)),
+        (True, True, ("cuda", "Qwen/Qwen3-0.6B", torch.bfloat16, 8, 1e-3)),
+        # A card on which torch computes bf16 by way of fp32.
+        (True, False, ("cuda", "Qwen/Qwen3-0.6B", torch.float32, 8, 1e-3)),
+    ],
+)
+def test_the_first_cell_of_the_notebook_chooses_for_the_machine(
+    has_gpu, has_bf16, values, monkeypatch
+):
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: has_gpu and (has_bf16 or including_emulation),
+    )
+    choose, *rest = cells_of_code()
+    chosen: dict[str, Any] = {}
+    exec(choose, chosen)
+    sys.modules.pop("tiny")
+    names = ("device", "name", "dtype", "batch_size", "learning_rate")
+    assert tuple(chosen[name] for name in names) == values
+    # The rest is one code for all machines.
+    assert not re.search(r"cuda|cpu|has_", "".join(rest))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_notebook_runs_with_the_values_of_a_gpu(monkeypatch, capsys):
+    """With its dtype and rows a step, on this machine's device and the tiny model."""
+    pytest.importorskip("peft", reason="peft is not installed")
+    monkeypatch.syspath_prepend(FOLDER)
+    choose, *rest = cells_of_code()
+    values: dict[str, Any] = {}
+    exec(choose, values)
+    values |= {"name": "tiny", "dtype": torch.bfloat16, "batch_size": 8}
+    try:
+        for cell in rest:
+            exec(cell, values)
+    finally:
+        sys.modules.pop("tiny", None)
+    assert {p.dtype for p in values["merged"].parameters()} == {torch.bfloat16}
+    found = capsys.readouterr().out
+    assert "gradients agree: True" in found
+    assert "the trained text is the likelier one: True" in found
+    assert "all weights equal: True" in found
 
 
 def test_the_notebook_runs_and_prints_what_it_shows():
