@@ -75,7 +75,7 @@ def test_an_example_trains_a_model_and_rows_that_are_named(tmp_path, monkeypatch
 
 def test_examples_are_short_and_named_in_the_pages():
     assert set(SCRIPTS) == {"custom_loop", "hf_trainer", "trl_dpo", "trl_grpo", "trl_sft"}
-    pages = [(FOLDER.parent / page).read_text() for page in ("library.md", "migrating.md")]
+    pages = [(FOLDER.parent / page).read_text() for page in ("library.md", "trl.md")]
     assert all(f"(examples/{NOTEBOOK.name})" in page for page in pages)
     for name in SCRIPTS:
         assert len((FOLDER / f"{name}.py").read_text().splitlines()) < 60

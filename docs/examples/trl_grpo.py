@@ -37,7 +37,7 @@ def main() -> None:
         per_device_train_batch_size=4,
         num_generations=4,
         max_completion_length=24,
-        beta=0.0,  # above 0 a reference is loaded: docs/migrating.md says how to patch it
+        beta=0.0,  # above 0 a reference is loaded: docs/trl.md says how to patch it
         learning_rate=1e-4,
         logging_steps=1,
         report_to=[],

@@ -1,4 +1,4 @@
-"""Reference models that a trainer builds itself, as docs/migrating.md says to patch them."""
+"""Reference models that a trainer builds itself, as docs/trl.md says to patch them."""
 
 from __future__ import annotations
 
