@@ -14,6 +14,7 @@ from liger_cli.errors import ConfigError, EnvironmentProblem, LigerError
 
 __all__ = [
     "check_push",
+    "check_repository",
     "fetch_config",
     "fetch_dataset",
     "fetch_weights",
@@ -101,14 +102,12 @@ def fetch_dataset(
         ) from error
 
 
-def check_push(repository: str) -> None:
-    """Check, without a request, that a push may succeed.
+def check_repository(repository: str) -> None:
+    """Check the name of a repository.
 
     Raises:
-        ConfigError: The name is not one that the hub takes.
-        EnvironmentProblem: There is no login, or HF_HUB_OFFLINE is set.
+        ConfigError: The hub does not take it.
     """
-    from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -117,6 +116,18 @@ def check_push(repository: str) -> None:
     except HFValidationError as error:
         text = " ".join(str(error).split())
         raise ConfigError(f"{repository!r} cannot be a repository of the hub: {text}") from error
+
+
+def check_push(repository: str) -> None:
+    """Check, without a request, that a push may succeed.
+
+    Raises:
+        ConfigError: The name is not one that the hub takes.
+        EnvironmentProblem: There is no login, or HF_HUB_OFFLINE is set.
+    """
+    from huggingface_hub import constants, get_token
+
+    check_repository(repository)
     if constants.HF_HUB_OFFLINE:
         raise EnvironmentProblem(
             f"{repository} cannot be pushed while HF_HUB_OFFLINE is set", hint="unset it"

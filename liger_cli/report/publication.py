@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from liger_cli.common.hub import push_files
+from liger_cli.common.hub import check_repository, push_files
 from liger_cli.common.numbers import format_bytes
 from liger_cli.common.readers import expand_path, read_json
 from liger_cli.errors import ConfigError
@@ -82,9 +82,10 @@ def publication(
         notify: Called with the checkpoint, and with what others cannot load.
 
     Raises:
-        ConfigError: There is no model, or only the shards of one.
+        ConfigError: There is no model, or only the shards of one, or the hub takes no such name.
         DataError: Every checkpoint of the run is damaged.
     """
+    check_repository(repository)
     run = expand_path(str(run), "run")
     if not run.is_dir():
         raise ConfigError(f"{run} is not a directory")

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
 
-here = Path("{path}")
+here = Path({path})
 layers = {layers}
 mapping = {{
     name: {{"cuda": LocalLayerRepository(repo_path=here, layer_name=layer)}}
@@ -48,7 +48,7 @@ model.train()
 model.set_use_kernels(
     True,
     KernelConfig(
-        {{"RMSNorm": "{path}:RMSNorm", "rotary_pos_emb": "{path}:RotaryPosEmb"}},
+        {{"RMSNorm": {norm}, "rotary_pos_emb": {rotation}}},
         use_local_kernel=True,
     ),
 )
@@ -106,13 +106,19 @@ def export_kernels(directory: Path) -> ExportedKernels:
             text = _README.format(
                 names=", ".join(f"`{name}`" for name in layers),
                 version=liger_kernels.__version__,
-                path=path,
+                path=_quoted(str(path)),
+                norm=_quoted(f"{path}:RMSNorm"),
+                rotation=_quoted(f"{path}:RotaryPosEmb"),
                 layers=json.dumps(layers, indent=4),
             )
             (new / "README.md").write_text(text, encoding="utf-8")
     except Exception as error:
         raise write_failure(error, directory) from error
     return ExportedKernels(str(path), layers, BACKENDS)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _write_variant(place: Path, backend: str, layers: dict[str, str]) -> None:

@@ -54,8 +54,9 @@ def test_every_variant_is_a_package_of_our_layers(tmp_path, capsys):
 
 
 def test_the_readme_names_every_layer_and_its_code_compiles(tmp_path):
-    export_kernels(tmp_path / "new")
-    text = (tmp_path / "new" / "README.md").read_text()
+    place = tmp_path / 'a "quoted" {name}'
+    export_kernels(place)
+    text = (place / "README.md").read_text()
     blocks = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
     assert len(blocks) == 2
     for block in blocks:

@@ -166,6 +166,10 @@ def test_other_directories(liger, tmp_path, hub):
     assert out.code == 2
     assert "holds no weights that other programs load" in " ".join(out.err.split())
     assert liger("push", tmp_path / "nowhere", "org/tiny").code == 2
+    # A name that the hub does not take is an error without a network too.
+    out = liger("push", empty, "a name", "--dry-run")
+    assert out.code == 2
+    assert "'a name' cannot be a repository of the hub" in " ".join(out.err.split())
     # A merged model with a card of the user's own.
     merged = tmp_path / "merged"
     merged.mkdir()
