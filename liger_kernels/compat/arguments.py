@@ -77,8 +77,8 @@ def name_positions(
     """
     if values and not order:
         raise TypeError(
-            f"{function} takes keyword arguments alone, as liger_kernel's order of them is not "
-            f"known; got {len(values)} without a name"
+            f"{function} takes keyword arguments alone, as liger_kernel has no such function or "
+            f"one with an option that no op has; got {len(values)} without a name"
         )
     if len(values) > len(order):
         raise TypeError(

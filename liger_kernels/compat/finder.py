@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.abc
 import importlib.metadata
 import importlib.util
@@ -122,11 +124,18 @@ def _installed() -> AliasFinder | None:
     return next((finder for finder in sys.meta_path if isinstance(finder, AliasFinder)), None)
 
 
-def _refuse_name(name: str) -> Any:
-    """Raise what a module without a name raises; of some names it says what does their work."""
+def _find_name(module: str, name: str) -> Any:
+    """Import a submodule that is read as an attribute, or say what does the work of a name.
+
+    Raises:
+        AttributeError: There is no such name.
+        ImportError: The work of the name is done elsewhere.
+    """
+    if f"{module}.{name}" in _MODULES:
+        return importlib.import_module(f"{module}.{name}")
     if name in _ELSEWHERE:
-        raise ImportError(f"{name} is not in the drop-in: {_ELSEWHERE[name]}", name=_NAME)
-    raise AttributeError(f"{_NAME} of the drop-in has no {name!r}", name=name)
+        raise ImportError(f"{name} is not in the drop-in: {_ELSEWHERE[name]}", name=module)
+    raise AttributeError(f"{module} of the drop-in has no {name!r}", name=name)
 
 
 def _refuse_original() -> None:
@@ -180,11 +189,12 @@ class AliasFinder(importlib.metadata.DistributionFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Put our names into a module."""
+        vars(module)["__getattr__"] = functools.partial(_find_name, module.__name__)
         if module.__name__ == _NAME:
             vars(module)["__version__"] = INTERFACE_VERSION
             return
         names = self._names(module.__name__.removeprefix(f"{_NAME}."))
-        vars(module).update(names, __all__=sorted(names), __getattr__=_refuse_name)
+        vars(module).update(names, __all__=sorted(names))
 
     def _names(self, home: str) -> dict[str, Any]:
         from liger_kernels.compat import families, functional, functions, losses, modules, utils

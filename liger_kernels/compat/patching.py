@@ -100,6 +100,10 @@ class Patching:
             if model is None:
                 self._watch(model_type, chosen)
                 return
+            if not isinstance(model, nn.Module):
+                raise ValueError(
+                    f"{_name(model_type)}: model must be a transformers model, got {model!r}"
+                )
             function = ours
             given: Any = getattr(getattr(model, "config", None), "model_type", None)
             if given in _ALSO.get(model_type, ()) and chosen.keys() <= parameters.keys():

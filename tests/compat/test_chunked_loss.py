@@ -125,6 +125,10 @@ def test_names_that_are_elsewhere_say_where(chunked):
     with pytest.raises(ImportError, match="cannot import name 'NoSuchLoss'"):
         exec("from liger_kernel.chunked_loss import NoSuchLoss", {})
     assert not hasattr(chunked, "NoSuchLoss")
+    # A module that was not imported by name is an attribute of its package all the same.
+    package = importlib.import_module("liger_kernel")
+    assert package.chunked_loss is chunked
+    assert callable(package.transformers.functional.liger_swiglu)
 
 
 def test_dapo_divides_by_the_tokens_of_all_processes(chunked, monkeypatch):

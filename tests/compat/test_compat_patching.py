@@ -97,6 +97,8 @@ def test_positional_arguments_that_are_wrong(alias):
         llama(3, model=model)
     with pytest.raises(TypeError, match="llama4_text takes keyword arguments alone.* got 1"):
         alias.apply_liger_kernel_to_llama4_text(True)
+    with pytest.raises(ValueError, match="model must be a transformers model, got 'llama'"):
+        llama(model="llama")
     assert not patched_classes(model)
     # Some by place and some by name; None is False.
     llama(False, None, rms_norm=False, model=model)
