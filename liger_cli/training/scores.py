@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from liger_cli.config import RunConfig
 from liger_cli.config.pairs import read_numbers
 from liger_cli.data.class_formats import Classes
@@ -86,18 +88,31 @@ def _check_head(config: RunConfig, source: ModelSource) -> None:
             f"text and no next token, which objective {config.objective} learns",
             hint=f"--objective {'reward' if len(names) == 1 else 'classify'}",
         )
-    if not config.classifies:
-        if len(names) != 1:
-            raise ConfigError(
-                f"{config.model} is a classifier of {len(names)} labels, and a reward is one score",
-                hint="--objective classify, or a language model, which gets a new head",
-            )
-        return
+    if config.classifies:
+        _check_classes(config, source, names)
+    elif len(names) != 1:
+        raise ConfigError(
+            f"{config.model} is a classifier of {len(names)} labels, and a reward is one score",
+            hint="--objective classify, or a language model, which gets a new head",
+        )
+
+
+def _check_classes(config: RunConfig, source: ModelSource, names: list[str]) -> None:
     if len(names) == 1:
         raise ConfigError(
             f"{config.model} is a model of one score, which is no class",
             hint="--objective reward",
         )
+    problem = (source.config or {}).get("problem_type")
+    if problem not in (None, SINGLE_LABEL, MULTI_LABEL):
+        raise ConfigError(
+            f"{config.model} has the problem_type {problem!r}; classes are learned by "
+            f"{SINGLE_LABEL} or {MULTI_LABEL}",
+            hint="start from the language model, which gets a new head",
+        )
+    [(most, count)] = Counter(names).most_common(1)
+    if count > 1:
+        raise ConfigError(f"{config.model} has {count} classes of the name {most!r} (id2label)")
     if config.num_labels not in (None, len(names)):
         raise ConfigError(
             f"num_labels is {config.num_labels}, and {config.model} has {len(names)}",

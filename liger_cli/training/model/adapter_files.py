@@ -44,11 +44,12 @@ def stage_adapter(model: Any, state: dict[str, Any]) -> Callable[[Path], None]:
     from peft import get_peft_model_state_dict
 
     own = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, value in own.items():
-        # safetensors takes no matrix under two names.
-        is_there = any(value is other for other in tensors.values())
-        tensors[name] = value.clone() if is_there else value.contiguous()
+    names: dict[int, str] = {}
+    # safetensors takes no matrix under two names.
+    tensors: dict[str, torch.Tensor] = {
+        name: value.contiguous() if names.setdefault(id(value), name) == name else value.clone()
+        for name, value in own.items()
+    }
     settings = copy.deepcopy(model.peft_config["default"])
     settings.inference_mode = True
 

@@ -82,9 +82,9 @@ def check_head(source: ModelSource, model: Any) -> None:
     """Check that a model scores the last token of a text, as causal models do.
 
     Raises:
-        ConfigError: It is an encoder, which scores the first.
+        ConfigError: It is an encoder, which scores the first, or has other layers there.
     """
-    if not hasattr(model, HEAD):
+    if not isinstance(getattr(model, HEAD, None), torch.nn.Linear):
         raise ConfigError(
             f"{source.name} is a {source.family} model, which is not a causal language model: it "
             "does not score the last token of a text"

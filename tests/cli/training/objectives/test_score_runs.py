@@ -135,6 +135,23 @@ def test_a_classifier_is_no_language_model(classify, liger, pairs, run_dir, tmp_
     assert "--objective classify" in done.err
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"problem_type": "regression"}, "has the problem_type 'regression'"),
+        ({"id2label": {"0": "a", "1": "b", "2": "a"}}, "has 2 classes of the name 'a'"),
+    ],
+    ids=["regression", "names"],
+)
+def test_a_head_of_no_classes_is_refused(classify, run_dir, tmp_path, change, text):
+    assert classify("--max-steps", 1).code == 0
+    other = shutil.copytree(run_dir / "checkpoint-1", tmp_path / "other")
+    (other / "config.json").write_text(json.dumps({**config_of(other), **change}))
+    done = classify("--model", other, "--output-dir", tmp_path / "again")
+    assert done.code == 2
+    assert text in done.err
+
+
 @pytest.mark.parametrize("kind", ["classify", "reward"])
 def test_a_scored_run_resumes_exactly(train, texts, pairs, run_dir, tmp_path, kind):
     data = texts if kind == "classify" else pairs

@@ -59,7 +59,6 @@ def test_a_sharded_classifier_is_resumed_and_loaded(texts, tmp_path, liger, adap
     merged = tmp_path / "merged"
     done = liger("merge", whole / f"checkpoint-{2 if adapter == 'full' else 4}", "-o", merged)
     assert done.code == 0, done.err
-    assert "random" not in done.err
     loads_in_transformers(merged, head if adapter == "lora" else None)
 
 
