@@ -34,6 +34,8 @@ from liger_kernels.transformers.replacements.joined_weights import (
 )
 from liger_kernels.transformers.replacements.subclasses import is_as_patched
 
+# Of a block: that its weights had no data when they were to be moved.
+_IS_ON_META = "_experts_on_meta"
 # (hidden (T, H), weights (T, K), ids (T, K)) -> (T, H)
 _Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -59,18 +61,34 @@ def expert_list_members(base: Any, spec: ExpertListSpec) -> dict[str, Any]:
             lay_experts_together(self, spec)
         return result
 
+    def train(self: Any, mode: bool = True) -> Any:
+        # Loaders that assign weights to a model on meta call this, or eval(), when they are done.
+        result = base.train(self, mode)
+        if vars(self).pop(_IS_ON_META, False):
+            lay_experts_together(self, spec)
+        return result
+
     def __setstate__(self: Any, state: dict[str, Any]) -> None:
         base.__setstate__(self, state)
         lay_experts_together(self, spec)
 
     # A tracer would look at the address of each weight.
     own = torch.compiler.disable(functools.wraps(stock)(run))
-    return {name: own, "_apply": _apply, "__setstate__": __setstate__}
+    members = {"_apply": _apply, "train": train, "__setstate__": __setstate__}
+    return {name: own, **members}
 
 
 def lay_experts_together(module: Any, spec: ExpertListSpec) -> None:
-    """Move the weights of a block's experts together; those that cannot be stay where they are."""
-    for group in _weights_of(module, spec):
+    """Move the weights of a block's experts together; those that cannot be stay where they are.
+
+    Those on meta are waited for, until the block is put in a mode (train, eval) with weights. Later
+    nothing moves by itself: FSDP2 gives layers memory for a while that is not theirs.
+    """
+    groups = _weights_of(module, spec)
+    if any(weight.is_meta for group in groups for weight in group):
+        vars(module)[_IS_ON_META] = True
+        return
+    for group in groups:
         lay_together(group)
 
 

@@ -10,14 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
+import zoo
 from checks import assert_same, run
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from liger_kernels.compare import error
-from liger_kernels.transformers import apply_liger_kernel
+from liger_kernels.transformers import apply_liger_kernel, apply_liger_kernel_to_mixtral
 from liger_kernels.transformers.patching.plan import build_plan
 from liger_kernels.transformers.recognise import recognise_expert_list
+from liger_kernels.transformers.replacements.joined_weights import lie_together
 
 WIDTH, INNER, NUM_EXPERTS = 16, 24, 4
 
@@ -477,13 +480,21 @@ def test_other_ops_leave_experts_as_they_are():
     assert not are_together(model.blocks[0])
 
 
-def test_a_model_on_meta_is_planned_and_joined_once_it_has_weights():
+@pytest.mark.parametrize("loads", ["assign", "copy"])
+def test_a_model_on_meta_is_planned_and_joined_once_it_has_weights(loads):
     with torch.device("meta"):
         model = build()
     record = apply_liger_kernel(model, "moe_experts")
     assert record.coverage["moe_experts"]["patched"] == 2
-    model.to_empty(device="cpu")
-    model.load_state_dict(build().state_dict())
+    model.train()
+    if loads == "assign":
+        model.load_state_dict(build().state_dict(), assign=True)
+        assert not are_together(model.blocks[0])
+    else:
+        model.to_empty(device="cpu")
+        model.load_state_dict(build().state_dict())
+    model.eval().train()
+    assert all(map(are_together, model.blocks))
     assert_same(run(model, inputs()), run(build(), inputs()))
     assert reaches(model, record)
 
@@ -523,7 +534,44 @@ def test_fsdp2_runs_the_stock_loop(order, one_rank):
     reasons = {row["reason"] for row in record.modules if row["op"] == "moe_experts"}
     [reason] = reasons
     assert "do not lie together" in reason if order == "patch-first" else "DTensor" in reason
-    model.to(torch.float32)
+    # Nothing is moved out of memory that FSDP2 manages.
+    model.eval().train().to(torch.float32)
+    with record.count_calls():
+        ours = run(model, inputs())
+    ours.grads = {name: grad.full_tensor() for name, grad in ours.grads.items()}
+    assert_same(ours, stock)
+
+
+@pytest.mark.skipif(zoo.IS_V5, reason="transformers 5 has experts in one tensor")
+def test_models_that_are_loaded_in_class_mode(tmp_path):
+    stock = zoo.build("mixtral").train()
+    stock.save_pretrained(tmp_path)
+    record = apply_liger_kernel_to_mixtral()
+    try:
+        model = transformers.MixtralForCausalLM.from_pretrained(tmp_path).train()
+    finally:
+        record.undo()
+    assert record.coverage["moe_experts"] == {"patched": 2, "candidates": 2}
+    for layer in model.model.layers:
+        weights = [expert.w2.weight for expert in layer.block_sparse_moe.experts]
+        assert lie_together(weights)
+    assert_same(run(model, zoo.text_inputs()), run(stock, zoo.text_inputs()), tolerance=1e-4)
+
+
+class OddExperts(nn.Module):
+    """Experts whose form is no known one."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(NUM_EXPERTS, WIDTH, WIDTH))
+
+
+def test_experts_of_another_form_say_so():
+    model = build()
+    model.blocks[1] = OddExperts()
+    [skip] = [s for s in build_plan(model, "all").skips if s.module_class == "OddExperts"]
+    assert skip.op is None
+    assert skip.reason.startswith("experts of another form")
 
 
 def test_modules_without_a_list_of_experts():
