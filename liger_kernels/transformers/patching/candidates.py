@@ -145,6 +145,8 @@ def _third_party_op(
 def _look_alike(name: str, module: nn.Module) -> Refusal | None:
     """Return why a module is no candidate that its class's name would make one."""
     cls = original_class(type(module))
+    if "Expert" in cls.__name__ and any(p.dim() > 1 for p in module.parameters(recurse=False)):
+        return unserved("experts of another form")
     # Those that hold others of their kind leave the word to them.
     if not any(p.dim() == 2 for m in module.children() for p in m.parameters(recurse=False)):
         return None
