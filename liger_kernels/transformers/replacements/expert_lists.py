@@ -16,16 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from liger_kernels.ops import moe_experts
 from liger_kernels.ops.host_copy import copy_to_host
 from liger_kernels.transformers.recognise import ExpertListSpec, routed_output
 from liger_kernels.transformers.replacements.calls import (
     is_bare,
     is_plain,
-    record_call,
     runs_stock_linear,
 )
-from liger_kernels.transformers.replacements.experts import autocast_dtype, is_id, is_served
+from liger_kernels.transformers.replacements.experts import (
+    autocast_dtype,
+    is_id,
+    is_served,
+    run_experts,
+)
 from liger_kernels.transformers.replacements.joined_weights import (
     join,
     joined_view,
@@ -131,16 +134,9 @@ def _experts_of(module: Any, spec: ExpertListSpec, hidden: Tensor) -> _Compute |
             num_rows = copy_to_host(is_called.index_fill_(0, ids.flatten().long(), 1))
         dtype = autocast_dtype(hidden) or hidden.dtype
         gates_and_ups, downs = (join(group, num_rows).to(dtype) for group in groups)
-        record_call(module)
-        y = moe_experts(
-            hidden.to(dtype),
-            weights,
-            ids,
-            gates_and_ups.view(gate_up.shape),
-            downs,
-            activation=spec.mlp.activation,
-            keeps_products=not module._saves_memory,
-        )
+        rows = (hidden.to(dtype), weights, ids)
+        shared = (gates_and_ups.view(gate_up.shape), downs)
+        y = run_experts(module, rows, shared, {"activation": spec.mlp.activation})
         return y.to(hidden.dtype)
 
     return compute

@@ -50,7 +50,7 @@ def experts_forward(base: Any, spec: ExpertsSpec) -> Callable[..., Any]:
         hidden, gate_up, down = (x.to(dtype) for x in (hidden, gate_up, down))
         gate_up_bias, down_bias = (None if bias is None else bias.to(dtype) for bias in biases)
         shared = (gate_up, down, gate_up_bias, down_bias)
-        y = _experts(self, (hidden, weights, ids), shared, experts_options(self, spec))
+        y = run_experts(self, (hidden, weights, ids), shared, experts_options(self, spec))
         return y.to(args[0].dtype)
 
     return forward
@@ -77,19 +77,26 @@ def moe_block_forward(base: Any, spec: MoeBlockSpec) -> Callable[..., Any]:
         dtype = autocast_dtype(hidden) or hidden.dtype
         hidden, gate_up, down = (x.to(dtype) for x in (hidden, gate_up, down))
         options = experts_options(self.experts, spec)
-        routed = _experts(self, (hidden, weights, ids), (gate_up, down), options)
+        routed = run_experts(self, (hidden, weights, ids), (gate_up, down), options)
         return out + routed.to(out.dtype), logits
 
     return forward
 
 
-def _experts(
+def run_experts(
     module: Any,
     rows: tuple[Tensor, Tensor, Tensor],
     shared: tuple[Any, ...],
     options: Mapping[str, Any],
 ) -> Tensor:
-    """Return moe_experts of tokens, routing weights and ids, and of weights and biases."""
+    """Compute moe_experts for a patched module, over pieces of tokens where it is to.
+
+    Args:
+        module: The module.
+        rows: Tokens (T, H), routing weights (T, K) and ids (T, K).
+        shared: Weights and biases.
+        options: The other options of moe_experts.
+    """
     record_call(module)
     run = functools.partial(_run, {"keeps_products": not module._saves_memory, **options})
     if is_tiled(module, rows[0]):

@@ -23,14 +23,14 @@ from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.generators import generator_at, generator_state
 from liger_kernels.ops.losses.chunk_size import accumulator_dtype
 from liger_kernels.ops.rows import pieces_of, rows_of
-from liger_kernels.transformers.recognise import ExpertsSpec, MlpSpec, MoeBlockSpec
+from liger_kernels.transformers.recognise import ExpertListSpec, ExpertsSpec, MlpSpec, MoeBlockSpec
 from liger_kernels.transformers.replacements.calls import is_plain
 from liger_kernels.transformers.replacements.recompute import recomputing
 from liger_kernels.transformers.replacements.subclasses import SPEC_ATTRIBUTE
 
 __all__ = ["Run", "is_tiled", "run_in_tiles", "tile_modules"]
 
-_TILED = (MlpSpec, ExpertsSpec, MoeBlockSpec)
+_TILED = (MlpSpec, ExpertsSpec, ExpertListSpec, MoeBlockSpec)
 
 
 class Run(Protocol):

@@ -21,6 +21,7 @@ from liger_kernels.transformers import apply_liger_kernel, apply_liger_kernel_to
 from liger_kernels.transformers.patching.plan import build_plan
 from liger_kernels.transformers.recognise import recognise_expert_list
 from liger_kernels.transformers.replacements.joined_weights import lie_together
+from liger_kernels.transformers.replacements.tiles import tile_modules
 
 WIDTH, INNER, NUM_EXPERTS = 16, 24, 4
 
@@ -377,6 +378,16 @@ def test_memory_between_forward_and_backward():
         sizes[save_memory] = sum(kept)
     # Of each of 10 tokens and 2 choices the gathered token and the activation, in 2 blocks.
     assert sizes[False] - sizes[True] == 2 * 10 * 2 * (WIDTH + INNER)
+
+
+@pytest.mark.parametrize("block", [Routed, Given])
+def test_pieces_of_tokens(block):
+    model, stock = build(block), build(block)
+    record = apply_liger_kernel(model, "moe_experts")
+    assert tile_modules(model, 3) == 2
+    with record.count_calls():
+        assert_same(run(model, inputs()), run(stock, inputs()))
+    assert not record.unused
 
 
 def test_gradients_are_parts_of_one_tensor():
