@@ -24,6 +24,8 @@ __all__ = ["ArmRanks", "ArmResult", "ArmSpec", "run_arm"]
 
 # Run by name: it stands above this package.
 _PROCESS = "liger_cli.commands.train.arm"
+# Of the modules that tile_tokens is for.
+_TILED_OPS = frozenset({"auto", "all", "swiglu", "geglu", "moe_experts"})
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def run_arm(
         config_file = Path(folder) / "config.yaml"
         traced = str(steps) if ranks and ranks.is_traced else None
         arm = {"ops": ops, "max_steps": steps, "torch_compile": torch_compile}
+        arm |= _long_rows(config, ops, is_compiled=torch_compile)
         arm |= {"profile_steps": traced, "output_dir": run_dir}
         config = config.model_copy(update=arm)
         write_file(config_file, config.to_yaml())
@@ -143,6 +146,14 @@ def run_arm(
         peer=report.get("peer"),
         trace=trace,
     )
+
+
+def _long_rows(config: RunConfig, ops: str, *, is_compiled: bool) -> dict[str, Any]:
+    """Return keys of long rows, off, that an arm of other ops, or compiled, cannot have."""
+    if is_compiled:
+        return {"tile_tokens": "none", "activation_offloading": False}
+    has_tiles = ops == config.ops or not _TILED_OPS.isdisjoint(ops.split(","))
+    return {} if has_tiles else {"tile_tokens": "none"}
 
 
 def _trace(file: Path) -> dict[str, Any] | None:
