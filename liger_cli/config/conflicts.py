@@ -116,7 +116,7 @@ CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], ...] = (
     ),
     (
         ("tile_tokens", "ops"),
-        "tile_tokens is for patched MLPs; ops is none",
+        "tile_tokens is for patched MLPs and experts; ops is none",
         lambda c: c.tile_tokens.isdigit() and c.ops == "none",
     ),
     *(

@@ -66,6 +66,10 @@ def decide_early(
     if config.gradient_checkpointing:
         why = "with gradient_checkpointing torch compiles nothing inside of the layers"
         return Decision(False, f"not compiled: {why}")
+    if config.tile_size is not None:
+        return Decision(
+            False, "not compiled: tile_tokens runs MLPs piece by piece, as no one graph"
+        )
     if is_quantised:
         return Decision(False, "not compiled: the model is quantised")
     if config.use_regional_compilation is False:

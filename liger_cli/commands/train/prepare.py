@@ -27,6 +27,7 @@ from liger_cli.training.launch.agreement import (
 from liger_cli.training.memory.choice import choose_plan, with_sizes_of_launch
 from liger_cli.training.memory.long_rows import settle_long_rows
 from liger_cli.training.model.adapters import adapts, is_quantised, quantization
+from liger_cli.training.model.loading import check_tiles
 from liger_cli.training.model.source import ModelSource, resolve_model
 from liger_cli.training.model.tokenizers import check_same_template
 from liger_cli.training.objectives.table import check_step, resolve_objective
@@ -163,6 +164,7 @@ def _check(run: PreparedRun, options: RunOptions) -> None:
             f"profile_steps is {run.config.profile_steps}, and the run has {run.num_steps} steps"
         )
     check_places(run.patch_plan)
+    check_tiles(run.config, run.patch_plan, run.inputs.meta_model)
     if options.require:
         report = report_of("train", run.config, run.inputs, run.patch_plan)
         check_required(report, options.require)

@@ -26,10 +26,11 @@ from liger_cli.training.model.source import ModelSource, load_model
 from liger_kernels.ops.backend import backend
 from liger_kernels.transformers.api import apply_liger_kernel
 from liger_kernels.transformers.patching.engine import PatchRecord
-from liger_kernels.transformers.replacements.tiles import tile_modules
+from liger_kernels.transformers.patching.plan import PatchPlan
+from liger_kernels.transformers.replacements.tiles import TILED_OPS, tile_modules
 from liger_kernels.transformers.wrappers import inner_model
 
-__all__ = ["layers_of", "load_patched", "tile_layers"]
+__all__ = ["check_tiles", "layers_of", "load_patched", "tile_layers"]
 
 # Checks whose kernels are in Triton's cache take less.
 _NOTICE_AFTER_S = 2.0
@@ -88,10 +89,31 @@ def tile_layers(model: nn.Module, config: RunConfig) -> None:
         ConfigError: It has none that is patched.
     """
     if config.tile_size is not None and not tile_modules(model, config.tile_size):
-        raise ConfigError(
-            f"tile_tokens: {type(inner_model(model)).__name__} has no patched gated MLP or experts",
-            hint="Set tile_tokens to none; `liger inspect` shows what is patched, and why not.",
-        )
+        raise _no_tiles(model)
+
+
+def check_tiles(config: RunConfig, plan: PatchPlan, model: nn.Module) -> None:
+    """Refuse tile_tokens before weights are loaded, as tile_layers would after it.
+
+    Args:
+        config: The run.
+        plan: Of the model's patches.
+        model: Without weights.
+
+    Raises:
+        ConfigError: No gated MLP and no experts are patched.
+    """
+    if config.tile_size is None:
+        return
+    if not any(plan.coverage[op]["patched"] for op in TILED_OPS & plan.coverage.keys()):
+        raise _no_tiles(model)
+
+
+def _no_tiles(model: nn.Module) -> ConfigError:
+    return ConfigError(
+        f"tile_tokens: {type(inner_model(model)).__name__} has no patched gated MLP or experts",
+        hint="Set tile_tokens to none; `liger inspect` shows what is patched, and why not.",
+    )
 
 
 def _compile(model: nn.Module, config: RunConfig, notify: Callable[[str], None]) -> None:

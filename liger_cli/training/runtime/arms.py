@@ -19,13 +19,12 @@ from liger_cli.common.readers import parse_json, read_file_bytes
 from liger_cli.config import RunConfig
 from liger_cli.errors import LigerError, OutOfMemory, error_of
 from liger_cli.training.runtime.peer_interpreter import PeerInterpreter
+from liger_kernels.transformers.replacements.tiles import TILED_OPS
 
 __all__ = ["ArmRanks", "ArmResult", "ArmSpec", "run_arm"]
 
 # Run by name: it stands above this package.
 _PROCESS = "liger_cli.commands.train.arm"
-# Of the modules that tile_tokens is for.
-_TILED_OPS = frozenset({"auto", "all", "swiglu", "geglu", "moe_experts"})
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,8 @@ def _long_rows(config: RunConfig, ops: str, *, is_compiled: bool) -> dict[str, A
     """Return keys of long rows, off, that an arm of other ops, or compiled, cannot have."""
     if is_compiled:
         return {"tile_tokens": "none", "activation_offloading": False}
-    has_tiles = ops == config.ops or not _TILED_OPS.isdisjoint(ops.split(","))
+    is_same = ops in ("auto", "all", config.ops)
+    has_tiles = is_same or not TILED_OPS.isdisjoint(ops.split(","))
     return {} if has_tiles else {"tile_tokens": "none"}
 
 

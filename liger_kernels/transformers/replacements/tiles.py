@@ -23,13 +23,21 @@ from liger_kernels.ops.autograd import differentiable_once
 from liger_kernels.ops.generators import generator_at, generator_state
 from liger_kernels.ops.losses.chunk_size import accumulator_dtype
 from liger_kernels.ops.rows import pieces_of, rows_of
-from liger_kernels.transformers.recognise import ExpertListSpec, ExpertsSpec, MlpSpec, MoeBlockSpec
+from liger_kernels.transformers.recognise import (
+    GLU_OPS,
+    ExpertListSpec,
+    ExpertsSpec,
+    MlpSpec,
+    MoeBlockSpec,
+)
 from liger_kernels.transformers.replacements.calls import is_plain
 from liger_kernels.transformers.replacements.recompute import recomputing
 from liger_kernels.transformers.replacements.subclasses import SPEC_ATTRIBUTE
 
-__all__ = ["Run", "is_tiled", "run_in_tiles", "tile_modules"]
+__all__ = ["TILED_OPS", "Run", "is_tiled", "run_in_tiles", "tile_modules"]
 
+# The ops of the forms that have tiles.
+TILED_OPS = frozenset({*GLU_OPS.values(), "moe_experts"})
 _TILED = (MlpSpec, ExpertsSpec, ExpertListSpec, MoeBlockSpec)
 
 

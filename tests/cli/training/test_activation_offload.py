@@ -403,3 +403,10 @@ def test_what_cannot_be_estimated_stays_off():
     found, line = long_rows.with_long_rows(FakeMemory(dict.fromkeys(PEAKS)), 1)
     assert found == {"activation_offloading": False, "tile_tokens": "none"}
     assert "cannot be estimated" in line
+
+
+def test_tiles_of_a_model_that_has_none_are_refused_before_it_is_loaded(train, run_dir):
+    done = train("--tile-tokens", 64, "--ops", "rms_norm", "--dry-run")
+    assert done.code == 2
+    assert "tile_tokens" in done.err
+    assert "no patched gated MLP or experts" in done.err

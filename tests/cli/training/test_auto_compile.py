@@ -278,6 +278,11 @@ def test_a_quantised_model_is_not_compiled(device):
     decision = decide_early(config, CPU, is_quantised=True, saved=None)
     assert decision == Decision(False, "not compiled: the model is quantised")
     assert decide_early(config, CPU, is_quantised=False, saved=None) is None
+    tiled = config.model_copy(update={"tile_tokens": "64"})
+    for saved in (None, True):
+        decision = decide_early(tiled, CPU, is_quantised=False, saved=saved)
+        assert not decision.compiles
+        assert "tile_tokens" in decision.line
 
 
 def test_a_resume_takes_the_decision_unless_it_no_longer_holds(device):

@@ -10,7 +10,6 @@ import pytest
 from liger_cli.config import load_config
 from liger_cli.errors import LigerError
 from liger_cli.training.runtime import arms
-from liger_kernels.transformers.recognise import GLU_OPS
 
 LONG = {"gradient_checkpointing": True, "activation_offloading": True, "tile_tokens": 64}
 
@@ -41,7 +40,3 @@ def test_a_side_has_what_its_model_can_have(monkeypatch, ops, is_compiled, tiles
     (side,) = found
     assert (side.tile_tokens, side.activation_offloading) == (tiles, offloads)
     assert side.ops == ops
-
-
-def test_the_ops_of_tiles_are_those_of_mlps_and_experts():
-    assert {"auto", "all", "moe_experts", *GLU_OPS.values()} == arms._TILED_OPS
