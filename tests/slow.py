@@ -28,6 +28,7 @@ SLOW = {
         "two models a case",
         "^(gpt_oss-checkpoints|qwen2_moe-plain)$",
     ),
+    "test_a_run_trains_as_without": ("two trainings a case", "^(packing-eval|experts)$"),
     "test_no_wide_tensor_of_all_choices": (
         "a model a case",
         "^(gpt_oss-plain|olmoe-checkpoints)$",

@@ -95,6 +95,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stream": {"streaming": True, "shuffle_buffer_size": 5},
     "checkpointing": {"gradient_checkpointing": True, "model": "untied"},
     "long-rows": {**LONG_ROWS, "model": "untied"},
+    "long-rows-moe": {**LONG_ROWS, "model": "moe"},
     "long-rows-lora": {**LONG_ROWS, "adapter": "lora", "lora_r": 4},
     "lora": {"adapter": "lora", "lora_r": 4},
     "eval": {"eval_fraction": 0.3, "model": "untied"},
