@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import test_expert_lists
 import torch
 import zoo
+from checks import assert_same, run
 from test_experts import build as build_experts
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -349,3 +351,20 @@ def test_adapters_of_experts_have_their_gradients():
         assert sum("experts" in name for name in grads) >= 4
         found.append((loss.detach(), grads))
     assert_close(found[1], found[0], 2e-6)
+
+
+@pytest.mark.parametrize("form", ["shared-gated", "calls-all", "method"])
+def test_lists_of_experts_run_in_tiles(form):
+    block, options = test_expert_lists.FORMS[form]
+    found = []
+    for tile in (None, 7):
+        model = test_expert_lists.build(block, **options)
+        record = apply_liger_kernel(model, "all")
+        assert tile_modules(model, tile) >= 2
+        with record.count_calls(), Widths(2 * test_expert_lists.INNER) as widths:
+            result = run(model, test_expert_lists.inputs(50))
+        assert not record.unused
+        found.append((result, widths.most))
+    assert_same(found[1][0], found[0][0])
+    # Weights are as wide: 16 rows for each of four experts.
+    assert found[1][1] == 64 < 200 <= found[0][1]
