@@ -15,11 +15,12 @@ def lay_together(parts: Sequence[nn.Parameter]) -> None:
     """Move the data of parameters into one storage, one after another, unless it is so already.
 
     They stay the same objects. Those that cannot be one tensor (of several shapes or dtypes, on
-    meta, sharded) stay where they are.
+    meta, sharded, made in inference mode) stay where they are.
     """
     if not _are_alike(parts) or _are_neighbours(parts):
         return
-    with torch.no_grad():
+    # Under inference mode the memory would be of a kind that cannot be trained.
+    with torch.inference_mode(False), torch.no_grad():
         buffer = parts[0].new_empty((len(parts), *parts[0].shape))
         for part, place in zip(parts, buffer, strict=True):
             place.copy_(part)
@@ -56,8 +57,9 @@ def join(parts: Sequence[nn.Parameter], num_rows: HostCopy | None = None) -> Ten
 class _Join(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, num_rows: HostCopy | None, *parts: Tensor) -> Tensor:
-        ctx.parts, ctx.versions = parts, [part._version for part in parts]
-        ctx.num_rows = num_rows
+        if any(ctx.needs_input_grad):
+            ctx.parts, ctx.versions = parts, [part._version for part in parts]
+            ctx.num_rows = num_rows
         return _view(parts)
 
     @staticmethod
@@ -88,6 +90,7 @@ def _are_alike(parts: Sequence[Tensor]) -> bool:
     return all(
         type(part) in (Tensor, nn.Parameter)
         and not part.is_meta
+        and not part.is_inference()
         and (part.shape, part.dtype, part.device) == (first.shape, first.dtype, first.device)
         and part.is_contiguous()
         for part in parts

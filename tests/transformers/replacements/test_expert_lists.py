@@ -20,6 +20,7 @@ from liger_kernels.compare import error
 from liger_kernels.transformers import apply_liger_kernel, apply_liger_kernel_to_mixtral
 from liger_kernels.transformers.patching.plan import build_plan
 from liger_kernels.transformers.recognise import recognise_expert_list
+from liger_kernels.transformers.replacements.calls import tally_calls
 from liger_kernels.transformers.replacements.joined_weights import lie_together
 from liger_kernels.transformers.replacements.tiles import tile_modules
 
@@ -231,14 +232,15 @@ MOVES = {
 @pytest.mark.parametrize("block", [Routed, Given])
 def test_weights_stay_together(block, move):
     model = build(block)
-    record = apply_liger_kernel(model, "moe_experts")
+    apply_liger_kernel(model, "moe_experts")
     moved = MOVES[move](model)
     assert all(map(are_together, moved.blocks))
     dtype = next(moved.parameters()).dtype
+    with tally_calls(moved.blocks) as tally:
+        moved(**inputs(dtype=dtype))
+    assert tally.called == set(map(id, moved.blocks))
     assert_same(run(moved, inputs(dtype=dtype)), run(build(block).to(dtype), inputs(dtype=dtype)),
                 tolerance=2e-5 if dtype == torch.float32 else 0.05)  # fmt: skip
-    if moved is model:
-        assert reaches(model, record, **inputs(dtype=dtype))
 
 
 def _assign(model):
@@ -378,6 +380,57 @@ def test_memory_between_forward_and_backward():
         sizes[save_memory] = sum(kept)
     # Of each of 10 tokens and 2 choices the gathered token and the activation, in 2 blocks.
     assert sizes[False] - sizes[True] == 2 * 10 * 2 * (WIDTH + INNER)
+
+
+@pytest.mark.parametrize("is_built_inside", [True, False])
+def test_inference_mode(is_built_inside):
+    stock = build().eval()
+    with torch.inference_mode():
+        model = build() if is_built_inside else None
+    model = model or build()
+    with torch.inference_mode():
+        record = apply_liger_kernel(model, "moe_experts")
+        with record.count_calls():
+            assert_same(run(model.eval(), inputs()), run(stock, inputs()))
+        assert bool(record.unused) == is_built_inside
+    if not is_built_inside:
+        assert_same(run(model.train(), inputs()), run(stock.train(), inputs()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_comes_and_goes():
+    peft = pytest.importorskip("peft")
+    model, stock = build(), build()
+    record = apply_liger_kernel(model, "moe_experts")
+    found = []
+    for each in (model, stock):
+        torch.manual_seed(4)
+        config = peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False)
+        wrapped = peft.PeftModel(each, config)
+        found.append(run(wrapped, inputs()))
+        wrapped.unload()
+        each.requires_grad_()
+    assert_same(*found)
+    with record.count_calls():
+        assert_same(run(model, inputs()), run(stock, inputs()))
+    assert not record.unused
+
+
+def test_transforms_of_functions():
+    model, stock = build(), build()
+    apply_liger_kernel(model, "moe_experts")
+
+    def loss(parameters, each):
+        return torch.func.functional_call(each, parameters, (inputs()["x"],)).logits.square().sum()
+
+    for transform in (torch.func.grad, lambda function: function):
+        results = [
+            transform(loss)({n: p.detach() for n, p in each.named_parameters()}, each)
+            for each in (model, stock)
+        ]
+        if isinstance(results[0], dict):
+            results = [torch.cat([g.flatten() for g in result.values()]) for result in results]
+        assert error(*results) < 1e-5
 
 
 @pytest.mark.parametrize("block", [Routed, Given])
