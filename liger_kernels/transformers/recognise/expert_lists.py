@@ -77,6 +77,7 @@ def _problem(experts: nn.ModuleList, mlp: MlpSpec) -> str | None:
     for expert in experts:
         for name in (mlp.gate, mlp.up, mlp.down):
             layer: Any = expert._modules[name]
+            weight = getattr(layer, "weight", None)
             if "forward" in vars(layer):
                 return (
                     "experts in a list with another forward set on their layers (as by accelerate)"
@@ -86,12 +87,12 @@ def _problem(experts: nn.ModuleList, mlp: MlpSpec) -> str | None:
                     "experts in a list with LoRA adapters (leave them out of lora_target_modules "
                     "to have moe_experts)"
                 )
-            if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
-                kinds = f"{type(layer).__name__} with a {type(layer.weight).__name__}"
+            if type(layer) is not nn.Linear or type(weight) is not nn.Parameter:
+                kinds = f"{type(layer).__name__} with a {type(weight).__name__}"
                 return f"experts in a list whose layers are no plain nn.Linear, but {kinds}"
             if layer.bias is not None:
                 return "experts in a list whose layers have biases"
-            weights.append(layer.weight)
+            weights.append(weight)
     if len(set(map(id, weights))) < len(weights):
         return "experts in a list that share weights"
     for index in range(3):

@@ -117,7 +117,7 @@ def _routed(module: Any, spec: ExpertListSpec, compute: _Compute, *args: Tensor)
 def _experts_of(module: Any, spec: ExpertListSpec, hidden: Tensor) -> _Compute | None:
     """Return the function that computes a block's experts by the op, or None where it must not."""
     groups = _weights_of(module, spec)
-    if len(groups) != 2 or not all(_is_stock(expert, spec) for expert in module.experts):
+    if not groups or not _are_stock(module.experts, spec):
         return None
     views = list(map(joined_view, groups))
     if views[0] is None or views[1] is None:
@@ -142,12 +142,20 @@ def _experts_of(module: Any, spec: ExpertListSpec, hidden: Tensor) -> _Compute |
     return compute
 
 
-def _is_stock(expert: Any, spec: ExpertListSpec) -> bool:
-    """Return whether calling an expert is calling its class's forward and its linear layers."""
-    layers = [expert._modules[name] for name in (spec.mlp.gate, spec.mlp.up, spec.mlp.down)]
-    if not is_bare(expert, *(child for child in expert._modules.values() if child is not None)):
+def _are_stock(experts: Any, spec: ExpertListSpec) -> bool:
+    """Return whether calling experts is calling their class's forward and its linear layers."""
+    mlp = spec.mlp
+    if not runs_stock_linear(experts[0]._modules[mlp.gate]):
         return False
-    return all(layer.bias is None and runs_stock_linear(layer) for layer in layers)
+    # A loop over dictionaries: it runs in every call, for some 500 modules.
+    for expert in experts:
+        children = expert._modules
+        if not is_bare(expert, *filter(None, children.values())):
+            return False
+        for name in (mlp.gate, mlp.up, mlp.down):
+            if children[name]._parameters["bias"] is not None:
+                return False
+    return True
 
 
 def _weights_of(module: Any, spec: ExpertListSpec) -> list[list[nn.Parameter]]:
@@ -155,11 +163,17 @@ def _weights_of(module: Any, spec: ExpertListSpec) -> list[list[nn.Parameter]]:
 
     [] once the experts are no longer a list of MLPs of plain linear layers.
     """
-    mlp, experts = spec.mlp, list(module._modules["experts"].children())
+    mlp, experts = spec.mlp, module._modules["experts"]._modules.values()
     groups = [
         [expert._modules.get(name) for expert in experts for name in names]
         for names in ((mlp.gate, mlp.up), (mlp.down,))
     ]
-    if not experts or any(type(layer) is not nn.Linear for group in groups for layer in group):
+    if any(type(layer) is not nn.Linear for group in groups for layer in group):
         return []
-    return [[layer.weight for layer in group] for group in groups]
+    # Tools that compute a weight take the parameter away.
+    weights = [[layer._parameters.get("weight") for layer in group] for group in groups]
+    return weights if experts and all(map(_are_there, weights)) else []
+
+
+def _are_there(weights: list[Any]) -> bool:
+    return all(weight is not None for weight in weights)

@@ -15,6 +15,7 @@ import zoo
 from checks import assert_same, run
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrizations, prune
 
 from liger_kernels.compare import error
 from liger_kernels.transformers import apply_liger_kernel, apply_liger_kernel_to_mixtral
@@ -268,7 +269,20 @@ def _hook(path):
     return change
 
 
+def _prune(model):
+    torch.manual_seed(5)
+    prune.random_unstructured(model.blocks[0].experts[1].down_proj, "weight", 0.5)
+
+
+def _normalize(model):
+    parametrizations.weight_norm(model.blocks[0].experts[1].down_proj).weight = torch.ones(
+        WIDTH, INNER
+    )
+
+
 CHANGES = {
+    "pruned": _prune,
+    "parametrized": _normalize,
     "assigned-weights": _assign,
     "a-weight": _replace_weight,
     "activation": _set("blocks.0.experts.1.act_fn", nn.Tanh),
@@ -495,7 +509,19 @@ def _other_layers(block):
         expert.up_proj.__class__ = Linear
 
 
+class Packed(nn.Module):
+    """A linear layer whose weight has another name."""
+
+    in_features, out_features = WIDTH, INNER
+
+
+def _pack_layers(block):
+    for expert in block.experts:
+        expert.up_proj = Packed()
+
+
 REFUSED = {
+    "packed": (Routed, {}, _pack_layers, "no plain nn.Linear, but Packed"),
     "router": (OtherRouting, {}, None, "another way than as the top k of a softmax"),
     "method": (OtherMoe, {}, None, "another way than as the top k of a softmax"),
     "noise": (Routed, {}, lambda block: setattr(block, "noise", 0.1), "jitter noise to 0"),
