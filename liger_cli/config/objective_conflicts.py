@@ -101,7 +101,8 @@ OBJECTIVE_CONFLICTS: tuple[tuple[tuple[str, ...], str, Callable[[Keys], bool]], 
     ),
     (
         ("loss_weights", "loss_type"),
-        "loss_weights has a weight for each loss of loss_type",
+        "loss_weights has a weight for each loss of loss_type, as loss_type sigmoid,sft with "
+        "loss_weights 1,0.1",
         lambda c: (
             c.loss_weights is not None and len(read_numbers(c.loss_weights)) != len(_losses(c))
         ),

@@ -276,7 +276,12 @@ class _Tokenising:
                 entry.path, made.counts, self.options.max_length, rows_per_pair=rows_per_pair
             )
         if not len(made.rows):
-            raise nothing_to_train(entry.path, made.counts, self.options.max_length)
+            raise nothing_to_train(
+                entry.path,
+                made.counts,
+                self.options.max_length,
+                has_pairs=self.options.pairs,
+            )
         return made
 
     def _rows(self, source: Source, maker: Maker) -> Tokenised:
@@ -343,12 +348,21 @@ def _chunks(records: Iterator[Record]) -> Iterator[list[Record]]:
 _LEFT_OUT = " left out: "
 
 
-def nothing_to_train(name: str, counts: Counts, max_length: int) -> DataError:
+def nothing_to_train(
+    name: str, counts: Counts, max_length: int, *, has_pairs: bool = False
+) -> DataError:
     left_out = {text: count for text, count in counts.left_out.items() if _LEFT_OUT in text}
+    number = counts.dropped_rows + sum(left_out.values())
+    within = f"within the first {max_length} tokens (max_length)"
+    within += "".join(f"; {count} {text}" for text, count in left_out.items())
+    if has_pairs:
+        return DataError(
+            f"none of the {number} pairs of {name} has tokens to train on in both answers {within}",
+            hint="an answer is empty, its prompt fills the row (a larger max_length makes room), "
+            "or a field such as train: false leaves it out",
+        )
     return DataError(
-        f"none of the {counts.dropped_rows + sum(left_out.values())} rows of {name} has a token to "
-        f"train on within the first {max_length} tokens (max_length)"
-        + "".join(f"; {count} {text}" for text, count in left_out.items()),
+        f"none of the {number} rows of {name} has a token to train on {within}",
         hint="trained are completions, what the assistant says, and text, where no field such as "
         "train: false or weight: 0 says otherwise",
     )

@@ -128,7 +128,9 @@ class Stream:
                     if self._is_unpaired:
                         refuse_one_kind(self.name, self.counts)
                     if not has_rows:
-                        raise nothing_to_train(self.name, self.counts, self.max_length)
+                        raise nothing_to_train(
+                            self.name, self.counts, self.max_length, has_pairs=self._has_pairs
+                        )
                     has_rows = False
                 self.counts.add(counts)
                 self._refuse_same(BATCH)
@@ -137,6 +139,10 @@ class Stream:
                     if number >= skip:
                         yield StreamRow(row, begin.epoch, replace(begin, used=number + 1))
                 skip = 0
+
+    @property
+    def _has_pairs(self) -> bool:
+        return isinstance(self.sources[0][1], PairMaker)
 
     @property
     def _is_unpaired(self) -> bool:

@@ -18,6 +18,8 @@ __all__ = ["announce_data", "announce_kernels", "padding_lines"]
 
 # A share of padding that is not worth a line.
 _LITTLE = 0.02
+# Why rows are left out.
+_NOTHING = {"rows": "nothing to train on", "pairs": "an answer has no token within max_length"}
 
 
 def announce_kernels(report: RunReport, record: PatchRecord) -> None:
@@ -74,9 +76,10 @@ def announce_data(run: PreparedRun) -> None:
     """Print the data and the length of a run, and how much of the model it trains."""
     inputs, batches = run.inputs, run.batches
     data, stats = inputs.data, inputs.data.stats
+    what = "pairs" if run.config.trains_pairs else "rows"
     if batches.num_rows:
         notes = [
-            f"{format_count(stats.rows)} {'pairs' if run.config.trains_pairs else 'rows'}",
+            f"{format_count(stats.rows)} {what}",
             f"{format_count(stats.tokens)} tokens, {format_count(stats.trained_tokens)} trained on",
             *data.notes,
         ]
@@ -85,15 +88,15 @@ def announce_data(run: PreparedRun) -> None:
     else:
         notes = ["streamed; the report counts what was read"]
     if stats.dropped_rows:
-        notes.append(f"{format_count(stats.dropped_rows)} rows left out: nothing to train on")
+        notes.append(f"{format_count(stats.dropped_rows)} {what} left out: {_NOTHING[what]}")
     if stats.truncated_rows:
-        notes.append(f"{format_count(stats.truncated_rows)} rows cut to max_length")
+        notes.append(f"{format_count(stats.truncated_rows)} {what} cut to max_length")
     notes += [f"{format_count(number)} {name}" for name, number in stats.left_out.items()]
     if stats.unused_columns:
         notes.append(f"not used: {', '.join(stats.unused_columns)}")
     for name, rows in inputs.eval.items():
-        what = f"evaluation of {name}" if name else "evaluation"
-        notes.append(f"{format_count(len(rows))} rows for {what}")
+        where = f"evaluation of {name}" if name else "evaluation"
+        notes.append(f"{format_count(len(rows))} {what} for {where}")
     licence = f" ({data.licence})" if data.licence else ""
     announce_template(run.config, inputs)
     notify(f"data: {data.name}{licence}: " + "; ".join(notes))

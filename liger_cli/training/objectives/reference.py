@@ -20,15 +20,23 @@ import torch
 from torch import nn
 
 from liger_cli.config import RunConfig
-from liger_cli.errors import ConfigError
+from liger_cli.config.objectives import REFERENCE_KINDS
+from liger_cli.errors import ConfigError, LigerError
 from liger_cli.training.checkpoints.sharded_state import is_sharded
 from liger_cli.training.model.adapters import is_adapted
 from liger_cli.training.model.classifiers import check_writes_text
 from liger_cli.training.model.loading import load_patched
-from liger_cli.training.model.source import ModelSource, resolve_model
+from liger_cli.training.model.source import ModelSource, build_meta_model, resolve_model
 from liger_cli.training.objectives.objective import Batch, Setting
 
-__all__ = ["Reference", "Scorer", "WeightsReference", "ready_reference", "resolve_reference"]
+__all__ = [
+    "Reference",
+    "Scorer",
+    "WeightsReference",
+    "check_other",
+    "ready_reference",
+    "resolve_reference",
+]
 
 # Those of both answers of a pair, or the one of an answer in no pair.
 REFERENCE_VALUES = ("ref_chosen_logps", "ref_rejected_logps", "ref_logps")
@@ -290,19 +298,25 @@ def original_weights(setting: Setting) -> dict[str, torch.Tensor]:
     return found
 
 
-def load_other(setting: Setting) -> Any:
-    """Return the model that `reference` names, patched as the run's.
+def check_other(config: RunConfig, model: Any) -> None:
+    """Check the model that `reference` names, before any weights are loaded.
+
+    Args:
+        model: The one of the run, with weights or without.
 
     Raises:
-        ConfigError: It has another architecture or vocabulary.
+        LigerError: It cannot be found, or has another architecture or vocabulary.
     """
-    config = setting.config
-    source = resolve_model(config.reference, setting.notify)
+    try:
+        source = resolve_model(config.reference)
+    except LigerError as error:
+        kinds = ", ".join(sorted(REFERENCE_KINDS))
+        raise type(error)(
+            f"reference {config.reference}: {error.message}",
+            hint=f"reference is one of {kinds}, or another model: a preset, a directory, a hub id",
+        ) from error
     check_writes_text(source, f"reference {config.reference}", hint=_SAME_FAMILY)
-    loaded_as = setting.inputs.attention.applied(config)
-    device = setting.accelerator.device
-    other, _ = load_patched(loaded_as, source, device, setting.notify, trains=False)
-    ours, theirs = (m.config.get_text_config() for m in (setting.inputs.meta_model, other))
+    ours, theirs = (m.config.get_text_config() for m in (model, build_meta_model(source)))
     for name in ("model_type", "vocab_size"):
         if getattr(ours, name) != getattr(theirs, name):
             raise ConfigError(
@@ -310,6 +324,15 @@ def load_other(setting: Setting) -> Any:
                 f"{getattr(theirs, name)}, the model's {getattr(ours, name)}",
                 hint=_SAME_FAMILY,
             )
+
+
+def load_other(setting: Setting) -> Any:
+    """Return the model that `reference` names, patched as the run's."""
+    config = setting.config
+    source = resolve_model(config.reference, setting.notify)
+    loaded_as = setting.inputs.attention.applied(config)
+    device = setting.accelerator.device
+    other, _ = load_patched(loaded_as, source, device, setting.notify, trains=False)
     return other.requires_grad_(False)
 
 

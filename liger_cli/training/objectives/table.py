@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from liger_cli.config import RunConfig
-from liger_cli.config.objectives import BALANCE, OBJECTIVES
+from liger_cli.config.objectives import BALANCE, OBJECTIVES, REFERENCE_KINDS
 from liger_cli.data.batches import BatchPlan
 from liger_cli.errors import ConfigError
 from liger_cli.training.forward import balance_weight
@@ -25,7 +25,7 @@ from liger_cli.training.objectives.kto import Kto
 from liger_cli.training.objectives.objective import Objective
 from liger_cli.training.objectives.orpo import Orpo
 from liger_cli.training.objectives.precompute import has_values
-from liger_cli.training.objectives.reference import resolve_reference
+from liger_cli.training.objectives.reference import check_other, resolve_reference
 from liger_cli.training.objectives.reward import Reward
 from liger_cli.training.objectives.sft import NextToken
 
@@ -70,12 +70,14 @@ def resolve_objective(config: RunConfig, inputs: Inputs, *, trains: bool = True)
         trains: False is a run that only evaluates.
 
     Raises:
-        ConfigError: The reference that was asked for cannot be had.
+        LigerError: The reference that was asked for cannot be had.
     """
     config = config.with_objective_defaults()
     if "reference" not in OBJECTIVES[config.objective].reads:
         return config
     kind = resolve_reference(config, inputs.source, has_values=has_values(inputs), trains=trains)
+    if kind not in REFERENCE_KINDS:
+        check_other(config, inputs.meta_model)
     return config.model_copy(update={"reference": kind})
 
 

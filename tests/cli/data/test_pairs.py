@@ -544,3 +544,15 @@ def test_synthetic_pairs_share_their_prompt():
     assert chosen[0][4:] != rejected[0][4:]
     assert chosen[1] == [IGNORED] * 4 + chosen[0][4:]
     assert found.stats.trained_tokens == 10 * len(found)
+
+
+def test_pairs_without_a_token_of_an_answer_say_so(tmp_path):
+    empty = {"prompt": "q", "chosen": "yes", "rejected": ""}
+    path = write(tmp_path / "d.jsonl", *[empty] * 3)
+    wanted = "none of the 3 pairs of .* has tokens to train on in both answers"
+    with pytest.raises(DataError, match=wanted):
+        load(path, row_options=PAIRS)
+    options = RowOptions(48, 264, **PAIRS)
+    stream = open_stream(str(path), byte_tokenizer(), options, buffer_size=2, seed=1).examples
+    with pytest.raises(DataError, match=wanted):
+        next(stream.rows(stream.start()))

@@ -156,9 +156,10 @@ def test_another_model_is_a_reference(prefer, run_dir, tmp_path):
     [(margin,)] = metrics(tmp_path / "other", "rewards/margins")
     # The reference has learned what the model has not.
     assert margin < -1e-4
-    wrong = prefer("--reference", "gemma2", "--output-dir", tmp_path / "wrong")
+    # Found before weights are loaded.
+    wrong = prefer("--reference", "gemma2", "--dry-run", "--output-dir", tmp_path / "wrong")
     assert wrong.code == 2
-    assert "another architecture" in wrong.err
+    assert "another architecture: its model_type is gemma2, the model's qwen3" in wrong.err
 
 
 def test_evaluation_and_early_stopping_by_margins(prefer, run_dir):
@@ -197,6 +198,7 @@ def test_every_objective_has_its_metrics(prefer, run_dir, objective):
         (("--objective", "gkd"), 2, "use TRL's trainer"),
         (("--beta", 0), 2, "beta is above 0"),
         (("--reference", "adapter_off"), 2, "there is none"),
+        (("--reference", "precomputed"), 2, "reference is one of adapter_off, auto, model, none"),
         (("--objective", "orpo", "--reference", "model"), 2, "the objectives dpo, ipo"),
         (("--loss-type", "sigmoid,sft", "--loss-weights", "1"), 2, "a weight for each"),
         (("--loss-weights", "0"), 2, "no loss to learn from"),
