@@ -219,7 +219,7 @@ def _figures(preview: DataPreview) -> list[str]:
         (
             f"left out, nothing to train on: {format_count(stats.dropped_rows)} rows "
             if preview.pairs is None
-            else "left out, an answer has no token within max_length: "
+            else "left out, an answer has no token to train on within max_length: "
             f"{format_count(stats.dropped_rows)} pairs "
         )
         + f"({_percent(stats.dropped_rows, read)})",

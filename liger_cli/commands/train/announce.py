@@ -19,7 +19,7 @@ __all__ = ["announce_data", "announce_kernels", "padding_lines"]
 # A share of padding that is not worth a line.
 _LITTLE = 0.02
 # Why rows are left out.
-_NOTHING = {"rows": "nothing to train on", "pairs": "an answer has no token within max_length"}
+_NOTHING = {"rows": "nothing to train on", "pairs": "an answer has no token to train on"}
 
 
 def announce_kernels(report: RunReport, record: PatchRecord) -> None:

@@ -9,11 +9,13 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
 
 from liger_cli.config import load_config
 from liger_cli.data.collate import Collator
 from liger_cli.data.feed import make_feed, plan_batches
 from liger_cli.errors import ConfigError
+from liger_cli.training import inputs
 from liger_cli.training.inputs import load_inputs
 
 PROCESS = SimpleNamespace(process_index=0, num_processes=1)
@@ -139,3 +141,22 @@ def test_case_269_what_would_train_on_them_is_refused(sources, change, message):
     flags["dataset"] = flags["dataset"].format(a=sources[0], b=sources[1])
     with pytest.raises(ConfigError, match=message):
         load_inputs(load_config(flags=flags))
+
+
+@pytest.mark.parametrize(
+    ("keys", "wanted"),
+    [
+        ({}, 32),
+        ({"max_eval_samples": 40}, 100),
+        ({"objective": "dpo"}, 16),
+        ({"objective": "kto"}, 16),
+        ({"objective": "kto", "loss_type": "apo_zero_unpaired"}, 32),
+    ],
+    ids=["sft", "asked", "dpo", "kto", "no-kl"],
+)
+def test_so_many_answers_of_the_sample_end_a_run_unasked(keys, wanted):
+    """A pair has two, and the KL of kto takes another beside each; max_eval_samples cuts later."""
+    rows = Dataset.from_dict({"number": range(100)})
+    config = load_config(None, {"model": "qwen3", "dataset": "chitchat", **keys})
+    reader = SimpleNamespace(config=config, load=lambda split: SimpleNamespace(examples=rows))
+    assert len(inputs._eval_rows(reader)[""]) == wanted
