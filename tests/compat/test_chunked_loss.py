@@ -117,6 +117,21 @@ def test_what_is_refused(case, chunked):
         loss(**options)(**tensors, **more)
 
 
+def test_shapes_that_would_be_broadcast_are_refused(chunked):
+    case = CASES["LigerFusedLinearGRPOLoss old ref num_items"]
+    given, _ = arguments_of(case)
+    loss = chunked.LigerFusedLinearGRPOLoss()
+    for name, value, shape in (
+        ("advantages", given["advantages"][:, None], r"\(6,\), got \(6, 1\)"),
+        ("attention_mask", given["attention_mask"][:1], r"\(6, 5\), got \(1, 5\)"),
+        ("old_per_token_logps", given["old_per_token_logps"][0], r"\(6, 5\), got \(5,\)"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be {shape}"):
+            loss(**{**given, name: value})
+    with pytest.raises(ValueError, match=r"target must be \(answers, tokens\), got \(30,\)"):
+        chunked.LigerFusedLinearCPOLoss()(wave(11, 8), wave(30, 8), labels().flatten())
+
+
 def test_names_that_are_elsewhere_say_where(chunked):
     with pytest.raises(ImportError, match="CosineSimilarityLoss is not in the drop-in: .*JSDLoss"):
         exec("from liger_kernel.chunked_loss import LigerFusedLinearCosineSimilarityLoss", {})

@@ -7,6 +7,7 @@ else, so it is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -105,9 +106,27 @@ def find_difference(config: Any, architecture: Architecture) -> str | None:
     rope = _rope(config)
     if rope["rope_type"] not in architecture.scales_with:
         return f"its rope_type is {rope['rope_type']!r}, for which GGUF has no keys there"
+    setting = _rope_difference(rope)
+    if setting is not None:
+        return setting
     if getattr(config, "use_bidirectional_attention", False):
         return "its attention is bidirectional"
     return _attention_difference(config, architecture)
+
+
+def _rope_difference(rope: dict[str, Any]) -> str | None:
+    """Return a setting of the rotation that is a constant in llama.cpp and differs from it."""
+    constants: dict[str, Any] = {"partial_rotary_factor": 1.0}
+    if rope["rope_type"] == "yarn":
+        constants |= {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+        constants |= {"mscale": None, "mscale_all_dim": None}
+        constants["attention_factor"] = 0.1 * math.log(rope["factor"]) + 1
+    for name, constant in constants.items():
+        value = rope.get(name)
+        is_same = value is None or (constant is not None and math.isclose(value, constant))
+        if not is_same:
+            return f"the {name} of its rotation is {value}, for which GGUF has no key there"
+    return None
 
 
 def _attention_difference(config: Any, architecture: Architecture) -> str | None:

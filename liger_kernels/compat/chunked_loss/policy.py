@@ -118,8 +118,17 @@ class LigerFusedLinearGRPOLoss(LinearLoss):
             The loss, and (the mean KL where beta is not 0, the share of tokens that were clipped).
 
         Raises:
-            ValueError: There is no reference where beta and use_ref_model ask for one.
+            ValueError: A shape is off, or there is no reference where beta and use_ref_model ask
+                for one.
         """
+        shape = selected_token_ids.shape
+        _check_shapes(
+            shape,
+            attention_mask=attention_mask,
+            ref_per_token_logps=ref_per_token_logps,
+            old_per_token_logps=old_per_token_logps,
+        )
+        _check_shapes(shape[:1], advantages=advantages)
         mask = attention_mask.to(lin_weight.device, wide_dtype(lin_weight.dtype))
         ids = selected_token_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
         logps = self._logps(Head(_input, lin_weight, bias), ids)
@@ -212,6 +221,12 @@ def _check(loss_type: str, level: str, max_length: int | None, others: dict[str,
         )
     if loss_type == "dr_grpo" and max_length is None:
         raise ValueError("loss_type 'dr_grpo' needs max_completion_length, got None")
+
+
+def _check_shapes(shape: torch.Size, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
 def _token_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -82,7 +82,13 @@ def token_logps(
 
 
 def answer_logps(head: Head, target: Tensor, ignore_index: int) -> AnswerLogps:
-    """Add the log-probabilities of the labels (B, T) of each answer, in float64."""
+    """Add the log-probabilities of the labels (B, T) of each answer, in float64.
+
+    Raises:
+        ValueError: The labels are not (B, T), or the op refuses them.
+    """
+    if target.dim() != 2:
+        raise ValueError(f"target must be (answers, tokens), got {tuple(target.shape)}")
     logps = token_logps(head, target, ignore_index=ignore_index)
     return AnswerLogps(logps.double().sum(-1), (target != ignore_index).sum(-1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,8 +217,9 @@ def test_every_tensor_and_size_is_in_the_file(model_type, tmp_path):
 
 
 def test_the_rotation_is_in_the_file(tmp_path):
-    yarn = rope(1e5, rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
-    save(tmp_path / "yarn", "qwen3", **yarn)
+    # Spelled out, what llama.cpp has as constants is allowed.
+    constants = {"beta_fast": 32, "beta_slow": 1, "attention_factor": 0.1 * math.log(4) + 1}
+    save(tmp_path / "yarn", "qwen3", **rope(1e5, **YARN, **constants))
     export_gguf(str(tmp_path / "yarn"), tmp_path / "yarn.gguf")
     values, _ = read(tmp_path / "yarn.gguf")
     assert values["qwen3.rope.freq_base"] == 1e5
@@ -377,6 +379,7 @@ def odd_split() -> PreTrainedTokenizerFast:
 
 
 BASE = {"rope_type": "default", "rope_theta": 2e4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 # name: (model type, what differs, tokenizer, words of the error)
 REFUSALS: dict[str, tuple[str, dict[str, Any], Callable[[], Any], str]] = {
     "activation": ("llama", {"hidden_act": "gelu"}, qwen_like, "activation is 'gelu'"),
@@ -386,6 +389,15 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], Callable[[], Any], str]] = {
         qwen_like,
         "rope_type is 'dynamic'",
     ),
+    **{
+        f"yarn-{name}": (
+            "qwen3",
+            rope(1e4, **{**YARN, name: value}),
+            qwen_like,
+            f"the {name} of its rotation is {value}",
+        )
+        for name, value in (("beta_fast", 64.0), ("attention_factor", 1.5), ("mscale", 0.7))
+    },
     "scale": ("gemma2", {"query_pre_attn_scalar": 20}, qwen_like, "scalar is 20.*divides by 256"),
     "layers": (
         "gemma2",
