@@ -9,11 +9,11 @@ from pathlib import Path
 from liger_cli.common.hub import check_repository, push_files
 from liger_cli.common.numbers import format_bytes
 from liger_cli.common.readers import expand_path, read_json
-from liger_cli.errors import ConfigError
+from liger_cli.errors import ConfigError, DataError
 from liger_cli.report.model_card import model_card
 from liger_cli.report.run_files import read_run
 from liger_cli.report.summary import SavedReport
-from liger_cli.training.checkpoints.files import MANIFEST
+from liger_cli.training.checkpoints.files import MANIFEST, find_damage
 from liger_cli.training.model.adapters import ADAPTER_CONFIG
 from liger_cli.training.model.run_models import find_run_model
 
@@ -83,13 +83,15 @@ def publication(
 
     Raises:
         ConfigError: There is no model, or only the shards of one, or the hub takes no such name.
-        DataError: Every checkpoint of the run is damaged.
+        DataError: The checkpoint is damaged, or every one of the run.
     """
     check_repository(repository)
     run = expand_path(str(run), "run")
     if not run.is_dir():
         raise ConfigError(f"{run} is not a directory")
     directory = find_run_model(run, notify)
+    if directory == run:
+        _check_whole(directory)
     names = sorted(
         path.name
         for path in directory.iterdir()
@@ -108,6 +110,18 @@ def publication(
     return Publication(
         directory, repository, {CARD: len(card.encode()), **sizes}, card, is_private=private
     )
+
+
+def _check_whole(directory: Path) -> None:
+    """Raise a DataError for a checkpoint whose files are not those that were written."""
+    if not (directory / MANIFEST).is_file():
+        return
+    damage = find_damage(directory)
+    if damage is not None:
+        raise DataError(
+            f"{directory} is damaged: {damage}",
+            hint=f"what was changed on purpose is pushed from a copy without {MANIFEST}",
+        )
 
 
 def _card(directory: Path, repository: str, *, is_adapter: bool) -> str:

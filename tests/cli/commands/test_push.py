@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -101,6 +102,15 @@ def test_a_run_is_pushed_with_its_card_when_it_ends(train, liger, run_dir, hub):
     values = found.json()
     assert values["url"] == "https://huggingface.co/me/mine"
     assert values["files"]["adapter_model.safetensors"] == len(weights)
+
+    # A checkpoint that is named is checked as those of a run are.
+    damaged = shutil.copytree(checkpoint, run_dir.parent / "damaged")
+    with (damaged / "adapter_model.safetensors").open("r+b") as file:
+        file.truncate(100)
+    out = liger("push", damaged, "org/tiny", "--dry-run")
+    assert out.code == 4
+    assert "adapter_model.safetensors has 100 bytes" in " ".join(out.err.split())
+    assert "a copy without manifest.json" in " ".join(out.err.split())
 
     # A run that has not ended, written by a version that had another key.
     (run_dir / "report.json").unlink()
