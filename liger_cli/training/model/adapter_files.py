@@ -50,7 +50,7 @@ def stage_adapter(model: Any, state: dict[str, Any]) -> Callable[[Path], None]:
         name: value.contiguous() if names.setdefault(id(value), name) == name else value.clone()
         for name, value in own.items()
     }
-    settings = copy.deepcopy(model.peft_config["default"])
+    settings = copy.copy(model.peft_config["default"])
     settings.inference_mode = True
 
     def write(directory: Path) -> None:
