@@ -81,14 +81,16 @@ def assert_kept(offload: ActivationOffload, num_layers: int, num_steps: int) -> 
     # Some versions of transformers let the embeddings beside an adapter need no gradient.
     assert num_layers - 1 <= kept <= num_layers
     assert rest == 0
-    assert offload.pages.num_allocated == len(offload.pages._free) == kept
+    assert offload.pages.num_allocated == len(offload.pages._free) >= kept
 
 
 @pytest.mark.parametrize("keys", [{}, {"adapter": "lora"}], ids=["full", "lora"])
 @pytest.mark.parametrize("family", ["qwen3", "gemma3-text", "qwen3-moe"])
-def test_gradients_are_the_same_bits(family, keys):
+def test_gradients_are_the_same_bits(family, keys, monkeypatch):
     if keys:
         pytest.importorskip("peft")
+    # Of several pages an input.
+    monkeypatch.setattr(activation_offload, "_LEAST_PAGE", 1 << 10)
     plain, offloaded = built(family, **keys), built(family, **keys)
     offload = offload_to_host()
     checkpoint_layers(plain)
@@ -97,6 +99,7 @@ def test_gradients_are_the_same_bits(family, keys):
         inputs = rows(length, seed=number)
         assert_equal(step(offloaded, inputs), step(plain, inputs))
     assert_kept(offload, plain.config.num_hidden_layers, 3)
+    assert offload.pages.num_allocated > 3 * plain.config.num_hidden_layers
 
 
 def chain(offload: ActivationOffload, x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,11 @@ from test_activation_offload import assert_kept, built, offload_to_host, rows, s
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from liger_cli.training import activation_offload
-from liger_cli.training.activation_offload import checkpoint_layers
+from liger_cli.training.activation_offload import (
+    ActivationOffload,
+    HostPages,
+    checkpoint_layers,
+)
 from liger_kernels.transformers.replacements.tiles import tile_modules
 
 GPU = torch.device("cuda")
@@ -23,6 +27,8 @@ FIXED_ORDER = functools.partial(sdpa_kernel, SDPBackend.MATH)
 @pytest.fixture(params=["as-they-are", "slow-out", "slow-back"])
 def copies(request, monkeypatch):
     """Copies as they are, or so late that only a stream that waits sees what they bring."""
+    # Of several pages an input.
+    monkeypatch.setattr(activation_offload, "_LEAST_PAGE", 1 << 12)
     copy = activation_offload._CopyStream.copy
 
     def late(self, target, source, *, after=None):
@@ -61,6 +67,26 @@ def test_offloaded_steps_have_the_same_bits(family, keys, copies):
     assert num_same >= 0.5 * 3 * len(wanted)
     assert_kept(offload, plain.config.num_hidden_layers, 3)
     assert all(page.data.is_pinned() for page in offload.pages._free)
+
+
+@pytest.mark.gpu
+def test_what_the_host_has_no_room_for_has_the_same_bits(monkeypatch):
+    monkeypatch.setattr(activation_offload, "_LEAST_PAGE", 1 << 12)
+    plain, offloaded = (built("qwen3", GPU, torch.bfloat16) for _ in range(2))
+    inputs = rows(512)
+    one = inputs["input_ids"].numel() * plain.config.hidden_size * 2
+    allocate = activation_offload._pinned_bytes(GPU, print)
+    offload = ActivationOffload(GPU, HostPages(allocate, 3 * one // 2))
+    checkpoint_layers(plain)
+    checkpoint_layers(offloaded, offload)
+    for _ in range(2):
+        with FIXED_ORDER():
+            wanted, again, got = (step(model, inputs) for model in (plain, plain, offloaded))
+        same = [name for name in wanted if torch.equal(wanted[name], again[name])]
+        assert len(same) >= 0.5 * len(wanted)
+        assert all(torch.equal(got[name], wanted[name]) for name in same)
+    assert offload.num_kept == 2
+    assert offload.num_left > 0
 
 
 @pytest.mark.gpu
