@@ -79,7 +79,7 @@ def test_case_oom_is_explained(train, limit_rows, error):
     first, parts = problem["message"].splitlines()
     assert first.startswith("out of memory: ")
     for name in ("weights", "optimizer", "gradients", "activations of mlp", "logits"):
-        assert re.search(rf"{name} \d+(\.\d)? [MG]B", parts), name
+        assert re.search(rf"{name} \d+(\.\d)? [kMG]B", parts), name
     *remedies, last = problem["hint"].splitlines()
     assert len(remedies) == 3
     peak = megabytes(re.search(r"at most (.*) at once", parts)[1])
@@ -94,7 +94,7 @@ def test_case_oom_is_explained(train, limit_rows, error):
 
 def megabytes(text: str) -> float:
     number, unit = text.split()
-    return float(number) * {"MB": 1, "GB": 1000}[unit]
+    return float(number) * {"kB": 1e-3, "MB": 1, "GB": 1000}[unit]
 
 
 def test_other_errors_are_not_taken_for_it(train, limit_rows):
