@@ -310,10 +310,10 @@ def check_other(config: RunConfig, model: Any) -> None:
     try:
         source = resolve_model(config.reference)
     except LigerError as error:
-        kinds = ", ".join(sorted(REFERENCE_KINDS))
+        kinds = f"reference is one of {', '.join(sorted(REFERENCE_KINDS))}, or another model"
         raise type(error)(
             f"reference {config.reference}: {error.message}",
-            hint=f"reference is one of {kinds}, or another model: a preset, a directory, a hub id",
+            hint="\n".join(filter(None, (error.hint, kinds))),
         ) from error
     check_writes_text(source, f"reference {config.reference}", hint=_SAME_FAMILY)
     ours, theirs = (m.config.get_text_config() for m in (model, build_meta_model(source)))
