@@ -130,14 +130,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 FAST = [
     ("tied", "ddp-2"),
-    ("tied", "keep-2"),
-    *(
-        (option, "fsdp-2")
-        for option in ("tied", "untied", "moe", "packing", "padding-free", "lora", "eval")
-    ),
-    ("long-rows", "fsdp-2"),
-    ("classify", "fsdp-2"),
-    ("reward-lora", "fsdp-2"),
+    *((option, "fsdp-2") for option in ("tied", "untied", "packing", "lora", "eval", "classify")),
     ("untied", "hsdp-4"),
 ]
 SLOW = [
