@@ -53,6 +53,7 @@ SLOW = {
         "a training, a merge and what reads them; the walkthrough has others",
         NONE,
     ),
+    "test_layers_are_compiled_where_the_device_waits": ("Inductor compiles C++", NONE),
     "test_inspect_outside_the_checkout": ("an environment that gets the wheel", NONE),
     "test_sample": ("the conversations of the whole sample", NONE),
     "test_page_fits_without_errors_or_requests": (
@@ -399,8 +400,8 @@ SLOW = {
         "adamw",
     ),
     "test_one_process_reads_what_two_have_written": (
-        "a model of each optimizer in two ranks",
-        "lora",
+        "a model of each optimizer in two ranks; test_sharded_runs.py goes from two to one",
+        NONE,
     ),
     "test_full_disk_of_one_rank_is_the_same_error_on_all": ("runs of two ranks", NONE),
     "test_resume_with_other_rows_names_the_keys_that_keep_them": ("runs of two ranks", NONE),
