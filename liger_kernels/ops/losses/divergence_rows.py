@@ -106,7 +106,7 @@ def _ratios_in_bits(log_q, log_p, beta):
 
 
 @triton.jit
-def _ratios(log_q, log_p, beta):
+def _ratios_in_nats(log_q, log_p, beta):
     """Return log(q / m) and log(p / m), exact where p = q."""
     difference = log_p - log_q
     inner = _expm1(-tl.abs(difference))
@@ -114,6 +114,15 @@ def _ratios(log_q, log_p, beta):
     nearer = -_log1p(tl.where(is_less, beta, 1.0 - beta) * inner)
     of_q = tl.where(is_less, nearer, nearer - difference)
     of_p = tl.where(is_less, nearer + difference, nearer)
+    return of_q, of_p
+
+
+@triton.jit
+def _ratios(log_q, log_p, beta, IN_BITS: tl.constexpr):
+    if IN_BITS:
+        of_q, of_p = _ratios_in_bits(log_q, log_p, beta)
+    else:
+        of_q, of_p = _ratios_in_nats(log_q, log_p, beta)
     return of_q, of_p
 
 
@@ -166,10 +175,7 @@ def _divergence_kernel(
         elif KIND == 1:
             value += tl.sum(tl.where(q > 0.0, q * (log_q - log_p), 0.0), 0)
         else:
-            if IN_BITS:
-                of_q, of_p = _ratios_in_bits(log_q, log_p, beta)
-            else:
-                of_q, of_p = _ratios(log_q, log_p, beta)
+            of_q, of_p = _ratios(log_q, log_p, beta, IN_BITS)
             mean += tl.sum(tl.where(q > 0.0, (1.0 - beta) * q * of_q, 0.0), 0)
             value += tl.sum(tl.where(p > 0.0, beta * p * of_p, 0.0), 0)
     if KIND == 1:
@@ -192,10 +198,7 @@ def _divergence_kernel(
             elif KIND == 1:
                 dx = tl.where(q > 0.0, q * (log_q - log_p - mean), 0.0) * unit
             else:
-                if IN_BITS:
-                    of_q, _ = _ratios_in_bits(log_q, log_p, beta)
-                else:
-                    of_q, _ = _ratios(log_q, log_p, beta)
+                of_q, _ = _ratios(log_q, log_p, beta, IN_BITS)
                 dx = tl.where(q > 0.0, q * ((1.0 - beta) * of_q - mean), 0.0) * unit
             tl.store(x_ptr + cols, (coef * dx).to(x_ptr.dtype.element_ty), mask=cols < V)
 
