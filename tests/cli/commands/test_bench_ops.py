@@ -329,17 +329,25 @@ def test_transient_memory_of_a_gpu_is_what_a_call_adds_at_most() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["", "frozen head", "no gradient"])
-def test_trl_takes_part_with_the_same_values(variant: Any) -> None:
+@pytest.mark.parametrize(
+    "workload",
+    [
+        Workload("fused_linear_logprobs", (16, 32, 1000), {"outputs": ("logprob",)}, ""),
+        Workload("fused_linear_logprobs", (16, 32, 1000), {"outputs": ("logprob",)}, "frozen head"),
+        Workload("fused_linear_logprobs", (16, 32, 1000), {"outputs": ("logprob",)}, "no gradient"),
+        Workload("fused_linear_divergence", (16, 32, 24, 1000), {"reduction": "mean"}),
+    ],
+    ids=lambda workload: f"{workload.op}-{workload.variant}",
+)
+def test_trl_takes_part_with_the_same_values(workload: Workload) -> None:
     pytest.importorskip("trl")
-    workload = Workload("fused_linear_logprobs", (16, 32, 1000), {"outputs": ("logprob",)}, variant)
     sample, stopwatch = workload.sample(torch.float32, CPU), Stopwatch(CPU)
     arms = op_arms.local_arms(workload, sample, stopwatch, torch.float32, with_compile=False)
     assert [arm.name for arm in arms] == ["eager", "trl", "ours"]
     found = []
     for arm in arms:
-        (logprob,) = arm.full()
-        found.append([logprob.detach(), *(leaf.grad for leaf in arm.leaves)])
+        (value,) = arm.full()
+        found.append([value.detach(), *(leaf.grad for leaf in arm.leaves)])
         arm.clear()
     for values in found[1:]:
         for value, eager in zip(values, found[0], strict=True):
